@@ -1,0 +1,58 @@
+# Everything runs in .venv, made on first use: on a fresh machine nothing comes before `make demo` or `make test`.
+PYTHON ?= python3
+# Installed first and pinned, because plain `torch` may draw gigabytes of CUDA packages. Override it on a GPU
+# machine: `make demo TORCH=torch` takes the newest CUDA build, TORCH= leaves the choice to the dependencies.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+DEMO ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint types check wheel clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/torch.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --upgrade pip setuptools wheel
+	@if [ -n "$(TORCH)" ]; then echo "installing $(TORCH)"; $(PIP) install $(TORCH); fi
+	@touch $@
+
+$(VENV)/teachers.stamp: $(VENV)/torch.stamp pyproject.toml
+	@echo "installing cliplift with the teachers extra"
+	$(PIP) install -e '.[teachers]'
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
+	@echo "installing cliplift with the dev extra"
+	$(PIP) install -e '.[dev]'
+	@mkdir -p build/types && ln -sfn ../.. build/types/cliplift
+	@touch $@ $(VENV)/teachers.stamp
+
+install: $(VENV)/teachers.stamp ## make .venv with cliplift and the 2D teacher
+
+demo: $(VENV)/teachers.stamp ## raw clips to a finetuned, evaluated model and a report, on a CPU in minutes
+	$(BIN)/cliplift demo $(DEMO)
+
+test: $(VENV)/dev.stamp ## the fast tests (real videos, real DeepSpeed processes), at most ten minutes
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/dev.stamp ## the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/dev.stamp ## ruff: style and imports
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/dev.stamp ## mypy --strict
+	@mkdir -p build/types && ln -sfn ../.. build/types/cliplift
+	$(BIN)/mypy
+
+check: lint types test ## everything a change must pass
+
+wheel: $(VENV)/dev.stamp ## build a wheel into dist/
+	$(PIP) install build && $(BIN)/python -m build --wheel
+
+clean: ## remove caches and builds; keeps .venv and runs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
