@@ -1,0 +1,35 @@
+"""What every config section is: a frozen pydantic model that refuses unknown keys, and the error it raises."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A part of a run's config. Immutable; an unknown key or a wrong type is an error, never ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class ConfigError(ValueError):
+    """The user's config cannot be used. One sentence: file, dotted key, value, and what to do.
+
+    Code below the CLI raises it with the key alone; :meth:`LoadedRun.locate` adds the file that set the key.
+    """
+
+    def __init__(
+        self, reason: str, *, key: str = "", value: Any = None, hint: str = "", file: str = ""
+    ) -> None:
+        self.reason, self.key, self.value, self.hint, self.file = reason, key, value, hint, file
+        super().__init__(self._sentence())
+
+    def _sentence(self) -> str:
+        place = ": ".join(part for part in (self.file, self.key) if part)
+        text = f"{place}: {self.reason}" if place else self.reason
+        return f"{text}; {self.hint}" if self.hint else text
+
+    def at(self, file: str) -> ConfigError:
+        """The same error, naming the file (or ``command line``) that set the key."""
+        return ConfigError(self.reason, key=self.key, value=self.value, hint=self.hint, file=file)

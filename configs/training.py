@@ -1,0 +1,223 @@
+"""How a model is trained: optimizer, schedule, engine, checkpoints, tracking. Shared by all training stages."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from cliplift.configs.sections import ConfigError, Section
+
+Option = bool | int | float | str | None
+
+
+class ModelConfig(Section):
+    """Which network, by registry name."""
+
+    name: str = Field(description="a name from `cliplift models`")
+    options: dict[str, Option | list[Option]] = Field({}, description="architecture options of that model")
+    pretrained: str | None = Field(
+        None, description="weights to start from: export folder, .safetensors or .pt file, or a run folder"
+    )
+    frozen: tuple[str, ...] = Field((), description="shell patterns of parameter names that are not trained")
+
+
+class OptimConfig(Section):
+    """Optimizer and its parameter groups."""
+
+    name: Literal["adamw", "sgd", "lamb"] = Field(
+        "adamw", description="optimizer; sgd uses Nesterov momentum"
+    )
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    lr_reference_batch: int | None = Field(
+        None, ge=1, description="scale lr by global_batch / this (linear rule); None uses lr as written"
+    )
+    weight_decay: float = Field(0.05, ge=0, description="decoupled for adamw and lamb, L2 for sgd")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd momentum")
+    nesterov: bool = Field(True, description="Nesterov form of sgd momentum")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw and lamb moment decay")
+    eps: float = Field(1e-8, gt=0, description="adamw and lamb epsilon")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="lr factor per block from the head down; 1 is off"
+    )
+    decay_norm_and_bias: bool = Field(
+        False, description="apply weight decay to normalisation and bias parameters too"
+    )
+    clip_grad_norm: float = Field(0.0, ge=0, description="gradient norm limit; 0 is off")
+    head_lr_factor: float = Field(1.0, gt=0, description="lr factor of the classifier head")
+
+
+class ScheduleConfig(Section):
+    """Learning rate over optimizer steps. Exactly one of ``steps`` and ``epochs`` says how long the run is."""
+
+    name: Literal["cosine", "step", "constant", "plateau", "warmup_constant_cooldown"] = Field(
+        "cosine", description="shape of the schedule after warm-up"
+    )
+    steps: int | None = Field(None, ge=1, description="length of the run in optimizer steps")
+    epochs: float | None = Field(None, gt=0, description="length of the run in passes over the data")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="linear warm-up, share of the run")
+    final_lr_share: float = Field(
+        0.0, ge=0, le=1, description="lr at the end of cosine or cooldown, share of the peak"
+    )
+    milestones: tuple[float, ...] = Field(
+        (), description="step: points of the run (share, 0 to 1) where lr drops"
+    )
+    factor: float = Field(0.1, gt=0, lt=1, description="step and plateau: lr is multiplied by this")
+    patience_evaluations: int = Field(
+        5, ge=1, description="plateau: evaluations without improvement before a drop"
+    )
+    cooldown_share: float = Field(
+        0.2, ge=0, lt=1, description="warmup_constant_cooldown: linear cooldown, share of the run"
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> ScheduleConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ConfigError(
+                "give exactly one of steps and epochs",
+                key="steps",
+                value=self.steps,
+                hint=f"epochs is {self.epochs}",
+            )
+        return self
+
+
+class EngineConfig(Section):
+    """Batch, precision and DeepSpeed. ``global_batch`` is per optimizer step over all ranks."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto takes CUDA where a GPU is present"
+    )
+    global_batch: int = Field(32, ge=1, description="clips per optimizer step over all ranks")
+    micro_batch: int | None = Field(
+        None, ge=1, description="clips per forward pass and rank; None fits global_batch in one"
+    )
+    precision: Literal["fp32", "autocast_bf16", "bf16", "fp16"] = Field(
+        "fp32",
+        description="autocast_bf16 keeps fp32 weights and BatchNorm (3D convolutions); bf16 and fp16 cast weights",
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    offload_optimizer: bool = Field(
+        False, description="keep optimizer state in host memory (stages 1 to 3, GPU)"
+    )
+    checkpoint_blocks_share: float = Field(
+        0.0, ge=0, le=1, description="share of blocks whose activations are recomputed"
+    )
+    compile: bool = Field(False, description="torch.compile the model")
+    channels_last: bool = Field(False, description="channels_last_3d memory format")
+    sync_batchnorm: bool = Field(False, description="convert BatchNorm to SyncBatchNorm (CUDA)")
+    precise_bn_batches: int = Field(
+        0, ge=0, description="re-estimate BatchNorm statistics on this many batches before evaluation"
+    )
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="keep an exponential moving average of the weights"
+    )
+    deterministic: bool = Field(True, description="deterministic kernels where they exist")
+    max_bad_steps_in_row: int = Field(
+        10, ge=1, description="stop after this many steps with a NaN or infinite loss or gradient"
+    )
+    collective_timeout_seconds: float = Field(
+        1800.0, gt=0, description="a collective silent for longer ends the run, seconds"
+    )
+    deepspeed: dict[str, Any] = Field(
+        {}, description="raw DeepSpeed keys laid over the derived ones; contradictions are errors"
+    )
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _no_derived_keys(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        derived = {
+            "train_batch_size": "global_batch",
+            "train_micro_batch_size_per_gpu": "micro_batch",
+            "gradient_accumulation_steps": "micro_batch",
+            "gradient_clipping": "optim.clip_grad_norm",
+            "optimizer": "optim.name",
+            "scheduler": "schedule.name",
+            "bf16": "precision",
+            "fp16": "precision",
+        }
+        for key in raw:
+            if key in derived:
+                raise ConfigError(
+                    "contradicts a key of ours", key=key, value=raw[key], hint=f"set {derived[key]!r} instead"
+                )
+        return raw
+
+    @model_validator(mode="after")
+    def _possible(self) -> EngineConfig:
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ConfigError(
+                "bf16 at ZeRO stage 0 follows a wrong trajectory (DeepSpeed steps Adam once at initialisation)",
+                key="zero_stage",
+                value=0,
+                hint="use zero_stage: 1, or precision: autocast_bf16",
+            )
+        if self.precision == "fp16" and self.device == "cpu":
+            raise ConfigError(
+                "fp16 does not train on a CPU",
+                key="precision",
+                value="fp16",
+                hint="use fp32 or autocast_bf16",
+            )
+        if self.micro_batch is not None and self.global_batch % self.micro_batch:
+            raise ConfigError(
+                f"{self.micro_batch} does not divide global_batch={self.global_batch}",
+                key="micro_batch",
+                value=self.micro_batch,
+                hint=f"use one of {[n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]}",
+            )
+        return self
+
+
+class CheckpointConfig(Section):
+    """When a run is saved and what is kept."""
+
+    every_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints")
+    keep_last: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_best: bool = Field(True, description="also keep the checkpoint with the best validation metric")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto continues from the newest complete checkpoint"
+    )
+
+
+class TrackConfig(Section):
+    """Where numbers go. A JSONL file always holds them all."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto is online with an API key, else offline files"
+    )
+    project: str = Field("cliplift", description="W&B project")
+    group: str | None = Field(None, description="W&B group, the experiment; None is the run's name")
+    tags: tuple[str, ...] = Field((), description="W&B tags")
+    notes: str = Field("", description="W&B notes")
+    every_steps: int = Field(10, ge=1, description="optimizer steps between logged lines")
+    tensorboard: bool = Field(False, description="also write TensorBoard files")
+    clip_table_rows: int = Field(
+        8, ge=0, description="clips with predictions logged to W&B at each evaluation"
+    )
+
+
+class EvaluationConfig(Section):
+    """Evaluation during training."""
+
+    every_steps: int | None = Field(
+        None, ge=1, description="optimizer steps between evaluations; None is only at the end"
+    )
+    max_samples: int | None = Field(
+        None, ge=1, description="evaluate on the first this many samples; None is all"
+    )
+    batch: int = Field(16, ge=1, description="clips per evaluation batch and rank")
+
+
+class TrainingRun(Section):
+    """What every training run says."""
+
+    name: str = Field(description="name of the run, shown in W&B and reports")
+    output: str = Field(description="folder of the run: config, checkpoints, log, weights")
+    seed: int = Field(0, ge=0, description="seed of weights, sample order and augmentation")
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    track: TrackConfig = TrackConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
