@@ -1,0 +1,23 @@
+"""Video models: clips (B, C, T, H, W) to features or logits. Needs torch and einops, nothing else of ours."""
+
+from cliplift.models.registry import (
+    InputSpec,
+    ModelError,
+    UnknownModelError,
+    VideoModel,
+    create_model,
+    list_models,
+    model_options,
+    register_model,
+)
+
+__all__ = [
+    "InputSpec",
+    "ModelError",
+    "UnknownModelError",
+    "VideoModel",
+    "create_model",
+    "list_models",
+    "model_options",
+    "register_model",
+]

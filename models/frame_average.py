@@ -1,0 +1,93 @@
+"""The image baseline for clips: a 2D network on every frame, features averaged over time, a linear classifier.
+
+It cannot know the order of the frames. Whatever it scores is what appearance alone tells about the classes, so it
+is the row every 3D result is read against (and the paper's teacher side, T3D, arXiv 1711.08200, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from cliplift.models.registry import InputSpec, ModelError, create_model, model_entry, register_model
+
+
+class FrameAverage(nn.Module):
+    """``forward(x)``: (B, C, T, H, W) -> (B, K); features are the mean over T of the encoder's (B, D)."""
+
+    def __init__(self, encoder: nn.Module, *, num_classes: int, in_frames: int, train_encoder: bool) -> None:
+        super().__init__()
+        spec = encoder.input_spec
+        assert isinstance(spec, InputSpec)
+        self.encoder = encoder
+        self.train_encoder = train_encoder
+        self.feature_dim = int(encoder.feature_dim)  # type: ignore[arg-type]
+        self.input_spec = InputSpec(
+            frames=in_frames,
+            crop_height=spec.crop_height,
+            crop_width=spec.crop_width,
+            mean=spec.mean,
+            std=spec.std,
+        )
+        self.reset_classifier(num_classes)
+        if not train_encoder:
+            self.encoder.requires_grad_(False)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.feature_dim, num_classes) if num_classes else nn.Identity()
+
+    @property
+    def published_weights(self) -> Mapping[str, Callable[[], dict[str, Tensor]]]:
+        """The encoder's published weights under this model's names."""
+        own = self.encoder.state_dict().keys()
+        tags: Mapping[str, Callable[[], dict[str, Tensor]]] = getattr(self.encoder, "published_weights", {})
+        adapt = getattr(self.encoder, "adapt_state_dict", lambda state: (state, []))
+
+        def renamed(load: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+            return lambda: {f"encoder.{key}": value for key, value in adapt(load())[0].items() if key in own}
+
+        return {tag: renamed(load) for tag, load in tags.items()}
+
+    def train(self, mode: bool = True) -> FrameAverage:
+        """A frozen encoder stays in eval mode: its BatchNorm statistics belong to its weights."""
+        super().train(mode)
+        if not self.train_encoder:
+            self.encoder.eval()
+        return self
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, D, T, 1, 1): the encoder's feature of every frame."""
+        B, C, T, H, W = x.shape
+        frames = x.transpose(1, 2).reshape(B * T, C, H, W)
+        with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):
+            features = self.encoder(frames)  # (B T, D)
+        return features.reshape(B, T, -1).transpose(1, 2)[..., None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.forward_features(x).mean(dim=(2, 3, 4)))
+        return logits
+
+    def checkpoint_blocks(self) -> list[str]:
+        inner = self.encoder.checkpoint_blocks()  # type: ignore[operator]
+        return [f"encoder.{name}" for name in inner] if self.train_encoder else []
+
+
+@register_model(paper="2D frames averaged over time", default_classes=400)
+def frame_average(
+    *,
+    num_classes: int = 400,
+    in_frames: int = 16,
+    encoder: str = "efficientnet_lite0",
+    train_encoder: bool = True,
+) -> FrameAverage:
+    """A registered 2D model on every frame; ``train_encoder=False`` trains the classifier alone.
+
+    ``pretrained`` takes the encoder's published tags, such as "imagenet", beside files of the whole model.
+    """
+    if model_entry(encoder).dims != "2d":
+        raise ModelError(f"encoder={encoder!r} is not a 2D model; list_models(dims='2d') names them")
+    network = create_model(encoder, num_classes=0)
+    return FrameAverage(network, num_classes=num_classes, in_frames=in_frames, train_encoder=train_encoder)
