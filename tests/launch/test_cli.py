@@ -1,0 +1,109 @@
+"""The command line as a user meets it: real processes, exit codes, one-sentence errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cliplift.launch.cli import COMMANDS
+
+CLIPLIFT = [sys.executable, "-m", "cliplift.launch.cli"]
+
+
+def cliplift(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*CLIPLIFT, *words], cwd=cwd, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def failed(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for part in parts:
+        assert part in done.stderr
+
+
+def test_help_of_everything_from_another_directory(tmp_path: Path) -> None:
+    overview = cliplift("--help", cwd=tmp_path)
+    assert overview.returncode == 0
+    for name in COMMANDS:
+        assert f"\n    {name} " in overview.stdout
+        stage = cliplift(name, "--help", cwd=tmp_path)
+        assert stage.returncode == 0, stage.stderr
+        if COMMANDS[name].schema:
+            assert "config fields" in stage.stdout
+
+
+def test_stage_help_shows_units_and_defaults(tmp_path: Path) -> None:
+    text = cliplift("finetune", "--help", cwd=tmp_path).stdout
+    assert "optim.lr  (float, default 0.001)" in text
+    assert "data.crop_pixels  (int, default 112)" in text
+    assert "pixels" in text
+    assert "schedule.steps" in text
+
+
+def test_help_imports_neither_torch_nor_pydantic(tmp_path: Path) -> None:
+    code = (
+        "import sys; from cliplift.launch.cli import build_parser; build_parser().format_help();"
+        "assert not {'torch', 'deepspeed', 'pydantic', 'numpy'} & set(sys.modules), 'heavy import'"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
+    failed(cliplift("transfer", "missing.yaml", cwd=tmp_path), "missing.yaml", "no such config file")
+    failed(cliplift("tranfer", "x.yaml", cwd=tmp_path), "tranfer")
+    failed(
+        cliplift("transfer", "transfer/demo", "optim.lrr=1", cwd=tmp_path),
+        "optim.lrr",
+        "did you mean 'optim.lr'?",
+    )
+    failed(cliplift("transfer", "transfer/demo", "--fast", cwd=tmp_path), "--fast")
+    failed(cliplift("finetune", "transfer/demo", cwd=tmp_path), "cliplift transfer transfer/demo")
+    failed(cliplift("transfer", "transfer/demo", "stray", cwd=tmp_path), "stray", "key.path=value")
+    failed(cliplift("predict", "nowhere", "video.mp4", cwd=tmp_path), "nowhere")
+    failed(cliplift("shard", "shard/demo_actions", "--part", "4/4", cwd=tmp_path), "4/4")
+
+
+def test_an_unknown_model_names_the_nearest(tmp_path: Path) -> None:
+    done = cliplift("transfer", "transfer/demo", "model.name=t3d_tinny", "--dry-run", cwd=tmp_path)
+    failed(done, "model.name", "t3d_tiny", "command line")
+
+
+def test_dry_run_prints_the_resolved_config_and_the_deepspeed_section(tmp_path: Path) -> None:
+    done = cliplift("transfer", "configs/transfer/demo.yaml", "optim.lr=3e-4", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "lr: 0.0003" in done.stdout
+    assert '"gradient_clipping"' in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_may_stand_between_overrides(tmp_path: Path) -> None:
+    done = cliplift("shard", "shard/demo_actions", "workers=1", "--dry-run", "name=other", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "name: other" in done.stdout
+    assert "workers: 1" in done.stdout
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=0", "--local-rank=0"])
+def test_the_deepspeed_launchers_flag_is_accepted(tmp_path: Path, flag: str) -> None:
+    done = cliplift(flag, "transfer", "transfer/demo", "--dry-run", cwd=tmp_path)
+    first = cliplift("transfer", flag, "transfer/demo", "--dry-run", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert done.returncode == 0, done.stderr
+
+
+def test_models_lists_measured_numbers(tmp_path: Path) -> None:
+    done = cliplift("models", "t3d_121", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "29,876,880" in done.stdout
+    table = cliplift("models", "t3d_121", "--markdown", cwd=tmp_path).stdout
+    assert table.startswith("| model |")
+    failed(cliplift("models", "nothing*", cwd=tmp_path), "nothing*")

@@ -1,0 +1,138 @@
+"""The walls of the house: who imports whom, what the wheel holds, what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGES = ("configs", "models", "sharding", "pipelines", "launch")
+MAY_IMPORT = {
+    "configs": set(),
+    "models": set(),
+    "sharding": {"configs"},
+    "pipelines": {"configs", "models", "sharding"},
+    "launch": {"configs", "models", "sharding", "pipelines"},
+}
+FORBIDDEN_OUTSIDE = {
+    "configs": {"torch", "deepspeed", "numpy", "wandb", "av", "decord"},
+    "models": {"deepspeed", "wandb", "webdataset", "decord", "av", "pydantic", "yaml"},
+    "sharding": {"torch", "deepspeed"},
+}
+BANNED_NAMES = {"utils", "util", "helper", "helpers", "common", "misc", "base"}
+
+
+def modules(repository: Path, package: str) -> list[Path]:
+    return sorted((repository / package).glob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of everything a module imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write cliplift.{path.parent.name}..."
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_run_one_way(repository: Path, package: str) -> None:
+    allowed = MAY_IMPORT[package] | {package}
+    for path in modules(repository, package):
+        for name in imports(path):
+            top, _, rest = name.partition(".")
+            assert top not in PACKAGES, f"{path}: plain `import {top}`; import cliplift.{top}"
+            if top == "cliplift" and rest:
+                assert rest.split(".")[0] in allowed, (
+                    f"{path} imports {name}; {package} may import {sorted(allowed)}"
+                )
+            # torchcodec and Ray are optional and may be imported where they are used.
+            assert top not in FORBIDDEN_OUTSIDE.get(package, set()), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_are_flat_and_well_named(repository: Path, package: str) -> None:
+    assert not list((repository / package).glob("*/__init__.py")), (
+        "nested packages would be missing from the wheel"
+    )
+    assert {path.stem for path in modules(repository, package)}.isdisjoint(BANNED_NAMES)
+
+
+def test_every_package_is_in_the_wheel(repository: Path) -> None:
+    project = tomllib.loads((repository / "pyproject.toml").read_text())
+    found = {f"cliplift.{path.parent.name}" for path in repository.glob("*/__init__.py")}
+    assert set(project["tool"]["setuptools"]["packages"]) == found == {f"cliplift.{p}" for p in PACKAGES}
+    for package in PACKAGES:
+        assert (repository / package / "py.typed").is_file()
+
+
+def test_the_wheel_holds_code_recipes_and_types(repository: Path, tmp_path: Path) -> None:
+    """Built by setuptools itself, from a copy, so that nothing is left in the checkout."""
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=repository,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    copy = tmp_path / "copy"
+    for name in tracked:
+        if (repository / name).is_file():
+            target = copy / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes((repository / name).read_bytes())
+    script = "from setuptools.build_meta import build_wheel; import sys; print(build_wheel(sys.argv[1]))"
+    built = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], cwd=copy, capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stderr
+    import zipfile
+
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    expected = {
+        f"cliplift/{name}"
+        for name in tracked
+        if name.split("/")[0] in PACKAGES and (repository / name).is_file()
+    }
+    assert expected <= held, f"missing from the wheel: {sorted(expected - held)}"
+    outside = {name for name in held if not name.startswith(("cliplift/", "cliplift-"))}
+    assert not outside, f"the wheel would install {sorted(outside)} at top level"
+
+
+def run_python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_models_need_no_engine(tmp_path: Path) -> None:
+    """Promise 5: create_model works without DeepSpeed, W&B, a GPU or a network, and from any directory."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "configs").mkdir()
+    code = (
+        "import sys\n"
+        "from cliplift.models import create_model, list_models\n"
+        "assert 't3d_121' in list_models()\n"
+        "create_model('t3d_tiny', num_classes=3)\n"
+        "heavy = {'deepspeed', 'wandb', 'webdataset', 'decord', 'av'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_configs_and_sharding_need_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, cliplift.configs.runs, cliplift.sharding.reader, cliplift.sharding.build, cliplift.launch.cli\n"
+        "assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules\n"
+    )
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
