@@ -1,5 +1,6 @@
 """Video models: clips (B, C, T, H, W) to features or logits. Needs torch and einops, nothing else of ours."""
 
+from cliplift.models.hub import from_pretrained, save_pretrained
 from cliplift.models.registry import (
     InputSpec,
     ModelError,
@@ -17,7 +18,9 @@ __all__ = [
     "UnknownModelError",
     "VideoModel",
     "create_model",
+    "from_pretrained",
     "list_models",
     "model_options",
     "register_model",
+    "save_pretrained",
 ]

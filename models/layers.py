@@ -1,0 +1,220 @@
+"""What the convolutional nets share: the pooled classifier, temporal "same" padding, initialisation, checkpointing.
+
+Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from cliplift.models.registry import InputSpec, ModelError
+
+# The same network in 2D and 3D: rank -> layer
+CONVOLUTIONS: Mapping[int, Callable[..., nn.Conv2d | nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
+BATCH_NORMS: Mapping[int, Callable[[int], nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+MAX_POOLS: Mapping[int, Callable[..., nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+
+
+class PooledClassifier(nn.Module):
+    """A trunk (:meth:`forward_features`), global average pooling over all positions, dropout, a linear head.
+
+    Global pooling instead of the papers' fixed windows: for the published input both are the same sum, and any
+    other size still gives one row per clip. Subclasses build their trunk, then call ``reset_classifier``.
+    """
+
+    head_name = "classifier"  # where the head's weights stand in the state dict
+    input_dims = 5  # (B, C, T, H, W); 4 for image models
+
+    def __init__(
+        self, *, feature_dim: int, num_classes: int, input_spec: InputSpec, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise ModelError(f"dropout={dropout} must be in [0, 1)")
+        self.feature_dim = feature_dim
+        self.num_classes = num_classes
+        self.input_spec = input_spec
+        self.head_dropout = nn.Dropout(dropout)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, D, T', H', W')."""
+        raise NotImplementedError
+
+    def forward_pooled(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, D): the feature map averaged over time and space."""
+        self.check_input(x)
+        return self.forward_features(x).flatten(2).mean(dim=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, K) logits, or (B, D) features when ``num_classes == 0``."""
+        return cast(Tensor, self.get_submodule(self.head_name)(self.head_dropout(self.forward_pooled(x))))
+
+    def check_input(self, x: Tensor) -> None:
+        """Raises ModelError unless ``x`` has the rank and the channels this model was built for."""
+        if x.ndim != self.input_dims or x.shape[1] != self.input_spec.channels:
+            wanted = "(B, C, T, H, W)" if self.input_dims == 5 else "(B, C, H, W)"
+            raise ModelError(
+                f"{type(self).__name__} takes {wanted} with C={self.input_spec.channels}, got {tuple(x.shape)}"
+            )
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a freshly initialised one; 0 removes it."""
+        if num_classes < 0:
+            raise ModelError(f"num_classes={num_classes} must be 0 (features) or more")
+        self.num_classes = num_classes
+        reference = next(self.parameters(), torch.empty(0))
+        head = linear_head(self.feature_dim, num_classes)
+        setattr(self, self.head_name, head.to(device=reference.device, dtype=reference.dtype))
+
+    def checkpoint_blocks(self) -> list[str]:
+        """Names of the submodules, in forward order, that activation checkpointing may wrap."""
+        raise NotImplementedError
+
+
+def linear_head(feature_dim: int, num_classes: int) -> nn.Module:
+    """(B, D) -> (B, K); weights N(0, 0.01), bias 0. Identity for K = 0."""
+    if num_classes == 0:
+        return nn.Identity()
+    head = nn.Linear(feature_dim, num_classes)
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def same_padding(kernel: int) -> tuple[int, int]:
+    """(front, behind) zeros that keep the length at stride 1; an even kernel gets the odd one behind.
+
+    This is the TensorFlow/Keras rule; the T3D paper's depths 4 and 6 need a rule and name none.
+    """
+    front = (kernel - 1) // 2
+    return front, kernel - 1 - front
+
+
+class SameConv3d(nn.Conv3d):
+    """A stride-1 convolution that keeps T, H and W, for odd and even kernels.
+
+    The symmetric part of the padding is left to the convolution; only the extra rows of even kernels are padded
+    (and copied) beforehand.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], *, bias: bool = False
+    ) -> None:
+        pads = [same_padding(k) for k in kernel]
+        front = (pads[0][0], pads[1][0], pads[2][0])
+        super().__init__(in_channels, out_channels, kernel, padding=front, bias=bias)
+        # F.pad counts from the last dimension: (W front, W behind, H front, H behind, T front, T behind)
+        extra = [n for front, behind in reversed(pads) for n in (0, behind - front)]
+        self.extra_padding: tuple[int, ...] | None = tuple(extra) if any(extra) else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, C', T, H, W)."""
+        return super().forward(x if self.extra_padding is None else F.pad(x, self.extra_padding))
+
+
+def halve(x: Tensor) -> Tensor:
+    """Average pooling of 2 along every axis, stride 2; an axis that has already shrunk to 1 stays 1.
+
+    (B, C, T, H, W) -> (B, C, max(T//2, 1), max(H//2, 1), max(W//2, 1)); (B, C, H, W) likewise.
+    The public DenseNet3D dies at the third transition for 16 frames, because AvgPool3d(2) refuses T = 1; from there
+    on only space is left to pool.
+
+    Not ``avg_pool3d``, which has no bfloat16 on the CPU and gives up the channels-last layout: space by
+    ``avg_pool2d`` on a view, then time by the mean of neighbours.
+    """
+    window = [min(2, size) for size in x.shape[-2:]]
+    if x.ndim == 4:
+        return F.avg_pool2d(x, window, stride=window)
+    frames = x.shape[2]
+    if frames == 1:
+        return halve(x.squeeze(2)).unsqueeze(2)
+    if x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous():
+        rows = F.avg_pool2d(x.transpose(1, 2).flatten(0, 1), window, stride=window)  # (B T, C, H, W)
+        x = torch.unflatten(rows, 0, (-1, frames)).transpose(1, 2)
+    else:
+        rows = F.avg_pool2d(x.flatten(1, 2), window, stride=window)  # (B, C T, H, W)
+        x = torch.unflatten(rows, 1, (-1, frames))
+    even = frames // 2 * 2
+    return (x[:, :, 0:even:2] + x[:, :, 1:even:2]) * 0.5
+
+
+def initialise_convolutions(model: nn.Module, *, mode: Literal["fan_in", "fan_out"] = "fan_out") -> None:
+    """Kaiming-normal convolutions for ReLU (bias 0), normalisation layers at weight 1 and bias 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def checkpoint_blocks(model: nn.Module, fraction: float = 1.0) -> list[str]:
+    """Recompute the activations of the first ``fraction`` of a model's blocks in the backward pass.
+
+    The first blocks, because in convolutional nets they hold the largest maps. Only the forward of the named
+    submodules is replaced, so parameters, state-dict keys and hooks stay as they are. BatchNorm statistics are
+    left alone by the recomputation. Calling it again changes the fraction; 0 undoes it.
+
+    Args:
+        model: any model with ``checkpoint_blocks()`` (see ``VideoModel``).
+        fraction: share of the blocks, in [0, 1]; rounded up to whole blocks.
+
+    Returns:
+        The names of the wrapped submodules, in forward order.
+
+    Raises:
+        ModelError: fraction outside [0, 1].
+    """
+    if not 0 <= fraction <= 1:
+        raise ModelError(f"activation checkpointing: fraction={fraction} must be in [0, 1]")
+    names = cast(Sequence[str], cast(Any, model).checkpoint_blocks())
+    wrapped = list(names[: math.ceil(fraction * len(names))])
+    for name in names:
+        block = model.get_submodule(name)
+        block.__dict__.pop("forward", None)  # an instance attribute hides the class's forward
+        if name in wrapped:
+            block.__dict__["forward"] = functools.partial(_recomputed, block)
+    return wrapped
+
+
+def _recomputed(block: nn.Module, *inputs: Any) -> Any:
+    run = functools.partial(type(block).forward, block)
+    if not torch.is_grad_enabled():
+        return run(*inputs)
+    contexts = functools.partial(_checkpoint_contexts, block)
+    return checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def _checkpoint_contexts(
+    block: nn.Module,
+) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+    return contextlib.nullcontext(), _held_statistics(block)
+
+
+@contextlib.contextmanager
+def _held_statistics(block: nn.Module) -> Iterator[None]:
+    """Run BatchNorm on batch statistics without counting that batch a second time."""
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    before = [(m, m.momentum, m.num_batches_tracked) for m in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.num_batches_tracked = (
+            None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
+        )
+    try:
+        yield
+    finally:
+        for norm, momentum, counter in before:
+            norm.momentum, norm.num_batches_tracked = momentum, counter

@@ -1,0 +1,104 @@
+"""What a registered model costs, measured: parameters, multiply-accumulates and sizes, on the meta device.
+
+Nothing is computed and no memory is used for tensors, so the largest model takes the time of its Python code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from cliplift.models.registry import VideoModel, create_model, model_entry
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMeasure:
+    """One row of the model table. ``gmacs``: 1e9 multiply-accumulates of convolutions and matrix products, B = 1."""
+
+    name: str
+    paper: str
+    dims: str
+    num_classes: int
+    parameters: int
+    gmacs: float
+    input_shape: tuple[int, ...]
+    feature_shape: tuple[int, ...]
+    feature_dim: int
+
+
+def measure_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    in_frames: int | None = None,
+    crop: int | None = None,
+    **options: Any,
+) -> ModelMeasure:
+    """Build a model on the meta device and count.
+
+    Args:
+        name: a registered name.
+        num_classes: K; None for the published one.
+        in_frames: T; None for the model's own.
+        crop: H = W of the input; None for the model's own.
+        options: architecture options.
+
+    Raises:
+        ModelError: as :func:`create_model`.
+    """
+    entry = model_entry(name)
+    with torch.device("meta"):
+        model = create_model(name, num_classes=num_classes, in_frames=in_frames, **options).eval()
+        video = cast(VideoModel, model)
+        shape = input_shape(video, dims=entry.dims, crop=crop)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(torch.empty(shape))
+        with torch.no_grad():
+            features = video.forward_features(torch.empty(shape))
+    return ModelMeasure(
+        name=name,
+        paper=entry.paper,
+        dims=entry.dims,
+        num_classes=video.num_classes,
+        parameters=sum(p.numel() for p in model.parameters()),
+        gmacs=counter.get_total_flops() / 2e9,
+        input_shape=shape[1:],
+        feature_shape=_shape(features),
+        feature_dim=video.feature_dim,
+    )
+
+
+def input_shape(model: VideoModel, *, dims: str, crop: int | None = None, batch: int = 1) -> tuple[int, ...]:
+    """The input a model is specified for: (B, C, T, H, W), or (B, C, H, W) for image models."""
+    spec = model.input_spec
+    time = () if dims == "2d" else (spec.frames,)
+    return (batch, spec.channels, *time, crop or spec.crop_height, crop or spec.crop_width)
+
+
+def markdown_table(rows: Iterable[ModelMeasure]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| model | paper | input C(xT)xHxW | parameters | GMAC | features | K |",
+        "| --- | --- | --- | ---: | ---: | --- | ---: |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| `{row.name}` | {row.paper} | {_times(row.input_shape)} | {row.parameters:,} | {row.gmacs:.2f} "
+            f"| {_times(row.feature_shape)} → {row.feature_dim} | {row.num_classes} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(str(size) for size in shape)
+
+
+def _shape(features: Tensor | tuple[Tensor, ...]) -> tuple[int, ...]:
+    """Without the batch; multi-pathway models give one map per pathway, of which the first is shown."""
+    first = features if isinstance(features, Tensor) else features[0]
+    return tuple(first.shape[1:])

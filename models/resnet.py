@@ -1,0 +1,197 @@
+"""ResNet for images, and the residual blocks of ResNet3D.
+
+Paper: He et al., "Deep Residual Learning for Image Recognition", arXiv 1512.03385, Table 1. The weights are named as
+in torchvision and timm. Two layouts are in circulation:
+
+* ``layout="torchvision"`` (default): a bottleneck's stride is on its 3x3 convolution, the stem's pooling is padded;
+* ``layout="caffe"``: the authors' release, stride on the first 1x1 and an unpadded pooling that rounds up. It is the
+  network P3D (2017) was initialised from.
+
+Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Literal, cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cliplift.models.layers import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    PooledClassifier,
+    initialise_convolutions,
+)
+from cliplift.models.registry import InputSpec, ModelError, register_model
+
+Layout = Literal["torchvision", "caffe"]
+LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+STAGE_WIDTHS = (64, 128, 256, 512)
+
+
+class BasicBlock(nn.Module):
+    """3x3 - 3x3, each with BN, and the shortcut (18 and 34 layers). ``rank`` 3 makes them 3x3x3."""
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, width: int, *, stride: int, rank: int, layout: Layout) -> None:
+        super().__init__()
+        conv, norm = CONVOLUTIONS[rank], BATCH_NORMS[rank]
+        self.conv1 = conv(in_channels, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = norm(width)
+        self.conv2 = conv(width, width, 3, padding=1, bias=False)
+        self.bn2 = norm(width)
+        self.downsample = shortcut(in_channels, width, stride=stride, rank=rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, width, T/stride, H/stride, W/stride); without the T in 2D."""
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = self.bn2(self.conv2(y))
+        return F.relu(y + self.downsample(x), inplace=True)
+
+
+class Bottleneck(nn.Module):
+    """1x1 - 3x3 - 1x1, each with BN, and the shortcut (50 layers and more)."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, width: int, *, stride: int, rank: int, layout: Layout) -> None:
+        super().__init__()
+        conv, norm = CONVOLUTIONS[rank], BATCH_NORMS[rank]
+        first, second = (stride, 1) if layout == "caffe" else (1, stride)
+        self.conv1 = conv(in_channels, width, 1, stride=first, bias=False)
+        self.bn1 = norm(width)
+        self.conv2 = conv(width, width, 3, stride=second, padding=1, bias=False)
+        self.bn2 = norm(width)
+        self.conv3 = conv(width, width * self.expansion, 1, bias=False)
+        self.bn3 = norm(width * self.expansion)
+        self.downsample = shortcut(in_channels, width * self.expansion, stride=stride, rank=rank)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, 4 * width, T/stride, H/stride, W/stride); without the T in 2D."""
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + self.downsample(x), inplace=True)
+
+
+def shortcut(in_channels: int, out_channels: int, *, stride: int, rank: int) -> nn.Module:
+    """The identity where shapes agree, else a strided 1x1 convolution with BN (option B of the paper)."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    projection = CONVOLUTIONS[rank](in_channels, out_channels, 1, stride=stride, bias=False)
+    return nn.Sequential(projection, BATCH_NORMS[rank](out_channels))
+
+
+class ResNet(PooledClassifier):
+    """ResNet of any rank.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        stem: the first convolution; its BN, ReLU and the pooling follow.
+        pool: the pooling after the stem.
+        between: ``between(channels, index)`` builds a layer after stage ``index`` (0, 1, 2) with an
+            ``out_channels`` attribute; None for the plain network.
+    """
+
+    head_name = "fc"
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        stem: nn.Conv2d | nn.Conv3d,
+        pool: nn.Module,
+        num_classes: int,
+        input_spec: InputSpec,
+        layout: Layout = "torchvision",
+        between: Callable[[int, int], nn.Module] | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        if layout not in ("torchvision", "caffe"):
+            raise ModelError(f"layout={layout!r} must be 'torchvision' or 'caffe'")
+        block = BasicBlock if depth < 50 else Bottleneck
+        super().__init__(
+            feature_dim=STAGE_WIDTHS[-1] * block.expansion,
+            num_classes=num_classes,
+            input_spec=input_spec,
+            dropout=dropout,
+        )
+        rank = len(stem.kernel_size)
+        self.input_dims = rank + 2
+        self.conv1, self.bn1, self.maxpool = stem, BATCH_NORMS[rank](stem.out_channels), pool
+        channels = stem.out_channels
+        for i, (blocks, width) in enumerate(zip(LAYERS[depth], STAGE_WIDTHS, strict=True)):
+            layers: OrderedDict[str, nn.Module] = OrderedDict()
+            for j in range(blocks):
+                stride = 2 if i > 0 and j == 0 else 1
+                layers[str(j)] = block(channels, width, stride=stride, rank=rank, layout=layout)
+                channels = width * block.expansion
+            self.add_module(f"layer{i + 1}", nn.Sequential(layers))
+            if between is not None and i < len(STAGE_WIDTHS) - 1:
+                extra = between(channels, i)
+                self.add_module(f"between{i + 1}", extra)
+                channels = cast(int, extra.out_channels)
+        initialise_convolutions(self)
+        self.reset_classifier(num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, D, T', H', W'); without the T in 2D."""
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
+        for name, stage in self.named_children():
+            if name.startswith(("layer", "between")):
+                x = stage(x)
+        return x
+
+    def checkpoint_blocks(self) -> list[str]:
+        names: list[str] = []
+        for name, stage in self.named_children():
+            if name.startswith("layer"):
+                names += [f"{name}.{i}" for i, _ in enumerate(stage.children())]
+            elif name.startswith("between"):
+                names.append(name)
+        return names
+
+
+def _resnet2d(depth: int, *, num_classes: int, in_frames: int, layout: Layout, dropout: float) -> ResNet:
+    pool = (
+        nn.MaxPool2d(3, stride=2, ceil_mode=True)
+        if layout == "caffe"
+        else nn.MaxPool2d(3, stride=2, padding=1)
+    )
+    return ResNet(
+        depth,
+        stem=nn.Conv2d(3, STAGE_WIDTHS[0], 7, stride=2, padding=3, bias=False),
+        pool=pool,
+        num_classes=num_classes,
+        input_spec=InputSpec(frames=in_frames, frame_stride=1, crop_height=224, crop_width=224),
+        layout=layout,
+        dropout=dropout,
+    )
+
+
+@register_model(dims="2d", paper="He et al. 2016", default_classes=1000)
+def resnet_50(
+    *, num_classes: int = 1000, in_frames: int = 1, layout: Layout = "torchvision", dropout: float = 0.0
+) -> nn.Module:
+    """ResNet-50, 25,557,032 parameters at 1000 classes, features of 2048."""
+    return _resnet2d(50, num_classes=num_classes, in_frames=in_frames, layout=layout, dropout=dropout)
+
+
+@register_model(dims="2d", paper="He et al. 2016", default_classes=1000)
+def resnet_101(
+    *, num_classes: int = 1000, in_frames: int = 1, layout: Layout = "torchvision", dropout: float = 0.0
+) -> nn.Module:
+    """ResNet-101, 44,549,160 parameters at 1000 classes, features of 2048."""
+    return _resnet2d(101, num_classes=num_classes, in_frames=in_frames, layout=layout, dropout=dropout)
+
+
+@register_model(dims="2d", paper="He et al. 2016", default_classes=1000)
+def resnet_152(
+    *, num_classes: int = 1000, in_frames: int = 1, layout: Layout = "torchvision", dropout: float = 0.0
+) -> nn.Module:
+    """ResNet-152, 60,192,808 parameters at 1000 classes, features of 2048."""
+    return _resnet2d(152, num_classes=num_classes, in_frames=in_frames, layout=layout, dropout=dropout)

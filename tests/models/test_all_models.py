@@ -1,0 +1,153 @@
+"""What every registered model promises, checked over ``list_models()``.
+
+Every model is built, run and asked for its head on the meta device, at its own input. The ones in ``AFFORDABLE`` also
+run for real in the fast suite, at a small input; the slow suite runs every model for real. A new model is covered by
+the first and the last without a line here.
+"""
+
+import fnmatch
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cliplift.models import ModelError, VideoModel, create_model, list_models
+from cliplift.models.hub import from_pretrained, save_pretrained
+from cliplift.models.layers import checkpoint_blocks
+from cliplift.models.measure import input_shape
+from cliplift.models.registry import model_entry
+
+# pattern -> (frames, height, width) a CPU core can train on; the first pattern that fits counts
+SMALL_INPUTS = {
+    "p3d_[0-9]*": (16, 40, 33),
+    "p3d_resnet*": (8, 40, 33),
+    "densenet3d_*": (8, 40, 33),
+    "t3d_*": (8, 40, 33),
+    "resnet3d_*": (8, 40, 33),
+    "inception3d": (8, 40, 33),
+    "c3d": (8, 40, 33),
+    "densenet_*": (1, 65, 40),
+    "resnet_*": (1, 65, 40),
+    "efficientnet_*": (1, 65, 40),
+    "frame_average": (3, 65, 40),
+}
+AFFORDABLE = [
+    "t3d_tiny",
+    "densenet3d_121",
+    "p3d_63",
+    "p3d_resnet50",
+    "resnet3d_18",
+    "inception3d",
+    "efficientnet_lite0",
+]
+
+
+def small_shape(name: str, model: nn.Module) -> tuple[int, ...]:
+    """(1, C, T, H, W) from the table above, or the model's own input."""
+    dims = model_entry(name).dims
+    for pattern, (frames, height, width) in SMALL_INPUTS.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            time = () if dims == "2d" else (frames,)
+            return (1, model.input_spec.channels, *time, height, width)
+    return input_shape(model, dims=dims)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_protocol_sizes_and_heads(name: str) -> None:
+    with torch.device("meta"):
+        model = create_model(name, num_classes=7).eval()
+        assert isinstance(model, VideoModel)
+        x = torch.empty(input_shape(model, dims=model_entry(name).dims))
+        with torch.no_grad():
+            assert model.num_classes == 7
+            assert model(x).shape == (1, 7)
+            model.reset_classifier(0)
+            assert model.num_classes == 0
+            assert model(x).shape == (1, model.feature_dim)
+            body = set(model.state_dict())
+            model.reset_classifier(5)
+            assert model(x).shape == (1, 5)
+    head = set(model.state_dict()) - body
+    assert head, "no tensor belongs to the head"
+    assert sum(p.numel() for n, p in model.named_parameters() if n in head) >= 5 * model.feature_dim
+    names = model.checkpoint_blocks()
+    assert names, "nothing can be checkpointed"
+    assert len(set(names)) == len(names)
+    for block in names:
+        assert isinstance(model.get_submodule(block), nn.Module)
+    assert checkpoint_blocks(model, 1.0) == names
+    assert set(model.state_dict()) == body | head, "checkpointing renamed tensors"
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_features_without_a_head_need_none(name: str) -> None:
+    """``num_classes=0`` from the start: the same tensors as with the head taken off."""
+    with torch.device("meta"):
+        bare, full = create_model(name, num_classes=0), create_model(name, num_classes=3)
+        full.reset_classifier(0)
+    assert {k: v.shape for k, v in bare.state_dict().items()} == {
+        k: v.shape for k, v in full.state_dict().items()
+    }
+
+
+def check_for_real(name: str, folder: Path, *, repeat: bool) -> None:
+    """Forward and backward with gradients everywhere, determinism in eval mode, batch independence, save and load."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=3)
+    assert isinstance(model, VideoModel)
+    shape = small_shape(name, model)
+    x = torch.randn(2, *shape[1:])
+    out = model.train()(x)
+    assert out.shape == (2, 3)
+    out.square().sum().backward()
+    for key, p in model.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None, f"{key} got no gradient"
+            assert p.grad.isfinite().all(), key
+    model.eval()
+    with torch.no_grad():
+        answer: Tensor = model(x)
+        assert answer.isfinite().all()
+        alone = model(x[:1])
+        # the same clip alone and beside another: float32 kernels may add in another order
+        assert (alone - answer[:1]).abs().max() < 1e-3 * max(1.0, answer.abs().max().item())
+        assert torch.equal(model(x[:1]), alone), "eval mode is not deterministic"
+        if repeat:
+            again = from_pretrained(save_pretrained(model, folder, name=name, extra={"k": 1}))
+            assert torch.equal(again(x[:1]), alone), "save and load changed the answer"
+
+
+@pytest.mark.parametrize("name", AFFORDABLE)
+def test_an_affordable_model_for_real(name: str, tmp_path: Path) -> None:
+    check_for_real(name, tmp_path, repeat=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_for_real(name: str, tmp_path: Path) -> None:
+    check_for_real(name, tmp_path, repeat=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list_models())
+def test_every_model_checkpointed_computes_the_same_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=3).train()
+    x = torch.randn(2, *small_shape(name, model)[1:])
+    gradients = []
+    for fraction in (0.0, 1.0):
+        checkpoint_blocks(model, fraction)
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(x).square().sum().backward()
+        gradients.append({k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, value in gradients[0].items():
+        assert (value - gradients[1][key]).abs().max() <= 1e-4 * max(1.0, value.abs().max().item()), key
+
+
+def test_an_impossible_head_is_refused() -> None:
+    model = create_model("t3d_tiny", num_classes=2)
+    with pytest.raises(ModelError, match="num_classes=-3"):
+        model.reset_classifier(-3)

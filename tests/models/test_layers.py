@@ -1,0 +1,158 @@
+"""Shared layers: temporal padding, pooling, activation checkpointing, memory formats and half precision."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cliplift.models import ModelError, create_model
+from cliplift.models.layers import SameConv3d, checkpoint_blocks, halve, same_padding
+
+
+@pytest.mark.parametrize(
+    ("kernel", "pads"), [(1, (0, 0)), (2, (0, 1)), (3, (1, 1)), (4, (1, 2)), (6, (2, 3))]
+)
+def test_the_odd_zero_goes_behind(kernel: int, pads: tuple[int, int]) -> None:
+    assert same_padding(kernel) == pads
+
+
+@pytest.mark.parametrize("kernel", [(1, 1, 1), (4, 3, 3), (6, 3, 3), (2, 4, 1)])
+def test_a_same_convolution_keeps_every_axis(kernel: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    conv = SameConv3d(2, 3, kernel).double()
+    x = torch.randn(2, 2, 3, 5, 4, dtype=torch.float64)
+    pads = [n for k in reversed(kernel) for n in ((k - 1) // 2, k // 2)]
+    expected = F.conv3d(F.pad(x, pads), conv.weight)
+    assert conv(x).shape == (2, 3, 3, 5, 4)
+    torch.testing.assert_close(conv(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_halve_stops_at_one() -> None:
+    assert halve(torch.ones(1, 1, 1, 3, 2)).shape == (1, 1, 1, 1, 1)
+    assert halve(torch.ones(1, 1, 1, 7)).shape == (1, 1, 1, 3)
+    x = torch.arange(8.0).view(1, 1, 2, 2, 2)
+    assert halve(x).item() == 3.5
+
+
+class Counting(nn.Module):
+    """A block that counts its forward passes, with BatchNorm and dropout inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(3, 3, 3, padding=1)
+        self.norm = nn.BatchNorm3d(3)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return F.dropout(self.norm(self.conv(x)).relu(), 0.5, self.training)
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*[Counting() for _ in range(4)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(x)
+
+    def checkpoint_blocks(self) -> list[str]:
+        return [f"blocks.{i}" for i in range(4)]
+
+
+@pytest.mark.parametrize(("fraction", "wrapped"), [(0.0, 0), (0.1, 1), (0.5, 2), (1.0, 4)])
+def test_checkpointed_blocks_run_twice_and_compute_the_same(fraction: float, wrapped: int) -> None:
+    torch.manual_seed(0)
+    plain = Stack()
+    checkpointed = copy.deepcopy(plain)
+    names = checkpoint_blocks(checkpointed, fraction)
+    assert names == [f"blocks.{i}" for i in range(wrapped)]
+    assert list(checkpointed.state_dict()) == list(plain.state_dict())
+    x = torch.randn(2, 3, 4, 6, 6)
+    for model in (plain, checkpointed):
+        torch.manual_seed(1)  # the dropout masks
+        model(x).square().sum().backward()
+    assert [b.calls for b in checkpointed.blocks] == [2] * wrapped + [1] * (4 - wrapped)
+    for (key, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), key
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, checkpointed.state_dict()[key]), f"{key}: statistics were counted twice"
+    assert all(norm.momentum == 0.1 for norm in checkpointed.modules() if isinstance(norm, nn.BatchNorm3d))
+
+
+def test_checkpointing_can_be_undone_and_is_off_without_gradients() -> None:
+    model = Stack()
+    checkpoint_blocks(model, 1.0)
+    with torch.no_grad():
+        model(torch.randn(2, 3, 2, 4, 4))
+    assert checkpoint_blocks(model, 0.0) == []
+    model(torch.randn(2, 3, 2, 4, 4)).sum().backward()
+    assert [b.calls for b in model.blocks] == [2] * 4, "one pass without gradients, one without recomputation"
+    with pytest.raises(ModelError, match=r"fraction=1\.5"):
+        checkpoint_blocks(model, 1.5)
+
+
+def test_checkpointing_saves_activations() -> None:
+    """Bytes that autograd keeps between forward and backward, counted by its own hooks."""
+
+    def kept(fraction: float) -> int:
+        torch.manual_seed(0)
+        model = create_model("t3d_tiny", num_classes=3)
+        weights = {p.data_ptr() for p in model.parameters()}
+        checkpoint_blocks(model, fraction)
+        sizes: dict[int, int] = {}
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            if t.data_ptr() not in weights:
+                sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        x = torch.randn(2, 3, 8, 64, 64)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = model(x)
+        assert out.requires_grad
+        return sum(sizes.values())
+
+    assert kept(1.0) < 0.6 * kept(0.0)
+
+
+def test_channels_last_gives_the_same_result() -> None:
+    torch.manual_seed(0)
+    model = create_model("t3d_tiny", num_classes=5).eval()
+    x = torch.randn(2, 3, 8, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        last = copy.deepcopy(model).to(memory_format=torch.channels_last_3d)
+        features = last.forward_features(x.to(memory_format=torch.channels_last_3d))
+        assert features.is_contiguous(memory_format=torch.channels_last_3d), "the layout survives to the end"
+        # float32 sums in another order
+        torch.testing.assert_close(
+            last(x.to(memory_format=torch.channels_last_3d)), expected, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_bfloat16_is_safe() -> None:
+    """Weights and activations in bf16: finite, and near float32 (bf16 keeps 8 bits: 2**-8 per operation)."""
+    torch.manual_seed(0)
+    model = create_model("t3d_tiny", num_classes=5)
+    x = torch.randn(4, 3, 8, 32, 32)
+    half = copy.deepcopy(model).bfloat16()
+    y = half(x.bfloat16())
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(p.grad.isfinite().all() for p in half.parameters())
+    expected = model(x)
+    assert (y.float() - expected).norm() < 0.1 * expected.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t3d_tiny", "p3d_resnet50", "resnet3d_18"])
+def test_compiled_models_have_one_graph_and_the_same_result(name: str) -> None:
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=5).eval()
+    x = torch.randn(2, 3, 8, 64, 64)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,66 @@
+"""The registry: names, options and the messages for wrong ones."""
+
+import pytest
+import torch
+
+from cliplift.models import (
+    ModelError,
+    UnknownModelError,
+    VideoModel,
+    create_model,
+    list_models,
+    model_options,
+)
+from cliplift.models.registry import model_entry, register_model
+
+
+def test_patterns_and_dimensions_select_models() -> None:
+    assert list_models("t3d_*") == ["t3d_121", "t3d_169", "t3d_tiny"]
+    assert {"densenet_121", "resnet_50", "efficientnet_lite0"} <= set(list_models(dims="2d"))
+    assert not set(list_models(dims="2d")) & set(list_models(dims="3d"))
+    assert list_models("no_such_*") == []
+    assert list_models() == sorted(list_models())
+
+
+def test_an_unknown_name_is_answered_with_near_ones() -> None:
+    with pytest.raises(UnknownModelError, match=r"unknown model 't3d_12': did you mean 't3d_121'"):
+        create_model("t3d_12")
+    with pytest.raises(UnknownModelError, match="cliplift models"):
+        create_model("zzzzzzzz")
+    assert issubclass(UnknownModelError, ModelError)
+    assert issubclass(ModelError, ValueError)
+
+
+def test_an_unknown_option_is_answered_with_the_near_one() -> None:
+    with pytest.raises(ModelError, match=r"'t3d_tiny' has no option 'fussion': did you mean 'fusion'\?"):
+        create_model("t3d_tiny", fussion=True)
+    with pytest.raises(ModelError, match="it takes"):
+        create_model("t3d_tiny", zzz=1)
+
+
+def test_classes_and_frames_are_checked_and_recorded() -> None:
+    with pytest.raises(ModelError, match="num_classes=-1"):
+        create_model("t3d_tiny", num_classes=-1)
+    with torch.device("meta"):
+        model = create_model("t3d_tiny", in_frames=12)
+    assert isinstance(model, VideoModel)
+    assert model.input_spec.frames == 12
+    assert model.num_classes == 400, "None means the published number of classes"
+
+
+def test_every_entry_has_a_paper_and_a_docstring() -> None:
+    for name in list_models():
+        entry = model_entry(name)
+        assert entry.paper, name
+        assert entry.build.__doc__, name
+        for option, parameter in model_options(name).items():
+            assert parameter.default is not parameter.empty, f"{name}: option {option} has no default"
+
+
+def test_a_name_cannot_be_registered_twice() -> None:
+    list_models()
+    with pytest.raises(AssertionError, match="registered twice"):
+
+        @register_model()
+        def t3d_121(**_: object) -> torch.nn.Module:
+            return torch.nn.Identity()
