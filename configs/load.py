@@ -20,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from cliplift.configs.sections import ConfigError, Section
 
 COMMAND_LINE = "command line"
+RECIPES = Path(__file__).resolve().parent
 
 R = TypeVar("R", bound=Section)
 
@@ -129,12 +130,23 @@ def read_tree(path: Path, *, parents: tuple[Path, ...] = ()) -> tuple[dict[str, 
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for base in bases:
-        below, below_origins = read_tree(path.parent / base, parents=(*parents, resolved))
+        below, below_origins = read_tree(_base_path(path, base), parents=(*parents, resolved))
         _merge(tree, below)
         origins |= below_origins
     _merge(tree, own)
     origins |= {key: str(path) for key in _dotted_keys(own)}
     return tree, origins
+
+
+def packaged_recipe(name: str) -> Path | None:
+    """The file of a recipe shipped with the package: ``transfer/demo`` or ``configs/transfer/demo.yaml``."""
+    path = RECIPES / f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml"
+    return path if path.is_file() else None
+
+
+def _base_path(path: Path, base: str) -> Path:
+    beside = path.parent / base
+    return beside if beside.exists() else packaged_recipe(base) or beside
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

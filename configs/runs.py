@@ -54,7 +54,7 @@ class CorrespondenceConfig(Section):
     temperature: float = Field(0.07, gt=0, description="infonce temperature")
     independent_views: bool = Field(
         True,
-        description="frames and clip get separate crops and colours, so that shared borders or tints do not give the answer away",
+        description="frames and clip get separate crops and colours, so that borders or tints do not give the answer",
     )
 
 
@@ -71,7 +71,7 @@ class TransferRun(TrainingRun):
     def _pairs_exist(self) -> TransferRun:
         if self.correspondence.negatives_per_clip >= self.engine.global_batch:
             raise ConfigError(
-                f"{self.correspondence.negatives_per_clip} negatives need a larger batch than {self.engine.global_batch}",
+                f"needs more clips than the batch has, {self.engine.global_batch}",
                 key="correspondence.negatives_per_clip",
                 value=self.correspondence.negatives_per_clip,
                 hint=f"it must be below engine.global_batch={self.engine.global_batch}",

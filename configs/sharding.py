@@ -74,7 +74,7 @@ class SplitConfig(Section):
     )
     group_pattern: str | None = Field(
         None,
-        description="regular expression searched in the video's id; its first bracket is the group; None: each video alone",
+        description="regular expression searched in a video's path; its first bracket is the group; None: each alone",
     )
     rename: dict[str, str] = Field(
         {}, description="split name in the source -> name in the shards, e.g. validate: val"
@@ -213,7 +213,7 @@ class ShardRun(Section):
     workers: int = Field(0, ge=0, description="worker processes on this machine; 0 is one per core")
     verify_decode: Literal["none", "sample", "full"] = Field(
         "none",
-        description="clips decoded once more by the closing verify; each was decoded in full before its shard was sealed",
+        description="clips decoded once more at the end; each was decoded in full before its shard was sealed",
     )
 
 

@@ -136,10 +136,10 @@ class EngineConfig(Section):
             "bf16": "precision",
             "fp16": "precision",
         }
-        for key in raw:
-            if key in derived:
+        for key, ours in derived.items():
+            if key in raw:
                 raise ConfigError(
-                    "contradicts a key of ours", key=key, value=raw[key], hint=f"set {derived[key]!r} instead"
+                    "contradicts a key of ours", key=key, value=raw[key], hint=f"set {ours!r} instead"
                 )
         return raw
 

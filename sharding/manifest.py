@@ -1,0 +1,281 @@
+"""What is written beside the tars: the plan, one index per shard, the table of samples and ``dataset.json``.
+
+An index is written after its tar, so its presence says that the shard is whole. ``dataset.json`` and
+``samples.parquet`` are written by ``finalize`` and are all a reader needs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+FORMAT = "cliplift-shards/1"
+INDEX_FORMAT = "cliplift-index/1"
+PLAN_FORMAT = "cliplift-plan/1"
+DATASET_FILE = "dataset.json"
+SAMPLES_FILE = "samples.parquet"
+REFUSED_FILE = "refused.jsonl"
+MISSING_FILE = "missing.jsonl"
+PLAN_FILE = "plan/plan.json"
+PLAN_VIDEOS_FILE = "plan/videos.parquet"
+BUILD_FILE = "build.json"
+NO_LABEL = -1
+
+
+class ManifestError(ValueError):
+    """A dataset's own files are missing, damaged or contradict each other."""
+
+
+@dataclass(frozen=True)
+class SourceVideo:
+    """One video of the plan. ``source`` is the path as the list gives it, below the source's root."""
+
+    video_id: str
+    source: str
+    split: str
+    label: int = NO_LABEL
+    labels: tuple[int, ...] = ()
+    folds: tuple[str, ...] = ()
+    group: str | None = None
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip of a shard: where its members lie and what it shows."""
+
+    key: str
+    mp4_offset: int
+    mp4_bytes: int
+    mp4_crc32: int
+    json_offset: int
+    json_bytes: int
+    json_crc32: int
+    video_id: str
+    source: str
+    split: str
+    label: int
+    labels: tuple[int, ...]
+    folds: tuple[str, ...]
+    group: str | None
+    start_seconds: float
+    end_seconds: float
+    num_frames: int
+    fps: float
+    width: int
+    height: int
+    keyframes: tuple[int, ...]
+    source_sha256: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A clip or video that is not in the shards, and why."""
+
+    video_id: str
+    source: str
+    clip: int
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """All that is known of one finished shard."""
+
+    shard: int
+    split: str
+    tar: str
+    tar_bytes: int
+    tar_sha256: str
+    plan_id: str
+    samples: tuple[Sample, ...]
+    refused: tuple[Refused, ...]
+
+
+@dataclass(frozen=True)
+class ShardFacts:
+    """One shard as ``dataset.json`` lists it."""
+
+    shard: int
+    file: str
+    split: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """``dataset.json``."""
+
+    name: str
+    classes: tuple[str, ...]
+    shards: tuple[ShardFacts, ...]
+    samples: int
+    samples_sha256: str
+    splits: Mapping[str, Mapping[str, Any]]
+    folds: int
+    refused: Mapping[str, int]
+    missing: int
+    plan_id: str
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    fingerprint: str
+
+
+def shard_file(name: str, split: str, shard: int) -> str:
+    """Path of a shard's tar below the root."""
+    return f"{split}/{name}-{split}-{shard:06d}.tar"
+
+
+def index_file(tar: str) -> str:
+    """Path of the index that belongs to a tar."""
+    return tar.removesuffix(".tar") + ".index.json"
+
+
+def canonical(tree: Any) -> bytes:
+    """JSON in one fixed form, for hashing and for reproducible files."""
+    return json.dumps(
+        tree, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+    ).encode()
+
+
+def digest(data: bytes) -> str:
+    """sha256 in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def dump_index(index: ShardIndex) -> bytes:
+    """An index as the bytes of its file."""
+    tree = {"format": INDEX_FORMAT, **dataclasses.asdict(index)}
+    return canonical(tree) + b"\n"
+
+
+def load_index(data: bytes, *, file: str) -> ShardIndex:
+    """Read an index.
+
+    Raises:
+        ManifestError: the file is not a whole index of this format.
+    """
+    tree = _json(data, file, INDEX_FORMAT)
+    try:
+        samples = tuple(Sample(**_tuples(s, "labels", "folds", "keyframes")) for s in tree.pop("samples"))
+        refused = tuple(Refused(**r) for r in tree.pop("refused"))
+        return ShardIndex(**tree, samples=samples, refused=refused)
+    except (TypeError, KeyError) as error:
+        raise ManifestError(f"{file}: not an index of this version: {error}") from error
+
+
+def dump_dataset(dataset: Dataset) -> bytes:
+    """``dataset.json`` as bytes, indented for people."""
+    tree = {"format": FORMAT, **dataclasses.asdict(dataset)}
+    return (json.dumps(tree, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+def load_dataset(data: bytes, *, file: str) -> Dataset:
+    """Read ``dataset.json``.
+
+    Raises:
+        ManifestError: it is damaged or of another format.
+    """
+    tree = _json(data, file, FORMAT)
+    try:
+        shards = tuple(ShardFacts(**s) for s in tree.pop("shards"))
+        return Dataset(**tree | {"classes": tuple(tree["classes"])}, shards=shards)
+    except (TypeError, KeyError) as error:
+        raise ManifestError(f"{file}: not a dataset of this version: {error}") from error
+
+
+def dataset_fingerprint(
+    name: str, classes: Sequence[str], shards: Sequence[ShardFacts], samples_sha256: str
+) -> str:
+    """What a checkpoint remembers of the data: it changes when any byte of any shard or any class name does."""
+    return digest(
+        canonical(
+            [FORMAT, name, list(classes), [[s.file, s.samples, s.sha256] for s in shards], samples_sha256]
+        )
+    )
+
+
+def rows_to_parquet(
+    rows: Sequence[Any], row_type: type[Any], *, extra: Mapping[str, Sequence[Any]] | None = None
+) -> bytes:
+    """Dataclass rows as a Parquet file; the same rows give the same bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, Any] = {}
+    for field in dataclasses.fields(row_type):
+        values = [getattr(row, field.name) for row in rows]
+        columns[field.name] = pa.array(values, type=_arrow_type(str(field.type)))
+    for name, numbers in (extra or {}).items():
+        columns[name] = pa.array(numbers, type=pa.int64())
+    out = io.BytesIO()
+    pq.write_table(pa.table(columns), out, compression="zstd", store_schema=False)
+    return out.getvalue()
+
+
+def rows_from_parquet(data: bytes, row_type: type[Any], *, file: str) -> list[Any]:
+    """Rows written by :func:`rows_to_parquet`; columns that the type lacks are left out.
+
+    Raises:
+        ManifestError: the file is damaged or lacks a column.
+    """
+    table = read_table(data, file=file)
+    names = [field.name for field in dataclasses.fields(row_type)]
+    missing = set(names) - set(table.column_names)
+    if missing:
+        raise ManifestError(f"{file}: column {min(missing)!r} is missing")
+    columns = [table.column(name).to_pylist() for name in names]
+    lists = {field.name for field in dataclasses.fields(row_type) if "tuple" in str(field.type)}
+    tuples = [
+        [tuple(v) for v in column] if name in lists else column
+        for name, column in zip(names, columns, strict=True)
+    ]
+    return [row_type(*values) for values in zip(*tuples, strict=True)]
+
+
+def read_table(data: bytes, *, file: str) -> Any:
+    """A Parquet file as an Arrow table.
+
+    Raises:
+        ManifestError: the file is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(io.BytesIO(data))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ManifestError(f"{file}: not a whole Parquet file: {error}") from error
+
+
+def _arrow_type(annotation: str) -> Any:
+    import pyarrow as pa
+
+    kinds = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
+    if annotation.startswith("tuple["):
+        return pa.list_(kinds[annotation[6:].split(",", maxsplit=1)[0]])
+    return kinds[annotation.split(" | ", maxsplit=1)[0]]
+
+
+def _json(data: bytes, file: str, expected: str) -> dict[str, Any]:
+    try:
+        tree = json.loads(data)
+    except ValueError as error:
+        raise ManifestError(f"{file}: not whole JSON: {error}") from error
+    found = tree.pop("format", None) if isinstance(tree, dict) else None
+    if found != expected:
+        raise ManifestError(f"{file}: format is {found!r}, this version reads {expected!r}")
+    return dict(tree)
+
+
+def _tuples(tree: dict[str, Any], *names: str) -> dict[str, Any]:
+    return tree | {name: tuple(tree[name]) for name in names}

@@ -1,0 +1,288 @@
+"""Reading samples of a shard dataset by number: offset and length from the index, every payload checked by crc32."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cliplift.configs.sections import ConfigError
+from cliplift.sharding.cache import ShardCache
+from cliplift.sharding.manifest import (
+    DATASET_FILE,
+    NO_LABEL,
+    SAMPLES_FILE,
+    Dataset,
+    ManifestError,
+    ShardFacts,
+    canonical,
+    digest,
+    load_dataset,
+    read_table,
+)
+from cliplift.sharding.storage import StorageError, Store, open_store
+
+UNUSED = ""
+
+
+class ShardReadError(ValueError):
+    """A sample cannot be read: which file, which member, and why."""
+
+    def __init__(self, file: str, member: str, reason: str) -> None:
+        self.file, self.member, self.reason = file, member, reason
+        super().__init__(f"{file}, {member}: {reason}")
+
+    def __reduce__(self) -> tuple[type[ShardReadError], tuple[str, str, str]]:
+        return type(self), (self.file, self.member, self.reason)
+
+
+@dataclass(frozen=True)
+class SampleFacts:
+    """What the index says of one clip."""
+
+    key: str
+    shard: int
+    label: int | None
+    labels: tuple[int, ...]
+    split: str
+    video_id: str
+    group: str | None
+    num_frames: int
+    fps: float
+    width: int
+    height: int
+    keyframes: tuple[int, ...]
+    span_seconds: tuple[float, float]
+    source: str
+
+
+class ShardDataset:
+    """The samples of one split, in shard order. Map-style, picklable, opens files per process, needs no torch.
+
+    Args:
+        url: folder or URL of a finalized dataset.
+        split: samples of this split only; None takes all.
+        fold: official split number, from 1, for datasets that have several (UCF101, HMDB51).
+        cache_folder: local folder that keeps whole remote shards; None reads byte ranges.
+        cache_gib: upper bound of that folder, GiB.
+
+    Raises:
+        ConfigError: no such dataset, split or fold.
+        ManifestError: the dataset's own files are damaged.
+    """
+
+    classes: tuple[str, ...]
+    fingerprint: str
+    shards: tuple[ShardFacts, ...]
+    shard_ranges: list[tuple[int, int]]
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        split: str | None = None,
+        fold: int | None = None,
+        cache_folder: str | None = None,
+        cache_gib: float = 50.0,
+    ) -> None:
+        self.url, self.split, self.fold = url, split, fold
+        self.cache_folder, self.cache_gib = cache_folder, cache_gib
+        self._store: Store = open_store(url)
+        self._files: dict[str, int] = {}
+        self._pid = os.getpid()
+        self._cache = ShardCache(Path(cache_folder), cache_gib) if cache_folder and "://" in url else None
+        dataset = read_dataset(self._store)
+        data = self._store.read(SAMPLES_FILE)
+        if digest(data) != dataset.samples_sha256:
+            raise ManifestError(f"{url}/{SAMPLES_FILE}: does not belong to {DATASET_FILE}; finalize again")
+        self._load(dataset, read_table(data, file=SAMPLES_FILE))
+
+    def _load(self, dataset: Dataset, table: Any) -> None:
+        splits = _resolved_splits(dataset, table, self.url, self.fold)
+        names, counts = np.unique(splits, return_counts=True)
+        if self.split is not None and self.split not in names:
+            have = ", ".join(f"{n} ({c})" for n, c in zip(names, counts, strict=True) if n != UNUSED)
+            raise ConfigError(
+                f"{self.url} has no split {self.split!r}",
+                key="data.split",
+                value=self.split,
+                hint=f"it has {have}",
+            )
+        chosen = np.flatnonzero(splits == self.split if self.split is not None else splits != UNUSED)
+        self._table = table.take(chosen)
+        self._splits = splits[chosen]
+        shard_numbers = self._table.column("shard").to_numpy()
+        by_number = {facts.shard: facts for facts in dataset.shards}
+        numbers = [int(n) for n in dict.fromkeys(shard_numbers.tolist())]
+        self.shards = tuple(by_number[n] for n in numbers)
+        stops = list(itertools.accumulate(int((shard_numbers == n).sum()) for n in numbers))
+        self.shard_ranges = list(zip([0, *stops[:-1]], stops, strict=True))
+        self._starts = [start for start, _ in self.shard_ranges]
+        self._places = {
+            kind: np.stack(
+                [self._table.column(f"{kind}_{what}").to_numpy() for what in ("offset", "bytes", "crc32")]
+            )
+            for kind in ("mp4", "json")
+        }
+        self.labels = self._table.column("label").to_numpy()
+        self.classes = dataset.classes
+        # Another split or fold of the same shards is another training set.
+        self.fingerprint = digest(canonical([dataset.fingerprint, self.split, self.fold]))
+
+    def __len__(self) -> int:
+        return len(self._splits)
+
+    def facts(self, i: int) -> SampleFacts:
+        """What the index says of sample ``i``."""
+        row = self._table.slice(self._checked(i), 1).to_pylist()[0]
+        return SampleFacts(
+            key=row["key"],
+            shard=row["shard"],
+            label=None if row["label"] == NO_LABEL else row["label"],
+            labels=tuple(row["labels"]),
+            split=str(self._splits[i]),
+            video_id=row["video_id"],
+            group=row["group"],
+            num_frames=row["num_frames"],
+            fps=row["fps"],
+            width=row["width"],
+            height=row["height"],
+            keyframes=tuple(row["keyframes"]),
+            span_seconds=(row["start_seconds"], row["end_seconds"]),
+            source=row["source"],
+        )
+
+    def column(self, name: str) -> list[Any]:
+        """One column of the samples' table, e.g. ``video_id`` or ``num_frames``, in sample order."""
+        values: list[Any] = self._table.column(name).to_pylist()
+        return values
+
+    def shard_of(self, i: int) -> int:
+        """Position in :attr:`shards` of the shard that holds sample ``i``."""
+        return bisect.bisect_right(self._starts, self._checked(i)) - 1
+
+    def read(self, i: int) -> bytes:
+        """The mp4 of sample ``i``.
+
+        Raises:
+            ShardReadError: the file is gone, too short, or its bytes are not those that were written.
+        """
+        return self._member(i, "mp4")
+
+    def read_json(self, i: int) -> dict[str, Any]:
+        """The JSON member of sample ``i``; raises as :meth:`read` does."""
+        tree: dict[str, Any] = json.loads(self._member(i, "json"))
+        return tree
+
+    def close(self) -> None:
+        """Close the files this process has open; reading opens them again."""
+        if self._pid == os.getpid():
+            for descriptor in self._files.values():
+                os.close(descriptor)
+        self._files = {}
+        self._pid = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": {}, "_pid": -1}
+
+    def __del__(self) -> None:
+        if getattr(self, "_files", None):
+            self.close()
+
+    def _checked(self, i: int) -> int:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        return int(i)
+
+    def _member(self, i: int, kind: str) -> bytes:
+        shard = self.shards[self.shard_of(i)]
+        offset, length, crc32 = (int(v) for v in self._places[kind][:, i])
+        member = f"{self._table.column('key')[i].as_py()}.{kind}"
+        try:
+            data = self._bytes(shard, offset, length)
+        except FileNotFoundError:
+            raise ShardReadError(shard.file, member, "the shard does not exist") from None
+        except (OSError, StorageError) as error:
+            raise ShardReadError(shard.file, member, f"cannot be read: {error}") from error
+        if len(data) != length:
+            raise ShardReadError(
+                shard.file, member, f"{length} bytes expected, {len(data)} found: the shard is cut short"
+            )
+        if zlib.crc32(data) != crc32:
+            raise ShardReadError(shard.file, member, "crc32 differs: the bytes are damaged")
+        return data
+
+    def _bytes(self, shard: ShardFacts, offset: int, length: int) -> bytes:
+        if (
+            self._pid != os.getpid()
+        ):  # a fork shares descriptors; pread is safe, but closing them is the parent's
+            self._files, self._pid = {}, os.getpid()
+        path = self._store.local_path(shard.file)
+        if path is None and self._cache is None:
+            return self._store.read_range(shard.file, offset, length)
+        if path is None:
+            assert self._cache is not None
+            return self._cache.read(self._store, shard, offset, length)
+        if shard.file not in self._files:
+            if len(self._files) >= MAX_OPEN_FILES:
+                self.close()
+            self._files[shard.file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return _pread(self._files[shard.file], offset, length)
+
+
+MAX_OPEN_FILES = 256
+
+
+def _pread(descriptor: int, offset: int, length: int) -> bytes:
+    """Up to ``length`` bytes; fewer only at the end of the file (one system call reads at most 2 GiB)."""
+    parts = []
+    while length:
+        part = os.pread(descriptor, length, offset)
+        if not part:
+            break
+        parts.append(part)
+        offset, length = offset + len(part), length - len(part)
+    return b"".join(parts)
+
+
+def read_dataset(store: Store) -> Dataset:
+    """The manifest of a dataset.
+
+    Raises:
+        ConfigError: there is no finalized dataset at this place.
+        ManifestError: its manifest is damaged.
+    """
+    try:
+        data = store.read(DATASET_FILE)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"holds no {DATASET_FILE}",
+            key="url",
+            value=store.url,
+            hint=f"is {store.url} a finalized shard dataset?",
+        ) from None
+    return load_dataset(data, file=f"{store.url}/{DATASET_FILE}")
+
+
+def _resolved_splits(dataset: Dataset, table: Any, url: str, fold: int | None) -> Any:
+    """The split of every sample under a fold; :data:`UNUSED` where the fold leaves it out."""
+    if not dataset.folds:
+        if fold is not None:
+            raise ConfigError(f"{url} has a single split", key="data.fold", value=fold, hint="remove it")
+        return np.asarray(table.column("split").to_pylist(), dtype=object)
+    if fold is None:
+        return np.full(table.num_rows, "all", dtype=object)
+    if fold > dataset.folds:
+        raise ConfigError(
+            f"{url} has {dataset.folds} folds", key="data.fold", value=fold, hint=f"use 1 to {dataset.folds}"
+        )
+    folds: Sequence[Sequence[str]] = table.column("folds").to_pylist()
+    return np.asarray([row[fold - 1] for row in folds], dtype=object)

@@ -1,0 +1,226 @@
+"""Where shards lie: a local folder or an object store through fsspec, behind one small set of verbs.
+
+Nothing half-written is ever visible under its final name: locally a temporary file is synced and renamed, on an
+object store an upload appears only when it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+TEMPORARY_SUFFIX = ".tmp"
+REMOTE_ATTEMPTS = 5
+REMOTE_PAUSE_SECONDS = 0.5
+
+R = TypeVar("R")
+
+
+class StorageError(ValueError):
+    """A file of a dataset cannot be read or written; the message names it."""
+
+
+class Store(Protocol):
+    """Files of one dataset, named by paths relative to its root."""
+
+    url: str
+
+    def read(self, name: str) -> bytes: ...
+    def read_range(self, name: str, start: int, length: int) -> bytes: ...
+    def size(self, name: str) -> int | None: ...
+    def list(self) -> list[str]: ...
+    def write(self, name: str, data: bytes) -> None: ...
+    def publish(self, file: Path, name: str) -> None: ...
+    def fetch(self, name: str, file: Path) -> None: ...
+    def remove(self, name: str) -> None: ...
+    def local_path(self, name: str) -> Path | None: ...
+
+
+def open_store(url: str) -> Store:
+    """The store behind a local path or a ``scheme://`` URL."""
+    if url.startswith("file://"):
+        url = url.removeprefix("file://")
+    return RemoteStore(url) if "://" in url else LocalStore(url)
+
+
+def join(root: str, name: str) -> str:
+    """``name`` below ``root``, unless it is absolute or a URL itself."""
+    if not root or "://" in name or name.startswith("/"):
+        return name
+    return f"{root.rstrip('/')}/{name}"
+
+
+class LocalStore:
+    """A folder on a mounted file system."""
+
+    def __init__(self, folder: str) -> None:
+        self.url = folder
+        self._root = Path(folder)
+
+    def local_path(self, name: str) -> Path | None:
+        return self._root / name
+
+    def read(self, name: str) -> bytes:
+        return (self._root / name).read_bytes()
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        with (self._root / name).open("rb") as file:
+            return os.pread(file.fileno(), length, start)
+
+    def size(self, name: str) -> int | None:
+        try:
+            return (self._root / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def list(self) -> list[str]:
+        return sorted(p.relative_to(self._root).as_posix() for p in self._root.rglob("*") if p.is_file())
+
+    def write(self, name: str, data: bytes) -> None:
+        target = self._root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_beside(target)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        self._rename(temporary, target)
+
+    def publish(self, file: Path, name: str) -> None:
+        target = self._root / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.stat().st_dev != target.parent.stat().st_dev:
+            temporary = temporary_beside(target)
+            shutil.copyfile(file, temporary)
+            file.unlink()
+            file = temporary
+        with file.open("rb") as synced:
+            os.fsync(synced.fileno())
+        self._rename(file, target)
+
+    def fetch(self, name: str, file: Path) -> None:
+        shutil.copyfile(self._root / name, file)
+
+    def remove(self, name: str) -> None:
+        (self._root / name).unlink(missing_ok=True)
+
+    def _rename(self, temporary: Path, target: Path) -> None:
+        temporary.replace(target)
+        folder = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself must survive a power cut
+        finally:
+            os.close(folder)
+
+
+class RemoteStore:
+    """An object store or any other fsspec file system."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._opened: tuple[int, Any, str] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url, "_opened": None}
+
+    def _fs(self) -> tuple[Any, str]:
+        # fsspec's asynchronous file systems do not survive a fork: each process opens its own.
+        if self._opened is None or self._opened[0] != os.getpid():
+            import fsspec
+
+            fs, root = fsspec.core.url_to_fs(self.url)
+            self._opened = (os.getpid(), fs, root)
+        return self._opened[1], self._opened[2]
+
+    def local_path(self, name: str) -> Path | None:
+        return None
+
+    def read(self, name: str) -> bytes:
+        fs, root = self._fs()
+        data: bytes = self._retried("read", name, lambda: fs.cat_file(f"{root}/{name}"))
+        return data
+
+    def read_range(self, name: str, start: int, length: int) -> bytes:
+        fs, root = self._fs()
+        data: bytes = self._retried(
+            "read", name, lambda: fs.cat_file(f"{root}/{name}", start=start, end=start + length)
+        )
+        return data
+
+    def size(self, name: str) -> int | None:
+        fs, root = self._fs()
+
+        def ask() -> int | None:
+            fs.invalidate_cache()
+            try:
+                return int(fs.info(f"{root}/{name}")["size"])
+            except FileNotFoundError:
+                return None
+
+        return self._retried("look up", name, ask)
+
+    def list(self) -> list[str]:
+        fs, root = self._fs()
+
+        def ask() -> list[str]:
+            fs.invalidate_cache()
+            try:
+                return sorted(path[len(root) :].lstrip("/") for path in fs.find(root))
+            except FileNotFoundError:
+                return []
+
+        return self._retried("list", "", ask)
+
+    def write(self, name: str, data: bytes) -> None:
+        fs, root = self._fs()
+        self._retried("write", name, lambda: fs.pipe_file(f"{root}/{name}", data))
+        self._whole(name, len(data))
+
+    def publish(self, file: Path, name: str) -> None:
+        fs, root = self._fs()
+        size = file.stat().st_size
+        self._retried("write", name, lambda: fs.put_file(str(file), f"{root}/{name}"))
+        self._whole(name, size)
+        file.unlink()
+
+    def fetch(self, name: str, file: Path) -> None:
+        fs, root = self._fs()
+        self._retried("read", name, lambda: fs.get_file(f"{root}/{name}", str(file)))
+
+    def remove(self, name: str) -> None:
+        fs, root = self._fs()
+
+        def delete() -> None:
+            try:
+                fs.rm_file(f"{root}/{name}")
+            except FileNotFoundError:
+                return
+
+        self._retried("remove", name, delete)
+
+    def _whole(self, name: str, size: int) -> None:
+        found = self.size(name)
+        if found != size:
+            raise StorageError(f"{self.url}/{name}: {size} bytes were written, {found} arrived")
+
+    def _retried(self, verb: str, name: str, action: Callable[[], R]) -> R:
+        for attempt in range(REMOTE_ATTEMPTS):
+            try:
+                return action()
+            except FileNotFoundError:
+                raise
+            except OSError as error:  # fsspec turns HTTP and connection failures into OSError
+                if attempt + 1 == REMOTE_ATTEMPTS or isinstance(error, PermissionError):
+                    raise StorageError(f"{self.url}/{name}: cannot {verb}: {error}") from error
+                time.sleep(REMOTE_PAUSE_SECONDS * 2**attempt)
+        raise AssertionError("unreachable")
+
+
+def temporary_beside(target: Path) -> Path:
+    """A new name in the same folder, recognisable as unfinished by ``verify``."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")

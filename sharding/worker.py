@@ -1,0 +1,210 @@
+"""The child process that touches untrusted video: ``python -m cliplift.sharding.worker FD``.
+
+It speaks length-prefixed JSON with an optional payload over an inherited socket. It may crash, hang or run out of
+memory; its parent (:mod:`cliplift.sharding.pool`) replaces it. Messages in:
+
+* first ``{"cut", "transcode", "memory_mib"}``: the settings,
+* then tasks: ``{"url", "start", "end", "first_clip"}`` to cut a video, or
+  ``{"check", "url", "offset", "bytes"}`` to decode a stored clip in full.
+
+Messages out, per task: ``{"clips": n, "sha256"}``, then for every clip ``{"clip": i, ...facts}`` with the mp4 as
+payload or ``{"refused": i, "stage", "reason"}``, then ``{"done": true}``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from cliplift.configs.sharding import Cut, TranscodeConfig, WholeCut
+from cliplift.sharding.storage import StorageError, open_store
+from cliplift.sharding.transcode import transcode_span
+from cliplift.sharding.video import VideoDecodeError, check_clip, probe
+
+HEADER = struct.Struct("!II")
+PR_SET_PDEATHSIG = 1
+M_PERTURB = -6
+ZERO_FILL = 255  # glibc fills new memory with the complement
+CHUNK_BYTES = 1 << 20
+
+
+def send(link: socket.socket, message: dict[str, Any], payload: bytes = b"") -> None:
+    """Send one message."""
+    head = json.dumps(message, ensure_ascii=True).encode()
+    link.sendall(HEADER.pack(len(head), len(payload)) + head)
+    if payload:
+        link.sendall(payload)
+
+
+def receive(link: socket.socket) -> tuple[dict[str, Any], bytes]:
+    """Receive one message; ``EOFError`` when the other side is gone."""
+    head_bytes, payload_bytes = HEADER.unpack(_exactly(link, HEADER.size))
+    head = json.loads(_exactly(link, head_bytes))
+    return head, _exactly(link, payload_bytes)
+
+
+def _exactly(link: socket.socket, count: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < count:
+        part = link.recv(min(CHUNK_BYTES, count - len(parts)))
+        if not part:
+            raise EOFError
+        parts += part
+    return bytes(parts)
+
+
+def spans(
+    cut: Any, *, start: float, end: float | None, seconds: float | None
+) -> list[tuple[float, float | None]]:
+    """The clips a video is cut into, as (start, end) in seconds; end None is the end of the video.
+
+    Raises:
+        VideoDecodeError: windows are asked of a video that states no length, or that is too short.
+    """
+    if isinstance(cut, WholeCut):
+        return [(start, end)]
+    stop = min((e for e in (end, seconds) if e is not None), default=None)
+    if stop is None:
+        raise VideoDecodeError("the container states no length, so it cannot be cut into windows")
+    stride = cut.stride_seconds or cut.length_seconds
+    found = []
+    at = start
+    # A millisecond of slack: 3.999 s of video hold a window of 4 s whose last frame starts before the end.
+    while at + min(cut.min_seconds, cut.length_seconds) <= stop + 1e-3:
+        found.append((round(at, 6), round(min(at + cut.length_seconds, stop), 6)))
+        at = start + len(found) * stride
+    if not found:
+        raise VideoDecodeError(f"too short: {stop - start:.2f} s hold no window of {cut.min_seconds:g} s")
+    limit = cut.max_per_video
+    if limit is not None and len(found) > limit:
+        found = [found[(2 * i + 1) * len(found) // (2 * limit)] for i in range(limit)]
+    return list(found)
+
+
+def _serve(link: socket.socket) -> None:
+    settings, _ = receive(link)
+    cut: Any = TypeAdapter(Cut).validate_python(settings["cut"])
+    transcode = TranscodeConfig.model_validate(settings["transcode"])
+    if settings["memory_mib"] is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (settings["memory_mib"] << 20,) * 2)
+    with tempfile.TemporaryDirectory(prefix="cliplift-worker-") as scratch:
+        while True:
+            try:
+                task, _ = receive(link)
+            except EOFError:
+                return
+            if "check" in task:
+                _check(link, task)
+            else:
+                _do(link, task, cut, transcode, Path(scratch))
+            send(link, {"done": True})
+
+
+def _do(
+    link: socket.socket, task: dict[str, Any], cut: Any, transcode: TranscodeConfig, scratch: Path
+) -> None:
+    copy: Path | None = None
+    try:
+        path, copy = _local(task["url"], scratch)
+        sha256 = _sha256(path)
+        seconds = None if isinstance(cut, WholeCut) else probe(path).duration_seconds
+        clips = spans(cut, start=task["start"] or 0.0, end=task["end"], seconds=seconds)
+    except (VideoDecodeError, OSError, StorageError, MemoryError) as error:
+        stage = "probe" if isinstance(error, VideoDecodeError) else "read"
+        send(link, {"refused": 0, "stage": stage, "reason": _reason(error)})
+        return
+    else:
+        send(link, {"clips": len(clips), "sha256": sha256})
+        for number in range(task["first_clip"], len(clips)):
+            _one_clip(link, path, number, clips[number], transcode)
+    finally:
+        if copy is not None:
+            copy.unlink(missing_ok=True)
+
+
+def _one_clip(
+    link: socket.socket, path: Path, number: int, span: tuple[float, float | None], transcode: TranscodeConfig
+) -> None:
+    try:
+        clip = transcode_span(path, start_seconds=span[0], end_seconds=span[1], config=transcode)
+    except (VideoDecodeError, OSError, MemoryError) as error:
+        send(link, {"refused": number, "stage": "transcode", "reason": _reason(error)})
+        return
+    checked = clip.checked
+    facts = {
+        "clip": number,
+        "start_seconds": clip.start_seconds,
+        "end_seconds": clip.end_seconds,
+        "num_frames": checked.frames,
+        "fps": [checked.fps.numerator, checked.fps.denominator],
+        "width": checked.width,
+        "height": checked.height,
+        "keyframes": list(checked.keyframes),
+        "source_facts": clip.source,
+    }
+    send(link, facts, clip.data)
+
+
+def _check(link: socket.socket, task: dict[str, Any]) -> None:
+    folder, _, name = task["url"].rpartition("/")
+    try:
+        checked = check_clip(open_store(folder).read_range(name, task["offset"], task["bytes"]))
+    except (VideoDecodeError, OSError, StorageError, MemoryError) as error:
+        send(link, {"refused": 0, "stage": "decode", "reason": _reason(error)})
+        return
+    found = {"num_frames": checked.frames, "width": checked.width, "height": checked.height}
+    send(link, {"clip": 0, **found, "keyframes": list(checked.keyframes)})
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == 12:
+        return "out of memory"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, VideoDecodeError):
+        return str(error)
+    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
+
+
+def _local(url: str, scratch: Path) -> tuple[Path, Path | None]:
+    """A local file with the video, and the copy to remove afterwards if it had to be fetched."""
+    folder, _, name = url.rpartition("/")
+    store = open_store(folder or ("/" if url.startswith("/") else "."))
+    path = store.local_path(name)
+    if path is not None:
+        return path, None
+    copy = scratch / "source"
+    store.fetch(name, copy)
+    return copy, copy
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main() -> None:
+    """Serve the parent on the socket whose descriptor is the only argument."""
+    ctypes.CDLL(None).prctl(
+        PR_SET_PDEATHSIG, signal.SIGKILL
+    )  # a worker stuck in a decoder must not outlive its parent
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.environ["AV_LOG_FORCE_NOCOLOR"] = "1"
+    with socket.socket(fileno=int(sys.argv[1])) as link:
+        _serve(link)
+
+
+if __name__ == "__main__":
+    main()

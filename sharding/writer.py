@@ -1,0 +1,98 @@
+"""One shard as a USTAR file whose bytes depend on its members alone, and the index written after it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+import tempfile
+import zlib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cliplift.sharding.manifest import Refused, Sample, ShardIndex, dump_index, index_file
+from cliplift.sharding.storage import Store, temporary_beside
+
+BLOCK = tarfile.BLOCKSIZE
+
+
+class ShardWriter:
+    """Writes one shard: members in order, then :meth:`commit` publishes the tar and, last, its index.
+
+    Nothing is visible under the final names before ``commit``; :meth:`abandon` leaves no trace.
+    """
+
+    def __init__(self, store: Store, tar: str, *, shard: int, split: str, plan_id: str) -> None:
+        self.store, self.tar = store, tar
+        self.shard, self.split, self.plan_id = shard, split, plan_id
+        self.samples: list[Sample] = []
+        self.refused: list[Refused] = []
+        self._hash = hashlib.sha256()
+        self._offset = 0
+        local = store.local_path(tar)
+        if local is not None:
+            local.parent.mkdir(parents=True, exist_ok=True)
+            self._path = temporary_beside(local)
+        else:
+            with tempfile.NamedTemporaryFile(prefix="cliplift-", suffix=".tar.tmp", delete=False) as scratch:
+                self._path = Path(scratch.name)
+        self._file: BinaryIO = self._path.open("wb")
+
+    def add(self, *, mp4: bytes, facts: dict[str, Any], **row: Any) -> None:
+        """Append ``KEY.mp4`` and ``KEY.json``. ``row`` holds the :class:`Sample` fields other than the places."""
+        key = row["key"]
+        payload = json.dumps(facts, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=None).encode()
+        mp4_offset, json_offset = self._member(f"{key}.mp4", mp4), self._member(f"{key}.json", payload)
+        self.samples.append(
+            Sample(
+                mp4_offset=mp4_offset,
+                mp4_bytes=len(mp4),
+                mp4_crc32=zlib.crc32(mp4),
+                json_offset=json_offset,
+                json_bytes=len(payload),
+                json_crc32=zlib.crc32(payload),
+                **row,
+            )
+        )
+
+    def refuse(self, refused: Refused) -> None:
+        """Record a clip that is not written."""
+        self.refused.append(refused)
+
+    def commit(self) -> ShardIndex:
+        """Seal the tar, publish it, then publish its index."""
+        self._write(bytes(2 * BLOCK))
+        self._write(bytes(-self._offset % tarfile.RECORDSIZE))
+        self._file.close()
+        index = ShardIndex(
+            shard=self.shard,
+            split=self.split,
+            tar=self.tar,
+            tar_bytes=self._offset,
+            tar_sha256=self._hash.hexdigest(),
+            plan_id=self.plan_id,
+            samples=tuple(self.samples),
+            refused=tuple(self.refused),
+        )
+        self.store.publish(self._path, self.tar)
+        self.store.write(index_file(self.tar), dump_index(index))
+        return index
+
+    def abandon(self) -> None:
+        """Throw the unfinished tar away."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def _member(self, name: str, data: bytes) -> int:
+        info = tarfile.TarInfo(name)
+        info.size, info.mode = len(data), 0o644
+        self._write(info.tobuf(format=tarfile.USTAR_FORMAT))
+        offset = self._offset
+        self._write(data)
+        self._write(bytes(-len(data) % BLOCK))
+        return offset
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._offset += len(data)

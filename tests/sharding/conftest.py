@@ -1,0 +1,55 @@
+"""Small videos and a small dataset, made once and shared by the sharding tests."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cliplift.configs.sharding import ShardRun
+from cliplift.sharding.build import run_shard
+from cliplift.sharding.synthetic import write_demo_videos
+
+
+@pytest.fixture(scope="session")
+def demo_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten classes of two training clips, one validation and one test clip each, and four longer unlabelled videos."""
+    folder = tmp_path_factory.mktemp("videos")
+    write_demo_videos(
+        folder, seed=5, train_per_class=2, val_per_class=1, test_per_class=1, unlabelled=4, size_pixels=48, workers=2
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_run(demo_videos: Path) -> Callable[..., ShardRun]:
+    """A run over the labelled demo videos; keywords replace or add sections."""
+
+    def make(output: Path | str, **changes: Any) -> ShardRun:
+        tree: dict[str, Any] = {
+            "name": "tiny",
+            "output": str(output),
+            "source": {"kind": "folder", "root": str(demo_videos / "labelled"), "layout": "split/class"},
+            "shards": {"videos_per_shard": 5},
+            "workers": 2,
+        }
+        return ShardRun.model_validate(tree | changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def built(make_run: Callable[..., ShardRun], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished dataset; read it, never change it."""
+    folder = tmp_path_factory.mktemp("built") / "tiny"
+    run_shard(make_run(folder))
+    return folder
+
+
+@pytest.fixture
+def dataset(built: Path, tmp_path: Path) -> Path:
+    """A copy of the finished dataset, to damage."""
+    return Path(shutil.copytree(built, tmp_path / "tiny"))
