@@ -1,0 +1,153 @@
+"""The folder of a run: what was asked (config.yaml), how it was started (run.json), what came out (result.json)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cliplift.configs.load import dump_run
+from cliplift.configs.sections import ConfigError, Section
+
+CONFIG, RUN, RESULT, WEIGHTS, PREDICTIONS = (
+    "config.yaml",
+    "run.json",
+    "result.json",
+    "weights",
+    "predictions.parquet",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run and the small files in it. Only rank 0 writes."""
+
+    path: Path
+    writes: bool = True
+
+    @classmethod
+    def create(cls, path: str | Path, *, writes: bool) -> RunFolder:
+        """Make the folder. Raises :class:`ConfigError` when it cannot be written."""
+        folder = cls(Path(path), writes)
+        if writes:
+            try:
+                folder.path.mkdir(parents=True, exist_ok=True)
+                probe = folder.path / ".writable"
+                probe.write_bytes(b"")
+                probe.unlink()
+            except OSError as error:
+                raise ConfigError(
+                    f"{str(path)!r} cannot be written: {error.strerror}",
+                    key="output",
+                    value=str(path),
+                    hint="choose another folder",
+                ) from error
+        return folder
+
+    @property
+    def weights(self) -> Path:
+        return self.path / WEIGHTS
+
+    @property
+    def predictions(self) -> Path:
+        return self.path / PREDICTIONS
+
+    def write_start(
+        self, run: Section, *, stage: str, name: str, command: Sequence[str], world_size: int
+    ) -> None:
+        """Resolved config and start record; a restart adds to the list of starts instead of replacing it."""
+        if not self.writes:
+            return
+        write_text(self.path / CONFIG, dump_run(run))
+        record = self.start_record() or {"stage": stage, "name": name, "command": list(command), "starts": []}
+        record |= _environment() | {"world_size": world_size, "command_line": shlex.join(command)}
+        record["starts"] = [*record["starts"], time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())]
+        record["started_utc"] = record["starts"][0]
+        write_json(self.path / RUN, record)
+
+    def write_result(
+        self,
+        *,
+        stage: str,
+        metrics: Mapping[str, float | None],
+        seconds: float,
+        classes: Sequence[str] = (),
+        **facts: Any,
+    ) -> None:
+        """The run's final numbers."""
+        if not self.writes:
+            return
+        write_json(
+            self.path / RESULT,
+            {
+                "stage": stage,
+                "metrics": dict(metrics),
+                "seconds": round(seconds, 3),
+                "classes": list(classes),
+                **facts,
+            },
+        )
+        record = self.start_record() or {}
+        write_json(self.path / RUN, record | {"seconds": round(seconds, 3)})
+
+    def start_record(self) -> dict[str, Any] | None:
+        return _read_json(self.path / RUN)
+
+    def result(self) -> dict[str, Any] | None:
+        """The final numbers, or None while the run has not finished."""
+        return _read_json(self.path / RESULT)
+
+
+def _environment() -> dict[str, Any]:
+    from importlib.metadata import version
+
+    import torch
+
+    return {
+        "cliplift_version": version("cliplift"),
+        "torch_version": torch.__version__,
+        "deepspeed_version": version("deepspeed"),
+        "python": platform.python_version(),
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the working directory, with ``+changes`` when it differs; None outside a repository."""
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        )
+        status = subprocess.run(
+            ["git", "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file at once: a reader sees the old text or the new, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    assert isinstance(value, dict)
+    return value

@@ -1,0 +1,65 @@
+"""The run folder: what was asked, how it was started, what came out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cliplift.configs.load import load_run
+from cliplift.configs.runs import RUNS, ExportRun
+from cliplift.configs.sections import ConfigError
+from cliplift.pipelines.run_folder import RunFolder, write_text
+
+RUN = ExportRun(run="somewhere", output="out")
+
+
+def test_a_restart_keeps_the_first_start_and_adds_its_own(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", writes=True)
+    folder.write_start(RUN, stage="export", name="x", command=["cliplift", "export", "a b"], world_size=1)
+    first = json.loads((folder.path / "run.json").read_text())
+    folder.write_start(RUN, stage="export", name="x", command=["cliplift", "export", "again"], world_size=2)
+    second = json.loads((folder.path / "run.json").read_text())
+    assert first["command"] == ["cliplift", "export", "a b"]
+    assert first["command_line"] == "cliplift export 'a b'"
+    assert second["started_utc"] == first["started_utc"]
+    assert len(second["starts"]) == 2
+    assert second["world_size"] == 2
+
+
+def test_the_config_in_the_folder_loads_to_an_equal_run(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", writes=True)
+    folder.write_start(RUN, stage="export", name="x", command=["cliplift"], world_size=1)
+    assert load_run(folder.path / "config.yaml", RUNS).run == RUN
+
+
+def test_results_are_read_back_and_nan_is_refused(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", writes=True)
+    assert folder.result() is None
+    folder.write_result(stage="s", metrics={"accuracy": 0.5}, seconds=1.23456, classes=["a"], steps=3)
+    result = folder.result()
+    assert result == {"stage": "s", "metrics": {"accuracy": 0.5}, "seconds": 1.235, "classes": ["a"], "steps": 3}
+    with pytest.raises(ValueError, match="Out of range"):
+        folder.write_result(stage="s", metrics={"accuracy": float("nan")}, seconds=1.0)
+    assert folder.result() == result, "the refused write must leave the old file whole"
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", writes=False)
+    folder.write_start(RUN, stage="export", name="x", command=["cliplift"], world_size=2)
+    folder.write_result(stage="s", metrics={}, seconds=1.0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unwritable_output_is_the_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match="cannot be written") as caught:
+        RunFolder.create(tmp_path / "file" / "run", writes=True)
+    assert caught.value.key == "output"
+
+
+def test_writing_replaces_a_file_at_once(tmp_path: Path) -> None:
+    write_text(tmp_path / "a.json", "old")
+    write_text(tmp_path / "a.json", "new")
+    assert (tmp_path / "a.json").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
