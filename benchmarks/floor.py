@@ -102,7 +102,8 @@ def compare(case: Case, *, rounds: int, device: str, channels_last: bool, compil
     model_s, floor_s = (statistics.median(s) for s in seconds)
     last_s = compiled_s = None
     if compiled:
-        fast = torch.compile(model)
+        torch.compiler.reset()  # the sizes of the case before would make these dynamic
+        fast = torch.compile(model, dynamic=False)
         compiled_s = median_seconds(lambda: fast(x), model, rounds)
     if channels_last:
         layout = torch.channels_last_3d if x.ndim == 5 else torch.channels_last

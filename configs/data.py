@@ -9,15 +9,6 @@ from pydantic import Field, field_validator, model_validator
 from cliplift.configs.sections import ConfigError, Section
 
 
-class ShardSet(Section):
-    """One dataset of shards and its share of a mixture."""
-
-    url: str = Field(description="folder or URL of a shard dataset (local path, s3://, gs://, https://)")
-    weight: float = Field(
-        1.0, gt=0, description="share of the samples of an epoch drawn from it, relative to its size"
-    )
-
-
 class SamplingConfig(Section):
     """Which frames of a stored clip make one training clip."""
 
@@ -32,9 +23,6 @@ class SamplingConfig(Section):
     )
     short_clips: Literal["loop", "hold"] = Field(
         "loop", description="a video shorter than the clip starts again, or its last frame is held"
-    )
-    clips_per_sample: int = Field(
-        1, ge=1, description="clips drawn from one decode of a sample (repeated augmentation)"
     )
 
 
@@ -73,8 +61,6 @@ class AugmentConfig(Section):
     contrast: float = Field(0.0, ge=0, le=1, description="contrast factor drawn from [1-x, 1+x]")
     saturation: float = Field(0.0, ge=0, le=1, description="saturation factor drawn from [1-x, 1+x]")
     grayscale_probability: float = Field(0.0, ge=0, le=1, description="share of clips turned gray")
-    randaugment_ops: int = Field(0, ge=0, description="RandAugment operations per clip; 0 is off")
-    randaugment_magnitude: float = Field(9.0, ge=0, le=10, description="RandAugment strength, 0 to 10")
     erase_probability: float = Field(0.0, ge=0, le=1, description="share of clips with one random box erased")
     mixup_alpha: float = Field(0.0, ge=0, description="Beta parameter of mixup; 0 is off")
     cutmix_alpha: float = Field(0.0, ge=0, description="Beta parameter of cutmix; 0 is off")
@@ -94,7 +80,9 @@ class AugmentConfig(Section):
 class DataConfig(Section):
     """Everything the clip loader needs."""
 
-    shards: tuple[ShardSet, ...] = Field(description="shard datasets to read; a single URL string is enough")
+    shards: tuple[str, ...] = Field(
+        description="folders or URLs of shard datasets (local, s3://, gs://, https://), read as one; one string will do"
+    )
     split: str = Field("train", description="split trained on, as recorded in the shards")
     val_split: str = Field("val", description="split used for evaluation during training")
     fold: int | None = Field(
@@ -128,6 +116,11 @@ class DataConfig(Section):
     max_failed_share: float = Field(
         0.05, ge=0, le=1, description="stop when more than this share of samples is unreadable"
     )
+    cache_decoded_mib: int = Field(
+        0,
+        ge=0,
+        description="keep decoded videos in memory, at most this much per process, MiB; 0 decodes every time",
+    )
     cache_folder: str | None = Field(
         None, description="local folder that caches remote shards, shared by the processes of a node"
     )
@@ -136,8 +129,7 @@ class DataConfig(Section):
     @field_validator("shards", mode="before")
     @classmethod
     def _one_url(cls, value: object) -> object:
-        items = value if isinstance(value, (list, tuple)) else [value]
-        return [{"url": item} if isinstance(item, str) else item for item in items]
+        return (value,) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _possible(self) -> DataConfig:

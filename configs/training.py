@@ -25,18 +25,16 @@ class ModelConfig(Section):
 class OptimConfig(Section):
     """Optimizer and its parameter groups."""
 
-    name: Literal["adamw", "sgd", "lamb"] = Field(
-        "adamw", description="optimizer; sgd uses Nesterov momentum"
-    )
+    name: Literal["adamw", "sgd"] = Field("adamw", description="optimizer; sgd uses Nesterov momentum")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     lr_reference_batch: int | None = Field(
         None, ge=1, description="scale lr by global_batch / this (linear rule); None uses lr as written"
     )
-    weight_decay: float = Field(0.05, ge=0, description="decoupled for adamw and lamb, L2 for sgd")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled for adamw, L2 for sgd")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd momentum")
     nesterov: bool = Field(True, description="Nesterov form of sgd momentum")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw and lamb moment decay")
-    eps: float = Field(1e-8, gt=0, description="adamw and lamb epsilon")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw moment decay")
+    eps: float = Field(1e-8, gt=0, description="adamw epsilon")
     layer_decay: float = Field(
         1.0, gt=0, le=1, description="lr factor per block from the head down; 1 is off"
     )
@@ -44,7 +42,6 @@ class OptimConfig(Section):
         False, description="apply weight decay to normalisation and bias parameters too"
     )
     clip_grad_norm: float = Field(0.0, ge=0, description="gradient norm limit; 0 is off")
-    head_lr_factor: float = Field(1.0, gt=0, description="lr factor of the classifier head")
 
 
 class ScheduleConfig(Section):
@@ -97,21 +94,12 @@ class EngineConfig(Section):
         description="autocast_bf16 keeps fp32 weights and BatchNorm (3D convolutions); bf16 and fp16 cast weights",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
-    offload_optimizer: bool = Field(
-        False, description="keep optimizer state in host memory (stages 1 to 3, GPU)"
-    )
     checkpoint_blocks_share: float = Field(
         0.0, ge=0, le=1, description="share of blocks whose activations are recomputed"
     )
     compile: bool = Field(False, description="torch.compile the model")
     channels_last: bool = Field(False, description="channels_last_3d memory format")
     sync_batchnorm: bool = Field(False, description="convert BatchNorm to SyncBatchNorm (CUDA)")
-    precise_bn_batches: int = Field(
-        0, ge=0, description="re-estimate BatchNorm statistics on this many batches before evaluation"
-    )
-    ema_decay: float | None = Field(
-        None, gt=0, lt=1, description="keep an exponential moving average of the weights"
-    )
     deterministic: bool = Field(True, description="deterministic kernels where they exist")
     max_bad_steps_in_row: int = Field(
         10, ge=1, description="stop after this many steps with a NaN or infinite loss or gradient"
@@ -191,7 +179,6 @@ class TrackConfig(Section):
     tags: tuple[str, ...] = Field((), description="W&B tags")
     notes: str = Field("", description="W&B notes")
     every_steps: int = Field(10, ge=1, description="optimizer steps between logged lines")
-    tensorboard: bool = Field(False, description="also write TensorBoard files")
     clip_table_rows: int = Field(
         8, ge=0, description="clips with predictions logged to W&B at each evaluation"
     )

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.layers import PooledClassifier, initialise_convolutions
+from cliplift.models.layers import Conv3d, PooledClassifier, ReluLinear
 from cliplift.models.registry import InputSpec, register_model
 
 FC6_MAP = (1, 4, 4)  # (T, H, W) that fc6 was built for
@@ -44,19 +44,15 @@ class C3D(PooledClassifier):
         for i, widths in enumerate(STAGES, start=1):
             for letter, out in zip("ab", widths, strict=False):
                 layer = f"{i}{letter if len(widths) > 1 else ''}"
-                layers[f"conv{layer}"] = nn.Conv3d(channels, out, 3, padding=1)
+                layers[f"conv{layer}"] = Conv3d(channels, out, 3, padding=1)
                 layers[f"relu{layer}"] = nn.ReLU(inplace=True)
                 channels = out
             layers[f"pool{i}"] = _pool(i)
         self.features = nn.Sequential(layers)
         positions = FC6_MAP[0] * FC6_MAP[1] * FC6_MAP[2]
-        self.fc6 = nn.Linear(channels * positions, width)
+        self.fc6 = ReluLinear(channels * positions, width)
         self.fc6_dropout = nn.Dropout(dropout)
-        self.fc7 = nn.Linear(width, width)
-        initialise_convolutions(self)
-        for linear in (self.fc6, self.fc7):
-            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
-            nn.init.zeros_(linear.bias)
+        self.fc7 = ReluLinear(width, width)
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -12,13 +12,13 @@ Shape letters: B clips, F frame sets, X frames a set, P pairs a clip, D width.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cliplift.models.layers import ReluLinear
 from cliplift.models.registry import ModelError
 
 Projection = Literal["auto", "linear", "none"]
@@ -67,17 +67,11 @@ class CorrespondenceHead(nn.Module):
         self.normalise = normalise
         self.embed_dim = embed_dim
         # fc1 of the paper, in two parts; initialised as one layer of 2 * embed_dim inputs
-        self.fc1_student = nn.Linear(embed_dim, hidden[0])
-        self.fc1_teacher = nn.Linear(embed_dim, hidden[0], bias=False)
-        self.fc2 = nn.Linear(hidden[0], hidden[1])
+        self.fc1_student = ReluLinear(embed_dim, hidden[0], parts=2)
+        self.fc1_teacher = ReluLinear(embed_dim, hidden[0], bias=False, parts=2)
+        self.fc2 = ReluLinear(hidden[0], hidden[1])
         self.fc3 = nn.Linear(hidden[1], 2)
         self.dropout_input, self.dropout_1, self.dropout_2 = (nn.Dropout(p) for p in dropout)
-        bound = math.sqrt(6 / (2 * embed_dim))  # Kaiming-uniform for ReLU
-        nn.init.uniform_(self.fc1_student.weight, -bound, bound)
-        nn.init.uniform_(self.fc1_teacher.weight, -bound, bound)
-        nn.init.kaiming_uniform_(self.fc2.weight, nonlinearity="relu")
-        for layer in (self.fc1_student, self.fc2, self.fc3):
-            nn.init.zeros_(layer.bias)
 
     def forward(self, clip_features: Tensor, frame_features: Tensor) -> Tensor:
         """Row i of one beside row i of the other: (B, D_s), (B, D_t) or (B, X, D_t) -> logits (B, 2)."""

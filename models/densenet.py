@@ -24,7 +24,6 @@ from cliplift.models.layers import (
     MAX_POOLS,
     PooledClassifier,
     halve,
-    initialise_convolutions,
 )
 from cliplift.models.registry import InputSpec, ModelError, register_model
 
@@ -138,7 +137,6 @@ class DenseNet(PooledClassifier):
         )
         self.input_dims = rank + 2
         self.features = trunk
-        initialise_convolutions(self)
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.layers import PooledClassifier
+from cliplift.models.layers import Conv2d, PooledClassifier
 from cliplift.models.registry import InputSpec, ModelError, register_model
 
 # (blocks, kernel, stride of the first, expansion, channels out): arXiv 1905.11946 Table 1, stages 2 to 8
@@ -41,7 +41,7 @@ def _norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)  # TensorFlow's momentum 0.99
 
 
-class SamePaddedConv2d(nn.Conv2d):
+class SamePaddedConv2d(Conv2d):
     """TensorFlow's SAME padding at stride 2: as many zeros as the last window needs, the odd one behind.
 
     For an even size that is (0, 1) for a 3x3 kernel, where PyTorch's ``padding=1`` would put the windows one pixel
@@ -63,7 +63,7 @@ def _convolution(
     in_channels: int, out_channels: int, kernel: int, *, stride: int, groups: int = 1
 ) -> nn.Conv2d:
     if stride == 1:
-        return nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False)
+        return Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False)
     return SamePaddedConv2d(in_channels, out_channels, kernel, stride=stride, groups=groups, bias=False)
 
 
@@ -77,13 +77,13 @@ class InvertedResidual(nn.Module):
         middle = in_channels * expansion
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         if expansion > 1:
-            layers["expand"] = nn.Conv2d(in_channels, middle, 1, bias=False)
+            layers["expand"] = Conv2d(in_channels, middle, 1, bias=False)
             layers["expand_norm"] = _norm(middle)
             layers["expand_relu"] = nn.ReLU6(inplace=True)
         layers["depthwise"] = _convolution(middle, middle, kernel, stride=stride, groups=middle)
         layers["depthwise_norm"] = _norm(middle)
         layers["depthwise_relu"] = nn.ReLU6(inplace=True)
-        layers["project"] = nn.Conv2d(middle, out_channels, 1, bias=False)
+        layers["project"] = Conv2d(middle, out_channels, 1, bias=False)
         layers["project_norm"] = _norm(out_channels)
         self.layers = nn.Sequential(layers)
         self.residual = stride == 1 and in_channels == out_channels
@@ -118,12 +118,7 @@ class EfficientNetLite(PooledClassifier):
                 )
                 channels = width
         self.blocks = nn.ModuleList(blocks)
-        self.head = nn.Sequential(
-            nn.Conv2d(channels, HEAD, 1, bias=False), _norm(HEAD), nn.ReLU6(inplace=True)
-        )
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        self.head = nn.Sequential(Conv2d(channels, HEAD, 1, bias=False), _norm(HEAD), nn.ReLU6(inplace=True))
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:

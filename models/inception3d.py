@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cliplift.models.layers import PooledClassifier, initialise_convolutions
+from cliplift.models.layers import Conv3d, PooledClassifier
 from cliplift.models.registry import InputSpec, ModelError, register_model
 
 Padding = Literal["aligned", "released"]
@@ -40,7 +40,7 @@ def _unit(
     in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, padding: int
 ) -> list[nn.Module]:
     """Convolution (with bias, as released), BN, ReLU."""
-    conv = nn.Conv3d(in_channels, out_channels, kernel, stride=stride, padding=padding)
+    conv = Conv3d(in_channels, out_channels, kernel, stride=stride, padding=padding)
     return [conv, nn.BatchNorm3d(out_channels), nn.ReLU(inplace=True)]
 
 
@@ -93,7 +93,6 @@ class Inception3D(PooledClassifier):
         # the released 2x2x2 pooling is padded and would turn 14 into 8
         aligned = padding == "aligned"
         self.maxpool4 = nn.MaxPool3d(2, stride=2, padding=0 if aligned else 1, ceil_mode=aligned)
-        initialise_convolutions(self)
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:

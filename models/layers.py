@@ -1,4 +1,4 @@
-"""What the convolutional nets share: the pooled classifier, temporal "same" padding, initialisation, checkpointing.
+"""What the convolutional nets share: the pooled classifier, temporal "same" padding, initialised layers, checkpointing.
 
 Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
@@ -9,7 +9,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,57 @@ from torch.utils.checkpoint import checkpoint
 
 from cliplift.models.registry import InputSpec, ModelError
 
+# Every layer initialises itself inside its constructor (reset_parameters), not in a pass over the finished model:
+# under ``deepspeed.zero.Init`` the weights are partitioned away as soon as a constructor returns.
+
+
+class Conv2d(nn.Conv2d):
+    """Kaiming-normal weights for ReLU, by fan-out, and zero bias, as in torchvision's and the video nets."""
+
+    def reset_parameters(self) -> None:
+        _kaiming(self)
+
+
+class Conv3d(nn.Conv3d):
+    """:class:`Conv2d` with time."""
+
+    def reset_parameters(self) -> None:
+        _kaiming(self)
+
+
+def _kaiming(layer: nn.Conv2d | nn.Conv3d) -> None:
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+class ReluLinear(nn.Linear):
+    """Linear before a ReLU: Kaiming-uniform weights, zero bias.
+
+    ``parts``: the layer is one of that many whose outputs are added, so its fan-in is that many times its inputs.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, parts: int = 1) -> None:
+        self.parts = parts  # read by reset_parameters, which the constructor calls
+        super().__init__(in_features, out_features, bias=bias)
+
+    def reset_parameters(self) -> None:
+        bound = math.sqrt(6 / (self.in_features * self.parts))
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class LinearHead(nn.Linear):
+    """(B, D) -> (B, K): weights N(0, 0.01), zero bias, so that every class starts equal."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.01)
+        nn.init.zeros_(self.bias)
+
+
 # The same network in 2D and 3D: rank -> layer
-CONVOLUTIONS: Mapping[int, Callable[..., nn.Conv2d | nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
+CONVOLUTIONS: Mapping[int, Callable[..., nn.Conv2d | nn.Conv3d]] = {2: Conv2d, 3: Conv3d}
 BATCH_NORMS: Mapping[int, Callable[[int], nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 MAX_POOLS: Mapping[int, Callable[..., nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
@@ -73,22 +122,12 @@ class PooledClassifier(nn.Module):
             raise ModelError(f"num_classes={num_classes} must be 0 (features) or more")
         self.num_classes = num_classes
         reference = next(self.parameters(), torch.empty(0))
-        head = linear_head(self.feature_dim, num_classes)
+        head = LinearHead(self.feature_dim, num_classes) if num_classes else nn.Identity()
         setattr(self, self.head_name, head.to(device=reference.device, dtype=reference.dtype))
 
     def checkpoint_blocks(self) -> list[str]:
         """Names of the submodules, in forward order, that activation checkpointing may wrap."""
         raise NotImplementedError
-
-
-def linear_head(feature_dim: int, num_classes: int) -> nn.Module:
-    """(B, D) -> (B, K); weights N(0, 0.01), bias 0. Identity for K = 0."""
-    if num_classes == 0:
-        return nn.Identity()
-    head = nn.Linear(feature_dim, num_classes)
-    nn.init.normal_(head.weight, std=0.01)
-    nn.init.zeros_(head.bias)
-    return head
 
 
 def same_padding(kernel: int) -> tuple[int, int]:
@@ -100,7 +139,7 @@ def same_padding(kernel: int) -> tuple[int, int]:
     return front, kernel - 1 - front
 
 
-class SameConv3d(nn.Conv3d):
+class SameConv3d(Conv3d):
     """A stride-1 convolution that keeps T, H and W, for odd and even kernels.
 
     The symmetric part of the padding is left to the convolution; only the extra rows of even kernels are padded
@@ -146,18 +185,6 @@ def halve(x: Tensor) -> Tensor:
         x = torch.unflatten(rows, 1, (-1, frames))
     even = frames // 2 * 2
     return (x[:, :, 0:even:2] + x[:, :, 1:even:2]) * 0.5
-
-
-def initialise_convolutions(model: nn.Module, *, mode: Literal["fan_in", "fan_out"] = "fan_out") -> None:
-    """Kaiming-normal convolutions for ReLU (bias 0), normalisation layers at weight 1 and bias 0."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
-            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
 
 
 def checkpoint_blocks(model: nn.Module, fraction: float = 1.0) -> list[str]:

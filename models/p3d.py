@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.layers import PooledClassifier, initialise_convolutions
+from cliplift.models.layers import Conv3d, PooledClassifier
 from cliplift.models.registry import InputSpec, ModelError, register_model
 from cliplift.models.resnet import LAYERS, STAGE_WIDTHS
 
@@ -49,13 +49,13 @@ class PseudoBlock(nn.Module):
     ) -> None:
         super().__init__()
         # Caffe's ResNet: the stride is on the 1x1x1 reduction
-        self.conv1 = nn.Conv3d(in_channels, width, 1, stride=(1, stride, stride), bias=False)
+        self.conv1 = Conv3d(in_channels, width, 1, stride=(1, stride, stride), bias=False)
         self.bn1 = nn.BatchNorm3d(width)
-        self.conv2 = nn.Conv3d(width, width, (1, 3, 3), padding=(0, 1, 1), bias=False)
+        self.conv2 = Conv3d(width, width, (1, 3, 3), padding=(0, 1, 1), bias=False)
         self.bn2 = nn.BatchNorm3d(width)
-        self.conv3 = nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0), bias=False)
+        self.conv3 = Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0), bias=False)
         self.bn3 = nn.BatchNorm3d(width)
-        self.conv4 = nn.Conv3d(width, width * EXPANSION, 1, bias=False)
+        self.conv4 = Conv3d(width, width * EXPANSION, 1, bias=False)
         self.bn4 = nn.BatchNorm3d(width * EXPANSION)
         self.downsample = _projection(in_channels, width * EXPANSION, stride) if project else nn.Identity()
         self.arrangement = arrangement
@@ -83,11 +83,11 @@ class PlainBlock(nn.Module):
 
     def __init__(self, in_channels: int, width: int, *, stride: int, project: bool) -> None:
         super().__init__()
-        self.conv1 = nn.Conv3d(in_channels, width, 1, stride=(1, stride, stride), bias=False)
+        self.conv1 = Conv3d(in_channels, width, 1, stride=(1, stride, stride), bias=False)
         self.bn1 = nn.BatchNorm3d(width)
-        self.conv_normal = nn.Conv3d(width, width, (1, 3, 3), padding=(0, 1, 1), bias=False)
+        self.conv_normal = Conv3d(width, width, (1, 3, 3), padding=(0, 1, 1), bias=False)
         self.bn_normal = nn.BatchNorm3d(width)
-        self.conv4 = nn.Conv3d(width, width * EXPANSION, 1, bias=False)
+        self.conv4 = Conv3d(width, width * EXPANSION, 1, bias=False)
         self.bn4 = nn.BatchNorm3d(width * EXPANSION)
         self.downsample = _projection(in_channels, width * EXPANSION, stride) if project else nn.Identity()
 
@@ -100,7 +100,7 @@ class PlainBlock(nn.Module):
 
 
 def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    conv = nn.Conv3d(in_channels, out_channels, 1, stride=(1, stride, stride), bias=False)
+    conv = Conv3d(in_channels, out_channels, 1, stride=(1, stride, stride), bias=False)
     return nn.Sequential(conv, nn.BatchNorm3d(out_channels))
 
 
@@ -130,7 +130,7 @@ class P3D(PooledClassifier):
             input_spec=input_spec,
             dropout=dropout,
         )
-        self.conv1_custom = nn.Conv3d(
+        self.conv1_custom = Conv3d(
             input_spec.channels, 64, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False
         )
         self.bn1 = nn.BatchNorm3d(64)
@@ -156,7 +156,6 @@ class P3D(PooledClassifier):
                     )
                 channels, position = width * EXPANSION, position + 1
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
-        initialise_convolutions(self)
         self.reset_classifier(num_classes)
 
     def check_input(self, x: Tensor) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.layers import PooledClassifier, initialise_convolutions
+from cliplift.models.layers import Conv3d, PooledClassifier
 from cliplift.models.p3d import Arrangement
 from cliplift.models.registry import InputSpec, ModelError, register_model
 from cliplift.models.resnet import LAYERS, STAGE_WIDTHS
@@ -34,18 +34,18 @@ class PseudoBottleneck(nn.Module):
     def __init__(self, in_channels: int, width: int, *, arrangement: str, stride: int) -> None:
         super().__init__()
         space, out = (1, stride, stride), width * EXPANSION
-        self.conv1 = nn.Conv3d(in_channels, width, 1, bias=False)
+        self.conv1 = Conv3d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm3d(width)
-        self.conv2 = nn.Conv3d(width, width, (1, 3, 3), stride=space, padding=(0, 1, 1), bias=False)
+        self.conv2 = Conv3d(width, width, (1, 3, 3), stride=space, padding=(0, 1, 1), bias=False)
         # in B, T sees the input of S and so needs its stride
         t_stride = space if arrangement == "b" else (1, 1, 1)
-        self.conv2_t = nn.Conv3d(width, width, (3, 1, 1), stride=t_stride, padding=(1, 0, 0), bias=False)
+        self.conv2_t = Conv3d(width, width, (3, 1, 1), stride=t_stride, padding=(1, 0, 0), bias=False)
         self.bn2 = nn.BatchNorm3d(width)
-        self.conv3 = nn.Conv3d(width, out, 1, bias=False)
+        self.conv3 = Conv3d(width, out, 1, bias=False)
         self.bn3 = nn.BatchNorm3d(out)
         self.downsample: nn.Module = nn.Identity()
         if stride > 1 or in_channels != out:
-            projection = nn.Conv3d(in_channels, out, 1, stride=space, bias=False)
+            projection = Conv3d(in_channels, out, 1, stride=space, bias=False)
             self.downsample = nn.Sequential(projection, nn.BatchNorm3d(out))
         self.arrangement = arrangement
 
@@ -94,7 +94,7 @@ class P3DResNet(PooledClassifier):
         )
         self.early_stride = early_stride
         self._check_frames(input_spec.frames)
-        self.conv1 = nn.Conv3d(
+        self.conv1 = Conv3d(
             input_spec.channels,
             64,
             (early_stride, 7, 7),
@@ -113,7 +113,6 @@ class P3DResNet(PooledClassifier):
                 blocks.append(PseudoBottleneck(channels, width, arrangement=letter, stride=stride))
                 channels, position = width * EXPANSION, position + 1
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
-        initialise_convolutions(self)
         self.reset_classifier(num_classes)
 
     def check_input(self, x: Tensor) -> None:

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from cliplift.models.layers import (
     BATCH_NORMS,
     CONVOLUTIONS,
+    Conv2d,
     PooledClassifier,
-    initialise_convolutions,
 )
 from cliplift.models.registry import InputSpec, ModelError, register_model
 
@@ -135,7 +135,6 @@ class ResNet(PooledClassifier):
                 extra = between(channels, i)
                 self.add_module(f"between{i + 1}", extra)
                 channels = cast(int, extra.out_channels)
-        initialise_convolutions(self)
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -164,7 +163,7 @@ def _resnet2d(depth: int, *, num_classes: int, in_frames: int, layout: Layout, d
     )
     return ResNet(
         depth,
-        stem=nn.Conv2d(3, STAGE_WIDTHS[0], 7, stride=2, padding=3, bias=False),
+        stem=Conv2d(3, STAGE_WIDTHS[0], 7, stride=2, padding=3, bias=False),
         pool=pool,
         num_classes=num_classes,
         input_spec=InputSpec(frames=in_frames, frame_stride=1, crop_height=224, crop_width=224),

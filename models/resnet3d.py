@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from cliplift.models.layers import Conv3d
 from cliplift.models.registry import InputSpec, ModelError, register_model
 from cliplift.models.resnet import STAGE_WIDTHS, ResNet
 from cliplift.models.t3d import TABLE_1_DEPTHS, TemporalTransition
@@ -40,7 +41,7 @@ def _resnet3d(
 
     return ResNet(
         depth,
-        stem=nn.Conv3d(
+        stem=Conv3d(
             3,
             STAGE_WIDTHS[0],
             (stem_depth, 7, 7),

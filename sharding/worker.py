@@ -197,9 +197,8 @@ def _sha256(path: Path) -> str:
 
 def main() -> None:
     """Serve the parent on the socket whose descriptor is the only argument."""
-    ctypes.CDLL(None).prctl(
-        PR_SET_PDEATHSIG, signal.SIGKILL
-    )  # a worker stuck in a decoder must not outlive its parent
+    # A worker stuck in a decoder must not outlive its parent.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["AV_LOG_FORCE_NOCOLOR"] = "1"
     with socket.socket(fileno=int(sys.argv[1])) as link:

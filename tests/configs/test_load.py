@@ -42,7 +42,7 @@ def error_of(path: Path, *overrides: str) -> str:
 def test_a_minimal_file_loads_with_defaults(config: Path) -> None:
     run = load_run(config, RUNS).run
     assert isinstance(run, TransferRun)
-    assert run.data.shards[0].url == "shards/a"
+    assert run.data.shards == ("shards/a",)
     assert run.engine.global_batch == 32
 
 
@@ -123,10 +123,19 @@ def test_base_files_merge_and_the_error_names_the_file_at_fault(tmp_path: Path, 
     child = tmp_path / "sub" / "child.yaml"
     child.write_text("base: ../run.yaml\noptim: {lr: 0.5}\ndata: {crop_pixels: 64}\n")
     run = load_run(child, RUNS).run
-    assert (run.optim.lr, run.data.crop_pixels, run.data.shards[0].url) == (0.5, 64, "shards/a")
+    assert (run.optim.lr, run.data.crop_pixels, run.data.shards) == (0.5, 64, ("shards/a",))
     config.write_text(TRANSFER + "optim: {lr: fast}\n")
     child.write_text("base: ../run.yaml\n")
     assert "run.yaml: optim.lr" in error_of(child)
+
+
+def test_a_packaged_recipe_can_be_a_base(tmp_path: Path) -> None:
+    child = tmp_path / "mine.yaml"
+    child.write_text("base: transfer/demo\nname: mine\n")
+    run = load_run(child, RUNS).run
+    assert (run.name, run.model.name) == ("mine", "t3d_tiny")
+    child.write_text("base: transfer/dema\n")
+    assert "no such config file" in error_of(child)
 
 
 def test_a_list_of_bases_and_a_circle(tmp_path: Path, config: Path) -> None:
@@ -178,15 +187,14 @@ def test_a_missing_file_names_its_neighbour(tmp_path: Path, config: Path) -> Non
     assert "did you mean" in error_of(tmp_path / "rum.yaml")
 
 
-@pytest.mark.parametrize("word", ["optim.lr", "=3", "data.shards.5.url=x", "name.first=x"])
+@pytest.mark.parametrize("word", ["optim.lr", "=3", "data.shards.5=x", "name.first=x"])
 def test_bad_overrides(config: Path, word: str) -> None:
     assert "command line" in error_of(config, word)
 
 
 def test_overrides_reach_into_lists(config: Path) -> None:
-    config.write_text(TRANSFER.replace("shards: shards/a", "shards: [{url: a}, {url: b}]"))
-    run = load_run(config, RUNS, ["data.shards.1.weight=2"]).run
-    assert [s.weight for s in run.data.shards] == [1.0, 2.0]
+    config.write_text(TRANSFER.replace("shards: shards/a", "shards: [a, b]"))
+    assert load_run(config, RUNS, ["data.shards.1=c"]).run.data.shards == ("a", "c")
 
 
 @given(st.floats(min_value=1e-12, max_value=1e12, allow_nan=False))

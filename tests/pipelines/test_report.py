@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,11 @@ import yaml
 
 from cliplift.configs.runs import ReportRun
 from cliplift.configs.sections import ConfigError
+from cliplift.configs.sharding import ShardRun, TranscodeConfig
 from cliplift.pipelines.report import find_runs, run_report, write_report
+from cliplift.sharding.build import run_shard
+from cliplift.sharding.reader import ShardDataset
+from cliplift.sharding.transcode import encode_array
 
 HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
 CLASSES = ("walk", "run", "jump")
@@ -257,6 +262,30 @@ def test_moved_shards_do_not_stop_a_report(tmp_path: Path) -> None:
     page = _Page(path)
     assert "could not be read" in page.text
     assert "66.7 %" in page.text
+
+
+def test_clips_come_out_of_real_shards(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(256, size=(3, 2, 24, 64, 64, 3), dtype=np.uint8)
+    for label, name in enumerate(CLASSES):
+        for k in range(2):
+            folder = tmp_path / "videos" / "test" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            frames = noise[label, k]
+            (folder / f"{k}.mp4").write_bytes(
+                encode_array(frames, fps=Fraction(12), config=TranscodeConfig())
+            )
+    shards = tmp_path / "shards"
+    source = {"kind": "folder", "root": str(tmp_path / "videos"), "layout": "split/class", "classes": CLASSES}
+    run_shard(ShardRun.model_validate({"name": "six", "output": str(shards), "source": source, "workers": 1}))
+    dataset = ShardDataset(str(shards), split="test")
+    run = write_run(tmp_path / "run", shards=str(shards))
+    table = pq.read_table(run / "predictions.parquet")
+    keys, labels = zip(*((f.key, f.label) for f in map(dataset.facts, range(6))), strict=True)
+    table = table.set_column(0, "key", pa.array(keys)).set_column(4, "label", pa.array(labels, pa.int32()))
+    pq.write_table(table, run / "predictions.parquet")
+    page = _Page(write_report(runs=[run], output=tmp_path / "r.html", title=None, max_clips=6))
+    shown = {base64.b64decode(s.partition(",")[2]) for s in page.attributes("video", "src")}
+    assert shown == {dataset.read(i) for i in range(6)}
 
 
 def test_samples_are_found_by_key_when_numbers_have_moved(tmp_path: Path) -> None:

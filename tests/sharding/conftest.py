@@ -19,7 +19,14 @@ def demo_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten classes of two training clips, one validation and one test clip each, and four longer unlabelled videos."""
     folder = tmp_path_factory.mktemp("videos")
     write_demo_videos(
-        folder, seed=5, train_per_class=2, val_per_class=1, test_per_class=1, unlabelled=4, size_pixels=48, workers=2
+        folder,
+        seed=5,
+        train_per_class=2,
+        val_per_class=1,
+        test_per_class=1,
+        unlabelled=4,
+        size_pixels=48,
+        workers=2,
     )
     return folder
 

@@ -123,13 +123,17 @@ def test_a_killed_build_resumes_to_the_same_bytes(built: Path, make_run: MakeRun
     assert _kill_at_random_moments(run, tmp_path, kills=3, seed=0) >= 1
     leftovers = [p for p in (tmp_path / "killed").rglob("*.tmp")]
     for orphan in leftovers:  # verify names them as warnings; they never stand in the way
-        assert any(p.file.endswith(orphan.name) and not p.error for p in verify(run.output, decode="none").problems)
+        assert any(
+            p.file.endswith(orphan.name) and not p.error for p in verify(run.output, decode="none").problems
+        )
         orphan.unlink()
     assert contents(tmp_path / "killed") == contents(built)
 
 
 @pytest.mark.slow
-def test_a_build_killed_ten_times_resumes_to_the_same_bytes(built: Path, make_run: MakeRun, tmp_path: Path) -> None:
+def test_a_build_killed_ten_times_resumes_to_the_same_bytes(
+    built: Path, make_run: MakeRun, tmp_path: Path
+) -> None:
     run = make_run(tmp_path / "killed", workers=1)
     assert _kill_at_random_moments(run, tmp_path, kills=10, seed=1) >= 5
     for orphan in (tmp_path / "killed").rglob("*.tmp"):
@@ -209,7 +213,8 @@ def test_progress_counts_everything(make_run: MakeRun, tmp_path: Path) -> None:
     seen: list[Progress] = []
     counts = []
     run_shard(
-        make_run(tmp_path / "seen"), on_progress=lambda p: (seen.append(p), counts.append((p.videos_done, p.clips)))
+        make_run(tmp_path / "seen"),
+        on_progress=lambda p: (seen.append(p), counts.append((p.videos_done, p.clips))),
     )
     assert counts == [(n, n) for n in range(1, 41)]
     last = seen[-1]
@@ -277,7 +282,7 @@ def test_refused_clips_are_in_the_ledger(demo_videos: Path, make_run: MakeRun, t
     assert report.refused == {"transcode": 3}
     ledger = [json.loads(line) for line in (tmp_path / "out" / REFUSED_FILE).read_text().splitlines()]
     assert {entry["source"]: entry["reason"].split(":")[0] for entry in ledger} == {
-        "some class/cut.mp4": "truncated",
+        "some class/cut.mp4": "decode",
         "some class/empty.mp4": "cannot be opened",
         "some class/text.mp4": "cannot be opened",
     }

@@ -18,7 +18,9 @@ SIZE, FPS, FRAMES = 48, 15, 15
 def _clips(action: str, numbers: range, *, split: str = "train") -> np.ndarray:
     return np.stack(
         [
-            render_clip(split=split, action=action, number=n, seed=7, size_pixels=SIZE, fps=FPS, num_frames=FRAMES)
+            render_clip(
+                split=split, action=action, number=n, seed=7, size_pixels=SIZE, fps=FPS, num_frames=FRAMES
+            )
             for n in numbers
         ]
     )
@@ -45,9 +47,14 @@ def _ridge_accuracy(train: np.ndarray, test: np.ndarray, penalty: float) -> floa
 
 
 @pytest.mark.parametrize("frame", [0, FRAMES // 2, FRAMES - 1])
-def test_a_single_frame_does_not_tell_the_class(gray_clips: tuple[np.ndarray, np.ndarray], frame: int) -> None:
+def test_a_single_frame_does_not_tell_the_class(
+    gray_clips: tuple[np.ndarray, np.ndarray], frame: int
+) -> None:
     train, test = (
-        clips[:, :, frame].reshape(*clips.shape[:2], 12, 4, 12, 4).mean(axis=(3, 5)).reshape(*clips.shape[:2], -1)
+        clips[:, :, frame]
+        .reshape(*clips.shape[:2], 12, 4, 12, 4)
+        .mean(axis=(3, 5))
+        .reshape(*clips.shape[:2], -1)
         for clips in gray_clips
     )
     count = test.shape[0] * test.shape[1]
@@ -65,7 +72,10 @@ def test_frame_differences_tell_the_direction(gray_clips: tuple[np.ndarray, np.n
         change = np.diff(clips, axis=2)
         across = (np.roll(clips, -1, axis=4) - np.roll(clips, 1, axis=4))[:, :, :-1]
         down = (np.roll(clips, -1, axis=3) - np.roll(clips, 1, axis=3))[:, :, :-1]
-        flow = [(change * slope).mean(axis=(2, 3, 4)) / (slope**2).mean(axis=(2, 3, 4)) for slope in (across, down)]
+        flow = [
+            (change * slope).mean(axis=(2, 3, 4)) / (slope**2).mean(axis=(2, 3, 4))
+            for slope in (across, down)
+        ]
         features.append(np.stack(flow, axis=-1))
     assert _ridge_accuracy(*features, penalty=1e-3) > 0.7  # chance is 0.25
 
@@ -127,7 +137,13 @@ def test_clips_are_reproducible_and_differ(split: str) -> None:
 
 
 def test_files_do_not_depend_on_the_number_of_workers(tmp_path) -> None:
-    options = {"train_per_class": 1, "val_per_class": 1, "test_per_class": 1, "unlabelled": 2, "size_pixels": 48}
+    options = {
+        "train_per_class": 1,
+        "val_per_class": 1,
+        "test_per_class": 1,
+        "unlabelled": 2,
+        "size_pixels": 48,
+    }
     for workers in (1, 2):
         summary = write_demo_videos(tmp_path / str(workers), seed=3, workers=workers, **options)
         assert summary.clips == {"train": 10, "val": 10, "test": 10, "unlabelled": 2}
@@ -138,7 +154,9 @@ def test_files_do_not_depend_on_the_number_of_workers(tmp_path) -> None:
     clip = (tmp_path / "1" / "labelled/test/recede/test_recede_0000.mp4").read_bytes()
     facts = probe(clip)
     assert (facts.codec, facts.width, facts.height, facts.fps, facts.frames) == ("h264", 48, 48, 15, 21)
-    drawn = render_clip(split="test", action="recede", number=0, seed=3, size_pixels=48, fps=15, num_frames=21)
+    drawn = render_clip(
+        split="test", action="recede", number=0, seed=3, size_pixels=48, fps=15, num_frames=21
+    )
     error = decode_frames(clip, [0, 20], decoder="pyav").astype(int) - drawn[[0, 20]]
     assert np.abs(error).mean() < 12  # 4:2:0 colour on saturated texture; a wrong frame differs by far more
     json.dumps(summary.clips)

@@ -1,0 +1,152 @@
+"""Checkpoints in a form that knows neither ranks nor ZeRO stages.
+
+``checkpoints/step_00000040/`` holds fp32 parameters and buffers by name, optimizer state by parameter name, each
+rank's buffers and random state, and ``state.json`` (step, schedule, fingerprints). ``COMPLETE.json`` lists every file with size
+and crc32 and is written last; the folder is renamed into place only then. A folder without it, or with a file that
+differs from it, is never resumed from: the one before is, and that is said.
+
+DeepSpeed's own files are not used: they refuse another world size and another stage.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cliplift.pipelines.distributed import Topology, barrier
+from cliplift.pipelines.run_folder import write_json
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+COMPLETE, STATE = "COMPLETE.json", "state.json"
+PARAMETERS, OPTIMIZER = "parameters.safetensors", "optimizer.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds of the training state; tensors in fp32 on the CPU."""
+
+    parameters: Mapping[str, Tensor]
+    optimizer: Mapping[
+        str, Tensor
+    ]  # "parameter name|state name" -> tensor of the parameter's shape, or a scalar
+    buffers: Mapping[str, Tensor]  # this rank's
+    random_state: Mapping[str, Tensor]  # this rank's
+    state: Mapping[str, Any]
+
+
+def save(folder: Path, snapshot: Snapshot, *, topology: Topology, keep_last: int) -> Path:
+    """Write one checkpoint, all ranks together; older ones beyond ``keep_last`` are removed after it is complete."""
+    step = int(snapshot.state["step"])
+    final = folder / f"step_{step:08d}"
+    partial = folder / f"{final.name}.partial"
+    if topology.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier(topology)
+    _save_tensors(partial / f"buffers-rank{topology.rank}.safetensors", snapshot.buffers)
+    _save_tensors(partial / f"random-rank{topology.rank}.safetensors", snapshot.random_state)
+    if topology.is_main:
+        _save_tensors(partial / PARAMETERS, snapshot.parameters)
+        _save_tensors(partial / OPTIMIZER, snapshot.optimizer)
+        write_json(partial / STATE, {"format": FORMAT, "world_size": topology.world_size, **snapshot.state})
+    barrier(topology)
+    if topology.is_main:
+        files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(partial.iterdir())}
+        write_json(partial / COMPLETE, {"format": FORMAT, "files": files})
+        if final.exists():
+            shutil.rmtree(final)
+        partial.replace(final)
+        for old in complete_checkpoints(folder)[:-keep_last]:
+            shutil.rmtree(old)
+    barrier(topology)
+    return final
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints that were written to the end, oldest first."""
+    return sorted(path for path in folder.glob("step_????????") if (path / COMPLETE).is_file())
+
+
+def newest_usable(folder: Path, *, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are all as they were written; damaged ones are told about and passed over."""
+    for path in reversed(complete_checkpoints(folder)):
+        problem = damage(path)
+        if problem is None:
+            return path
+        say(f"checkpoint {path.name} is damaged ({problem}); trying the one before it")
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        complete = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
+        files: Mapping[str, Any] = complete["files"]
+    except (OSError, json.JSONDecodeError, KeyError) as error:
+        return f"{COMPLETE}: {error}"
+    if complete.get("format") != FORMAT:
+        return f"format {complete.get('format')}, this version reads {FORMAT}"
+    for name, facts in files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != facts["bytes"] or _crc32(file) != facts["crc32"]:
+            return f"{name} differs from what was written"
+    return None
+
+
+def load(path: Path, *, topology: Topology) -> Snapshot:
+    """Read a checkpoint. Another world size takes rank 0's buffers and starts the ranks' random state afresh."""
+    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    same_world = state["world_size"] == topology.world_size
+    rank = topology.rank if same_world else 0
+    return Snapshot(
+        parameters=load_file(path / PARAMETERS),
+        optimizer=load_file(path / OPTIMIZER),
+        buffers=load_file(path / f"buffers-rank{rank}.safetensors"),
+        random_state=load_file(path / f"random-rank{rank}.safetensors") if same_world else {},
+        state=state,
+    )
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's generators that a model's own draws (dropout, drop path) use."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(states: Mapping[str, Tensor], device: torch.device) -> None:
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc

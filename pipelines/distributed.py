@@ -1,0 +1,187 @@
+"""Ranks and the collectives the stages need. One process or many; gloo on CPU, NCCL on CUDA.
+
+The same code runs as plain ``python``, under ``torchrun``, under the ``deepspeed`` launcher and under Slurm: they all
+say rank and world size in environment variables, and :func:`start` reads them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cliplift.configs.sections import ConfigError
+from cliplift.configs.training import EngineConfig
+
+V = TypeVar("V")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process among the others, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start(engine: EngineConfig) -> Topology:
+    """Join the process group. Safe to call again for the next run of the same process.
+
+    Raises:
+        ConfigError: CUDA was asked for and there is no GPU, or the environment names a rank outside the world.
+    """
+    rank, world_size, local_rank = ranks(os.environ)
+    device = _device(engine, local_rank)
+    if not dist.is_initialized():
+        _quiet()
+        _init_process_group(engine, device, rank=rank, world_size=world_size)
+    return Topology(
+        rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=local_rank, device=device
+    )
+
+
+def ranks(environment: Any) -> tuple[int, int, int]:
+    """(rank, world size, local rank) from torchrun's and deepspeed's variables, else Slurm's, else one process."""
+    names = (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    )
+    for rank, world, local in names:
+        # A Slurm step that runs torchrun or an interactive shell has SLURM_NTASKS without a step's task id.
+        if rank in environment and world in environment:
+            found = int(environment[rank]), int(environment[world]), int(environment.get(local, 0))
+            if not 0 <= found[0] < found[1]:
+                raise ConfigError(
+                    f"{rank}={found[0]} is outside {world}={found[1]}",
+                    file="environment",
+                    hint="start it with torchrun",
+                )
+            return found
+    return 0, 1, 0
+
+
+def _device(engine: EngineConfig, local_rank: int) -> torch.device:
+    if engine.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "no CUDA device is visible",
+            key="engine.device",
+            value="cuda",
+            hint="use engine.device=cpu, or a GPU machine",
+        )
+    if engine.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _init_process_group(engine: EngineConfig, device: torch.device, *, rank: int, world_size: int) -> None:
+    """DeepSpeed's process group, without the compile stall of its CPU operators."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if world_size == 1:
+        # Nobody joins a world of one; any free port keeps two single runs on one machine apart.
+        os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or str(_free_port())
+    os.environ.setdefault("MASTER_PORT", "29500")
+    import deepspeed
+
+    if device.type == "cpu":
+        skip_shared_memory_operator()
+    deepspeed.init_distributed(
+        dist_backend="gloo" if device.type == "cpu" else "nccl",
+        timeout=timedelta(seconds=engine.collective_timeout_seconds),
+        verbose=False,
+    )
+
+
+def skip_shared_memory_operator() -> None:
+    """Keep DeepSpeed from compiling ``deepspeed_shm_comm`` at the first ``init_distributed`` on a CPU.
+
+    It takes minutes with the compiler and serves only inference; DeepSpeed has no switch for it, so the table of
+    operators it believes it could build is emptied.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__ = {}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _quiet() -> None:
+    """DeepSpeed logs each default at INFO; what matters of it stands in our own log."""
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*|deepspeed\..*")
+
+
+def barrier(topology: Topology) -> None:
+    if topology.world_size > 1:
+        dist.barrier()
+
+
+def broadcast_object(value: V, topology: Topology) -> V:
+    """Rank 0's value, on every rank."""
+    if topology.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(items: Sequence[V], topology: Topology) -> list[V]:
+    """The items of all ranks, in rank order, on every rank. Ranks may have different numbers of them."""
+    if topology.world_size == 1:
+        return list(items)
+    parts: list[Any] = [None] * topology.world_size
+    dist.all_gather_object(parts, list(items))
+    return [item for part in parts for item in part]
+
+
+def all_gather_tensor(values: Tensor, topology: Topology) -> Tensor:
+    """(B, ...) of every rank -> (ranks * B, ...) in rank order. Carries no gradient."""
+    if topology.world_size == 1:
+        return values
+    values = values.detach().contiguous()
+    gathered = [torch.empty_like(values) for _ in range(topology.world_size)]
+    dist.all_gather(gathered, values)
+    return torch.cat(gathered)
+
+
+def all_reduce_mean(values: Tensor, topology: Topology) -> Tensor:
+    """Mean over ranks of a float tensor."""
+    if topology.world_size == 1:
+        return values
+    total = values.detach().clone()
+    dist.all_reduce(total)
+    return total / topology.world_size
+
+
+def all_reduce_max(value: float, topology: Topology) -> float:
+    """The largest value any rank has."""
+    if topology.world_size == 1:
+        return value
+    box = torch.tensor([value], dtype=torch.float64, device=topology.device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return float(box.item())

@@ -1,0 +1,200 @@
+"""One way to run every training stage: folder, loader, task, tracker, engine, final evaluation, weights."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cliplift.configs.load import dump_run
+from cliplift.configs.runs import ClassificationRun, FinetuneRun, TransferRun
+from cliplift.configs.sections import ConfigError
+from cliplift.models import create_model
+from cliplift.models.hub import save_pretrained
+from cliplift.models.registry import ModelError, model_entry
+from cliplift.pipelines import transfer
+from cliplift.pipelines.classification import ClassificationTask
+from cliplift.pipelines.clips import ClipLoader
+from cliplift.pipelines.deepspeed_config import batch_split, deepspeed_config
+from cliplift.pipelines.distributed import Topology, barrier, start
+from cliplift.pipelines.engine import FitResult, fit
+from cliplift.pipelines.run_folder import RunFolder
+from cliplift.pipelines.tracking import Tracker
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage leaves behind."""
+
+    folder: Path
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    finished: bool = True
+    requeue: bool = False  # stopped by a signal after saving: start it again and it continues
+    seconds: float = 0.0
+
+
+def run_stage(run: TransferRun | ClassificationRun, *, command: Sequence[str]) -> StageResult:
+    """Run transfer, pretrain or finetune on this process's share of the ranks.
+
+    Raises:
+        ConfigError: the run cannot work as configured; the error names the key.
+    """
+    started = time.monotonic()
+    stage = str(run.stage)  # type: ignore[attr-defined]
+    check_model(run)
+    topology = start(run.engine)
+    folder = RunFolder.create(run.output, writes=topology.rank == 0)
+    done = folder.result()
+    if done is not None and run.checkpoint.resume == "auto":
+        _say(
+            topology,
+            f"{run.name}: already finished in {folder.path}; use another output, or checkpoint.resume=never",
+        )
+        return StageResult(folder.path, done["metrics"], seconds=done["seconds"])
+    folder.write_start(run, stage=stage, name=run.name, command=command, world_size=topology.world_size)
+    torch.manual_seed(run.seed)
+    torch.use_deterministic_algorithms(run.engine.deterministic, warn_only=True)
+    # Filling every new tensor guards against reading memory nobody wrote; it costs most of a CPU step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    loader = _loader(run, topology)
+    try:
+        task = _task(run, loader, topology)
+        tracker = Tracker(run, stage=stage, folder=folder.path, topology=topology)
+        result = fit(task=task, run=run, loader=loader, topology=topology, tracker=tracker)
+        if result.interrupted:
+            result.release()
+            tracker.finish()
+            _say(
+                topology,
+                f"{run.name}: stopped by a signal at step {result.steps} and saved; start it again to continue",
+            )
+            return StageResult(folder.path, result.metrics, finished=False, requeue=True)
+        metrics = _conclude(_Ended(run, task, result), folder, topology)
+        result.release()
+        seconds = time.monotonic() - started
+        folder.write_result(
+            stage=stage,
+            metrics=metrics,
+            seconds=seconds,
+            classes=loader.classes,
+            steps=result.steps,
+            clips_per_second=result.clips_per_second,
+            skipped_steps=result.skipped_steps,
+            data_fingerprint=loader.fingerprint,
+            model=run.model.name,
+        )
+        tracker.summary(metrics)
+        tracker.finish()
+    finally:
+        loader.close()
+    barrier(topology)
+    return StageResult(folder.path, metrics, seconds=seconds)
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A run whose training is over."""
+
+    run: TransferRun | ClassificationRun
+    task: Any
+    result: FitResult
+
+
+def dry_run(run: TransferRun | ClassificationRun) -> str:
+    """The resolved config and the DeepSpeed dictionary derived from it, as text."""
+    check_model(run)
+    derived = deepspeed_config(run, world_size=1)
+    return f"{dump_run(run)}\n# DeepSpeed, derived for 1 process:\n{json.dumps(derived, indent=2)}"
+
+
+def check_model(run: TransferRun | ClassificationRun) -> None:
+    """Raise ConfigError for an unknown model before anything else is started."""
+    keys = {"model.name": run.model.name}  # type: ignore[attr-defined]
+    if isinstance(run, TransferRun):
+        keys["teacher.name"] = run.teacher.name
+    for key, name in keys.items():
+        try:
+            model_entry(name)
+        except ModelError as error:
+            raise ConfigError(str(error), key=key, value=name) from None
+
+
+def _loader(run: TransferRun | ClassificationRun, topology: Topology) -> ClipLoader:
+    micro_batch, _ = batch_split(run, world_size=topology.world_size)
+    return ClipLoader(
+        run.data,
+        seed=run.seed,
+        global_batch=run.engine.global_batch,
+        micro_batch=micro_batch,
+        rank=topology.rank,
+        world_size=topology.world_size,
+    )
+
+
+def _task(run: TransferRun | ClassificationRun, loader: ClipLoader, topology: Topology) -> Any:
+    if isinstance(run, TransferRun):
+        return transfer.TransferTask(run, topology=topology)
+    assert isinstance(run, ClassificationRun)
+    return ClassificationTask(run, classes=loader.classes, topology=topology)
+
+
+def _conclude(ended: _Ended, folder: RunFolder, topology: Topology) -> dict[str, float]:
+    """Final evaluation and weights."""
+    run, task = ended.run, ended.task
+    metrics = dict(ended.result.metrics)
+    if isinstance(run, FinetuneRun):
+        ended.result.engine.eval()
+        test = task.evaluate_split(run.test_split, topology=topology, predictions_file=folder.predictions)
+        metrics = {f"val_{name}": value for name, value in metrics.items()} | test
+    weights = ended.result.weights()
+    if topology.is_main:
+        _save_weights(run, task, weights, folder)
+    if isinstance(run, TransferRun):
+        _judge_transfer(run, metrics, topology)
+    return metrics
+
+
+def _save_weights(
+    run: TransferRun | ClassificationRun, task: Any, weights: Mapping[str, Tensor], folder: RunFolder
+) -> None:
+    """The trained network alone, without loss and matching head, from whole fp32 tensors."""
+    classifying = isinstance(run, ClassificationRun)
+    prefix = "network." if classifying else "student."
+    network = create_model(
+        run.model.name,
+        num_classes=len(task.classes) if classifying else 0,
+        in_frames=run.data.sampling.frames,
+        **run.model.options,  # type: ignore[arg-type]
+    )
+    network.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    extra: dict[str, Any] = {
+        "stage": run.stage,  # type: ignore[attr-defined]
+        "run": run.name,
+        "sampling": run.data.sampling.model_dump(mode="json"),
+        "crop_pixels": run.data.crop_pixels,
+        "resize_short_side_pixels": run.data.resize_short_side_pixels,
+        "normalize_brightness": run.data.augment.normalize_brightness,
+    }
+    if isinstance(run, ClassificationRun):
+        extra |= {"classes": list(task.classes), "task": run.task}
+    save_pretrained(network, folder.weights, name=run.model.name, options=run.model.options, extra=extra)
+
+
+def _judge_transfer(run: TransferRun, metrics: Mapping[str, float], topology: Topology) -> None:
+    """A matching accuracy that a coin could have reached is a failure, and is said."""
+    accuracy, sigmas = metrics["matching_accuracy"], metrics["above_chance_sigmas"]
+    verdict = "above chance" if sigmas > 3 else "NOT above chance: the transfer has failed"
+    _say(
+        topology, f"{run.name}: matching accuracy {accuracy:.3f} on held-out videos, prior 0.500 ({verdict})"
+    )
+
+
+def _say(topology: Topology, text: str) -> None:
+    if topology.rank == 0:
+        print(text, flush=True)

@@ -1,0 +1,334 @@
+"""Supervision transfer from images to clips (T3D paper, arXiv 1711.08200, section 3.2).
+
+A frozen 2D teacher sees X frames of a clip, one at a time, and its features are averaged; a 3D student sees the
+clip. A small head on both says whether they belong together. Positives: frames and clip of the same video at the
+same time. Negatives: frames of a different video of the same global batch, formed in feature space, so that one
+pass of each tower serves one positive and k negatives per clip.
+
+The paper leaves open (and these are the choices here): two-way softmax cross-entropy as the loss, k = 1 so that
+chance is 50 %, separate augmentation of frames and clip, a trainable projection where the teacher's width is not
+``feature_dim``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cliplift.configs.data import ViewsConfig
+from cliplift.configs.runs import CorrespondenceConfig, TransferRun
+from cliplift.configs.sections import ConfigError
+from cliplift.models import create_model
+from cliplift.models.correspondence import CorrespondenceHead
+from cliplift.models.registry import InputSpec, model_entry
+from cliplift.pipelines.augment import DeviceAugment
+from cliplift.pipelines.clips import ClipBatch, EvalLoader
+from cliplift.pipelines.distributed import Topology, all_gather_tensor, gather_objects
+from cliplift.pipelines.metrics import area_under_curve, retrieval_recall
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """For clip i, column 0 of ``frames`` is its own frames' row, the others are rows of other videos."""
+
+    frames: Tensor  # int64 (B, 1 + k)
+
+    @property
+    def targets(self) -> Tensor:
+        """1 for the positive column, 0 for the negatives: int64 (B, 1 + k)."""
+        targets = torch.zeros_like(self.frames)
+        targets[:, 0] = 1
+        return targets
+
+
+def draw_pairs(*, videos: Tensor, rows: Tensor, negatives: int, seed: int, step: int) -> Pairs:
+    """Choose the frames each clip is paired with, from the whole global batch.
+
+    Args:
+        videos: int64 (G,) source video of every clip of the global batch.
+        rows: int64 (B,) this rank's rows in it.
+        negatives: k, frames of other videos per clip.
+        seed, step: the choice is a function of these and ``videos`` alone, the same on every rank.
+
+    Raises:
+        ConfigError: a clip has fewer than k clips of other videos in the batch.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    scores = torch.rand(len(videos), len(videos), generator=generator).to(videos.device)[rows]
+    same = videos[rows, None] == videos[None, :]
+    available = int((~same).sum(dim=1).min())
+    if available < negatives:
+        raise ConfigError(
+            f"a batch of {len(videos)} clips holds only {available} of other videos than one of its clips",
+            key="correspondence.negatives_per_clip",
+            value=negatives,
+            hint="use a larger engine.global_batch, or shards with more source videos",
+        )
+    chosen = scores.masked_fill(same, -1.0).topk(negatives, dim=1).indices
+    return Pairs(torch.cat([rows[:, None], chosen], dim=1))
+
+
+class SupervisionTransfer(nn.Module):
+    """Student and matching head: what is trained.
+
+    ``forward(inputs)`` takes clips (B, C, T, H, W), frame_features (G, D) of the global batch, and the pairs
+    (B, 1 + k); returns the loss and the matching accuracy of the batch.
+    """
+
+    def __init__(self, student: nn.Module, head: CorrespondenceHead, config: CorrespondenceConfig) -> None:
+        super().__init__()
+        self.student, self.head, self.config = student, head, config
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        clip_features = self.student(inputs["clips"])  # (B, D)
+        if self.config.objective == "infonce":
+            return self._contrast(clip_features, inputs)
+        logits = self.head.pair_logits(
+            clip_features, inputs["frame_features"], inputs["pairs"]
+        )  # (B, 1 + k, 2)
+        targets = inputs["targets"]
+        # One positive against k negatives: weighted so that both classes count the same in the loss.
+        negatives = targets.shape[1] - 1
+        weight = logits.new_tensor([1.0 / negatives, 1.0])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), weight=weight.float())
+        accuracy = (logits.argmax(dim=-1) == targets).float().mean()
+        return {"loss": loss, "matching_accuracy": accuracy.detach()}
+
+    def _contrast(self, clip_features: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """InfoNCE over all frames of the global batch; frames of the same video are not negatives."""
+        clips = F.normalize(self.head.student_projection(clip_features).float(), dim=-1)
+        frames = F.normalize(self.head.teacher_projection(inputs["frame_features"]).float(), dim=-1)
+        logits = clips @ frames.T / self.config.temperature  # (B, G)
+        own = inputs["pairs"][:, 0]
+        same = inputs["clip_videos"][:, None] == inputs["frame_videos"][None, :]
+        same[torch.arange(len(own)), own] = False
+        logits = logits.masked_fill(same, -math.inf)
+        loss = F.cross_entropy(logits, own)
+        return {"loss": loss, "matching_accuracy": (logits.argmax(dim=1) == own).float().mean().detach()}
+
+
+class TransferTask:
+    """The transfer stage as the engine's training task."""
+
+    best_metric = "matching_accuracy"
+
+    def __init__(self, run: TransferRun, *, topology: Topology) -> None:
+        self.run, self.topology = run, topology
+        self.teacher = _build_teacher(run).to(topology.device)
+        student = create_model(
+            run.model.name,
+            num_classes=0,
+            in_frames=run.data.sampling.frames,
+            pretrained=run.model.pretrained,
+            **run.model.options,
+        )
+        if model_entry(run.model.name).dims != "3d":
+            raise ConfigError(
+                "is a 2D model; the student sees clips",
+                key="model.name",
+                value=run.model.name,
+                hint="choose a 3D model from `cliplift models`",
+            )
+        matching = run.correspondence
+        head = CorrespondenceHead(
+            student.feature_dim,
+            self.teacher.feature_dim,
+            embed_dim=matching.feature_dim,
+            hidden=matching.hidden,
+            normalise=matching.normalise_features,
+            dropout=matching.dropout,
+        )
+        self.module = SupervisionTransfer(student, head, run.correspondence)
+        self.clip_frames = run.data.sampling.frames
+        spec: InputSpec = student.input_spec
+        self._clip_views = {
+            training: DeviceAugment(run.data.augment, spec, training=training) for training in (True, False)
+        }
+        self._frame_views = {
+            training: DeviceAugment(run.data.augment, self.teacher.input_spec, training=training)
+            for training in (True, False)
+        }
+
+    def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
+        """A micro-batch as the module's inputs; the teacher's features of all ranks are gathered here."""
+        clips, features = self._towers(batch, training=training)
+        frame_features = all_gather_tensor(features, self.topology)
+        videos = all_gather_tensor(batch.video_index, self.topology)
+        rows = torch.arange(len(features), device=features.device) + self.topology.rank * len(features)
+        pairs = draw_pairs(
+            videos=videos,
+            rows=rows,
+            negatives=self.run.correspondence.negatives_per_clip,
+            seed=self.run.seed,
+            step=step,
+        )
+        return {
+            "clips": clips,
+            "frame_features": frame_features,
+            "pairs": pairs.frames,
+            "targets": pairs.targets,
+            "clip_videos": batch.video_index,
+            "frame_videos": videos,
+        }
+
+    def _towers(self, batch: ClipBatch, *, training: bool) -> tuple[Tensor, Tensor]:
+        """The student's clips (B, C, T, H, W) and the teacher's averaged features (B, D)."""
+        batch = batch.to(self.topology.device)
+        clips = self._clip_views[training](batch)
+        frames = subsampled(batch, self.run.teacher.frames)
+        if training and self.run.correspondence.independent_views:
+            frames = redrawn(frames)
+            views = recropped(self._frame_views[True](frames), frames.draws)
+        else:
+            views = self._frame_views[training](frames)
+        return clips, self._teacher_features(views)
+
+    @torch.no_grad()
+    def _teacher_features(self, clips: Tensor) -> Tensor:
+        """(B, C, X, H, W) -> (B, D): the mean over the X frames of the teacher's features."""
+        B, C, X, H, W = clips.shape
+        frames = clips.transpose(1, 2).reshape(B * X, C, H, W)
+        side = self.run.teacher.resize_pixels
+        if side is not None and side != H:
+            frames = F.interpolate(
+                frames, size=(side, side), mode="bilinear", antialias=side < H, align_corners=False
+            )
+        with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.is_cuda):
+            features = self.teacher(frames)
+        return features.float().reshape(B, X, -1).mean(dim=1)
+
+    @torch.no_grad()
+    def evaluate(self, *, topology: Topology) -> dict[str, float]:
+        """Matching accuracy, AUC and retrieval on the held-out videos, every clip once, over all ranks."""
+        one_view = self.run.data.model_copy(update={"views": ViewsConfig()})
+        loader = EvalLoader(
+            one_view,
+            split=self.run.data.val_split,
+            batch=self.run.evaluation.batch,
+            rank=topology.rank,
+            world_size=topology.world_size,
+            max_samples=self.run.evaluation.max_samples,
+        )
+        rows: list[tuple[int, int, Tensor, Tensor]] = []
+        for batch in loader:
+            clips, frame_features = self._towers(batch, training=False)
+            clip_features = self.module.student(clips)
+            on_host = zip(
+                batch.sample_index.tolist(),
+                batch.video_index.tolist(),
+                clip_features.float().cpu(),
+                frame_features.float().cpu(),
+                strict=True,
+            )
+            rows += [(sample, video, clip.clone(), frame.clone()) for sample, video, clip, frame in on_host]
+        everything = sorted(gather_objects(rows, topology), key=lambda row: row[0])
+        if len({row[1] for row in everything}) < 2:
+            raise ConfigError(
+                f"split {self.run.data.val_split!r} has {len(everything)} clips of one video; matching needs two videos",
+                key="data.val_split",
+                value=self.run.data.val_split,
+                hint="shard more held-out videos",
+            )
+        device = topology.device
+        return matching_metrics(
+            self.module,
+            clips=torch.stack([row[2] for row in everything]).to(device),
+            frames=torch.stack([row[3] for row in everything]).to(device),
+            videos=torch.tensor([row[1] for row in everything], device=device),
+            seed=self.run.seed,
+        )
+
+
+def subsampled(batch: ClipBatch, frames: int | None) -> ClipBatch:
+    """The batch with X frames of each clip, spread evenly over it (the middle one for X = 1)."""
+    T = batch.clips.shape[1]
+    if frames is None or frames == T:
+        return batch
+    at = ((torch.arange(frames, dtype=torch.float64) + 0.5) * T / frames).long().to(batch.clips.device)
+    return replace(batch, clips=batch.clips[:, at])
+
+
+def redrawn(batch: ClipBatch) -> ClipBatch:
+    """The same clips with other augmentation draws, still a function of the old ones (so of seed, epoch, sample)."""
+    return replace(batch, draws=(batch.draws.double() * 1009.0 + 0.6180339887).frac().to(batch.draws.dtype))
+
+
+def recropped(clips: Tensor, draws: Tensor, *, smallest: float = 0.7) -> Tensor:
+    """Cut another box out of each clip, side ``smallest`` to 1 of the frame, and resize it back: (B, C, X, H, W).
+
+    The crop of the worker is shared by frames and clip; this one decorrelates their geometry.
+    """
+    B, C, X, H, W = clips.shape
+    a, b, c = (draws[:, -1 - i].float() for i in range(3))
+    side = smallest + (1 - smallest) * a
+    theta = clips.new_zeros(B, 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = side
+    theta[:, 0, 2] = (1 - side) * (2 * b - 1)
+    theta[:, 1, 2] = (1 - side) * (2 * c - 1)
+    grid = F.affine_grid(theta, [B, C, H, W], align_corners=False)
+    flat = F.grid_sample(
+        clips.reshape(B, C * X, H, W), grid, mode="bilinear", padding_mode="reflection", align_corners=False
+    )
+    return flat.reshape(B, C, X, H, W)
+
+
+@torch.no_grad()
+def matching_metrics(
+    module: SupervisionTransfer, *, clips: Tensor, frames: Tensor, videos: Tensor, seed: int
+) -> dict[str, float]:
+    """Matching numbers of N held-out clips (N, Dc) and their frames' features (N, Df).
+
+    ``matching_accuracy``: one positive and one negative per clip, so the prior is exactly 0.5.
+    ``above_chance_sigmas``: its distance from the prior in standard errors of a fair coin over the same pairs.
+    ``recall_at_1``, ``recall_at_5``: clip -> frame retrieval among all N held-out clips.
+    """
+    N = len(clips)
+    rows = torch.arange(N, device=clips.device)
+    pairs = draw_pairs(videos=videos, rows=rows, negatives=1, seed=seed, step=0)
+    scores = module_scores(module, clips, frames)  # (N, N)
+    chosen = scores.gather(1, pairs.frames)
+    right = (chosen > 0) == (pairs.targets == 1)
+    accuracy = right.float().mean().item()
+    return {
+        "matching_accuracy": accuracy,
+        "matching_prior": 0.5,
+        "above_chance_sigmas": (accuracy - 0.5) / (0.5 / math.sqrt(right.numel())),
+        "auc": area_under_curve(chosen.flatten().cpu().numpy(), pairs.targets.flatten().cpu().numpy()),
+        "recall_at_1": retrieval_recall(scores.cpu().numpy(), k=1),
+        "recall_at_5": retrieval_recall(scores.cpu().numpy(), k=5),
+        "held_out_clips": float(N),
+    }
+
+
+def module_scores(module: SupervisionTransfer, clips: Tensor, frames: Tensor) -> Tensor:
+    """Matching score of every clip with every frame row, (N, N); above 0 means "belongs"."""
+    if module.config.objective == "infonce":
+        left = F.normalize(module.head.student_projection(clips).float(), dim=-1)
+        right = F.normalize(module.head.teacher_projection(frames).float(), dim=-1)
+        similarity = left @ right.T
+        # InfoNCE has no threshold of its own: centred on the mean over all pairs.
+        return similarity - similarity.mean()
+    return module.head.score_matrix(clips, frames, chunk=16).float()
+
+
+def _build_teacher(run: TransferRun) -> nn.Module:
+    """The frozen 2D teacher, in eval mode for good (BatchNorm statistics included)."""
+    if model_entry(run.teacher.name).dims != "2d":
+        raise ConfigError(
+            "is not a 2D model",
+            key="teacher.name",
+            value=run.teacher.name,
+            hint="the teacher sees single frames; `cliplift models` shows which models are 2D",
+        )
+    teacher = create_model(
+        run.teacher.name, num_classes=0, pretrained=run.teacher.pretrained, **run.teacher.options
+    )
+    return teacher.eval().requires_grad_(False)
