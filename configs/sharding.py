@@ -59,7 +59,57 @@ class CsvSource(Section):
     )
 
 
-Source = Annotated[FolderSource | CsvSource, Field(discriminator="kind")]
+class KineticsSource(Section):
+    """Kinetics-400/600/700 from the official lists; test lists without labels give unlabelled videos."""
+
+    kind: Literal["kinetics"] = "kinetics"
+    lists: tuple[str, ...] = Field(
+        min_length=1, description="official CSV files; their split column gives the split"
+    )
+    root: str = Field(
+        description="folder or URL of the videos, ID_SSSSSS_EEEEEE.ext or ID.ext, below any folders (labels, splits)"
+    )
+    classes_file: str | None = Field(
+        None, description="class names in label order, one a line; None sorts those listed"
+    )
+
+
+class Ucf101Source(Section):
+    """UCF101 with its three official splits."""
+
+    kind: Literal["ucf101"] = "ucf101"
+    lists: str = Field(description="folder with classInd.txt, trainlist01-03.txt and testlist01-03.txt")
+    root: str = Field(description="folder or URL of the videos, with or without class folders")
+
+
+class Hmdb51Source(Section):
+    """HMDB51 with its three official splits."""
+
+    kind: Literal["hmdb51"] = "hmdb51"
+    lists: str = Field(description="folder with CLASS_test_split1-3.txt (testTrainMulti_7030_splits)")
+    root: str = Field(description="folder or URL of the videos, with or without class folders")
+
+
+class YouTube8MSource(Section):
+    """YouTube-8M: ids and labels from the TFRecords, the videos from a folder of one's own downloads."""
+
+    kind: Literal["youtube8m"] = "youtube8m"
+    records: str = Field(
+        description="folder or URL of frame- or video-level *.tfrecord files, named train*, validate*, test*"
+    )
+    vocabulary: str = Field(description="vocabulary.csv: Index and Name of every class")
+    root: str = Field(
+        description="folder or URL of the videos, named by YouTube id or by the record's own id"
+    )
+    ids: str | None = Field(
+        None, description="CSV with columns id and youtube_id; None takes files named by the record's id"
+    )
+
+
+Source = Annotated[
+    FolderSource | CsvSource | KineticsSource | Ucf101Source | Hmdb51Source | YouTube8MSource,
+    Field(discriminator="kind"),
+]
 
 
 class SplitConfig(Section):

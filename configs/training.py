@@ -199,6 +199,7 @@ class EvaluationConfig(Section):
 class TrainingRun(Section):
     """What every training run says."""
 
+    stage: str = Field(description="which stage this file is for")
     name: str = Field(description="name of the run, shown in W&B and reports")
     output: str = Field(description="folder of the run: config, checkpoints, log, weights")
     seed: int = Field(0, ge=0, description="seed of weights, sample order and augmentation")

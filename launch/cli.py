@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -149,7 +149,7 @@ def _accept_local_rank(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
 
 
-def _add_special_options(stages: dict[str, argparse.ArgumentParser]) -> None:
+def _add_special_options(stages: Mapping[str, argparse.ArgumentParser]) -> None:
     shard = stages["shard"]
     shard.add_argument(
         "--part",

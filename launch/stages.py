@@ -163,12 +163,12 @@ def _load(
         raise ConfigError("is neither a folder nor a YAML file", file=subject)
     path = _recipe(subject) or Path(subject)
     loaded = load_run(path, RUNS, overrides)
-    if loaded.run.stage != stage:  # type: ignore[attr-defined]
+    if loaded.run.stage != stage:
         raise ConfigError(
-            f"is {loaded.run.stage!r}, but the command is {stage!r}",  # type: ignore[attr-defined]
+            f"is {loaded.run.stage!r}, but the command is {stage!r}",
             key="stage",
             file=str(path),
-            hint=f"run `cliplift {loaded.run.stage} {subject}`",  # type: ignore[attr-defined]
+            hint=f"run `cliplift {loaded.run.stage} {subject}`",
         )
     return loaded
 

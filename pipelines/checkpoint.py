@@ -1,9 +1,9 @@
 """Checkpoints in a form that knows neither ranks nor ZeRO stages.
 
 ``checkpoints/step_00000040/`` holds fp32 parameters and buffers by name, optimizer state by parameter name, each
-rank's buffers and random state, and ``state.json`` (step, schedule, fingerprints). ``COMPLETE.json`` lists every file with size
-and crc32 and is written last; the folder is renamed into place only then. A folder without it, or with a file that
-differs from it, is never resumed from: the one before is, and that is said.
+rank's buffers and random state, and ``state.json`` (step, schedule, fingerprints). ``COMPLETE.json`` lists every file
+with size and crc32 and is written last; the folder is renamed into place only then. A folder without it, or with a
+file that differs from it, is never resumed from: the one before is, and that is said.
 
 DeepSpeed's own files are not used: they refuse another world size and another stage.
 """

@@ -132,7 +132,7 @@ class _Fit:
         engine_config = self.run.engine
         module = self.task.module.to(self.topology.device)
         if engine_config.sync_batchnorm:
-            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         if saved is not None:
             _load_module(module, saved)
         if engine_config.checkpoint_blocks_share:
@@ -151,8 +151,8 @@ class _Fit:
             self.schedule.load(saved.state["schedule"])
             self.step, self.skipped = saved.state["step"], saved.state["skipped_steps"]
             self.best, self.metrics = saved.state["best"], dict(saved.state["metrics"])
-            self.tracker.resume_at(self.step)
             self._say(f"continues from step {self.step}")
+        self.tracker.resume_at(self.step)
         if engine_config.compile:
             engine.compile()
         return engine
@@ -224,7 +224,8 @@ class _Fit:
         """One optimizer step over its micro-batches."""
         self.engine.train()
         begun = time.monotonic()
-        waited, sums = 0.0, {}
+        waited = 0.0
+        sums: dict[str, Any] = {}
         for _ in range(self.accumulation):
             asked = time.monotonic()
             batch = next(batches)

@@ -11,7 +11,7 @@ import torch
 from cliplift.configs.runs import ExportRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models.hub import from_pretrained
-from cliplift.pipelines.run_folder import CONFIG, WEIGHTS, RunFolder, write_text
+from cliplift.pipelines.run_folder import CONFIG, RunFolder, write_text
 
 
 def run_export(run: ExportRun) -> Path:
@@ -65,4 +65,5 @@ Classes: {classes}
 def _check_equal(weights: Path, output: Path) -> None:
     """An export is read back through the public loader and must hold the same tensors."""
     before, after = from_pretrained(str(weights)).state_dict(), from_pretrained(str(output)).state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before), WEIGHTS
+    assert before.keys() == after.keys(), output
+    assert all(torch.equal(before[k], after[k]) for k in before), output

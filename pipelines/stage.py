@@ -46,7 +46,7 @@ def run_stage(run: TransferRun | ClassificationRun, *, command: Sequence[str]) -
         ConfigError: the run cannot work as configured; the error names the key.
     """
     started = time.monotonic()
-    stage = str(run.stage)  # type: ignore[attr-defined]
+    stage = str(run.stage)
     check_model(run)
     topology = start(run.engine)
     folder = RunFolder.create(run.output, writes=topology.rank == 0)
@@ -115,7 +115,7 @@ def dry_run(run: TransferRun | ClassificationRun) -> str:
 
 def check_model(run: TransferRun | ClassificationRun) -> None:
     """Raise ConfigError for an unknown model before anything else is started."""
-    keys = {"model.name": run.model.name}  # type: ignore[attr-defined]
+    keys = {"model.name": run.model.name}
     if isinstance(run, TransferRun):
         keys["teacher.name"] = run.teacher.name
     for key, name in keys.items():
@@ -170,11 +170,11 @@ def _save_weights(
         run.model.name,
         num_classes=len(task.classes) if classifying else 0,
         in_frames=run.data.sampling.frames,
-        **run.model.options,  # type: ignore[arg-type]
+        **dict[str, Any](run.model.options),
     )
     network.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     extra: dict[str, Any] = {
-        "stage": run.stage,  # type: ignore[attr-defined]
+        "stage": run.stage,
         "run": run.name,
         "sampling": run.data.sampling.model_dump(mode="json"),
         "crop_pixels": run.data.crop_pixels,

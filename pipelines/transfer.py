@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,13 +123,13 @@ class TransferTask:
 
     def __init__(self, run: TransferRun, *, topology: Topology) -> None:
         self.run, self.topology = run, topology
-        self.teacher = _build_teacher(run).to(topology.device)
-        student = create_model(
+        self.teacher: Any = _build_teacher(run).to(topology.device)
+        student: Any = create_model(
             run.model.name,
             num_classes=0,
             in_frames=run.data.sampling.frames,
             pretrained=run.model.pretrained,
-            **run.model.options,
+            **dict[str, Any](run.model.options),
         )
         if model_entry(run.model.name).dims != "3d":
             raise ConfigError(
@@ -140,7 +141,7 @@ class TransferTask:
         matching = run.correspondence
         head = CorrespondenceHead(
             student.feature_dim,
-            self.teacher.feature_dim,
+            int(self.teacher.feature_dim),
             embed_dim=matching.feature_dim,
             hidden=matching.hidden,
             normalise=matching.normalise_features,
@@ -203,7 +204,8 @@ class TransferTask:
             )
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.is_cuda):
             features = self.teacher(frames)
-        return features.float().reshape(B, X, -1).mean(dim=1)
+        averaged: Tensor = features.float().reshape(B, X, -1).mean(dim=1)
+        return averaged
 
     @torch.no_grad()
     def evaluate(self, *, topology: Topology) -> dict[str, float]:
@@ -232,7 +234,7 @@ class TransferTask:
         everything = sorted(gather_objects(rows, topology), key=lambda row: row[0])
         if len({row[1] for row in everything}) < 2:
             raise ConfigError(
-                f"split {self.run.data.val_split!r} has {len(everything)} clips of one video; matching needs two videos",
+                f"split {self.run.data.val_split!r} holds one video; matching needs two",
                 key="data.val_split",
                 value=self.run.data.val_split,
                 hint="shard more held-out videos",
@@ -329,6 +331,9 @@ def _build_teacher(run: TransferRun) -> nn.Module:
             hint="the teacher sees single frames; `cliplift models` shows which models are 2D",
         )
     teacher = create_model(
-        run.teacher.name, num_classes=0, pretrained=run.teacher.pretrained, **run.teacher.options
+        run.teacher.name,
+        num_classes=0,
+        pretrained=run.teacher.pretrained,
+        **dict[str, Any](run.teacher.options),
     )
     return teacher.eval().requires_grad_(False)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from cliplift.sharding.synthetic import write_demo_videos
 
 RUN_HERE = ("cliplift", "torchrun", "deepspeed")
@@ -33,7 +34,14 @@ def workplace(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     place = tmp_path_factory.mktemp("readme")
     made = place / "made"
     write_demo_videos(
-        made, seed=5, train_per_class=6, val_per_class=1, test_per_class=1, unlabelled=1, size_pixels=64, workers=2
+        made,
+        seed=5,
+        train_per_class=6,
+        val_per_class=1,
+        test_per_class=1,
+        unlabelled=1,
+        size_pixels=64,
+        workers=2,
     )
     (made / "labelled" / "train").rename(place / "my_videos")
     for block in blocks(repository, "yaml"):
@@ -46,13 +54,17 @@ def workplace(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_make_and_pip_commands_exist(repository: Path) -> None:
     """What is not run here: ``make`` targets exist (CI runs them), extras are declared."""
     targets = set(re.findall(r"^([a-z-]+):", (repository / "Makefile").read_text(), flags=re.MULTILINE))
-    extras = set(tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    extras = set(
+        tomllib.loads((repository / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    )
     for command in commands(repository):
         words = shlex.split(command)
         if words[0] == "make":
             assert words[1] in targets, command
         elif words[0] not in RUN_HERE:
-            assert words[0] == "python3" or words[0].endswith(".venv/bin/pip"), f"unknown kind of command: {command}"
+            assert words[0] == "python3" or words[0].endswith(".venv/bin/pip"), (
+                f"unknown kind of command: {command}"
+            )
             for named in re.findall(r"\.\[(.*?)\]", command):
                 assert set(named.split(",")) <= extras, command
 
@@ -66,7 +78,14 @@ def test_every_command_runs_as_written(repository: Path, workplace: Path) -> Non
     }
     for command in to_run:
         done = subprocess.run(
-            command, shell=True, cwd=workplace, env=environment, capture_output=True, text=True, check=False, timeout=280
+            command,
+            shell=True,
+            cwd=workplace,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=280,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     for left in ("runs/my-finetune/report.html", "my-model/model.safetensors", "runs/two-ranks/result.json"):
@@ -78,7 +97,12 @@ def test_python_snippets_run(repository: Path, workplace: Path) -> None:
         pytest.skip("the commands before the snippet did not finish")
     for block in blocks(repository, "python"):
         done = subprocess.run(
-            [sys.executable, "-c", block], cwd=workplace, capture_output=True, text=True, check=False, timeout=120
+            [sys.executable, "-c", block],
+            cwd=workplace,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
         )
         assert done.returncode == 0, done.stderr
 

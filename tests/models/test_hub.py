@@ -233,6 +233,12 @@ def test_heads_are_found_by_name() -> None:
     assert head_prefix(plain) == "head."
 
 
+def test_settings_that_are_not_json_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"options and extra must be plain JSON values .*set"):
+        save_pretrained(tiny(), tmp_path / "out", name="t3d_tiny", extra={"classes": {1, 2}})
+    assert not (tmp_path / "out").exists()
+
+
 def test_saved_tensors_are_plain_and_on_the_cpu(tmp_path: Path) -> None:
     model = tiny().to(memory_format=torch.channels_last_3d)
     folder = save_pretrained(model, tmp_path, name="t3d_tiny")

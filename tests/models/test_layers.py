@@ -36,6 +36,23 @@ def test_halve_stops_at_one() -> None:
     assert halve(x).item() == 3.5
 
 
+@pytest.mark.parametrize("name", ["t3d_tiny", "p3d_resnet50", "resnet_50", "c3d"])
+def test_weights_start_kaiming_normal_and_heads_small(name: str) -> None:
+    """Variance 2 / fan-out for convolutions (of 1000 weights or more, so the estimate is good to 15 %)."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=50)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)]
+    for conv in convolutions:
+        fan_out = conv.out_channels * conv.weight[0, 0].numel()
+        if conv.weight.numel() >= 1000:
+            assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.15)
+        assert conv.bias is None or not conv.bias.any()
+    assert len(convolutions) > 5
+    head = model.get_submodule(model.head_name)
+    assert head.weight.std().item() == pytest.approx(0.01, rel=0.05)
+    assert not head.bias.any()
+
+
 class Counting(nn.Module):
     """A block that counts its forward passes, with BatchNorm and dropout inside."""
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS, ExportRun
 from cliplift.configs.sections import ConfigError
@@ -38,7 +39,13 @@ def test_results_are_read_back_and_nan_is_refused(tmp_path: Path) -> None:
     assert folder.result() is None
     folder.write_result(stage="s", metrics={"accuracy": 0.5}, seconds=1.23456, classes=["a"], steps=3)
     result = folder.result()
-    assert result == {"stage": "s", "metrics": {"accuracy": 0.5}, "seconds": 1.235, "classes": ["a"], "steps": 3}
+    assert result == {
+        "stage": "s",
+        "metrics": {"accuracy": 0.5},
+        "seconds": 1.235,
+        "classes": ["a"],
+        "steps": 3,
+    }
     with pytest.raises(ValueError, match="Out of range"):
         folder.write_result(stage="s", metrics={"accuracy": float("nan")}, seconds=1.0)
     assert folder.result() == result, "the refused write must leave the old file whole"

@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
 from cliplift.configs.runs import CorrespondenceConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.models.correspondence import CorrespondenceHead
 from cliplift.pipelines.transfer import SupervisionTransfer, draw_pairs, matching_metrics, recropped
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
 
 
 @settings(max_examples=60, deadline=None)

@@ -121,7 +121,7 @@ def _kill_at_random_moments(run: ShardRun, tmp_path: Path, *, kills: int, seed: 
 def test_a_killed_build_resumes_to_the_same_bytes(built: Path, make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(tmp_path / "killed")
     assert _kill_at_random_moments(run, tmp_path, kills=3, seed=0) >= 1
-    leftovers = [p for p in (tmp_path / "killed").rglob("*.tmp")]
+    leftovers = list((tmp_path / "killed").rglob("*.tmp"))
     for orphan in leftovers:  # verify names them as warnings; they never stand in the way
         assert any(
             p.file.endswith(orphan.name) and not p.error for p in verify(run.output, decode="none").problems

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
@@ -82,21 +83,26 @@ def test_indices_out_of_range(built: Path) -> None:
             dataset.read(i)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes_read_the_same(built: Path, method: str) -> None:
+def test_a_fork_and_a_fresh_process_read_the_same(built: Path, tmp_path: Path) -> None:
     dataset = ShardDataset(str(built), split="val")
     tails = [dataset.read(i)[-64:] for i in range(len(dataset))]  # files are open in the parent
-    context = multiprocessing.get_context(method)
-    queue = context.SimpleQueue()
-    process = context.Process(target=_tails, args=(dataset, queue))
-    process.start()
-    assert queue.get() == tails
-    process.join()
+    pipe_out, pipe_in = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(pipe_in, b"".join(dataset.read(i)[-64:] for i in range(len(dataset))))
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(pipe_out, 1 << 16) == b"".join(tails)
+    os.close(pipe_out)
+    os.close(pipe_in)
+    (tmp_path / "dataset.pickle").write_bytes(pickle.dumps(dataset))
+    script = (
+        "import pickle, sys; d = pickle.load(open(sys.argv[1], 'rb'));"
+        "sys.stdout.buffer.write(b''.join(d.read(i)[-64:] for i in range(len(d))))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "dataset.pickle")]
+    assert subprocess.run(command, check=True, capture_output=True, timeout=60).stdout == b"".join(tails)
     assert [dataset.read(i)[-64:] for i in range(len(dataset))] == tails
-
-
-def _tails(dataset: ShardDataset, queue) -> None:
-    queue.put([dataset.read(i)[-64:] for i in range(len(dataset))])
 
 
 def test_a_dataset_pickles_small_and_errors_pickle_whole(built: Path) -> None:
@@ -108,22 +114,19 @@ def test_a_dataset_pickles_small_and_errors_pickle_whole(built: Path) -> None:
     assert (error.file, error.member, error.reason) == ("a.tar", "k.mp4", "gone")
 
 
-def test_open_files_are_bounded_and_closed(built: Path) -> None:
+def test_open_files_are_bounded_and_closed(dataset: Path) -> None:
     def open_tars() -> int:
-        links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if _still(fd)]
-        return sum(str(built) in link for link in links)
+        links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        return sum(str(dataset) in str(link.readlink()) for link in links)
 
-    def _still(fd: str) -> bool:
-        return Path(f"/proc/self/fd/{fd}").is_symlink()
-
-    dataset = ShardDataset(str(built))
-    for i in range(len(dataset)):
-        dataset.read(i)
+    reader = ShardDataset(str(dataset))
+    for i in range(len(reader)):
+        reader.read(i)
     assert open_tars() == 8
-    dataset.close()
+    reader.close()
     assert open_tars() == 0
-    dataset.read(0)
-    del dataset
+    reader.read(0)
+    del reader
     assert open_tars() == 0
 
 

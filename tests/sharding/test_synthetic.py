@@ -67,8 +67,8 @@ def test_a_single_frame_does_not_tell_the_class(
 def test_frame_differences_tell_the_direction(gray_clips: tuple[np.ndarray, np.ndarray]) -> None:
     directions = [CLASSES.index(name) for name in ("move_left", "move_right", "move_up", "move_down")]
     features = []
-    for clips in gray_clips:
-        clips = clips[directions]
+    for every_class in gray_clips:
+        clips = every_class[directions]
         change = np.diff(clips, axis=2)
         across = (np.roll(clips, -1, axis=4) - np.roll(clips, 1, axis=4))[:, :, :-1]
         down = (np.roll(clips, -1, axis=3) - np.roll(clips, 1, axis=3))[:, :, :-1]
