@@ -7,6 +7,7 @@ is the row every 3D result is read against (and the paper's teacher side, T3D, a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ class FrameAverage(nn.Module):
         """The encoder's published weights under this model's names."""
         own = self.encoder.state_dict().keys()
         tags: Mapping[str, Callable[[], dict[str, Tensor]]] = getattr(self.encoder, "published_weights", {})
-        adapt = getattr(self.encoder, "adapt_state_dict", lambda state: (state, []))
+        adapt: Any = getattr(self.encoder, "adapt_state_dict", lambda state: (state, []))
 
         def renamed(load: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
             return lambda: {f"encoder.{key}": value for key, value in adapt(load())[0].items() if key in own}
@@ -64,7 +65,8 @@ class FrameAverage(nn.Module):
         frames = x.transpose(1, 2).reshape(B * T, C, H, W)
         with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):
             features = self.encoder(frames)  # (B T, D)
-        return features.reshape(B, T, -1).transpose(1, 2)[..., None, None]
+        per_frame: Tensor = features.reshape(B, T, -1).transpose(1, 2)[..., None, None]
+        return per_frame
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.head(self.forward_features(x).mean(dim=(2, 3, 4)))

@@ -66,9 +66,11 @@ def save_pretrained(
 
     Returns:
         The folder.
+
+    Raises:
+        ModelError: options or extra hold something JSON cannot.
     """
     target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     described = cast(Any, model)
     config = {
         "format": FORMAT,
@@ -80,7 +82,13 @@ def save_pretrained(
         "input": dataclasses.asdict(described.input_spec),
         "extra": dict(extra or {}),
     }
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    try:
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    except TypeError as error:
+        raise ModelError(
+            f"{target / CONFIG}: options and extra must be plain JSON values ({error})"
+        ) from None
+    target.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     save_file(state, target / WEIGHTS, metadata={"format": "pt"})
     (target / CONFIG).write_text(text, encoding="utf-8")

@@ -18,11 +18,15 @@ The blocks alternate A, B, C through res2 to res4 without a break between stages
 after res2, res3 and res4; res5 is a plain 2D stage on what is left (one map for 16 frames). Here res5 has 1xkxk
 kernels, so that 32 frames give two maps, averaged with everything else, where the port reads them as two clips.
 
+The input is normalised as the port does it. The Caffe weights themselves were trained on BGR values of 0 to 255 minus
+(104, 117, 123), without division.
+
 Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Literal
 
@@ -140,21 +144,25 @@ class P3D(PooledClassifier):
             else nn.MaxPool3d((2, 3, 3), stride=2, padding=(0, 1, 1))
         )
         self.maxpool_2 = nn.MaxPool3d((2, 1, 1), stride=(2, 1, 1))
-        channels, position = 64, 0
+        letters = itertools.cycle(arrangement)  # not restarted at a new stage
+        channels = 64
         for stage, (count, width) in enumerate(zip(layers, STAGE_WIDTHS, strict=True), start=1):
             blocks: list[nn.Module] = []
             for i in range(count):
-                stride = 2 if stage > 1 and i == 0 else 1
-                if stage == len(layers):
-                    blocks.append(PlainBlock(channels, width, stride=stride, project=i == 0))
-                else:
-                    letter = arrangement[position % len(arrangement)]
-                    blocks.append(
-                        PseudoBlock(
-                            channels, width, arrangement=letter, wiring=wiring, stride=stride, project=i == 0
-                        )
+                stride, project = 2 if stage > 1 and i == 0 else 1, i == 0
+                blocks.append(
+                    PlainBlock(channels, width, stride=stride, project=project)
+                    if stage == len(layers)
+                    else PseudoBlock(
+                        channels,
+                        width,
+                        arrangement=next(letters),
+                        wiring=wiring,
+                        stride=stride,
+                        project=project,
                     )
-                channels, position = width * EXPANSION, position + 1
+                )
+                channels = width * EXPANSION
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
         self.reset_classifier(num_classes)
 

@@ -16,6 +16,8 @@ Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -104,14 +106,14 @@ class P3DResNet(PooledClassifier):
         )
         self.bn1 = nn.BatchNorm3d(64)
         self.maxpool = nn.MaxPool3d((1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
-        channels, position = 64, 0
+        letters = itertools.cycle(arrangement)  # not restarted at a new stage
+        channels = 64
         for stage, (count, width) in enumerate(zip(layers, STAGE_WIDTHS, strict=True), start=1):
             blocks: list[nn.Module] = []
             for i in range(count):
-                letter = arrangement[position % len(arrangement)]
                 stride = 2 if stage > 1 and i == 0 else 1
-                blocks.append(PseudoBottleneck(channels, width, arrangement=letter, stride=stride))
-                channels, position = width * EXPANSION, position + 1
+                blocks.append(PseudoBottleneck(channels, width, arrangement=next(letters), stride=stride))
+                channels = width * EXPANSION
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
         self.reset_classifier(num_classes)
 

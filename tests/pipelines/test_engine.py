@@ -28,7 +28,8 @@ ROUNDING = 2e-6
 @pytest.fixture(scope="module")
 def worker() -> ModuleType:
     spec = importlib.util.spec_from_file_location("training_worker", WORKER)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules["training_worker"] = module
     spec.loader.exec_module(module)
