@@ -170,13 +170,16 @@ class DemoRun(Section):
     stage: Literal["demo"] = "demo"
     output: str = Field("runs/demo", description="folder for videos, shards, runs and the report")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="seeds of the finetuning runs")
-    size_pixels: int = Field(96, ge=48, description="side of the generated videos, pixels")
-    train_per_class: int = Field(24, ge=2, description="training clips per action class")
+    size_pixels: int = Field(80, ge=48, description="side of the generated videos, pixels")
+    train_per_class: int = Field(60, ge=2, description="training clips per action class")
     val_per_class: int = Field(4, ge=1, description="validation clips per action class")
-    test_per_class: int = Field(12, ge=1, description="test clips per action class")
-    unlabelled: int = Field(48, ge=4, description="unlabelled videos for transfer")
-    transfer_steps: int = Field(120, ge=1, description="optimizer steps of transfer")
-    finetune_steps: int = Field(80, ge=1, description="optimizer steps of each finetuning run")
+    test_per_class: int = Field(20, ge=1, description="test clips per action class")
+    unlabelled: int = Field(140, ge=4, description="unlabelled videos for transfer")
+    transfer_steps: int = Field(200, ge=1, description="optimizer steps of transfer")
+    finetune_steps: int = Field(300, ge=1, description="optimizer steps of each 3D finetuning run")
+    frames_steps: int = Field(
+        100, ge=1, description="optimizer steps of each run of the 2D baseline's classifier"
+    )
     workers: int = Field(2, ge=1, description="processes that make and pack the videos")
 
 

@@ -131,7 +131,7 @@ def _finetune(run: DemoRun, root: Path, method: str, recipe: str) -> Row:
         folder = root / f"{recipe.replace('/', '-')}-seed{seed}"
         overrides = [
             f"seed={seed}",
-            f"schedule.steps={run.finetune_steps}",
+            f"schedule.steps={run.frames_steps if recipe.endswith('frames') else run.finetune_steps}",
             f"data.shards={root / 'shards' / 'actions'}",
         ]
         if method == "3D from transfer":

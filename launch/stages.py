@@ -154,13 +154,13 @@ def _load(
     extra = [word for word in arguments.rest if not _is_override(word)]
     if from_folder is not None and Path(subject).is_dir():
         return _from_tree(from_folder(subject, extra), stage, overrides)
+    if from_folder is not None and Path(subject).suffix not in (".yaml", ".yml") and not _recipe(subject):
+        raise ConfigError("is neither a folder nor a YAML file", file=subject)
     if extra:
         hint = f"with a YAML file, give {extra_key} in the file or as {extra_key}=..." if extra_key else ""
         raise ConfigError(
             f"{extra[0]!r} is not an override", file="command line", hint=hint or "write key.path=value"
         )
-    if from_folder is not None and Path(subject).suffix not in (".yaml", ".yml") and not _recipe(subject):
-        raise ConfigError("is neither a folder nor a YAML file", file=subject)
     path = _recipe(subject) or Path(subject)
     loaded = load_run(path, RUNS, overrides)
     if loaded.run.stage != stage:

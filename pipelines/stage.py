@@ -138,10 +138,12 @@ def _loader(run: TransferRun | ClassificationRun, topology: Topology) -> ClipLoa
 
 
 def _task(run: TransferRun | ClassificationRun, loader: ClipLoader, topology: Topology) -> Any:
-    if isinstance(run, TransferRun):
-        return transfer.TransferTask(run, topology=topology)
-    assert isinstance(run, ClassificationRun)
-    return ClassificationTask(run, classes=loader.classes, topology=topology)
+    try:
+        if isinstance(run, TransferRun):
+            return transfer.TransferTask(run, topology=topology)
+        return ClassificationTask(run, classes=loader.classes, topology=topology)
+    except ModelError as error:
+        raise ConfigError(str(error), key="model", value=run.model.name) from None
 
 
 def _conclude(ended: _Ended, folder: RunFolder, topology: Topology) -> dict[str, float]:

@@ -16,7 +16,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -141,7 +141,7 @@ class TransferTask:
         matching = run.correspondence
         head = CorrespondenceHead(
             student.feature_dim,
-            int(self.teacher.feature_dim),
+            cast(int, self.teacher.feature_dim),
             embed_dim=matching.feature_dim,
             hidden=matching.hidden,
             normalise=matching.normalise_features,

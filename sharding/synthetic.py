@@ -53,10 +53,10 @@ SPEED_PER_SECOND = {ACROSS: (0.45, 0.8), DOWN: (0.45, 0.8), TURN: (0.4, 0.75), S
 SWING_HERTZ = (1.3, 2.0)
 SWING_AMPLITUDE = (0.10, 0.16)
 
-SMALLEST, LARGEST = 0.13, 0.30  # radius of a shape, share of the picture's side
+SMALLEST, LARGEST = 0.17, 0.36  # radius of a shape, share of the picture's side
 FADE = 0.12  # share of the size circle over which a shape appears when smallest and vanishes when largest
 SPRITE_PIXELS = 96
-SHAKE_PIXELS = 1.5
+SHAKE_PIXELS = 0.6
 NOISE_LEVELS = 2.5
 
 
