@@ -91,8 +91,7 @@ class DeviceAugment:
 
 def luma(x: Tensor) -> Tensor:
     """(B, 3, T, H, W) -> (B, 1, T, H, W)."""
-    r, g, b = x.split(1, dim=1)
-    return LUMA[0] * r + LUMA[1] * g + LUMA[2] * b
+    return LUMA[0] * x[:, 0:1] + LUMA[1] * x[:, 1:2] + LUMA[2] * x[:, 2:3]
 
 
 def normalized_brightness(x: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import TranscodeConfig
 from cliplift.pipelines.crops import cut, training_box, view_boxes
 from cliplift.pipelines.order import generator
-from cliplift.pipelines.sampling import training_frames, view_frames
+from cliplift.pipelines.sampling import Ints, training_frames, view_frames
 from cliplift.sharding.reader import SampleFacts, ShardDataset
 from cliplift.sharding.transcode import transcode_span
 from cliplift.sharding.video import Frames, decode_frames
@@ -48,8 +49,7 @@ class ClipBatch:
     def pin_memory(self) -> ClipBatch:
         return self._mapped(Tensor.pin_memory)
 
-    def _mapped(self, change: object) -> ClipBatch:
-        assert callable(change)
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> ClipBatch:
         names = ("clips", "labels", "sample_index", "video_index", "views", "draws")
         targets = None if self.targets is None else change(self.targets)
         return replace(self, targets=targets, **{name: change(getattr(self, name)) for name in names})
@@ -89,7 +89,7 @@ class ClipSource:
         self.label_sets = self._label_sets()
         self._cache = _cache_of(data.cache_decoded_mib)
 
-    def _video_numbers(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    def _video_numbers(self) -> Ints:
         numbers: dict[tuple[str, str], int] = {}
         found = [
             numbers.setdefault((one.url, video), len(numbers))
@@ -145,7 +145,7 @@ class ClipSource:
         draws = np.full((len(cuts), NUM_DRAWS), 0.5, dtype=np.float32)
         return self._batch(index, cuts, draws, read_seconds, decode_seconds)
 
-    def _frames(self, index: int, facts: SampleFacts, numbers: Sequence[int]) -> tuple[Frames, float, float]:
+    def _frames(self, index: int, facts: SampleFacts, numbers: Ints) -> tuple[Frames, float, float]:
         """Frames by number, from memory where the whole video is kept there."""
         if self._cache is None:
             began = time.perf_counter()
@@ -171,7 +171,7 @@ class ClipSource:
         self,
         index: int,
         clips: Sequence[Tensor],
-        draws: Frames | np.ndarray,
+        draws: npt.NDArray[np.float32],
         read_seconds: float,
         decode_seconds: float,
     ) -> ClipBatch:

@@ -40,10 +40,10 @@ class Request(NamedTuple):
 class _Training(Dataset[ClipBatch]):
     """Micro-batches by request; lives in the worker processes."""
 
-    def __init__(self, source: ClipSource, order: Order, *, pin: bool) -> None:
-        self.source, self.order, self.pin = source, order, pin
+    def __init__(self, source: ClipSource, order: Order) -> None:
+        self.source, self.order = source, order
 
-    def __getitem__(self, request: Request) -> ClipBatch:  # type: ignore[override]
+    def __getitem__(self, request: Request) -> ClipBatch:
         clips, failed = [], []
         for position in request.positions:
             clip, messages = self._clip(request.epoch, position)
@@ -125,8 +125,7 @@ class ClipLoader:
             TooManyFailuresError: more samples failed, in a row or as a share, than the config tolerates.
         """
         requests = list(self.requests(start_step=start_step, stop_step=stop_step))
-        pin = torch.cuda.is_available()
-        dataset = _Training(self.dataset, self.order, pin=pin)
+        dataset = _Training(self.dataset, self.order)
         batches = (
             (dataset[r] for r in requests)
             if self.data.workers == 0
@@ -155,7 +154,7 @@ class _TestViews(Dataset[ClipBatch]):
     def __init__(self, source: ClipSource) -> None:
         self.source = source
 
-    def __getitem__(self, samples: tuple[int, ...]) -> ClipBatch:  # type: ignore[override]
+    def __getitem__(self, samples: tuple[int, ...]) -> ClipBatch:
         return merged([self.source.test_views(index) for index in samples])
 
 
@@ -205,7 +204,7 @@ def _worker_batches(
     """Batches from worker processes, in the order asked for. A silent worker is an error after the time limit."""
     loader = DataLoader(
         dataset,
-        sampler=requests,  # type: ignore[arg-type]
+        sampler=requests,
         batch_size=None,
         num_workers=min(data.workers, max(1, len(requests))),
         prefetch_factor=data.prefetch_batches,

@@ -51,12 +51,11 @@ def _slack(sampling: SamplingConfig, num_frames: int, fps: float) -> int:
 
 def _dense(sampling: SamplingConfig, num_frames: int, fps: float, start: int) -> Ints:
     at = start + np.floor(np.arange(sampling.frames) * _step(sampling, fps) + 1e-9).astype(np.int64)
-    if sampling.short_clips == "loop":
-        return at % num_frames
-    return np.minimum(at, num_frames - 1)
+    inside: Ints = at % num_frames if sampling.short_clips == "loop" else np.minimum(at, num_frames - 1)
+    return inside
 
 
 def _segments(frames: int, num_frames: int, shifts: npt.NDArray[np.float64]) -> Ints:
     """One frame from each of T equal parts (TSN, arXiv 1608.00859); short videos repeat frames."""
-    at = np.floor((np.arange(frames) + shifts) * num_frames / frames).astype(np.int64)
-    return np.minimum(at, num_frames - 1)
+    at: Ints = np.floor((np.arange(frames) + shifts) * num_frames / frames).astype(np.int64)
+    return at.clip(max=num_frames - 1)

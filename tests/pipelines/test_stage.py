@@ -233,7 +233,7 @@ def test_dry_run_derives_the_deepspeed_section(place: Path, repository: Path) ->
 
 
 def logged_blobs(data: bytes) -> Iterator[bytes]:
-    """Records of W&B's offline file: a LevelDB log (32 KiB blocks of crc32, length, kind, data) after a 7-byte header."""
+    """Records of W&B's offline file: a LevelDB log (32 KiB blocks of crc32, length, kind, data)."""
     assert data[:4] == b":W&B"
     at, parts = 7, b""
     while at + 7 <= len(data):
