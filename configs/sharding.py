@@ -70,7 +70,7 @@ class KineticsSource(Section):
         description="folder or URL of the videos, ID_SSSSSS_EEEEEE.ext or ID.ext, below any folders (labels, splits)"
     )
     classes_file: str | None = Field(
-        None, description="class names in label order, one a line; None sorts those listed"
+        None, description="class names in label order, one a line; None sorts them"
     )
 
 
@@ -95,14 +95,14 @@ class YouTube8MSource(Section):
 
     kind: Literal["youtube8m"] = "youtube8m"
     records: str = Field(
-        description="folder or URL of frame- or video-level *.tfrecord files, named train*, validate*, test*"
+        description="folder or URL of *.tfrecord files (frame or video level) named train*, validate*, test*"
     )
     vocabulary: str = Field(description="vocabulary.csv: Index and Name of every class")
     root: str = Field(
         description="folder or URL of the videos, named by YouTube id or by the record's own id"
     )
     ids: str | None = Field(
-        None, description="CSV with columns id and youtube_id; None takes files named by the record's id"
+        None, description="CSV with columns id and youtube_id; None: files are named by the record's id"
     )
 
 
@@ -264,16 +264,4 @@ class ShardRun(Section):
     verify_decode: Literal["none", "sample", "full"] = Field(
         "none",
         description="clips decoded once more at the end; each was decoded in full before its shard was sealed",
-    )
-
-
-class VerifyRun(Section):
-    """Check a shard dataset."""
-
-    stage: Literal["verify"] = "verify"
-    url: str = Field(description="folder or URL of the dataset")
-    decode: Literal["none", "sample", "full"] = Field("sample", description="which clips are decoded in full")
-    workers: int = Field(0, ge=0, description="worker processes; 0 is one per core")
-    clip_timeout_seconds: float = Field(
-        60.0, gt=0, description="a clip not decoded in this time is an error, seconds"
     )

@@ -116,7 +116,7 @@ def run_shard(
         progress.shards_done = kept
         built = build_shards(run, plan, todo, store, progress=progress, on_progress=on_progress)
     dataset = None
-    whole = part is None or all(store.size(index_file(s.tar)) is not None for s in plan.shards)
+    whole = part is None or {index_file(s.tar) for s in plan.shards} <= set(store.list())
     if "finalize" in phases and whole:
         dataset = finalize(plan, store, max_refused_share=run.limits.max_refused_share)
     report = BuildReport(
@@ -160,7 +160,11 @@ def _unfinished(
 ) -> tuple[list[PlannedShard], int]:
     """Shards to build, and how many are already there and whole."""
     todo = []
+    present = set(store.list())
     for shard in shards:
+        if index_file(shard.tar) not in present:
+            todo.append(shard)
+            continue
         index = _committed(plan, shard, store)
         failed = index is not None and any(r.stage in RETRIED_STAGES for r in index.refused)
         if index is None or (retry_failed and failed):

@@ -12,12 +12,16 @@ import av.error
 import av.filter
 
 from cliplift.configs.sharding import TranscodeConfig
-from cliplift.sharding.video import VideoDecodeError
+from cliplift.sharding.video import VideoDecodeError, decoded_frames
 
 # Containers whose seeks land where they say (measured); the others are decoded from the start.
 SEEKABLE = ("mov", "matroska", "webm")
 SEEK_MARGIN_SECONDS = 1.0
 ASPECT_TOLERANCE = 0.01
+# A frame half-way between two slots (60 -> 30 frames/s) goes to the later one, also when its time stamp is rounded
+# to milliseconds: otherwise slots would take now the one, now the other of two neighbours.
+ROUND_UP = 0.52
+SLOT_SLACK = 0.1  # the last frame does not make a slot of its own when a tenth of it or less is left
 
 TimedFrame = tuple[float, Any]
 
@@ -38,7 +42,7 @@ def timed_frames(
         )
     previous = -float(1 / source_fps)
     first = True
-    for frame in container.decode(stream):
+    for frame in decoded_frames(container, stream):
         if frame.is_corrupt:
             raise VideoDecodeError(f"decode: damaged frame after {max(previous, 0):.2f} s")
         stamp = None if frame.pts is None else float(frame.pts * frame.time_base)
@@ -113,17 +117,23 @@ def constant_rate(
     *,
     start: float,
     end: float | None,
+    source_fps: Fraction,
     fps: Fraction,
     config: TranscodeConfig,
 ) -> Iterator[Any]:
-    """Frames at a constant rate: slot k shows the last frame whose time rounds to k or earlier."""
+    """Frames at a constant rate: slot k shows the last frame whose time rounds to k or earlier.
+
+    Raises:
+        VideoDecodeError: the span is longer than ``config.max_seconds``.
+    """
     rate = float(fps)
     last_slot = math.inf if end is None else round((end - start) * rate)
     limit = config.max_seconds * rate
     held: Any = None
+    held_until = 0.0  # in slots
     slot = 0
     for time, frame in timed:
-        at = math.floor((time - start) * rate + 0.5)
+        at = math.floor((time - start) * rate + ROUND_UP)
         if at > limit:
             raise VideoDecodeError(f"too long: more than {config.max_seconds:g} s; cut it into windows")
         while held is not None and slot < min(at, last_slot):
@@ -131,9 +141,10 @@ def constant_rate(
             slot += 1
         if slot >= last_slot:
             return
-        held = frame
-    if held is not None and slot < last_slot:
+        held, held_until = frame, (time - start + 1 / float(source_fps)) * rate
+    while held is not None and slot < min(held_until - SLOT_SLACK, last_slot):
         yield held
+        slot += 1
 
 
 def target_size(width: int, height: int, short_side: int) -> tuple[int, int]:

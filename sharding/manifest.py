@@ -25,6 +25,7 @@ PLAN_FILE = "plan/plan.json"
 PLAN_VIDEOS_FILE = "plan/videos.parquet"
 BUILD_FILE = "build.json"
 NO_LABEL = -1
+FOREIGN = "foreign:"  # plan_id of tars that were indexed, not built
 
 
 class ManifestError(ValueError):

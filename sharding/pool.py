@@ -72,6 +72,7 @@ class _Worker:
         self.slot: _Slot | None = None
         self.deadline = 0.0
         self.fresh = True
+        self.last_words = ""
 
     def end(self) -> str:
         """Kill the process; how it ended, for the ledger."""
@@ -195,7 +196,9 @@ class WorkerPool:
         assert slot is not None, "a worker spoke without a job"
         worker.fresh = False
         worker.deadline = time.monotonic() + self._timeout
-        if "done" in message:
+        if "fatal" in message:
+            worker.last_words = message["fatal"]
+        elif "done" in message:
             slot.done = True
             worker.slot = None
         elif "clips" in message:
@@ -225,7 +228,7 @@ class WorkerPool:
             reason = (
                 f"not done in {self._timeout:g} s"
                 if stage == "timeout"
-                else f"the worker process ended: {how}"
+                else f"the worker process ended: {worker.last_words or how}"
             )
             slot.result.refused.append((slot.next_clip, stage, reason))
             slot.next_clip, slot.failures = slot.next_clip + 1, 0

@@ -206,6 +206,8 @@ class ShardDataset:
         shard = self.shards[self.shard_of(i)]
         offset, length, crc32 = (int(v) for v in self._places[kind][:, i])
         member = f"{self._table.column('key')[i].as_py()}.{kind}"
+        if not length:
+            raise ShardReadError(shard.file, member, "the sample has no such member")
         try:
             data = self._bytes(shard, offset, length)
         except FileNotFoundError:

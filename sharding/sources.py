@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
 from cliplift.configs.sections import ConfigError
-from cliplift.configs.sharding import CsvSource, FolderSource, ShardRun, SplitConfig
-from cliplift.sharding.manifest import NO_LABEL, SourceVideo, canonical, digest, rows_to_parquet
+from cliplift.configs.sharding import (
+    CsvSource,
+    FolderSource,
+    Hmdb51Source,
+    KineticsSource,
+    ShardRun,
+    Source,
+    SplitConfig,
+    Ucf101Source,
+)
+from cliplift.sharding.datasets import read_hmdb51, read_kinetics, read_ucf101, read_youtube8m
+from cliplift.sharding.manifest import SourceVideo, canonical, digest
+from cliplift.sharding.rows import UNASSIGNED, Listing, SourceError, number_labels, read_rows
 from cliplift.sharding.storage import Store, join, open_store
-
-UNASSIGNED = ""
-
-
-class SourceError(ValueError):
-    """A row of a list is wrong; the message names file, line and column."""
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Everything a source says, before splits are assigned.
-
-    ``videos`` carry the split the source gave, or :data:`UNASSIGNED`; ``missing`` are listed but absent.
-    """
-
-    videos: tuple[SourceVideo, ...]
-    classes: tuple[str, ...]
-    root: str
-    missing: tuple[SourceVideo, ...] = ()
-    folds: int = 0
 
 
 def read_source(run: ShardRun) -> Listing:
@@ -43,14 +32,25 @@ def read_source(run: ShardRun) -> Listing:
         ConfigError: the source does not exist or holds no video.
         SourceError: a row is wrong, naming file, line and column.
     """
-    source = run.source
-    listing = _read_folder(source) if isinstance(source, FolderSource) else _read_csv(source)
+    listing = _list(run.source)
     if not listing.videos:
         raise ConfigError(
             "no video was found", key="source", value=listing.root, hint=f"{len(listing.missing)} are missing"
         )
     _unique_ids(listing.videos)
     return replace(listing, videos=tuple(assign_splits(listing.videos, run.splits, folds=listing.folds)))
+
+
+def _list(source: Source) -> Listing:
+    if isinstance(source, FolderSource):
+        return _read_folder(source)
+    if isinstance(source, CsvSource):
+        return _read_csv(source)
+    if isinstance(source, KineticsSource):
+        return read_kinetics(source)
+    if isinstance(source, Ucf101Source):
+        return read_ucf101(source)
+    return read_hmdb51(source) if isinstance(source, Hmdb51Source) else read_youtube8m(source)
 
 
 def _unique_ids(videos: Sequence[SourceVideo]) -> None:
@@ -106,18 +106,6 @@ def _by_hash(group: str, config: SplitConfig) -> str:
     return next(split for split, share in reversed(config.shares.items()) if share > 0)
 
 
-def number_labels(
-    names: Sequence[str | None], given: Sequence[str], *, key: str
-) -> tuple[tuple[str, ...], list[int]]:
-    """Class names in label order and the label of each video; ``None`` is unlabelled."""
-    found = sorted({n for n in names if n is not None})
-    classes = tuple(given) or tuple(found)
-    if unknown := [n for n in found if n not in set(classes)]:
-        raise ConfigError(f"does not name the class {unknown[0]!r}", key=key, value=list(given))
-    number = {name: i for i, name in enumerate(classes)}
-    return classes, [NO_LABEL if n is None else number[n] for n in names]
-
-
 def _read_folder(source: FolderSource) -> Listing:
     store = open_store(source.root)
     files = [f for f in store.list() if PurePosixPath(f).suffix.lower() in source.suffixes and _visible(f)]
@@ -150,88 +138,6 @@ def _read_folder(source: FolderSource) -> Listing:
 
 def _visible(file: str) -> bool:
     return not any(part.startswith(".") for part in file.split("/"))
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One row of a list and where it stands."""
-
-    file: str
-    line: int
-    cells: dict[str, Any]
-
-    def text(self, column: str) -> str:
-        value = self.cells.get(column)
-        if value is None or not str(value).strip():
-            raise SourceError(f"{self.file}, line {self.line}, column {column!r}: is empty")
-        return str(value).strip()
-
-    def seconds(self, column: str | None) -> float | None:
-        if column is None or self.cells.get(column) in (None, ""):
-            return None
-        try:
-            value = float(self.cells[column])
-        except (TypeError, ValueError):
-            value = -1.0
-        if not 0 <= value < float("inf"):
-            raise SourceError(
-                f"{self.file}, line {self.line}, column {column!r}: {self.cells[column]!r} is not a time in seconds"
-            )
-        return value
-
-
-def read_rows(url: str, *, delimiter: str = ",", needed: Sequence[str] = ()) -> Iterator[_Row]:
-    """Rows of a CSV or Parquet list.
-
-    Raises:
-        ConfigError: the file does not exist.
-        SourceError: a column is missing, or a row has too many or too few cells.
-    """
-    data = read_url(url, key="source.file")
-    name = url.rsplit("/", 1)[-1]
-    if name.endswith(".parquet"):
-        from cliplift.sharding.manifest import read_table
-
-        table = read_table(data, file=url)
-        header = list(table.column_names)
-        rows: Iterable[tuple[int, list[Any]]] = enumerate(
-            (list(r.values()) for r in table.to_pylist()), start=1
-        )
-    else:
-        reader = csv.reader(io.StringIO(_text(data, name), newline=""), delimiter=delimiter)
-        header = [cell.strip() for cell in next(reader, [])]
-        rows = ((reader.line_num, row) for row in reader if any(cell.strip() for cell in row))
-    if missing := [c for c in needed if c not in header]:
-        raise SourceError(
-            f"{name}, line 1: column {missing[0]!r} is missing; the columns are {', '.join(header)}"
-        )
-    for line, row in rows:
-        if len(row) != len(header):
-            raise SourceError(f"{name}, line {line}: {len(row)} cells, the header has {len(header)}")
-        yield _Row(name, line, dict(zip(header, row, strict=True)))
-
-
-def read_url(url: str, *, key: str) -> bytes:
-    """The bytes of a list named in the config.
-
-    Raises:
-        ConfigError: there is no such file.
-    """
-    folder, _, name = url.rpartition("/")
-    try:
-        return open_store(folder or ".").read(name)
-    except FileNotFoundError:
-        raise ConfigError(
-            "no such file", key=key, value=url, hint=f"{url!r} is looked for from the working directory"
-        ) from None
-
-
-def _text(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise SourceError(f"{name}, line {line}: byte {error.start} is not UTF-8") from error
 
 
 def _read_csv(source: CsvSource) -> Listing:
@@ -293,9 +199,7 @@ def video_url(root: str, video: SourceVideo) -> str:
 
 def listing_digest(videos: Sequence[SourceVideo]) -> str:
     """sha256 of the rows of a plan."""
-    return digest(
-        rows_to_parquet(videos, SourceVideo) if not videos else canonical([_plain(v) for v in videos])
-    )
+    return digest(canonical([_plain(v) for v in videos]))
 
 
 def _plain(video: SourceVideo) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -214,11 +215,20 @@ class RemoteStore:
                 return action()
             except FileNotFoundError:
                 raise
-            except OSError as error:  # fsspec turns HTTP and connection failures into OSError
+            except _connection_errors() as error:
                 if attempt + 1 == REMOTE_ATTEMPTS or isinstance(error, PermissionError):
                     raise StorageError(f"{self.url}/{name}: cannot {verb}: {error}") from error
                 time.sleep(REMOTE_PAUSE_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
+
+
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """What a failing connection raises: OSError by fsspec's rule, but the libraries below let their own through."""
+    found: list[type[Exception]] = [OSError]
+    for module, name in (("botocore.exceptions", "BotoCoreError"), ("aiohttp", "ClientError")):
+        if module in sys.modules:
+            found.append(getattr(sys.modules[module], name))
+    return tuple(found)
 
 
 def temporary_beside(target: Path) -> Path:

@@ -73,7 +73,9 @@ def transcode_span(
         claimed = claimed_seconds(container, stream)
         timed = timed_frames(container, stream, start_seconds=start_seconds, source_fps=source_fps)
         timed = progressive_frames(timed, config, time_base=stream.time_base)
-        chosen = constant_rate(timed, start=start_seconds, end=end_seconds, fps=fps, config=config)
+        chosen = constant_rate(
+            timed, start=start_seconds, end=end_seconds, source_fps=source_fps, fps=fps, config=config
+        )
         upright = Upright(config, stream.time_base, sample_aspect=stream.sample_aspect_ratio)
         try:
             data = encode(upright.frames(chosen), fps=fps, config=config)

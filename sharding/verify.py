@@ -12,11 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from cliplift.configs.sharding import TranscodeConfig, WholeCut
 from cliplift.sharding.manifest import (
     DATASET_FILE,
+    FOREIGN,
     SAMPLES_FILE,
     Dataset,
     ManifestError,
@@ -28,22 +27,9 @@ from cliplift.sharding.manifest import (
     load_index,
     rows_from_parquet,
 )
-from cliplift.sharding.pool import Job, WorkerPool
 from cliplift.sharding.reader import read_dataset
-from cliplift.sharding.storage import TEMPORARY_SUFFIX, StorageError, Store, join, open_store
-
-DecodeExtent = Literal["none", "sample", "full"]
-SAMPLE_EVERY = 50  # "sample" decodes the first clip of every shard and one in fifty of the others
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong. ``error`` makes the verification fail; a warning is for the reader to judge."""
-
-    kind: str
-    file: str
-    detail: str
-    error: bool = True
+from cliplift.sharding.redecode import DecodeExtent, Problem, decode_clips
+from cliplift.sharding.storage import TEMPORARY_SUFFIX, StorageError, Store, open_store
 
 
 @dataclass(frozen=True)
@@ -100,7 +86,7 @@ def verify(
     problems += _duplicates(indexed)
     decoded = 0
     if decode != "none":
-        damaged, decoded = _decode(
+        damaged, decoded = decode_clips(
             dataset, indexed, url, extent=decode, workers=workers, timeout=clip_timeout_seconds
         )
         problems += damaged
@@ -193,6 +179,12 @@ def _tar_agrees(index: ShardIndex, path: Path) -> Iterator[Problem]:
     except (tarfile.TarError, OSError) as error:
         yield Problem("headers", index.tar, f"the tar's headers are damaged: {error}")
         return
+    if index.plan_id.startswith(FOREIGN):  # other people's tars hold other members and names as well
+        places = {(offset, size) for _, offset, size in found}
+        absent = [name for name, offset, size in expected if size and (offset, size) not in places]
+        if absent:
+            yield Problem("headers", index.tar, f"{absent[0]} is not where the index says")
+        return
     if found != expected:
         at = next(
             (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
@@ -233,8 +225,8 @@ def _duplicates(samples: Sequence[Sample]) -> Iterator[Problem]:
             yield Problem("duplicate", names[0], detail, error=False)
     groups: dict[str, set[str]] = defaultdict(set)
     for sample in samples:
-        if sample.group is not None and not sample.folds:
-            groups[sample.group].add(sample.split)
+        if sample.group is not None:
+            groups[sample.group].add("/".join(sample.folds) or sample.split)
     for group, splits in sorted(groups.items()):
         if len(splits) > 1:
             yield Problem("leak", f"group {group}", f"stands in the splits {', '.join(sorted(splits))}")
@@ -246,56 +238,6 @@ def _balance(dataset: Dataset, samples: Sequence[Sample]) -> dict[str, dict[str,
         for label in sample.labels or ((sample.label,) if sample.label >= 0 else ()):
             counts[sample.split][dataset.classes[label]] += 1
     return {split: dict(sorted(counter.items())) for split, counter in sorted(counts.items())}
-
-
-def _decode(
-    dataset: Dataset,
-    samples: Sequence[Sample],
-    url: str,
-    *,
-    extent: DecodeExtent,
-    workers: int,
-    timeout: float,
-) -> tuple[list[Problem], int]:
-    chosen = []
-    number = 0
-    for shard in dataset.shards:
-        own = samples[number : number + shard.samples]
-        chosen += [(shard, s) for i, s in enumerate(own) if extent == "full" or i % SAMPLE_EVERY == 0]
-        number += shard.samples
-    hello = {
-        "cut": WholeCut().model_dump(),
-        "transcode": TranscodeConfig().model_dump(mode="json"),
-        "memory_mib": None,
-    }
-    jobs = [
-        Job(
-            message={
-                "check": True,
-                "url": join(url, shard.file),
-                "offset": sample.mp4_offset,
-                "bytes": sample.mp4_bytes,
-            },
-            tag=(shard, sample),
-        )
-        for shard, sample in chosen
-    ]
-    problems = []
-    count = min(workers or len(os.sched_getaffinity(0)), max(1, len(jobs)))
-    with WorkerPool(workers=count, hello=hello, clip_timeout_seconds=timeout, attempts=1) as pool:
-        for job, result in pool.run(jobs):
-            shard, sample = job.tag
-            member = f"{sample.key}.mp4"
-            for _, _, reason in result.refused:
-                problems.append(Problem("decode", shard.file, f"{member}: {reason}"))
-            for found, _ in result.clips:
-                expected = {name: getattr(sample, name) for name in ("num_frames", "width", "height")}
-                expected["keyframes"] = list(sample.keyframes)
-                wrong = [name for name, value in expected.items() if found[name] != value]
-                if wrong:
-                    detail = f"{member}: {wrong[0]} is {found[wrong[0]]}, the index says {expected[wrong[0]]}"
-                    problems.append(Problem("decode", shard.file, detail))
-    return problems, len(jobs)
 
 
 @contextmanager

@@ -17,6 +17,8 @@ import numpy as np
 from av.error import FFmpegError
 from numpy.typing import NDArray
 
+from cliplift.sharding.duplicates import picture_hash
+
 Decoder = Literal["decord", "pyav", "torchcodec"]
 Frames = NDArray[np.uint8]
 
@@ -47,12 +49,15 @@ def video_stream(container: Any) -> Any:
     """The first video stream that is not an attached picture (cover art).
 
     Raises:
-        VideoDecodeError: there is none.
+        VideoDecodeError: there is none, or none that this FFmpeg can decode.
     """
+    unknown = False
     for stream in container.streams.video:
-        if not stream.disposition & stream.disposition.attached_pic:
+        if stream.codec_context is None:
+            unknown = True
+        elif not stream.disposition & stream.disposition.attached_pic:
             return stream
-    raise VideoDecodeError("no video stream")
+    raise VideoDecodeError("no decoder for its codec" if unknown else "no video stream")
 
 
 def open_container(source: bytes | str | Path) -> Any:
@@ -67,6 +72,18 @@ def open_container(source: bytes | str | Path) -> Any:
         )
     except (FFmpegError, ValueError) as error:
         raise VideoDecodeError(f"cannot be opened: {_plain(error)}") from error
+
+
+def decoded_frames(container: Any, stream: Any) -> Iterator[Any]:
+    """The frames of a stream, in order of display.
+
+    Raises:
+        VideoDecodeError: a stream begins in the middle of the file (PyAV answers it with an IndexError).
+    """
+    try:
+        yield from container.decode(stream)
+    except IndexError as error:
+        raise VideoDecodeError("decode: a new stream begins inside the file") from error
 
 
 def probe(source: bytes | str | Path) -> VideoFacts:
@@ -182,7 +199,7 @@ def _numbered(
         if target - position > SEEK_AHEAD_FRAMES:
             container.seek(start + int(Fraction(target) / rate / stream.time_base), stream=stream)
         jumped = False
-        for frame in container.decode(stream):
+        for frame in decoded_frames(container, stream):
             position = round(Fraction(frame.pts - start) * stream.time_base * rate)
             if position == queue[0]:
                 yield position, frame
@@ -220,15 +237,21 @@ class CheckedClip:
     height: int
     fps: Fraction
     keyframes: tuple[int, ...]
+    look: tuple[int, ...] = ()
 
 
-def check_clip(data: bytes) -> CheckedClip:
+def check_clip(data: bytes, *, look: bool = False) -> CheckedClip:
     """Decode a stored clip in full: every frame present, undamaged, of one size, at evenly spaced rising times.
+
+    Args:
+        data: bytes of the mp4.
+        look: also hash the picture of every key frame, to find near-duplicates.
 
     Raises:
         VideoDecodeError: with the first thing that is wrong.
     """
     keyframes: list[int] = []
+    pictures: list[int] = []
     size: tuple[int, int] | None = None
     number = 0
     with open_container(data) as container:
@@ -240,7 +263,7 @@ def check_clip(data: bytes) -> CheckedClip:
         step = 1 / (rate * stream.time_base)
         start: int | None = None
         try:
-            for frame in container.decode(stream):
+            for frame in decoded_frames(container, stream):
                 if frame.pts is None or frame.is_corrupt:
                     raise VideoDecodeError(f"frame {number} is damaged")
                 start = frame.pts if start is None else start
@@ -253,6 +276,8 @@ def check_clip(data: bytes) -> CheckedClip:
                 size = (frame.width, frame.height)
                 if frame.key_frame:
                     keyframes.append(number)
+                    if look:
+                        pictures.append(picture_hash(frame))
                 number += 1
         except FFmpegError as error:
             raise VideoDecodeError(f"frame {number}: {_plain(error)}") from error
@@ -261,7 +286,8 @@ def check_clip(data: bytes) -> CheckedClip:
         raise VideoDecodeError("the clip has no frame")
     if claimed and claimed != number:
         raise VideoDecodeError(f"the container claims {claimed} frames, {number} decode")
-    return CheckedClip(frames=number, width=size[0], height=size[1], fps=rate, keyframes=tuple(keyframes))
+    width, height = size
+    return CheckedClip(number, width, height, fps=rate, keyframes=tuple(keyframes), look=tuple(pictures))
 
 
 def _plain(error: BaseException) -> str:

@@ -8,7 +8,8 @@ memory; its parent (:mod:`cliplift.sharding.pool`) replaces it. Messages in:
   ``{"check", "url", "offset", "bytes"}`` to decode a stored clip in full.
 
 Messages out, per task: ``{"clips": n, "sha256"}``, then for every clip ``{"clip": i, ...facts}`` with the mp4 as
-payload or ``{"refused": i, "stage", "reason"}``, then ``{"done": true}``.
+payload or ``{"refused": i, "stage", "reason"}``, then ``{"done": true}``. Before an unexpected end:
+``{"fatal": reason}``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import socket
 import struct
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +162,17 @@ def _one_clip(
 def _check(link: socket.socket, task: dict[str, Any]) -> None:
     folder, _, name = task["url"].rpartition("/")
     try:
-        checked = check_clip(open_store(folder).read_range(name, task["offset"], task["bytes"]))
+        checked = check_clip(open_store(folder).read_range(name, task["offset"], task["bytes"]), look=True)
     except (VideoDecodeError, OSError, StorageError, MemoryError) as error:
         send(link, {"refused": 0, "stage": "decode", "reason": _reason(error)})
         return
-    found = {"num_frames": checked.frames, "width": checked.width, "height": checked.height}
+    found = {
+        "num_frames": checked.frames,
+        "width": checked.width,
+        "height": checked.height,
+        "fps": [checked.fps.numerator, checked.fps.denominator],
+        "look": list(checked.look),
+    }
     send(link, {"clip": 0, **found, "keyframes": list(checked.keyframes)})
 
 
@@ -202,7 +210,14 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     os.environ["AV_LOG_FORCE_NOCOLOR"] = "1"
     with socket.socket(fileno=int(sys.argv[1])) as link:
-        _serve(link)
+        try:
+            _serve(link)
+        except Exception as error:
+            # A mistake of ours: the ledger must say which, and the parent replaces the worker.
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+            send(link, {"fatal": reason})
+            raise
 
 
 if __name__ == "__main__":

@@ -443,7 +443,7 @@ def test_youtube8m(shared_data: Path, tmp_path: Path) -> None:
         "ids": str(tmp_path / "ids.csv"),
     }
     plan, missing = plan_of(source, splits={"rename": {"validate": "val"}})
-    assert len(plan.classes) == 3862  # the 2018 vocabulary
+    assert len(plan.classes) == 1000  # the classes of YouTube-8M Segments
     found = {v.video_id: ([plan.classes[n] for n in v.labels], v.split, v.label) for v in plan.videos}
     assert found == {"-abcdefghi_": (["Concert", "Car"], "train", -1), "IjKl": (["Car"], "val", -1)}
     assert [v.video_id for v in missing] == ["EfGh"]

@@ -1,0 +1,250 @@
+"""Index WebDataset tars that were written by others, so that they can be read by number, checked and verified.
+
+The tars are not changed. Each video is decoded in full in an isolated process: only clips whose frames are all there
+and evenly spaced in time are taken, the others are in the ledger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cliplift.configs.sections import ConfigError
+from cliplift.configs.sharding import VIDEO_SUFFIXES, TranscodeConfig, WholeCut
+from cliplift.sharding.finalize import describe
+from cliplift.sharding.manifest import (
+    DATASET_FILE,
+    FOREIGN,
+    NO_LABEL,
+    REFUSED_FILE,
+    SAMPLES_FILE,
+    Dataset,
+    Refused,
+    Sample,
+    ShardIndex,
+    canonical,
+    digest,
+    dump_dataset,
+    dump_index,
+    index_file,
+)
+from cliplift.sharding.pool import Job, WorkerPool
+from cliplift.sharding.rows import number_labels
+from cliplift.sharding.storage import Store, join, open_store
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One sample of a foreign tar: its video member, its json member, and what they say."""
+
+    sample: Sample
+    label: str | None
+
+
+def index_tars(
+    url: str,
+    *,
+    name: str,
+    label_key: str = "label",
+    classes: tuple[str, ...] = (),
+    workers: int = 0,
+    clip_timeout_seconds: float = 60.0,
+) -> Dataset:
+    """Write an index beside every tar below ``url``, then the dataset's table and manifest.
+
+    Args:
+        url: folder or URL of the tars; the folder a tar lies in is its split, ``train`` where there is none.
+        name: name of the dataset.
+        label_key: key of the json member that holds the class; a ``.cls`` member goes before it.
+        classes: class names in label order; empty sorts the values found.
+        workers: processes that decode; 0 is one per core.
+        clip_timeout_seconds: a clip not decoded in this time is refused.
+
+    Raises:
+        ConfigError: there is no tar, or no video in the tars.
+    """
+    store = open_store(url)
+    tars = [file for file in store.list() if file.endswith(".tar")]
+    if not tars:
+        raise ConfigError("holds no .tar", key="url", value=url)
+    scanned = [_scan(store, tar, label_key) for tar in tars]
+    names, labels = number_labels([f.label for found, *_ in scanned for f in found], classes, key="classes")
+    numbers = iter(labels)
+    checked = _check(url, tars, scanned, workers=workers, timeout=clip_timeout_seconds)
+    indexes = []
+    for shard, (tar, (found, size, sha256)) in enumerate(zip(tars, scanned, strict=True)):
+        split = PurePosixPath(tar).parent.name or "train"
+        samples, refused = [], []
+        for item in found:
+            sample = replace(item.sample, split=split, label=next(numbers))
+            facts, reason = next(checked)
+            if reason:
+                refused.append(Refused(sample.video_id, tar, clip=0, stage="decode", reason=reason))
+            else:
+                samples.append(replace(sample, **facts))
+        indexes.append(
+            ShardIndex(
+                shard=shard,
+                split=split,
+                tar=tar,
+                tar_bytes=size,
+                tar_sha256=sha256,
+                plan_id=FOREIGN + sha256,
+                samples=tuple(samples),
+                refused=tuple(refused),
+            )
+        )
+    return _write(indexes, store, name=name, classes=names)
+
+
+def _write(indexes: list[ShardIndex], store: Store, *, name: str, classes: tuple[str, ...]) -> Dataset:
+    if not any(index.samples for index in indexes):
+        raise ConfigError("the tars hold no video that decodes", key="url", value=store.url)
+    plan_id = FOREIGN + digest(canonical([index.tar_sha256 for index in indexes]))
+    indexes = [replace(index, plan_id=plan_id) for index in indexes]
+    dataset, table = describe(
+        indexes,
+        name=name,
+        classes=classes,
+        folds=0,
+        missing=0,
+        plan_id=plan_id,
+        settings={"indexed": store.url},
+    )
+    for index in indexes:
+        store.write(index_file(index.tar), dump_index(index))
+    ledger = [canonical({"shard": i.shard, **vars(r)}) + b"\n" for i in indexes for r in i.refused]
+    store.write(REFUSED_FILE, b"".join(ledger))
+    store.write(SAMPLES_FILE, table)
+    store.write(DATASET_FILE, dump_dataset(dataset))
+    return dataset
+
+
+def _scan(store: Store, tar: str, label_key: str) -> tuple[list[_Found], int, str]:
+    """One pass over a tar: its samples (runs of members with one key), its size and its sha256."""
+    path = store.local_path(tar)
+    if path is None:
+        with tempfile.TemporaryDirectory(prefix="cliplift-index-") as folder:
+            copy = Path(folder) / "shard.tar"
+            store.fetch(tar, copy)
+            return _scan_file(copy, tar, label_key)
+    return _scan_file(path, tar, label_key)
+
+
+def _scan_file(path: Path, tar: str, label_key: str) -> tuple[list[_Found], int, str]:
+    with path.open("rb") as raw:
+        sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
+    found: list[_Found] = []
+    with tarfile.open(path, "r:") as archive:
+        members: dict[str, tuple[tarfile.TarInfo, bytes]] = {}
+        key = ""
+        for member in archive:
+            if not member.isfile():
+                continue
+            # WebDataset's rule: a sample's key is the path up to the first dot of the file name.
+            stem, _, suffix = PurePosixPath(member.name).name.partition(".")
+            this = str(PurePosixPath(member.name).parent / stem)
+            if this != key:
+                found += _sample(key, members, tar, label_key)
+                key, members = this, {}
+            content = archive.extractfile(member)
+            assert content is not None, "a regular member has content"
+            members[suffix.lower()] = (member, content.read())
+        found += _sample(key, members, tar, label_key)
+    return found, path.stat().st_size, sha256
+
+
+def _sample(
+    key: str, members: dict[str, tuple[tarfile.TarInfo, bytes]], tar: str, label_key: str
+) -> Iterator[_Found]:
+    videos = [s for s in members if f".{s}" in VIDEO_SUFFIXES]
+    if not videos:
+        return
+    video, data = members[videos[0]]
+    facts: Any = {}
+    json_member, json_data = members.get("json", (None, b""))
+    if json_data:
+        try:
+            facts = json.loads(json_data)
+        except ValueError:
+            json_member, json_data = None, b""
+    label = members["cls"][1].decode(errors="replace").strip() if "cls" in members else None
+    if label is None and isinstance(facts, dict) and facts.get(label_key) is not None:
+        label = str(facts[label_key])
+    source = str(facts.get("url") or facts.get("source") or key) if isinstance(facts, dict) else key
+    sample = Sample(
+        key=key,
+        mp4_offset=video.offset_data,
+        mp4_bytes=len(data),
+        mp4_crc32=zlib.crc32(data),
+        json_offset=json_member.offset_data if json_member else 0,
+        json_bytes=len(json_data),
+        json_crc32=zlib.crc32(json_data),
+        video_id=source,
+        source=source,
+        split="",
+        label=NO_LABEL,
+        labels=(),
+        folds=(),
+        group=None,
+        start_seconds=0.0,
+        end_seconds=0.0,
+        num_frames=0,
+        fps=0.0,
+        width=0,
+        height=0,
+        keyframes=(),
+        source_sha256=hashlib.sha256(data).hexdigest(),
+    )
+    yield _Found(sample, label)
+
+
+def _check(
+    url: str, tars: list[str], scanned: list[tuple[list[_Found], int, str]], *, workers: int, timeout: float
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Decode every video in full; per sample its facts, or the reason why it is refused."""
+    hello = {
+        "cut": WholeCut().model_dump(),
+        "transcode": TranscodeConfig().model_dump(mode="json"),
+        "memory_mib": None,
+    }
+    jobs = [
+        Job(
+            message={
+                "check": True,
+                "url": join(url, tar),
+                "offset": f.sample.mp4_offset,
+                "bytes": f.sample.mp4_bytes,
+            },
+            tag=None,
+        )
+        for tar, (found, _, _) in zip(tars, scanned, strict=True)
+        for f in found
+    ]
+    count = max(1, min(workers or len(os.sched_getaffinity(0)), len(jobs)))
+    with WorkerPool(workers=count, hello=hello, clip_timeout_seconds=timeout, attempts=1) as pool:
+        for _, result in pool.run(jobs):
+            if result.refused:
+                yield {}, result.refused[0][2]
+                continue
+            facts, _ = result.clips[0]
+            fps = facts["fps"][0] / facts["fps"][1]
+            yield (
+                {
+                    "num_frames": facts["num_frames"],
+                    "width": facts["width"],
+                    "height": facts["height"],
+                    "keyframes": tuple(facts["keyframes"]),
+                    "fps": fps,
+                    "end_seconds": round(facts["num_frames"] / fps, 6),
+                },
+                "",
+            )

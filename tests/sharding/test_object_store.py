@@ -1,0 +1,206 @@
+"""Shards on an S3 API served on loopback, through a proxy that fails: nothing lost, nothing half-written visible."""
+
+from __future__ import annotations
+
+import http.client
+import random
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from cliplift.configs.sharding import ShardRun
+from cliplift.sharding import storage
+from cliplift.sharding.build import run_shard
+from cliplift.sharding.manifest import DATASET_FILE, load_index
+from cliplift.sharding.reader import ShardDataset
+from cliplift.sharding.storage import StorageError, open_store
+from cliplift.sharding.verify import verify
+
+pytest.importorskip("s3fs")
+moto_server = pytest.importorskip("moto.server")
+
+
+class Faults:
+    """What the proxy does to requests: the share that fails, and what failed so far."""
+
+    def __init__(self) -> None:
+        self.share = 0.0
+        self.draw = random.Random(0)
+        self.seen: Counter[str] = Counter()
+        self.only: str | None = None
+
+    def next(self, method: str, path: str) -> str | None:
+        if self.draw.random() >= self.share or (
+            self.only is not None and self.only not in f"{method} {path}"
+        ):
+            return None
+        kind = self.draw.choice(("503", "500", "reset", "half upload", "lost answer"))
+        self.seen[kind] += 1
+        return kind
+
+
+def _proxy(target_port: int, faults: Faults) -> ThreadingHTTPServer:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _serve(self) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            fault = faults.next(self.command, self.path)
+            if fault == "half upload":  # the connection dies in the middle of a body
+                self.rfile.read(length // 2)
+                self._hang_up()
+                return
+            body = self.rfile.read(length)
+            if fault == "reset":
+                self._hang_up()
+                return
+            if fault in ("500", "503"):
+                self._answer(int(fault), [], b"")
+                return
+            upstream = http.client.HTTPConnection("127.0.0.1", target_port, timeout=30)
+            upstream.request(self.command, self.path, body=body, headers=dict(self.headers))
+            answer = upstream.getresponse()
+            content = answer.read()
+            if fault == "lost answer":  # the store did it, the client never hears
+                self._hang_up()
+                return
+            self._answer(answer.status, answer.getheaders(), content)
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve  # noqa: N815
+
+        def _answer(self, status: int, headers: list[tuple[str, str]], content: bytes) -> None:
+            self.send_response(status)
+            for name, value in headers:
+                if name.lower() not in (
+                    "connection",
+                    "transfer-encoding",
+                    "content-length",
+                    "date",
+                    "server",
+                ):
+                    self.send_header(name, value)
+            stated = {n.lower(): v for n, v in headers}.get("content-length")
+            self.send_header(
+                "Content-Length", stated if self.command == "HEAD" and stated else str(len(content))
+            )
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        def _hang_up(self) -> None:
+            self.close_connection = True
+            self.connection.close()
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    return ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Faults]:
+    """An S3 API behind the failing proxy; the bucket is ``shards``."""
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    port = server.get_host_and_port()[1]
+    faults = Faults()
+    proxy = _proxy(port, faults)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        patch.setattr(storage, "REMOTE_PAUSE_SECONDS", 0.01)
+        fsspec.filesystem("s3").mkdir("shards")
+        yield faults
+    proxy.shutdown()
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _calm(s3: Faults) -> Iterator[None]:
+    yield
+    s3.share, s3.only = 0.0, None
+
+
+def _bytes(url: str) -> dict[str, bytes]:
+    store = open_store(url)
+    return {name: store.read(name) for name in store.list() if name != "build.json"}
+
+
+def test_a_build_to_s3_equals_a_local_one(s3: Faults, built: Path, make_run: Callable[..., ShardRun]) -> None:
+    run_shard(make_run("s3://shards/calm"))
+    assert _bytes("s3://shards/calm") == _bytes(str(built))
+    assert run_shard(make_run("s3://shards/calm")).shards_built == 0
+    assert verify("s3://shards/calm", decode="none").ok
+
+
+def test_a_build_through_faults_loses_nothing(
+    s3: Faults, built: Path, make_run: Callable[..., ShardRun]
+) -> None:
+    s3.share, s3.seen = 0.15, Counter()
+    for _ in range(20):
+        try:
+            run_shard(make_run("s3://shards/stormy"), phases=["plan", "build", "finalize"])
+            break
+        except StorageError:
+            continue  # an outage longer than the retries stops the build; starting it again continues
+    else:
+        pytest.fail("the build never got through")
+    assert len(s3.seen) >= 4  # several kinds of fault really happened
+    s3.share = 0.0
+    assert _bytes("s3://shards/stormy") == _bytes(str(built))
+    assert verify("s3://shards/stormy", decode="none").ok
+
+
+def test_what_is_visible_is_whole_at_any_time(s3: Faults, make_run: Callable[..., ShardRun]) -> None:
+    """Uploads of tars fail for good: no index may appear without its whole tar, and no dataset at all."""
+    s3.share, s3.only = 1.0, "PUT /shards/broken/train"
+    with pytest.raises(StorageError, match=r"s3://shards/broken/train/.*\.tar: cannot write"):
+        run_shard(make_run("s3://shards/broken"))
+    s3.share = 0.0
+    store = open_store("s3://shards/broken")
+    names = store.list()
+    assert DATASET_FILE not in names
+    assert [n for n in names if n.endswith(".tar")]
+    for name in names:
+        if name.endswith(".index.json"):
+            index = load_index(store.read(name), file=name)
+            assert store.size(index.tar) == index.tar_bytes
+    run_shard(make_run("s3://shards/broken"))
+    assert verify("s3://shards/broken", decode="none").ok
+
+
+def test_reading_through_faults(
+    s3: Faults, built: Path, make_run: Callable[..., ShardRun], tmp_path: Path
+) -> None:
+    run_shard(make_run("s3://shards/read"))
+    local = ShardDataset(str(built), split="val")
+    s3.share, s3.seen = 0.15, Counter()
+    for options in ({}, {"cache_folder": str(tmp_path / "cache")}):
+        remote = ShardDataset("s3://shards/read", split="val", **options)
+        assert [remote.read(i) for i in range(len(remote))] == [local.read(i) for i in range(len(local))]
+    assert sum(s3.seen.values()) > 0
+
+
+def test_a_source_on_s3(
+    s3: Faults, demo_videos: Path, built: Path, make_run: Callable[..., ShardRun], tmp_path: Path
+) -> None:
+    fsspec.filesystem("s3").put(str(demo_videos / "labelled"), "shards/videos", recursive=True)
+    source = {"kind": "folder", "root": "s3://shards/videos", "layout": "split/class"}
+    report = run_shard(make_run(tmp_path / "out", source=source))
+    assert report.clips_written == 40
+    tars = sorted(p.read_bytes() for p in (tmp_path / "out").rglob("*.tar"))
+    assert tars == sorted(p.read_bytes() for p in built.rglob("*.tar"))
+
+
+def test_memory_file_system(built: Path, make_run: Callable[..., ShardRun]) -> None:
+    run_shard(make_run("memory://built/tiny"))
+    assert _bytes("memory://built/tiny") == _bytes(str(built))
