@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from cliplift.sharding.transcode import transcode_span
 from cliplift.sharding.video import Frames, decode_frames
 
 FOREIGN = TranscodeConfig(min_frames=1, max_seconds=3600.0)
+TENSORS = ("clips", "labels", "sample_index", "video_index", "views", "draws")
 NUM_DRAWS = 24  # uniform numbers of a sample for the augmentation on the device
 
 
@@ -50,9 +52,9 @@ class ClipBatch:
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> ClipBatch:
-        names = ("clips", "labels", "sample_index", "video_index", "views", "draws")
         targets = None if self.targets is None else change(self.targets)
-        return replace(self, targets=targets, **{name: change(getattr(self, name)) for name in names})
+        moved: dict[str, Any] = {name: change(getattr(self, name)) for name in TENSORS}
+        return replace(self, targets=targets, **moved)
 
 
 class ClipSource:
@@ -199,8 +201,7 @@ class ClipSource:
 
 def merged(batches: Sequence[ClipBatch], *, failed: Sequence[str] = ()) -> ClipBatch:
     """Several batches as one."""
-    names = ("clips", "labels", "sample_index", "video_index", "views", "draws")
-    parts = {name: torch.cat([getattr(b, name) for b in batches]) for name in names}
+    parts = {name: torch.cat([getattr(b, name) for b in batches]) for name in TENSORS}
     with_targets = [b.targets for b in batches if b.targets is not None]
     return ClipBatch(
         **parts,
