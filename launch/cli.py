@@ -38,6 +38,18 @@ COMMANDS: dict[str, Command] = {
         subject_help="folder or URL of a shard dataset",
         rest="",
     ),
+    "show": Command(
+        summary="write an HTML contact sheet and statistics of a shard dataset",
+        subject="URL",
+        subject_help="folder or URL of a shard dataset",
+        rest="",
+    ),
+    "index": Command(
+        summary="index WebDataset tars made by other tools, so that training can read them exactly",
+        subject="URL",
+        subject_help="folder or URL of the tars; the folder a tar lies in is its split",
+        rest="",
+    ),
     "transfer": Command(
         summary="2D to 3D supervision transfer: does this frame belong to this clip?",
         schema="transfer",
@@ -168,6 +180,13 @@ def _add_special_options(stages: Mapping[str, argparse.ArgumentParser]) -> None:
     stages["verify"].add_argument(
         "--decode", choices=("none", "sample", "full"), default="sample", help="how many clips are decoded"
     )
+    stages["show"].add_argument("--output", default="contact-sheet.html", help="HTML file to write")
+    stages["show"].add_argument("--clips", type=int, default=24, help="clips shown of each split")
+    index = stages["index"]
+    index.add_argument("--name", required=True, help="name of the dataset")
+    index.add_argument("--label-key", default="label", help="key of the JSON member that holds the class")
+    index.add_argument("--classes", nargs="+", default=(), help="class names in label order; default: sorted")
+    index.add_argument("--workers", type=int, default=0, help="decoding processes; 0 is one per core")
     stages["models"].add_argument("--markdown", action="store_true", help="print a Markdown table")
 
 

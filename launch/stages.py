@@ -38,6 +38,27 @@ def run_verify(arguments: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def run_show(arguments: argparse.Namespace) -> int:
+    from cliplift.sharding.show import write_contact_sheet
+
+    print(write_contact_sheet(arguments.subject, arguments.output, clips_per_split=arguments.clips))
+    return 0
+
+
+def run_index(arguments: argparse.Namespace) -> int:
+    from cliplift.sharding.index import index_tars
+
+    dataset = index_tars(
+        arguments.subject,
+        name=arguments.name,
+        label_key=arguments.label_key,
+        classes=tuple(arguments.classes),
+        workers=arguments.workers,
+    )
+    print(f"{arguments.subject}: {dataset.samples} samples, {len(dataset.classes)} classes indexed")
+    return 0
+
+
 def run_transfer(arguments: argparse.Namespace) -> int:
     return _train(arguments, "transfer")
 

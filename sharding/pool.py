@@ -24,7 +24,7 @@ LOOK_AHEAD_PER_WORKER = 4
 START_SECONDS = 60.0  # importing the libraries on a busy machine
 
 # One thread per library: parallelism comes from the number of workers, and it keeps the bytes reproducible.
-# libx264 reads memory that it never wrote: some 5 % of small clips differ when earlier allocations differ. Memory
+# Some clips encode differently after other allocations, as if libx264 read memory that nobody wrote. Memory
 # that is always zeroed (the complement of 255), with no per-thread cache around that, makes a clip a function of its
 # frames alone again.
 ENVIRONMENT = {
