@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.distributed import Topology, barrier
 from cliplift.pipelines.run_folder import write_json
 
@@ -150,3 +151,19 @@ def _crc32(path: Path) -> int:
         while block := file.read(1 << 20):
             crc = zlib.crc32(block, crc)
     return crc
+
+
+def load_module(module: nn.Module, saved: Snapshot) -> None:
+    """Copy parameters and buffers by name; every one of them must be there."""
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    values = {**saved.parameters, **saved.buffers}
+    different = sorted(own.keys() ^ values.keys()) or [n for n in own if own[n].shape != values[n].shape]
+    if different:
+        raise ConfigError(
+            f"the checkpoint is of another network ({len(different)} differences, first {different[0]})",
+            key="model",
+            hint="use another output, or checkpoint.resume=never",
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(values[name])

@@ -6,15 +6,12 @@ integer, the step; beside seed and data fingerprint it fixes every later sample 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import resource
-import signal
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +30,10 @@ from cliplift.pipelines.sharded_state import (
     restore_master_weights,
     restore_optimizer,
 )
+from cliplift.pipelines.signals import caught_signals
 from cliplift.pipelines.tracking import Tracker
+from cliplift.pipelines.training_task import FitResult, Loader, TrainingTask
+from cliplift.pipelines.training_window import TrainingWindow
 
 CHECKPOINTS = "checkpoints"
 BEST = "best"
@@ -41,55 +41,6 @@ BEST = "best"
 
 class DivergedError(ValueError):
     """The loss or its gradient was not finite for too many steps in a row."""
-
-
-class Loader(Protocol):
-    """What the engine needs of a clip loader."""
-
-    fingerprint: str
-    steps_per_epoch: int
-
-    def micro_batches(self, *, start_step: int, stop_step: int) -> Iterator[ClipBatch]: ...
-
-
-class TrainingTask(Protocol):
-    """A stage: what is trained, how a batch becomes its input, how it is judged.
-
-    ``module(inputs)`` returns a dictionary with ``loss``, the mean over the micro-batch, and scalar metrics.
-    ``evaluate`` is called on all ranks; higher is better for ``best_metric``.
-    """
-
-    module: nn.Module
-    clip_frames: int
-    best_metric: str
-
-    def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]: ...
-
-    def evaluate(self, *, topology: Topology) -> dict[str, float]: ...
-
-
-@dataclass
-class FitResult:
-    """The end of a run; ``engine`` is alive until :meth:`release` so that sharded weights can still be used."""
-
-    steps: int
-    metrics: dict[str, float]
-    interrupted: bool
-    seconds: float
-    clips_per_second: float
-    skipped_steps: int
-    engine: Any = field(repr=False, default=None)
-
-    def weights(self) -> dict[str, Tensor]:
-        """Every parameter and buffer of the module in fp32 on the CPU, whole. Collective."""
-        buffers = {name: buffer.detach().cpu().clone() for name, buffer in self.engine.module.named_buffers()}
-        return gathered_parameters(self.engine) | buffers
-
-    def release(self) -> None:
-        """Free the engine and its memory."""
-        if self.engine is not None:
-            self.engine.destroy()
-            self.engine = None
 
 
 def fit(
@@ -121,7 +72,7 @@ class _Fit:
         self.step, self.skipped, self.bad_in_row = 0, 0, 0
         self.best: float | None = None
         self.metrics: dict[str, float] = {}
-        self.window = _Window()
+        self.window = TrainingWindow()
         self.engine = self._engine()
 
     def _engine(self) -> Any:
@@ -134,7 +85,7 @@ class _Fit:
         if engine_config.sync_batchnorm:
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         if saved is not None:
-            _load_module(module, saved)
+            checkpoint.load_module(module, saved)
         if engine_config.checkpoint_blocks_share:
             checkpoint_blocks(module, engine_config.checkpoint_blocks_share)
         optimizer = build_optimizer(
@@ -190,7 +141,7 @@ class _Fit:
         started, first_step = time.monotonic(), self.step
         self.tracker.start(step=self.step, total=self.total)
         interrupted = False
-        with _caught_signals() as caught:
+        with caught_signals() as caught:
             batches = self.loader.micro_batches(start_step=self.step, stop_step=self.total)
             while self.step < self.total:
                 self._train_step(batches)
@@ -292,7 +243,7 @@ class _Fit:
             )
 
     def _log(self, lr: float, norm: float | None) -> None:
-        window, self.window = self.window, _Window()
+        window, self.window = self.window, TrainingWindow()
         names = sorted(window.sums)
         means = all_reduce_mean(
             torch.stack([window.sums[n] / window.steps for n in names]), self.topology
@@ -369,7 +320,7 @@ class _Fit:
         saved = checkpoint.load(path, topology=self.topology)
         if saved.state["step"] != self.step:
             self._say(f"takes the best weights, of step {saved.state['step']}")
-            _load_module(self.engine.module, saved)
+            checkpoint.load_module(self.engine.module, saved)
             self.metrics = dict(saved.state["metrics"])
 
     def _agreed(self, caught: bool) -> bool:
@@ -379,55 +330,6 @@ class _Fit:
     def _say(self, text: str) -> None:
         if self.topology.is_main:
             print(f"{self.run.name}: {text}", flush=True)
-
-
-@dataclass
-class _Window:
-    """Sums since the last logged line."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    failed: int = 0
-
-    def add(self, values: Mapping[str, Tensor], *, seconds: float, waited: float) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, torch.zeros_like(value)) + value
-        self.steps += 1
-        self.seconds += seconds
-        self.waited += waited
-
-
-@contextlib.contextmanager
-def _caught_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGUSR1 instead of dying of them; the handlers from before come back afterwards."""
-    caught: list[int] = []
-    before = {}
-    with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            before[number] = signal.signal(number, lambda n, _: caught.append(n))
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _load_module(module: nn.Module, saved: checkpoint.Snapshot) -> None:
-    """Copy parameters and buffers by name; every one of them must be there."""
-    own = dict(module.named_parameters()) | dict(module.named_buffers())
-    values = {**saved.parameters, **saved.buffers}
-    different = sorted(own.keys() ^ values.keys()) or [n for n in own if own[n].shape != values[n].shape]
-    if different:
-        raise ConfigError(
-            f"the checkpoint is of another network ({len(different)} differences, first {different[0]})",
-            key="model",
-            hint="use another output, or checkpoint.resume=never",
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(values[name])
 
 
 def _norm(value: Any) -> float | None:

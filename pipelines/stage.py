@@ -23,9 +23,10 @@ from cliplift.pipelines.classification import ClassificationTask
 from cliplift.pipelines.clips import ClipLoader
 from cliplift.pipelines.deepspeed_config import batch_split, deepspeed_config
 from cliplift.pipelines.distributed import Topology, barrier, start
-from cliplift.pipelines.engine import FitResult, fit
+from cliplift.pipelines.engine import fit
 from cliplift.pipelines.run_folder import RunFolder
 from cliplift.pipelines.tracking import Tracker
+from cliplift.pipelines.training_task import FitResult
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,18 @@ def test_finetuning_starts_from_the_transferred_backbone(
     assert len(after) > len(before)
 
 
+def test_pretrain_learns_something_and_hands_over_its_backbone(place: Path, repository: Path) -> None:
+    run = load(repository, place, "pretrain/demo", "pretrain", "schedule.steps=6", "evaluation.every_steps=null",
+               "engine.zero_stage=2", "data.augment.mixup_alpha=0.2")  # fmt: skip
+    result = run_stage(run, command=["cliplift", "pretrain", "pretrain/demo"])
+    assert result.finished
+    assert {"accuracy", "accuracy_low", "top5_accuracy", "chance"} <= dict(result.metrics).keys()
+    onwards = load(
+        repository, place, "finetune/demo", "onwards", "schedule.steps=1", f"initialise_from={result.folder}"
+    )
+    assert run_stage(onwards, command=[]).finished
+
+
 def test_finetune_tests_once_and_keeps_every_prediction(finetuned: Path) -> None:
     result = json.loads((finetuned / "result.json").read_text())
     table = pq.read_table(finetuned / "predictions.parquet").to_pydict()

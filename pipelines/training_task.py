@@ -1,0 +1,62 @@
+"""What the engine asks of a stage and of a loader, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from cliplift.pipelines.clips import ClipBatch
+from cliplift.pipelines.distributed import Topology
+from cliplift.pipelines.sharded_state import gathered_parameters
+
+
+class Loader(Protocol):
+    """What the engine needs of a clip loader."""
+
+    fingerprint: str
+    steps_per_epoch: int
+
+    def micro_batches(self, *, start_step: int, stop_step: int) -> Iterator[ClipBatch]: ...
+
+
+class TrainingTask(Protocol):
+    """A stage: what is trained, how a batch becomes its input, how it is judged.
+
+    ``module(inputs)`` returns a dictionary with ``loss``, the mean over the micro-batch, and scalar metrics.
+    ``evaluate`` is called on all ranks; higher is better for ``best_metric``.
+    """
+
+    module: nn.Module
+    clip_frames: int
+    best_metric: str
+
+    def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]: ...
+
+    def evaluate(self, *, topology: Topology) -> dict[str, float]: ...
+
+
+@dataclass
+class FitResult:
+    """The end of a run; ``engine`` is alive until :meth:`release` so that sharded weights can still be used."""
+
+    steps: int
+    metrics: dict[str, float]
+    interrupted: bool
+    seconds: float
+    clips_per_second: float
+    skipped_steps: int
+    engine: Any = field(repr=False, default=None)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every parameter and buffer of the module in fp32 on the CPU, whole. Collective."""
+        buffers = {name: buffer.detach().cpu().clone() for name, buffer in self.engine.module.named_buffers()}
+        return gathered_parameters(self.engine) | buffers
+
+    def release(self) -> None:
+        """Free the engine and its memory."""
+        if self.engine is not None:
+            self.engine.destroy()
+            self.engine = None
