@@ -21,6 +21,7 @@ from cliplift.sharding.duplicates import picture_hash
 
 Decoder = Literal["decord", "pyav", "torchcodec"]
 Frames = NDArray[np.uint8]
+PADDED_ROWS = "DECORDArrayCopyFromTo"
 
 # PyAV seeks when the next wanted frame is this far ahead; nearer, decoding on is cheaper than a seek.
 SEEK_AHEAD_FRAMES = 32
@@ -164,6 +165,9 @@ def _decord(data: bytes, frame_numbers: Sequence[int]) -> Frames:
         batch: Frames = reader.get_batch(list(frame_numbers)).asnumpy()
         return batch
     except (decord.DECORDError, RuntimeError, IndexError) as error:
+        if PADDED_ROWS in str(error):
+            # decord 0.6 cannot copy frames of some narrow widths (16, 24, 48, 72); PyAV's pixels are the same.
+            return _pyav(data, frame_numbers)
         raise VideoDecodeError(f"decord: {_plain(error)}") from error
 
 
