@@ -33,6 +33,7 @@ HEAD_NAMES = ("classifier", "fc", "head")
 WRAPPER_KEYS = (
     "state_dict",
     "model_state_dict",
+    "model_state",
     "model",
     "module",
 )  # where public checkpoints keep the weights

@@ -30,6 +30,7 @@ SMALL_INPUTS = {
     "densenet_*": (1, 65, 40),
     "resnet_*": (1, 65, 40),
     "efficientnet_*": (1, 65, 40),
+    "timesformer_*": (2, 32, 32),
     "frame_average": (3, 65, 40),
 }
 AFFORDABLE = [

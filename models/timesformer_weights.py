@@ -1,0 +1,204 @@
+"""TimeSformer weights from and to other projects' formats, and the resizing of embeddings.
+
+Our names are the released code's (facebookresearch/TimeSformer). Read besides: its ``.pyth`` files (names behind
+``model.``), Hugging Face transformers, and timm's image ViTs, whose blocks also start the extra
+attention steps (released code, ``load_pretrained``; the paper: "initialized with the same weights").
+
+Shape letters: T frames, H W patches, D width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cliplift.models.registry import ModelError
+
+PositionResize = Literal["bicubic", "flat_nearest"]
+TimeResize = Literal["linear", "nearest"]
+Renames = Sequence[tuple[str, str]]  # (start of their name, start of ours)
+
+_HF_TOP: Renames = (
+    ("timesformer.embeddings.cls_token", "cls_token"),
+    ("timesformer.embeddings.position_embeddings", "pos_embed"),
+    ("timesformer.embeddings.time_embeddings", "time_embed"),
+    ("timesformer.embeddings.patch_embeddings.projection.", "patch_embed.proj."),
+    ("timesformer.layernorm.", "norm."),
+    ("classifier.", "head."),
+)
+_HF_BLOCK: Renames = (
+    ("temporal_attention.attention.qkv.", "temporal_attn.qkv."),
+    ("temporal_attention.output.dense.", "temporal_attn.proj."),
+    ("temporal_layernorm.", "temporal_norm1."),
+    ("temporal_dense.", "temporal_fc."),
+    ("attention.attention.qkv.", "attn.qkv."),
+    ("attention.output.dense.", "attn.proj."),
+    ("layernorm_before.", "norm1."),
+    ("layernorm_after.", "norm2."),
+    ("intermediate.dense.", "mlp.fc1."),
+    ("output.dense.", "mlp.fc2."),
+)
+_EXTRA = re.compile(r"(blocks\.\d+\.)(temporal|local|width)_(norm1|attn)(\..+)")
+_ADDED = re.compile(r"time_embed|blocks\.\d+\.(temporal|local|width)_fc\.(weight|bias)")
+
+
+def adapt_timesformer(
+    state: Mapping[str, Tensor],
+    *,
+    own: Mapping[str, Tensor],
+    grid: tuple[int, int, int],
+    position_resize: PositionResize,
+    time_resize: TimeResize,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Foreign weights under our names, completed and resized for a model.
+
+    Args:
+        state: tensors of any of the four sources, or ours.
+        own: the model's state dict, for its names and shapes.
+        grid: T, H, W of the model in patches.
+        position_resize, time_resize: see :func:`resize_positions` and :func:`resize_times`.
+
+    Returns:
+        The tensors, and a note for every change.
+
+    Raises:
+        ModelError: position embeddings that are not of a square image.
+    """
+    given, notes = _renamed(state)
+    if not any(_EXTRA.fullmatch(key) or key == "time_embed" for key in given):
+        given = _from_image(given, own, notes)
+    source = given.get("pos_embed")
+    if source is not None and source.shape[1] != own["pos_embed"].shape[1]:
+        side = round((source.shape[1] - 1) ** 0.5)
+        if side * side + 1 != source.shape[1]:
+            raise ModelError(f"pos_embed {tuple(source.shape)} is not CLS and a square of patches")
+        given["pos_embed"] = resize_positions(source, (side, side), grid[1:], how=position_resize)
+        notes.append(
+            f"resized pos_embed from {side}x{side} to {grid[1]}x{grid[2]} patches ({position_resize})"
+        )
+    times = given.get("time_embed")
+    if times is not None and "time_embed" in own and times.shape[1] != grid[0]:
+        given["time_embed"] = resize_times(times, grid[0], how=time_resize)
+        notes.append(f"resized time_embed from {times.shape[1]} to {grid[0]} frames ({time_resize})")
+    return given, notes
+
+
+def resize_positions(
+    pos: Tensor, old: tuple[int, int], new: tuple[int, int], *, how: PositionResize
+) -> Tensor:
+    """(1, 1 + H*W, D) for another grid of patches; CLS, the first, stays.
+
+    ``flat_nearest`` is the released code's resize at load time: nearest over the flattened sequence, which scrambles
+    the rows. It is there to reproduce that code.
+    """
+    if tuple(old) == tuple(new):
+        return pos
+    first, rest = pos[:, :1], pos[:, 1:]
+    if how == "flat_nearest":
+        moved = F.interpolate(rest.transpose(1, 2), size=new[0] * new[1], mode="nearest").transpose(1, 2)
+    else:
+        plane = rest.transpose(1, 2).unflatten(2, old)  # type: ignore[no-untyped-call]
+        moved = F.interpolate(plane, size=new, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    return torch.cat([first, moved], dim=1)
+
+
+def resize_times(times: Tensor, frames: int, *, how: TimeResize) -> Tensor:
+    """(1, T, D) for another number of frames."""
+    if times.shape[1] == frames:
+        return times
+    return F.interpolate(times.transpose(1, 2), size=frames, mode=how).transpose(1, 2)
+
+
+def to_huggingface(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What ``transformers.TimesformerForVideoClassification`` loads: its state dict and the fields of its config.
+
+    Raises:
+        ModelError: a scheme that transformers lacks or computes wrongly ("space"), or no classifier.
+    """
+    net = cast(Any, model)
+    if net.attention not in ("divided", "joint") or net.cls_rule != "released":
+        raise ModelError(
+            f"attention={net.attention!r}, cls={net.cls_rule!r}: transformers computes 'divided' with the released "
+            f"CLS rule and 'joint' only"
+        )
+    rows, columns = net.grid[1:]
+    if not net.num_classes or rows != columns:
+        raise ModelError("transformers needs a classifier and a square crop")
+    state = {_to_hf(key): value.detach().clone() for key, value in model.state_dict().items()}
+    config = {
+        "model_type": "timesformer",
+        "architectures": ["TimesformerForVideoClassification"],
+        "image_size": rows * net.patch,
+        "patch_size": net.patch,
+        "num_channels": net.input_spec.channels,
+        "num_frames": net.grid[0],
+        "hidden_size": net.feature_dim,
+        "num_hidden_layers": len(net.blocks),
+        "num_attention_heads": net.heads,
+        "intermediate_size": 4 * net.feature_dim,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
+        "attention_type": "divided_space_time" if net.attention == "divided" else "joint_space_time",
+        "id2label": {str(i): f"LABEL_{i}" for i in range(net.num_classes)},
+        "label2id": {f"LABEL_{i}": i for i in range(net.num_classes)},
+    }
+    return state, config
+
+
+def _to_hf(key: str) -> str:
+    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
+    if match is None:
+        return _swapped(key, [(ours, theirs) for theirs, ours in _HF_TOP])
+    inner = _swapped(match[2], [(ours, theirs) for theirs, ours in _HF_BLOCK])
+    return f"timesformer.encoder.layer.{match[1]}.{inner}"
+
+
+def _renamed(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    if any(key.startswith("timesformer.") for key in state):
+        renamed = _by_tables(state, "timesformer.encoder.layer.", _HF_TOP, _HF_BLOCK)
+        return renamed, ["took Hugging Face's names"]
+    if state and all(key.startswith("model.") for key in state):
+        return {k.removeprefix("model."): v for k, v in state.items()}, [
+            "took the prefix 'model.' off the keys"
+        ]
+    return dict(state), []
+
+
+def _by_tables(state: Mapping[str, Tensor], blocks: str, top: Renames, block: Renames) -> dict[str, Tensor]:
+    renamed = {}
+    for key, value in state.items():
+        index, dot, inner = key.removeprefix(blocks).partition(".")
+        inside = key.startswith(blocks) and bool(dot)
+        renamed[f"blocks.{index}.{_swapped(inner, block)}" if inside else _swapped(key, top)] = value
+    return renamed
+
+
+def _swapped(key: str, table: Renames) -> str:
+    """The key with the first matching start replaced; unknown keys stay, and loading refuses them by name."""
+    for old, new in table:
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    return key
+
+
+def _from_image(given: dict[str, Tensor], own: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+    """Complete an image ViT: extra steps copy the spatial ones, their Linear and the time embedding are zero."""
+    copied = zeroed = 0
+    for key, value in own.items():
+        match = _EXTRA.fullmatch(key)
+        twin = f"{match[1]}{match[3]}{match[4]}" if match else ""
+        if twin in given:
+            given[key], copied = given[twin].clone(), copied + 1
+        elif _ADDED.fullmatch(key):
+            given[key], zeroed = torch.zeros_like(value), zeroed + 1
+    if copied or zeroed:
+        notes.append(
+            f"image weights: {copied} tensors of extra attention copied from the spatial, {zeroed} zero"
+        )
+    return given
