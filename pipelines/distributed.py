@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,21 +92,27 @@ def _init_process_group(engine: EngineConfig, device: torch.device, *, rank: int
     """DeepSpeed's process group, without the compile stall of its CPU operators."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
-    os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; it means nothing without a rank
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    timeout = timedelta(seconds=engine.collective_timeout_seconds)
     if world_size == 1:
-        # Nobody joins a world of one; any free port keeps two single runs on one machine apart.
-        os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or str(_free_port())
-    os.environ.setdefault("MASTER_PORT", "29500")
+        # A world of one meets in memory: no port to collide on, nothing in the environment for children to inherit.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
     import deepspeed
 
     if device.type == "cpu":
         skip_shared_memory_operator()
     deepspeed.init_distributed(
-        dist_backend="gloo" if device.type == "cpu" else "nccl",
-        timeout=timedelta(seconds=engine.collective_timeout_seconds),
+        dist_backend=backend,
+        timeout=timeout,
         verbose=False,
+        auto_mpi_discovery=False,
+        rank=rank,
+        world_size=world_size,
     )
 
 
@@ -120,13 +125,6 @@ def skip_shared_memory_operator() -> None:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__ = {}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _quiet() -> None:

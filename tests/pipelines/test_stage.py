@@ -72,6 +72,7 @@ def transferred(place: Path, repository: Path) -> Path:
         "transfer",
         "schedule.steps=6",
         "engine.global_batch=8",
+        "correspondence.negatives_per_clip=2",
         "track.wandb=offline",
     )
     result = run_stage(run, command=["cliplift", "transfer", "transfer/demo"])
@@ -299,7 +300,8 @@ def test_offline_wandb_files_hold_what_the_jsonl_holds(transferred: Path) -> Non
 def test_kill_9_and_restart_equals_an_unbroken_run(place: Path, repository: Path) -> None:
     """Same losses to the last bit, same W&B run, every step once."""
     words = [f"data.shards={place}/shards/unlabelled", "schedule.steps=16", "engine.global_batch=8",
-             "checkpoint.every_steps=4", "track.every_steps=1", "track.wandb=offline"]  # fmt: skip
+             "correspondence.negatives_per_clip=2", "checkpoint.every_steps=4",
+             "track.every_steps=1", "track.wandb=offline"]  # fmt: skip
     command = [*CLIPLIFT, "transfer", str(repository / "configs" / "transfer" / "demo.yaml"), *words]
 
     def finish(output: str) -> None:

@@ -1,0 +1,50 @@
+"""Who this process is among the others, told from the environment alone."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from cliplift.configs.sections import ConfigError
+from cliplift.configs.training import EngineConfig
+from cliplift.pipelines.distributed import all_gather_tensor, all_reduce_max, gather_objects, ranks, start
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (3, 8, 1)),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, (2, 4, 0)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (1, 2, 0)),
+        ({"SLURM_NTASKS": "4"}, (0, 1, 0)),
+    ],
+)
+def test_ranks_of_every_launcher(environment: dict[str, str], expected: tuple[int, int, int]) -> None:
+    assert ranks(environment) == expected
+
+
+def test_a_rank_outside_the_world_is_refused() -> None:
+    with pytest.raises(ConfigError, match="RANK=2"):
+        ranks({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+def test_one_process_needs_no_port_and_leaves_the_environment_alone() -> None:
+    """Children of the process would inherit a port that is taken."""
+    before = {k: v for k, v in os.environ.items() if k.startswith(("MASTER", "RANK", "WORLD"))}
+    topology = start(EngineConfig(device="cpu"))
+    assert (topology.rank, topology.world_size, topology.device.type) == (0, 1, "cpu")
+    assert {k: v for k, v in os.environ.items() if k.startswith(("MASTER", "RANK", "WORLD"))} == before
+    assert start(EngineConfig(device="cpu")) == topology
+    assert gather_objects([1, 2], topology) == [1, 2]
+    assert all_reduce_max(3.0, topology) == 3.0
+    assert torch.equal(all_gather_tensor(torch.arange(3), topology), torch.arange(3))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_a_gpu_names_the_key() -> None:
+    with pytest.raises(ConfigError, match="no CUDA device") as caught:
+        start(EngineConfig(device="cuda"))
+    assert caught.value.key == "engine.device"
