@@ -10,21 +10,23 @@ DeepSpeed's own files are not used: they refuse another world size and another s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.distributed import Topology, barrier
+from cliplift.pipelines.distributed import Topology, gather_objects
 from cliplift.pipelines.run_folder import write_json
 
 log = logging.getLogger(__name__)
@@ -56,27 +58,52 @@ def save(folder: Path, snapshot: Snapshot, *, topology: Topology, keep_last: int
     step = int(snapshot.state["step"])
     final = folder / f"step_{step:08d}"
     partial = folder / f"{final.name}.partial"
-    if topology.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier(topology)
-    _save_tensors(partial / f"buffers-rank{topology.rank}.safetensors", snapshot.buffers)
-    _save_tensors(partial / f"random-rank{topology.rank}.safetensors", snapshot.random_state)
-    if topology.is_main:
-        _save_tensors(partial / PARAMETERS, snapshot.parameters)
-        _save_tensors(partial / OPTIMIZER, snapshot.optimizer)
-        write_json(partial / STATE, {"format": FORMAT, "world_size": topology.world_size, **snapshot.state})
-    barrier(topology)
-    if topology.is_main:
-        files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(partial.iterdir())}
-        write_json(partial / COMPLETE, {"format": FORMAT, "files": files})
-        if final.exists():
-            shutil.rmtree(final)
-        partial.replace(final)
-        for old in complete_checkpoints(folder)[:-keep_last]:
-            shutil.rmtree(old)
-    barrier(topology)
+    with _agreed_failure(partial, topology):
+        if topology.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    with _agreed_failure(partial, topology):
+        _save_tensors(partial / f"buffers-rank{topology.rank}.safetensors", snapshot.buffers)
+        _save_tensors(partial / f"random-rank{topology.rank}.safetensors", snapshot.random_state)
+        if topology.is_main:
+            _save_tensors(partial / PARAMETERS, snapshot.parameters)
+            _save_tensors(partial / OPTIMIZER, snapshot.optimizer)
+            write_json(
+                partial / STATE, {"format": FORMAT, "world_size": topology.world_size, **snapshot.state}
+            )
+    with _agreed_failure(partial, topology):
+        if topology.is_main:
+            _complete(partial, final)
+            for old in complete_checkpoints(folder)[:-keep_last]:
+                shutil.rmtree(old)
     return final
+
+
+def _complete(partial: Path, final: Path) -> None:
+    """Seal the folder with the list of its files, and give it its name."""
+    files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(partial.iterdir())}
+    write_json(partial / COMPLETE, {"format": FORMAT, "files": files})
+    if final.exists():
+        shutil.rmtree(final)
+    partial.replace(final)
+
+
+@contextlib.contextmanager
+def _agreed_failure(partial: Path, topology: Topology) -> Iterator[None]:
+    """All ranks wait for each other at the end; where one could not write, all raise, and none waits in vain."""
+    problem: list[str] = []
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        problem.append(f"rank {topology.rank}: {error}")
+    problems = gather_objects(problem, topology)
+    if problems:
+        if topology.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{partial.parent}: the checkpoint {partial.stem} could not be written ({problems[0]}); "
+            "the ones before it are untouched: free some space and start again"
+        )
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -167,3 +194,42 @@ def load_module(module: nn.Module, saved: Snapshot) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(values[name])
+
+
+def load_buffers(module: nn.Module, saved: Snapshot) -> None:
+    """Copy buffers alone; parameters that an engine has partitioned go through ``sharded_state``."""
+    for name, buffer in module.named_buffers():
+        buffer.copy_(saved.buffers[name])
+
+
+def set_aside(folder: Path, *, say: Callable[[str], None]) -> None:
+    """Rename the checkpoints of an earlier run, so that a fresh start neither resumes, keeps nor returns them."""
+    if not folder.exists():
+        return
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
+        number += 1
+    folder.replace(aside)
+    say(f"starts afresh; the checkpoints of the run before are in {aside.name}")
+
+
+def check_space(folder: Path, *, parameters: int, trainable: int, moments: int) -> None:
+    """Refuse to start a run whose first checkpoint cannot fit on the disk.
+
+    Args:
+        folder: where checkpoints go; its nearest existing parent is asked for free space.
+        parameters, trainable: numbers of fp32 values; the trainable ones also have optimizer state.
+        moments: optimizer tensors per trainable parameter (AdamW 2, SGD with momentum 1).
+
+    Raises:
+        ConfigError: fewer bytes are free than one checkpoint takes.
+    """
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    needed, free = 4 * (parameters + moments * trainable), shutil.disk_usage(place).free
+    if free < needed:
+        raise ConfigError(
+            f"one checkpoint takes {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free",
+            key="output",
+            value=str(folder.parent),
+            hint="free some space, or choose another folder",
+        )

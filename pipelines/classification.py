@@ -89,7 +89,9 @@ class ClassificationTask:
 
     def evaluate(self, *, topology: Topology) -> dict[str, float]:
         """Accuracy on the validation split, every sample once, over all ranks."""
-        return self.evaluate_split(self.run.data.val_split, topology=topology)
+        return self.evaluate_split(
+            self.run.data.val_split, topology=topology, max_samples=self.run.evaluation.max_samples
+        )
 
     def evaluate_split(
         self,

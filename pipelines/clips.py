@@ -7,6 +7,7 @@ the step.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -184,7 +185,12 @@ class EvalLoader:
             # Shards may hold classes side by side; a seeded choice shows all of them.
             chosen = sorted(random.Random(0).sample(chosen, max_samples))
         self._mine = chosen[rank::world_size]
+        self._first = chosen[:1]
         self._samples_per_batch = max(1, batch // (data.views.clips * data.views.crops))
+        largest = math.ceil(len(chosen) / world_size)
+        self._missing = math.ceil(largest / self._samples_per_batch) - math.ceil(
+            len(self._mine) / self._samples_per_batch
+        )
 
     def __iter__(self) -> Iterator[ClipBatch]:
         step = self._samples_per_batch
@@ -193,6 +199,13 @@ class EvalLoader:
         if self.data.workers == 0:
             return (dataset[samples] for samples in requests)
         return _worker_batches(dataset, requests, self.data)
+
+    def fillers(self) -> Iterator[ClipBatch]:
+        """Batches to run and forget, so that every rank makes as many forward passes as the busiest one.
+
+        ZeRO stage 3 gathers weights in each forward pass with all ranks; one that makes fewer passes hangs the rest.
+        """
+        return (_TestViews(self.dataset)[tuple(self._first)] for _ in range(self._missing))
 
     def close(self) -> None:
         self.dataset.close()

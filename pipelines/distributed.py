@@ -97,7 +97,8 @@ def _init_process_group(engine: EngineConfig, device: torch.device, *, rank: int
     timeout = timedelta(seconds=engine.collective_timeout_seconds)
     if world_size == 1:
         # A world of one meets in memory: no port to collide on, nothing in the environment for children to inherit.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
         os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

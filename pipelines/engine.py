@@ -23,10 +23,17 @@ from cliplift.pipelines import checkpoint
 from cliplift.pipelines.clips import ClipBatch
 from cliplift.pipelines.deepspeed_config import batch_split, deepspeed_config
 from cliplift.pipelines.distributed import Topology, all_reduce_max, all_reduce_mean, broadcast_object
-from cliplift.pipelines.optim import Schedule, build_optimizer, peak_lr, total_steps
+from cliplift.pipelines.optim import (
+    Schedule,
+    build_optimizer,
+    network_with_blocks,
+    peak_lr,
+    total_steps,
+)
 from cliplift.pipelines.sharded_state import (
     gathered_optimizer,
     gathered_parameters,
+    put_parameters,
     restore_master_weights,
     restore_optimizer,
 )
@@ -82,15 +89,19 @@ class _Fit:
         saved = self._newest()
         engine_config = self.run.engine
         module = self.task.module.to(self.topology.device)
+        _refuse_half_batchnorm(module, self.run)
         if engine_config.sync_batchnorm:
             module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         if saved is not None:
             checkpoint.load_module(module, saved)
         if engine_config.checkpoint_blocks_share:
-            checkpoint_blocks(module, engine_config.checkpoint_blocks_share)
+            _, network = network_with_blocks(module, key="engine.checkpoint_blocks_share")
+            checkpoint_blocks(network, engine_config.checkpoint_blocks_share)
         optimizer = build_optimizer(
             module, self.run.optim, global_batch=engine_config.global_batch, device=self.topology.device
         )
+        if self.topology.is_main:
+            _check_space(self.folder, module, self.run)
         config = deepspeed_config(self.run, world_size=self.topology.world_size)
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=config, dist_init_required=False
@@ -111,7 +122,9 @@ class _Fit:
     def _newest(self) -> checkpoint.Snapshot | None:
         """Rank 0 chooses the checkpoint, so that no rank resumes from another one than the rest."""
         path = None
-        if self.run.checkpoint.resume == "auto" and self.topology.is_main:
+        if self.topology.is_main and self.run.checkpoint.resume == "never":
+            checkpoint.set_aside(self.folder, say=self._say)
+        elif self.topology.is_main:
             path = checkpoint.newest_usable(self.folder, say=self._say)
         path = broadcast_object(path, self.topology)
         if path is None:
@@ -320,7 +333,8 @@ class _Fit:
         saved = checkpoint.load(path, topology=self.topology)
         if saved.state["step"] != self.step:
             self._say(f"takes the best weights, of step {saved.state['step']}")
-            checkpoint.load_module(self.engine.module, saved)
+            put_parameters(self.engine, saved.parameters)
+            checkpoint.load_buffers(self.engine.module, saved)
             self.metrics = dict(saved.state["metrics"])
 
     def _agreed(self, caught: bool) -> bool:
@@ -330,6 +344,28 @@ class _Fit:
     def _say(self, text: str) -> None:
         if self.topology.is_main:
             print(f"{self.run.name}: {text}", flush=True)
+
+
+def _check_space(folder: Path, module: nn.Module, run: TrainingRun) -> None:
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    checkpoint.check_space(
+        folder,
+        parameters=sum(n for n, _ in sizes),
+        trainable=sum(n for n, trained in sizes if trained),
+        moments=2 if run.optim.name == "adamw" else int(run.optim.momentum > 0),
+    )
+
+
+def _refuse_half_batchnorm(module: nn.Module, run: TrainingRun) -> None:
+    """DeepSpeed casts parameters and leaves buffers fp32: BatchNorm then mixes the two and torch refuses."""
+    half = run.engine.precision in ("bf16", "fp16")
+    if half and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+        raise ConfigError(
+            "casts weights, which BatchNorm does not survive",
+            key="engine.precision",
+            value=run.engine.precision,
+            hint="use autocast_bf16, which keeps BatchNorm in fp32",
+        )
 
 
 def _norm(value: Any) -> float | None:

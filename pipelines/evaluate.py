@@ -103,6 +103,8 @@ def classify_split(
             target = None if on_host.targets is None else on_host.targets[row].numpy()
             total, count, label, target = sums.get(sample, (0.0, 0, int(on_host.labels[row]), target))
             sums[sample] = (total + scores[row].double().cpu(), count + 1, label, target)
+    for on_host in loader.fillers():
+        network(views(on_host.to(topology.device)))
     network.train(was_training)
     rows = [
         (sample, _probabilities(total / count, data, multi_label), label, target)

@@ -27,13 +27,13 @@ def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, An
     Normalisation weights and biases are told by their shape (one dimension). Groups are in order of first
     appearance, so that equal configs give equal groups.
     """
-    depth, factors = _block_factors(module, optim)
+    factors = _block_factors(module, optim)
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         decay = optim.weight_decay if parameter.ndim > 1 or optim.decay_norm_and_bias else 0.0
-        factor = factors.get(name, optim.layer_decay**depth)
+        factor = factors.get(name, 1.0)
         group = groups.setdefault(
             (decay, factor), {"params": [], "names": [], "weight_decay": decay, "lr_factor": factor}
         )
@@ -44,25 +44,38 @@ def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, An
     return list(groups.values())
 
 
-def _block_factors(module: nn.Module, optim: OptimConfig) -> tuple[int, dict[str, float]]:
-    """lr factor of every parameter under layer-wise decay: 1 after the last block, decay**depth before the first."""
+def _block_factors(module: nn.Module, optim: OptimConfig) -> dict[str, float]:
+    """lr factor of the network's parameters under layer-wise decay, as in BEiT (arXiv:2106.08254) and VideoMAE.
+
+    With n blocks the stem gets decay**(n + 1), block i (from 0) decay**(n - i), and what comes after the last block
+    1, like everything outside the network: the head is the part that starts from random weights. A parameter
+    between two blocks goes with the one before it.
+    """
     if optim.layer_decay == 1.0:
-        return 0, {}
-    blocks = _block_names(module)
-    factors = {}
-    for number, block in enumerate(blocks):
-        for name, _ in module.named_parameters():
-            if f".{block}." in f".{name}":
-                factors[name] = optim.layer_decay ** (len(blocks) - number)
-    return len(blocks) + 1, factors
+        return {}
+    prefix, network = network_with_blocks(module, key="optim.layer_decay")
+    blocks = list(network.checkpoint_blocks())
+    names = [name for name, _ in network.named_parameters()]
+    inside = [next((i for i, b in enumerate(blocks) if name.startswith(f"{b}.")), None) for name in names]
+    last = max((at for at, number in enumerate(inside) if number is not None), default=-1)
+    factors, layer = {}, 0
+    for at, (name, number) in enumerate(zip(names, inside, strict=True)):
+        layer = layer if number is None else number + 1
+        factors[prefix + name] = 1.0 if at > last else optim.layer_decay ** (len(blocks) + 1 - layer)
+    return factors
 
 
-def _block_names(module: nn.Module) -> list[str]:
-    for child in module.modules():
-        names = getattr(child, "checkpoint_blocks", None)
-        if callable(names):
-            return list(names())
-    raise ConfigError("the model names no blocks", key="optim.layer_decay", hint="use layer_decay: 1.0")
+def network_with_blocks(module: nn.Module, *, key: str) -> tuple[str, Any]:
+    """(parameter-name prefix, network) of the trained network inside a stage's module that names its blocks.
+
+    Raises:
+        ConfigError: none does; names ``key``, the setting that needs blocks.
+    """
+    for name, child in module.named_modules():
+        trained = any(p.requires_grad for p in child.parameters())
+        if trained and callable(getattr(child, "checkpoint_blocks", None)):
+            return (f"{name}." if name else ""), child
+    raise ConfigError("needs a model that names its blocks", key=key, hint="leave it at its default")
 
 
 def build_optimizer(

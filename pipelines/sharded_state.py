@@ -144,9 +144,9 @@ def restore_optimizer(engine: Any, saved: Mapping[str, Tensor]) -> None:
             if key == STEP:
                 continue
             if stage == 3:
-                from deepspeed.utils import safe_set_full_optimizer_state
+                from deepspeed.utils import safe_set_local_optimizer_state
 
-                safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+                safe_set_local_optimizer_state(parameter, _own_part(parameter, value), key)
             else:
                 _put_slice(engine, parameter, key, value)
 
@@ -182,10 +182,51 @@ def _put_slice(engine: Any, parameter: nn.Parameter, key: str, value: Tensor) ->
     ).copy_(part)
 
 
+def _own_part(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """This rank's flat part of a whole value at stage 3, zero-padded where the size does not divide by the ranks.
+
+    DeepSpeed's setters for whole values slice without that padding and fail on, say, a bias of 3 on 2 ranks.
+    """
+    size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
+    start = dist.get_rank() * size
+    part = torch.zeros(size, dtype=torch.float32, device=parameter.device)
+    held = value.flatten()[start : start + size]
+    part[: len(held)] = held.to(part)
+    return part
+
+
+def put_parameters(engine: Any, saved: Mapping[str, Tensor]) -> None:
+    """Replace every parameter of a living engine by its saved value: the weights and their fp32 masters."""
+    with torch.no_grad():
+        for name, parameter in engine.module.named_parameters():
+            if engine.zero_optimization_stage() == 3:
+                from deepspeed.runtime.zero import GatheredParameters
+
+                with GatheredParameters([parameter], modifier_rank=0):
+                    if dist.get_rank() == 0:
+                        parameter.copy_(saved[name])
+                if parameter.requires_grad:
+                    _put_stage3_master(parameter, saved[name])
+            else:
+                parameter.copy_(saved[name])
+    if engine.zero_optimization_stage() != 3:
+        restore_master_weights(engine, saved)
+
+
+def _put_stage3_master(parameter: nn.Parameter, value: Tensor) -> None:
+    from deepspeed.utils import safe_set_local_fp32_param
+
+    safe_set_local_fp32_param(parameter, _own_part(parameter, value))
+
+
 def restore_master_weights(engine: Any, saved: Mapping[str, Tensor]) -> None:
     """Put fp32 values into the masters of a half-precision engine; its weights were rounded from them already."""
     from deepspeed.utils import safe_set_full_fp32_param
 
     for name, parameter in engine.module.named_parameters():
-        if parameter.requires_grad and parameter.dtype != torch.float32:
+        if not parameter.requires_grad or parameter.dtype == torch.float32:
+            continue
+        if engine.zero_optimization_stage() == 3:
+            _put_stage3_master(parameter, saved[name])
+        else:
             safe_set_full_fp32_param(parameter, saved[name].to(parameter.device))

@@ -231,6 +231,8 @@ class TransferTask:
                 strict=True,
             )
             rows += [(sample, video, clip.clone(), frame.clone()) for sample, video, clip, frame in on_host]
+        for batch in loader.fillers():
+            self.module.student(self._towers(batch, training=False)[0])
         everything = sorted(gather_objects(rows, topology), key=lambda row: row[0])
         if len({row[1] for row in everything}) < 2:
             raise ConfigError(
