@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import resource
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -126,20 +125,28 @@ def test_a_fresh_start_ignores_the_run_before(worker: ModuleType, tmp_path: Path
     assert (used / "checkpoints.before-1" / "step_00000008").is_dir(), "set aside, not deleted"
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file of this process may grow past 4 KiB, as under a quota: writing more is an OSError."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+# No file of the process may grow past 4 KiB, as under a quota: writing more is an OSError. A process of its own,
+# because this one's output may be a file too.
+UNDER_QUOTA = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def test_a_checkpoint_that_cannot_be_written_is_said_and_leaves_no_half(
-    worker: ModuleType, tmp_path: Path, small_files: None
-) -> None:
-    with pytest.raises(CheckpointError, match="step_00000004 could not be written"):
-        worker.train(worker.run_config(str(tmp_path)))
+def test_a_checkpoint_that_cannot_be_written_is_said_and_leaves_no_half(tmp_path: Path) -> None:
+    case = json.dumps({"output": str(tmp_path)})
+    done = subprocess.run(
+        [sys.executable, "-c", UNDER_QUOTA, str(WORKER), str(tmp_path / "results.json"), case],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert done.returncode == 1
+    assert re.search(r"CheckpointError: .*step_00000004 could not be written", done.stderr), done.stderr[-4000:]
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
