@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import NoReturn
 
 USER_ERROR = 2
@@ -17,7 +18,10 @@ CHECK_FAILED = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """One subcommand: what it does, what its first word is, and the extra options it takes."""
+    """One subcommand: what it does, what its first word is, and the extra options it takes.
+
+    ``handled_by`` is the module of ``cliplift.launch`` whose ``run_COMMAND`` does it.
+    """
 
     summary: str
     subject: str = "CONFIG"
@@ -27,6 +31,7 @@ class Command:
     rest_help: str = "overrides of config keys, such as optim.lr=3e-4"
     schema: str | None = None
     distributed: bool = False
+    handled_by: str = "stages"
 
 
 RUN_OR_CONFIG = "run or export folder, or a YAML file"
@@ -214,9 +219,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _guarded(arguments: argparse.Namespace) -> int:
     from cliplift.configs.sections import ConfigError
-    from cliplift.launch import stages
 
-    handler: Callable[[argparse.Namespace], int] = getattr(stages, f"run_{arguments.command}")
+    module = import_module(f"cliplift.launch.{COMMANDS[arguments.command].handled_by}")
+    handler: Callable[[argparse.Namespace], int] = getattr(
+        module, f"run_{arguments.command.replace('-', '_')}"
+    )
     try:
         return handler(arguments)
     except ConfigError as error:
