@@ -21,7 +21,7 @@ from torch import nn
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import OptimConfig
 from cliplift.models import create_model
-from cliplift.pipelines.checkpoint import CheckpointError, check_space, complete_checkpoints
+from cliplift.pipelines.checkpoint import check_space, complete_checkpoints
 from cliplift.pipelines.classification import Classifier
 from cliplift.pipelines.optim import parameter_groups
 
