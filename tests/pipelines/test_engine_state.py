@@ -146,7 +146,8 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_leaves_no_half(tmp_path
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
     )
     assert done.returncode == 1
-    assert re.search(r"CheckpointError: .*step_00000004 could not be written", done.stderr), done.stderr[-4000:]
+    said = done.stderr[-4000:]
+    assert re.search(r"CheckpointError: .*step_00000004 could not be written", said), said
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
