@@ -75,13 +75,16 @@ def prepared(batch: ClipBatch, device: torch.device) -> dict[str, Tensor]:
 class Task:
     """Classification without data or augmentation cost."""
 
-    best_metric = "none"
+    best_metric, flops_per_clip = "none", None
 
     def __init__(self, model: str, shape: Shape, device: torch.device) -> None:
         self.module, self.clip_frames, self.device = network(model, shape), shape[1], device
 
     def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
         return prepared(batch, self.device)
+
+    def clip_table(self, rows: int) -> None:
+        return None
 
     def evaluate(self, *, topology: Topology) -> dict[str, float]:
         return {}

@@ -25,16 +25,18 @@ class ModelConfig(Section):
 class OptimConfig(Section):
     """Optimizer and its parameter groups."""
 
-    name: Literal["adamw", "sgd"] = Field("adamw", description="optimizer; sgd uses Nesterov momentum")
+    name: Literal["adamw", "sgd", "lamb"] = Field(
+        "adamw", description="optimizer; sgd uses Nesterov momentum; lamb needs zero_stage 0"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     lr_reference_batch: int | None = Field(
         None, ge=1, description="scale lr by global_batch / this (linear rule); None uses lr as written"
     )
-    weight_decay: float = Field(0.05, ge=0, description="decoupled for adamw, L2 for sgd")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled for adamw and lamb, L2 for sgd")
     momentum: float = Field(0.9, ge=0, lt=1, description="sgd momentum")
     nesterov: bool = Field(True, description="Nesterov form of sgd momentum")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw moment decay")
-    eps: float = Field(1e-8, gt=0, description="adamw epsilon")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw and lamb moment decay")
+    eps: float = Field(1e-8, gt=0, description="adamw and lamb epsilon")
     layer_decay: float = Field(
         1.0, gt=0, le=1, description="lr factor per block from the head down; 1 is off"
     )
@@ -42,6 +44,13 @@ class OptimConfig(Section):
         False, description="apply weight decay to normalisation and bias parameters too"
     )
     clip_grad_norm: float = Field(0.0, ge=0, description="gradient norm limit; 0 is off")
+    average_decay: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="decay a step of an exponential moving average (EMA) of the weights, which is then what is "
+        "evaluated and saved as the result; 0 is off",
+    )
 
 
 class ScheduleConfig(Section):
@@ -101,8 +110,27 @@ class EngineConfig(Section):
     channels_last: bool = Field(False, description="channels_last_3d memory format")
     sync_batchnorm: bool = Field(False, description="convert BatchNorm to SyncBatchNorm (CUDA)")
     deterministic: bool = Field(True, description="deterministic kernels where they exist")
+    offload: Literal["none", "optimizer", "optimizer_and_parameters"] = Field(
+        "none",
+        description="what ZeRO keeps in host memory instead of the GPU's (CUDA; parameters need stage 3)",
+    )
+    on_bad_step: Literal["skip", "rewind", "stop"] = Field(
+        "skip",
+        description="a step with a NaN, infinite or spiking loss: leave its update out, go back to the last "
+        "checkpoint and pass over the data since, or end the run",
+    )
+    loss_spike_factor: float | None = Field(
+        None, gt=1, description="a loss above this times the median of the last steps is a spike; None is off"
+    )
+    loss_spike_window_steps: int = Field(50, ge=5, description="steps the median of the spike guard is over")
     max_bad_steps_in_row: int = Field(
-        10, ge=1, description="stop after this many steps with a NaN or infinite loss or gradient"
+        10, ge=1, description="stop after this many bad steps in a row, or this many rewinds"
+    )
+    hang_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="no step or evaluation batch for this long: write every thread's stack to OUTPUT/stacks and "
+        "end the process; None is off",
     )
     collective_timeout_seconds: float = Field(
         1800.0, gt=0, description="a collective silent for longer ends the run, seconds"
@@ -123,6 +151,8 @@ class EngineConfig(Section):
             "scheduler": "schedule.name",
             "bf16": "precision",
             "fp16": "precision",
+            "torch_autocast": "precision",
+            "zero_force_ds_cpu_optimizer": "offload",
         }
         for key, ours in derived.items():
             if key in raw:
@@ -140,6 +170,13 @@ class EngineConfig(Section):
                 value=0,
                 hint="use zero_stage: 1, or precision: autocast_bf16",
             )
+        if self.precision == "fp16" and self.zero_stage == 0:
+            raise ConfigError(
+                "fp16 at ZeRO stage 0 keeps its fp32 masters where checkpoints cannot reach them",
+                key="zero_stage",
+                value=0,
+                hint="use zero_stage: 1",
+            )
         if self.precision == "fp16" and self.device == "cpu":
             raise ConfigError(
                 "fp16 does not train on a CPU",
@@ -147,6 +184,7 @@ class EngineConfig(Section):
                 value="fp16",
                 hint="use fp32 or autocast_bf16",
             )
+        self._possible_offload()
         if self.micro_batch is not None and self.global_batch % self.micro_batch:
             raise ConfigError(
                 f"{self.micro_batch} does not divide global_batch={self.global_batch}",
@@ -156,6 +194,23 @@ class EngineConfig(Section):
             )
         return self
 
+    def _possible_offload(self) -> None:
+        needed = {"none": 0, "optimizer": 1, "optimizer_and_parameters": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ConfigError(
+                f"needs ZeRO stage {needed} or more, not {self.zero_stage}",
+                key="offload",
+                value=self.offload,
+                hint=f"use zero_stage: {needed}",
+            )
+        if self.offload != "none" and self.device == "cpu":
+            raise ConfigError(
+                "moves state from a GPU to the host, and this run is on the CPU",
+                key="offload",
+                value=self.offload,
+                hint="use none",
+            )
+
 
 class CheckpointConfig(Section):
     """When a run is saved and what is kept."""
@@ -163,6 +218,10 @@ class CheckpointConfig(Section):
     every_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="newest checkpoints kept")
     keep_best: bool = Field(True, description="also keep the checkpoint with the best validation metric")
+    asynchronous: bool = Field(
+        False,
+        description="write files while training goes on; costs one more copy of the state in host memory",
+    )
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto continues from the newest complete checkpoint"
     )
@@ -179,6 +238,18 @@ class TrackConfig(Section):
     tags: tuple[str, ...] = Field((), description="W&B tags")
     notes: str = Field("", description="W&B notes")
     every_steps: int = Field(10, ge=1, description="optimizer steps between logged lines")
+    tensorboard: bool = Field(
+        False, description="also write TensorBoard files to OUTPUT/tensorboard (extra: tensorboard)"
+    )
+    artifacts: bool = Field(
+        True, description="W&B artifacts: the data the run used and the weights it made, by reference"
+    )
+    profile_steps: tuple[int, int] | None = Field(
+        None, description="first and last optimizer step recorded by the torch profiler into OUTPUT/profile"
+    )
+    peak_tflops: float | None = Field(
+        None, gt=0, description="peak of one device for MFU, 1e12 operations a second; None is from its name"
+    )
     clip_table_rows: int = Field(
         8, ge=0, description="clips with predictions logged to W&B at each evaluation"
     )
@@ -194,6 +265,12 @@ class EvaluationConfig(Section):
         None, ge=1, description="evaluate on the first this many samples; None is all"
     )
     batch: int = Field(16, ge=1, description="clips per evaluation batch and rank")
+    precise_batchnorm_batches: int = Field(
+        0,
+        ge=0,
+        description="micro-batches of training data BatchNorm's statistics are taken anew from before evaluation; "
+        "0 keeps the running ones",
+    )
 
 
 class TrainingRun(Section):
@@ -209,3 +286,14 @@ class TrainingRun(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     track: TrackConfig = TrackConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _whole_layers(self) -> TrainingRun:
+        if self.optim.name == "lamb" and self.engine.zero_stage > 0:
+            raise ConfigError(
+                "needs whole layers for its trust ratio, which ZeRO partitions cut",
+                key="optim.name",
+                value="lamb",
+                hint="use engine.zero_stage: 0, or adamw",
+            )
+        return self

@@ -74,12 +74,14 @@ def run_finetune(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace, stage: str) -> int:
     loaded = _load(arguments, stage)
     _prepare_environment()
+    from cliplift.pipelines.distributed import leave
     from cliplift.pipelines.stage import dry_run, run_stage
 
     if arguments.dry_run:
         print(_located(loaded, lambda: dry_run(loaded.run)))
         return 0
     result = _located(loaded, lambda: run_stage(loaded.run, command=_command()))
+    leave()
     return 0 if result.finished or result.requeue else 1
 
 
@@ -91,9 +93,11 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _show(loaded)
     _prepare_environment()
+    from cliplift.pipelines.distributed import leave
     from cliplift.pipelines.evaluate import run_evaluate as evaluate
 
     _located(loaded, lambda: evaluate(loaded.run, command=_command()))
+    leave()
     return 0
 
 

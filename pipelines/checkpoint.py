@@ -6,6 +6,8 @@ with size and crc32 and is written last; the folder is renamed into place only t
 file that differs from it, is never resumed from: the one before is, and that is said.
 
 DeepSpeed's own files are not used: they refuse another world size and another stage.
+
+Format 2 added the weights' moving average and the data offset left by rewinds; format 1 reads as without either.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import logging
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,11 @@ from cliplift.pipelines.run_folder import write_json
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+READABLE_FORMATS = (1, 2)
 COMPLETE, STATE = "COMPLETE.json", "state.json"
 PARAMETERS, OPTIMIZER = "parameters.safetensors", "optimizer.safetensors"
+AVERAGE = "average.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -51,32 +56,66 @@ class Snapshot:
     buffers: Mapping[str, Tensor]  # this rank's
     random_state: Mapping[str, Tensor]  # this rank's
     state: Mapping[str, Any]
+    average: Mapping[str, Tensor] = field(default_factory=dict)  # parameters and buffers; empty without EMA
 
 
-def save(folder: Path, snapshot: Snapshot, *, topology: Topology, keep_last: int) -> Path:
-    """Write one checkpoint, all ranks together; older ones beyond ``keep_last`` are removed after it is complete."""
-    step = int(snapshot.state["step"])
-    final = folder / f"step_{step:08d}"
-    partial = folder / f"{final.name}.partial"
-    with _agreed_failure(partial, topology):
-        if topology.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-    with _agreed_failure(partial, topology):
-        _save_tensors(partial / f"buffers-rank{topology.rank}.safetensors", snapshot.buffers)
-        _save_tensors(partial / f"random-rank{topology.rank}.safetensors", snapshot.random_state)
-        if topology.is_main:
-            _save_tensors(partial / PARAMETERS, snapshot.parameters)
-            _save_tensors(partial / OPTIMIZER, snapshot.optimizer)
-            write_json(
-                partial / STATE, {"format": FORMAT, "world_size": topology.world_size, **snapshot.state}
-            )
-    with _agreed_failure(partial, topology):
-        if topology.is_main:
+class Saver:
+    """Writes checkpoints, all ranks together; with ``asynchronous`` the large files are written by a thread of rank 0.
+
+    The next save and :meth:`wait` are where a failure in that thread is raised, on all ranks.
+    """
+
+    def __init__(self, topology: Topology, *, asynchronous: bool) -> None:
+        self.topology = topology
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous and topology.is_main else None
+        self.asynchronous = asynchronous
+        self._unfinished: tuple[Path, Future[None] | None] | None = None
+
+    def save(self, folder: Path, snapshot: Snapshot, *, keep_last: int) -> Path:
+        """Write one checkpoint; older ones beyond ``keep_last`` are removed after it is complete."""
+        self.wait()
+        final = folder / f"step_{int(snapshot.state['step']):08d}"
+        partial = folder / f"{final.name}.partial"
+        topology = self.topology
+        with _agreed_failure(partial, topology):
+            if topology.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        with _agreed_failure(partial, topology):
+            _save_tensors(partial / f"buffers-rank{topology.rank}.safetensors", snapshot.buffers)
+            _save_tensors(partial / f"random-rank{topology.rank}.safetensors", snapshot.random_state)
+
+        def finish() -> None:
+            _write_whole(partial, snapshot, world_size=topology.world_size)
             _complete(partial, final)
             for old in complete_checkpoints(folder)[:-keep_last]:
                 shutil.rmtree(old)
-    return final
+
+        if self.asynchronous:
+            self._unfinished = partial, self._thread.submit(finish) if self._thread else None
+        else:
+            with _agreed_failure(partial, topology):
+                if topology.is_main:
+                    finish()
+        return final
+
+    def wait(self) -> None:
+        """Until the last checkpoint is complete. Raises CheckpointError where it could not be written."""
+        if self._unfinished is None:
+            return
+        (partial, writing), self._unfinished = self._unfinished, None
+        with _agreed_failure(partial, self.topology):
+            if writing is not None:
+                writing.result()
+
+
+def _write_whole(partial: Path, snapshot: Snapshot, *, world_size: int) -> None:
+    """What rank 0 writes for all."""
+    _save_tensors(partial / PARAMETERS, snapshot.parameters)
+    _save_tensors(partial / OPTIMIZER, snapshot.optimizer)
+    if snapshot.average:
+        _save_tensors(partial / AVERAGE, snapshot.average)
+    write_json(partial / STATE, {"format": FORMAT, "world_size": world_size, **snapshot.state})
 
 
 def _complete(partial: Path, final: Path) -> None:
@@ -132,8 +171,8 @@ def damage(path: Path) -> str | None:
         files: Mapping[str, Any] = complete["files"]
     except (OSError, json.JSONDecodeError, KeyError) as error:
         return f"{COMPLETE}: {error}"
-    if complete.get("format") != FORMAT:
-        return f"format {complete.get('format')}, this version reads {FORMAT}"
+    if complete.get("format") not in READABLE_FORMATS:
+        return f"format {complete.get('format')}, this version reads {READABLE_FORMATS}"
     for name, facts in files.items():
         file = path / name
         if not file.is_file():
@@ -153,7 +192,8 @@ def load(path: Path, *, topology: Topology) -> Snapshot:
         optimizer=load_file(path / OPTIMIZER),
         buffers=load_file(path / f"buffers-rank{rank}.safetensors"),
         random_state=load_file(path / f"random-rank{rank}.safetensors") if same_world else {},
-        state=state,
+        state={"data_offset": 0, "rewinds": 0, "average_updates": 0, **state},
+        average=load_file(path / AVERAGE) if (path / AVERAGE).is_file() else {},
     )
 
 
@@ -196,10 +236,10 @@ def load_module(module: nn.Module, saved: Snapshot) -> None:
             tensor.copy_(values[name])
 
 
-def load_buffers(module: nn.Module, saved: Snapshot) -> None:
+def load_buffers(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Copy buffers alone; parameters that an engine has partitioned go through ``sharded_state``."""
     for name, buffer in module.named_buffers():
-        buffer.copy_(saved.buffers[name])
+        buffer.copy_(saved[name])
 
 
 def set_aside(folder: Path, *, say: Callable[[str], None]) -> None:
@@ -213,19 +253,22 @@ def set_aside(folder: Path, *, say: Callable[[str], None]) -> None:
     say(f"starts afresh; the checkpoints of the run before are in {aside.name}")
 
 
-def check_space(folder: Path, *, parameters: int, trainable: int, moments: int) -> None:
+def check_space(
+    folder: Path, *, parameters: int, trainable: int, moments: int, averaged: bool = False
+) -> None:
     """Refuse to start a run whose first checkpoint cannot fit on the disk.
 
     Args:
         folder: where checkpoints go; its nearest existing parent is asked for free space.
         parameters, trainable: numbers of fp32 values; the trainable ones also have optimizer state.
         moments: optimizer tensors per trainable parameter (AdamW 2, SGD with momentum 1).
+        averaged: whether a moving average of the parameters is saved too.
 
     Raises:
         ConfigError: fewer bytes are free than one checkpoint takes.
     """
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    needed, free = 4 * (parameters + moments * trainable), shutil.disk_usage(place).free
+    needed, free = 4 * (parameters * (1 + averaged) + moments * trainable), shutil.disk_usage(place).free
     if free < needed:
         raise ConfigError(
             f"one checkpoint takes {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -13,10 +14,13 @@ from cliplift.configs.runs import ClassificationRun, FinetuneRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model
 from cliplift.pipelines.augment import DeviceAugment, mix_clips
+from cliplift.pipelines.clip_tables import prediction_table
 from cliplift.pipelines.clips import ClipBatch
 from cliplift.pipelines.distributed import Topology
-from cliplift.pipelines.evaluate import classification_metrics, classify_split
+from cliplift.pipelines.evaluate import Predictions, classification_metrics, classify_split
 from cliplift.pipelines.run_folder import WEIGHTS
+from cliplift.pipelines.throughput import forward_flops, training_flops
+from cliplift.pipelines.training_task import ClipTable
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +66,7 @@ class ClassificationTask:
         self.module = Classifier(network, label_smoothing=run.label_smoothing, multi_label=multi_label)
         self.clip_frames = run.data.sampling.frames
         self._views = DeviceAugment(run.data.augment, network.input_spec, training=True)
+        self._last: tuple[Predictions, str] | None = None
 
     def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
         batch = batch.to(self.topology.device)
@@ -87,6 +92,25 @@ class ClassificationTask:
             )
         return inputs
 
+    @cached_property
+    def flops_per_clip(self) -> float | None:
+        """Operations of a training step on one clip."""
+        return training_flops(
+            forward_flops(
+                self.run.model,
+                classes=len(self.classes),
+                frames=self.clip_frames,
+                crop_pixels=self.run.data.crop_pixels,
+            )
+        )
+
+    def clip_table(self, rows: int) -> ClipTable | None:
+        """Clips of the last evaluation with what was predicted, mistakes first; rank 0 keeps them."""
+        if self._last is None:
+            return None
+        predictions, split = self._last
+        return prediction_table(predictions, split=split, fold=self.run.data.fold, rows=rows)
+
     def evaluate(self, *, topology: Topology) -> dict[str, float]:
         """Accuracy on the validation split, every sample once, over all ranks."""
         return self.evaluate_split(
@@ -111,6 +135,8 @@ class ClassificationTask:
             max_samples=max_samples,
             multi_label=self.run.task == "multi_label",
         )
+        if topology.is_main:
+            self._last = predictions, split
         if predictions_file is not None and topology.rank == 0:
             predictions.write(predictions_file)
         return classification_metrics(predictions)

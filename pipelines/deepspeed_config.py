@@ -13,6 +13,14 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import TrainingRun
 
 NEVER = 10**9
+FP16_LOSS_SCALE = {
+    "loss_scale": 0,  # dynamic
+    "initial_scale_power": 16,
+    "loss_scale_window": 1000,
+    "hysteresis": 2,
+    "consecutive_hysteresis": False,
+    "min_loss_scale": 1,
+}
 
 
 def deepspeed_config(run: TrainingRun, *, world_size: int) -> dict[str, Any]:
@@ -27,13 +35,14 @@ def deepspeed_config(run: TrainingRun, *, world_size: int) -> dict[str, Any]:
         "train_batch_size": engine.global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": optim.clip_grad_norm,
+        # At stage 0 the training loop clips, from the norm it computes anyway.
+        "gradient_clipping": optim.clip_grad_norm if engine.zero_stage else 0.0,
         "zero_allow_untested_optimizer": True,  # SGD is elementwise: ZeRO's flat partitions do not change it
         "steps_per_print": NEVER,
         "wall_clock_breakdown": False,
         "dump_state": False,
         "bf16": {"enabled": engine.precision == "bf16"},
-        "fp16": {"enabled": engine.precision == "fp16"},
+        "fp16": {"enabled": engine.precision == "fp16"} | FP16_LOSS_SCALE,
         "zero_optimization": {
             "stage": engine.zero_stage,
             "overlap_comm": False,
@@ -41,8 +50,14 @@ def deepspeed_config(run: TrainingRun, *, world_size: int) -> dict[str, Any]:
             "round_robin_gradients": False,
         },
     }
-    if engine.precision == "autocast_bf16":
-        derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    autocast = engine.precision == "autocast_bf16"
+    derived["torch_autocast"] = {"enabled": autocast, "dtype": "bfloat16"}
+    if engine.offload != "none":
+        derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        # Its own CPU Adam needs a compiler on every node; torch's works on host tensors as it is.
+        derived["zero_force_ds_cpu_optimizer"] = False
+    if engine.offload == "optimizer_and_parameters":
+        derived["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
     return _overlaid(derived, engine.deepspeed, key="engine.deepspeed")
 
 

@@ -23,6 +23,7 @@ from cliplift.configs.runs import RUNS, EvaluateRun
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig
 from cliplift.models.hub import from_pretrained, read_config
+from cliplift.pipelines import watchdog
 from cliplift.pipelines.augment import DeviceAugment
 from cliplift.pipelines.clips import EvalLoader
 from cliplift.pipelines.distributed import Topology, gather_objects, start
@@ -99,6 +100,7 @@ def classify_split(
         scores = network(views(moved)).float()
         if data.views.average == "probabilities":
             scores = scores.sigmoid() if multi_label else scores.softmax(dim=1)
+        watchdog.beat()
         for row, sample in enumerate(on_host.sample_index.tolist()):
             target = None if on_host.targets is None else on_host.targets[row].numpy()
             total, count, label, target = sums.get(sample, (0.0, 0, int(on_host.labels[row]), target))

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import OptimConfig, ScheduleConfig
+from cliplift.pipelines.lamb import Lamb
 
 
 def peak_lr(optim: OptimConfig, *, global_batch: int) -> float:
@@ -89,7 +90,10 @@ def build_optimizer(
     if optim.name == "sgd":
         nesterov = optim.nesterov and optim.momentum > 0
         return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, nesterov=nesterov)
-    fused = device.type == "cuda"
+    if optim.name == "lamb":
+        return Lamb(groups, lr=lr, betas=optim.betas, eps=optim.eps)
+    # One kernel over all parameters, on a GPU and on a CPU.
+    fused = device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=fused)
 
 

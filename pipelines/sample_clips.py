@@ -111,7 +111,7 @@ def sample_clips(run: RunRecord, *, count: int, open_shards: OpenShards = open_s
     predictions, classes = run.predictions, run.classes()
     if predictions is None or count == 0:
         return SampleClips((), ())
-    shards = _Shards(open_shards, split=_tested_split(run), fold=run.setting("data.fold"))
+    shards = ShardsByUrl(open_shards, split=_tested_split(run), fold=run.setting("data.fold"))
     clips: list[SampleClip] = []
     notes: list[str] = []
     total = 0
@@ -151,7 +151,7 @@ def _clip(predictions: PredictionTable, row: int, classes: Sequence[str], data: 
     )
 
 
-class _Shards:
+class ShardsByUrl:
     """Datasets by URL, each opened once, or failing once, and searched by key where the numbers have moved."""
 
     def __init__(self, open_shards: OpenShards, *, split: str | None, fold: int | None) -> None:

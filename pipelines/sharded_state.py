@@ -18,12 +18,18 @@ SEPARATOR = "|"
 STEP = "step"
 
 
-def gathered_parameters(engine: Any) -> dict[str, Tensor]:
-    """fp32 value of every parameter (frozen ones included), whole, on every rank."""
-    return {name: _full_parameter(engine, parameter) for name, parameter in engine.module.named_parameters()}
+def gathered_parameters(engine: Any, *, from_masters: bool = False) -> dict[str, Tensor]:
+    """fp32 value of every parameter (frozen ones included), whole, on every rank.
+
+    ``from_masters`` reads the fp32 masters even where the weights themselves are fp32 and should equal them.
+    """
+    return {
+        name: _full_parameter(engine, parameter, from_masters=from_masters)
+        for name, parameter in engine.module.named_parameters()
+    }
 
 
-def _full_parameter(engine: Any, parameter: nn.Parameter) -> Tensor:
+def _full_parameter(engine: Any, parameter: nn.Parameter, *, from_masters: bool) -> Tensor:
     stage = engine.zero_optimization_stage()
     if stage == 3:
         from deepspeed.runtime.zero import GatheredParameters
@@ -35,7 +41,7 @@ def _full_parameter(engine: Any, parameter: nn.Parameter) -> Tensor:
             return value.detach().float().cpu()
         with GatheredParameters([parameter]):
             return parameter.detach().float().cpu().clone()
-    if stage in (1, 2) and parameter.requires_grad and parameter.dtype != torch.float32:
+    if stage in (1, 2) and parameter.requires_grad and (from_masters or parameter.dtype != torch.float32):
         return _assembled(engine, parameter, lambda flat: flat).cpu()
     return parameter.detach().float().cpu().clone()
 
@@ -110,6 +116,13 @@ def _partitions(engine: Any) -> list[Tensor]:
         else zero.single_partition_of_fp32_groups
     )
     return list(flats)
+
+
+def local_masters(engine: Any) -> list[Tensor]:
+    """The fp32 tensors this rank's optimizer updates: whole parameters at stage 0, flat partitions at the others."""
+    if engine.zero_optimization_stage() == 0:
+        return [parameter.data for parameter in engine.module.parameters() if parameter.requires_grad]
+    return _partitions(engine)
 
 
 def _state_keys(engine: Any) -> list[str]:
@@ -210,7 +223,7 @@ def put_parameters(engine: Any, saved: Mapping[str, Tensor]) -> None:
             else:
                 parameter.copy_(saved[name])
     if engine.zero_optimization_stage() != 3:
-        restore_master_weights(engine, saved)
+        put_masters(engine, saved)
 
 
 def _put_stage3_master(parameter: nn.Parameter, value: Tensor) -> None:
@@ -219,14 +232,15 @@ def _put_stage3_master(parameter: nn.Parameter, value: Tensor) -> None:
     safe_set_local_fp32_param(parameter, _own_part(parameter, value))
 
 
-def restore_master_weights(engine: Any, saved: Mapping[str, Tensor]) -> None:
-    """Put fp32 values into the masters of a half-precision engine; its weights were rounded from them already."""
+def put_masters(engine: Any, saved: Mapping[str, Tensor]) -> None:
+    """Put fp32 values into the optimizer's fp32 masters, leaving the weights alone. Stage 0 has no others."""
     from deepspeed.utils import safe_set_full_fp32_param
 
+    stage = engine.zero_optimization_stage()
     for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad or parameter.dtype == torch.float32:
+        if stage == 0 or not parameter.requires_grad:
             continue
-        if engine.zero_optimization_stage() == 3:
+        if stage == 3:
             _put_stage3_master(parameter, saved[name])
         else:
             safe_set_full_fp32_param(parameter, saved[name].to(parameter.device))

@@ -18,13 +18,16 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.distributed import Topology
-from cliplift.pipelines.run_folder import write_json
+from cliplift.pipelines.run_folder import RunFolder, write_json
+from cliplift.pipelines.training_task import ClipTable
 
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 10.0
+USERS_DATA_FOLDER = os.environ.get("WANDB_DATA_DIR")
 
 
 class Tracker:
@@ -37,8 +40,11 @@ class Tracker:
         self._bar: tqdm[Any] | None = None
         self._lines: TextIO | None = None
         self._last_line = 0.0
+        self._row_offset = 0
+        self._board: Any = None
         if self.active:
             self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._board = _tensorboard(folder / "tensorboard") if run.track.tensorboard else None
             self._wandb = self._start_wandb()
 
     @property
@@ -46,8 +52,18 @@ class Tracker:
         """The W&B id, the same over restarts; None without W&B."""
         return None if self._wandb is None else str(self._wandb.id)
 
-    def resume_at(self, step: int) -> None:
-        """Drop the JSONL lines a killed run wrote after the checkpoint it is resumed from."""
+    @property
+    def shows_clips(self) -> bool:
+        """Whether tables of clips have anywhere to go."""
+        return self._wandb is not None and self.run.track.clip_table_rows > 0
+
+    def resume_at(self, step: int, *, data_offset: int = 0) -> None:
+        """Drop the JSONL lines written after the checkpoint a run goes on from.
+
+        W&B rows cannot be dropped and must count up, so after a rewind their row number, not their ``step``, is
+        moved by the data passed over.
+        """
+        self._row_offset = data_offset
         if not self.active:
             return
         assert self._lines is not None
@@ -74,7 +90,10 @@ class Tracker:
         self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
         self._lines.flush()
         if self._wandb is not None:
-            self._wandb.log(known, step=step)
+            self._wandb.log({**known, "step": step}, step=step + self._row_offset)
+        if self._board is not None:
+            for key, value in known.items():
+                self._board.add_scalar(key, value, step)
 
     def progress(self, step: int, total: int, text: str) -> None:
         """The progress line: rewritten on a terminal, every ten seconds in a log."""
@@ -89,20 +108,37 @@ class Tracker:
             self._last_line = now
             print(f"{self.run.name}: step {step}/{total}  {text}", file=sys.stderr, flush=True)
 
-    def log_clips(self, step: int, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    def log_clips(self, step: int, clips: ClipTable | None) -> None:
         """A W&B table; an mp4's bytes become a playable cell."""
-        if self._wandb is None or not rows:
+        if self._wandb is None or clips is None or not clips[1]:
             return
         import io
 
         import wandb
 
+        columns, rows = clips
         table = wandb.Table(columns=list(columns))
         for row in rows:
             table.add_data(
                 *(wandb.Video(io.BytesIO(v), format="mp4") if isinstance(v, bytes) else v for v in row)
             )
-        self._wandb.log({"clips": table}, step=step)
+        self._wandb.log({"clips": table, "step": step}, step=step + self._row_offset)
+
+    def artifacts(self, *, shards: Sequence[str], fingerprint: str, weights: Path) -> None:
+        """Lineage in W&B: the data this run used and the weights it made, by reference, nothing uploaded."""
+        if self._wandb is None or not self.run.track.artifacts:
+            return
+        import wandb
+
+        self._wandb.config.update({"data_fingerprint": fingerprint}, allow_val_change=True)
+        used = wandb.Artifact(f"data-{fingerprint[:16]}", type="dataset", metadata={"shards": list(shards)})
+        for url in shards:
+            used.add_reference(_as_uri(url), name=url.strip("/").replace("/", "_"), checksum=False)
+        if not self._wandb.offline:  # offline, W&B has no way to say that a run used something
+            self._wandb.use_artifact(used)
+        made = wandb.Artifact(f"weights-{self._wandb.id}", type="model", metadata={"stage": self.stage})
+        made.add_reference(_as_uri(str(weights)), name="weights", checksum=False)
+        self._wandb.log_artifact(made)
 
     def summary(self, metrics: Mapping[str, float]) -> None:
         """The run's final numbers."""
@@ -115,6 +151,9 @@ class Tracker:
             self._bar = None
         if self._lines is not None:
             self._lines.close()
+        if self._board is not None:
+            self._board.close()
+            self._board = None
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
@@ -125,13 +164,16 @@ class Tracker:
         if mode == "disabled":
             return None
         os.environ.setdefault("WANDB_SILENT", "true")
+        # Tables' clips wait here for `wandb sync`: in the run's folder, so that it can be synced from elsewhere.
+        os.environ["WANDB_DATA_DIR"] = USERS_DATA_FOLDER or str((self.folder / "wandb").absolute())
         import wandb
 
         known = self.folder / "wandb.json"
-        run_id = json.loads(known.read_text())["id"] if known.is_file() else secrets.token_hex(4)
+        again = known.is_file() and self.run.checkpoint.resume == "auto"
+        run_id = json.loads(known.read_text())["id"] if again else secrets.token_hex(4)
         write_json(known, {"id": run_id})
         track = self.run.track
-        return wandb.init(
+        started = wandb.init(
             id=run_id,
             resume="allow",
             mode=mode,
@@ -142,7 +184,7 @@ class Tracker:
             job_type=self.stage,
             tags=list(track.tags),
             notes=track.notes or None,
-            config=self.run.model_dump(mode="json"),
+            config=self.run.model_dump(mode="json") | {"environment": _environment(self.folder)},
             settings=wandb.Settings(
                 console="off",
                 silent=True,
@@ -152,6 +194,8 @@ class Tracker:
                 save_code=False,
             ),
         )
+        started.define_metric("*", step_metric="step")
+        return started
 
 
 def wandb_mode(asked: str, environment: Mapping[str, str]) -> Any:
@@ -162,6 +206,33 @@ def wandb_mode(asked: str, environment: Mapping[str, str]) -> Any:
         return environment["WANDB_MODE"]
     has_key = bool(environment.get("WANDB_API_KEY")) or "api.wandb.ai" in _netrc()
     return "online" if has_key else "offline"
+
+
+def _environment(folder: Path) -> dict[str, Any]:
+    """Versions and git commit of the run's start record; W&B's own probing would also take remotes and diffs."""
+    record = RunFolder(folder, writes=False).start_record() or {}
+    return {
+        key: value
+        for key, value in record.items()
+        if key.endswith("_version") or key in ("python", "git_commit")
+    }
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            f"needs the package tensorboard ({error})",
+            key="track.tensorboard",
+            value=True,
+            hint="pip install 'cliplift[tensorboard]'",
+        ) from error
+    return SummaryWriter(str(folder))
+
+
+def _as_uri(url: str) -> str:
+    return url if "://" in url else Path(url).absolute().as_uri()
 
 
 def _netrc() -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from cliplift.pipelines.clips import ClipBatch
 from cliplift.pipelines.distributed import Topology
 from cliplift.pipelines.sharded_state import gathered_parameters
+
+# Column names, and rows of as many cells.
+ClipTable = tuple[Sequence[str], Sequence[Sequence[Any]]]
 
 
 class Loader(Protocol):
@@ -26,7 +29,9 @@ class TrainingTask(Protocol):
     """A stage: what is trained, how a batch becomes its input, how it is judged.
 
     ``module(inputs)`` returns a dictionary with ``loss``, the mean over the micro-batch, and scalar metrics.
-    ``evaluate`` is called on all ranks; higher is better for ``best_metric``.
+    ``evaluate`` is called on all ranks; higher is better for ``best_metric``. ``flops_per_clip`` are the operations of
+    a training step per clip, None where unknown. ``clip_table`` gives column names and rows (an mp4's bytes become
+    a playable cell) about the last evaluation, None where there is nothing to show.
     """
 
     module: nn.Module
@@ -36,6 +41,11 @@ class TrainingTask(Protocol):
     def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]: ...
 
     def evaluate(self, *, topology: Topology) -> dict[str, float]: ...
+
+    @property
+    def flops_per_clip(self) -> float | None: ...
+
+    def clip_table(self, rows: int) -> ClipTable | None: ...
 
 
 @dataclass

@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from cliplift.configs.data import ViewsConfig
 from cliplift.configs.runs import CorrespondenceConfig, TransferRun
 from cliplift.configs.sections import ConfigError
+from cliplift.configs.training import ModelConfig
 from cliplift.models import create_model
 from cliplift.models.correspondence import CorrespondenceHead
 from cliplift.models.registry import InputSpec, model_entry
@@ -32,6 +34,7 @@ from cliplift.pipelines.augment import DeviceAugment
 from cliplift.pipelines.clips import ClipBatch, EvalLoader
 from cliplift.pipelines.distributed import Topology, all_gather_tensor, gather_objects
 from cliplift.pipelines.metrics import area_under_curve, retrieval_recall
+from cliplift.pipelines.throughput import forward_flops, training_flops
 
 log = logging.getLogger(__name__)
 
@@ -206,6 +209,25 @@ class TransferTask:
             features = self.teacher(frames)
         averaged: Tensor = features.float().reshape(B, X, -1).mean(dim=1)
         return averaged
+
+    @cached_property
+    def flops_per_clip(self) -> float | None:
+        """Operations of the student's training step on one clip, and of the teacher on its frames."""
+        student = training_flops(
+            forward_flops(
+                self.run.model, classes=0, frames=self.clip_frames, crop_pixels=self.run.data.crop_pixels
+            )
+        )
+        teacher = ModelConfig(name=self.run.teacher.name, options=dict(self.run.teacher.options))
+        side = self.run.teacher.resize_pixels or self.run.data.crop_pixels
+        frame = forward_flops(teacher, classes=0, crop_pixels=side)
+        if student is None or frame is None:
+            return None
+        return student + frame * (self.run.teacher.frames or self.clip_frames)
+
+    def clip_table(self, rows: int) -> None:
+        """Matching has no class to show for a clip."""
+        return
 
     @torch.no_grad()
     def evaluate(self, *, topology: Topology) -> dict[str, float]:

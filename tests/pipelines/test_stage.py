@@ -83,7 +83,8 @@ def transferred(place: Path, repository: Path) -> Path:
 @pytest.fixture(scope="module")
 def finetuned(place: Path, repository: Path, transferred: Path) -> Path:
     run = load(repository, place, "finetune/demo", "finetune", "schedule.steps=6", f"initialise_from={transferred}",
-               "evaluation.every_steps=3")  # fmt: skip
+               "evaluation.every_steps=3", "track.wandb=offline", "track.tensorboard=true",
+               "track.clip_table_rows=3")  # fmt: skip
     return run_stage(run, command=["cliplift", "finetune", "finetune/demo"]).folder
 
 
@@ -295,6 +296,53 @@ def test_offline_wandb_files_hold_what_the_jsonl_holds(transferred: Path) -> Non
     assert (run.project, run.job_type, run.run_group) == ("cliplift", "transfer", "demo-transfer")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["optim"]["lr"] == 1e-3
+
+
+def test_wandb_shows_clips_lineage_and_the_code_state(finetuned: Path) -> None:
+    history = wandb_history(finetuned)
+    tables = {step: h["clips.path"] for step, h in history.items() if "clips.path" in h}
+    assert sorted(tables) == [3, 6]
+    stored = json.loads(next(finetuned.glob(f"wandb/*/files/{tables[3]}")).read_text())
+    assert stored["columns"] == ["key", "clip", "true", "predicted", "probability"]
+    dataset = ShardDataset(str(finetuned.parent / "shards" / "actions"), split="val")
+    known = {dataset.facts(i).key: dataset.read(i) for i in range(len(dataset))}
+    assert len(stored["data"]) == 3
+    for key, _, true, predicted, probability in stored["data"]:
+        assert key in known, "validation clips"
+        assert {true, predicted} <= set(dataset.classes)
+        assert 0 < probability <= 1
+    records = list(wandb_records(finetuned))
+    artifacts = [r.artifact for r in records if r.WhichOneof("record_type") == "artifact"]
+    first = next(a for a in artifacts if a.type == "run_table")
+    clips = [Path(e.local_path) for e in first.manifest.contents if e.path.endswith(".mp4")]
+    assert all(path.is_relative_to(finetuned) for path in clips), "the folder can be synced from elsewhere"
+    assert {path.read_bytes() for path in clips} == {known[row[0]] for row in stored["data"]}
+    config: dict[str, Any] = {}
+    for record in records:
+        kind = record.WhichOneof("record_type")
+        items = (
+            record.run.config.update if kind == "run" else record.config.update if kind == "config" else ()
+        )
+        config |= {item.key: json.loads(item.value_json) for item in items}
+    assert (
+        config["data_fingerprint"] == json.loads((finetuned / "result.json").read_text())["data_fingerprint"]
+    )
+    assert config["environment"]["torch_version"] == torch.__version__
+    assert "git_commit" in config["environment"]
+    (model,) = [a for a in artifacts if a.type == "model"]
+    assert any((finetuned / "weights").absolute().as_uri() in e.ref for e in model.manifest.contents), (
+        "by reference"
+    )
+
+
+def test_tensorboard_files_hold_what_the_jsonl_holds(finetuned: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finetuned / "tensorboard"))
+    events.Reload()
+    expected = {r["step"]: r["train/loss"] for r in rows(finetuned) if "train/loss" in r}
+    assert expected
+    assert {e.step: e.value for e in events.Scalars("train/loss")} == pytest.approx(expected, rel=1e-6)
 
 
 def test_kill_9_and_restart_equals_an_unbroken_run(place: Path, repository: Path) -> None:

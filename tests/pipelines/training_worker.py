@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cliplift.configs.runs import PretrainRun
 from cliplift.pipelines.clips import ClipBatch
-from cliplift.pipelines.distributed import Topology, start
+from cliplift.pipelines.distributed import Topology, leave, start
 from cliplift.pipelines.engine import fit
 from cliplift.pipelines.tracking import Tracker
 
@@ -91,6 +91,11 @@ class Task:
     def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
         return {"clips": batch.clips.permute(0, 4, 1, 2, 3).float() / 255, "labels": batch.labels}
 
+    flops_per_clip = None
+
+    def clip_table(self, rows: int) -> None:
+        return None
+
     def evaluate(self, *, topology: Topology) -> dict[str, float]:
         self.evaluated += 1
         return {"accuracy": 1.0 / self.evaluated}
@@ -149,3 +154,4 @@ if __name__ == "__main__":
 
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))
+    leave()
