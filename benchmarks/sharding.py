@@ -2,8 +2,9 @@
 
     python benchmarks/sharding.py VIDEOS [--clips 40] [--rounds 3] [--soak 2000]
 
-Prints one JSON object: clips/s of both (wall and CPU), their ratio, and with ``--soak`` the memory of the worker over
-that many clips. Needs ``ffmpeg`` on the path for the comparison.
+Prints one JSON object: clips/s of encoding (wall and CPU) against ffmpeg's; of ``mode: copy`` on clips that fit against
+plain ``cp`` of the same files and against encoding them once more; and with ``--soak`` the memory of the worker over
+that many clips. Needs ``ffmpeg`` on the path for the first.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cliplift.configs.sharding import VIDEO_SUFFIXES, TranscodeConfig
+from cliplift.configs.sharding import TranscodeConfig
+from cliplift.configs.sources import VIDEO_SUFFIXES
+from cliplift.sharding.check import check_clip
+from cliplift.sharding.encode import encoder_options
 from cliplift.sharding.pool import ENVIRONMENT, Job, WorkerPool
-from cliplift.sharding.transcode import encoder_options
-from cliplift.sharding.video import check_clip, probe
+from cliplift.sharding.video import probe
 
 
 def with_ffmpeg(file: Path, scratch: Path, config: TranscodeConfig) -> None:
@@ -55,12 +58,12 @@ def timed(action: Callable[[], None]) -> tuple[float, float]:
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def ours(files: list[Path], config: TranscodeConfig) -> list[int]:
-    """Transcode and check the files in one worker process; bytes of each clip."""
+def ours(files: list[Path], config: TranscodeConfig) -> list[bytes]:
+    """Cut and check the files in one worker process; the clips."""
     hello = {"cut": {"kind": "whole"}, "transcode": config.model_dump(mode="json"), "memory_mib": None}
     jobs = [Job(message={"url": str(f), "start": None, "end": None}, tag=None) for f in files]
     with WorkerPool(workers=1, hello=hello, clip_timeout_seconds=300, attempts=1) as pool:
-        return [len(mp4) for _, result in pool.run(jobs) for _, mp4 in result.clips]
+        return [mp4 for _, result in pool.run(jobs) for _, mp4 in result.clips]
 
 
 def soak(files: list[Path], config: TranscodeConfig, clips: int) -> dict[str, float]:
@@ -107,36 +110,73 @@ def main() -> None:
     results: dict[str, object] = {"files": len(files), "rounds": options.rounds, "threads": 1}
     if shutil.which("ffmpeg"):
         results |= _compare(files, config, options.rounds)
+    results["copy"] = _compare_copy(files, config, options.rounds)
     if options.soak:
         results["memory"] = soak(files, config, options.soak)
     print(json.dumps(results, indent=1))
 
 
 def _compare(files: list[Path], config: TranscodeConfig, rounds: int) -> dict[str, object]:
-    seconds: dict[str, list[tuple[float, float]]] = {"ours": [], "ffmpeg": []}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        runs: dict[str, Callable[[], object]] = {
-            "ours": lambda: ours(files, config),
-            "ffmpeg": lambda: [with_ffmpeg(f, scratch, config) for f in files],
-        }
-        for number in range(rounds):
-            for name in sorted(
-                runs, reverse=bool(number % 2)
-            ):  # the order changes, so that a busy moment hits both
-                run = runs[name]
-                seconds[name].append(timed(lambda run=run: (run(), None)[1]))
+        median = _alternate(
+            {
+                "ours": lambda: ours(files, config),
+                "ffmpeg": lambda: [with_ffmpeg(f, scratch, config) for f in files],
+            },
+            rounds,
+        )
         check_clip((scratch / "out.mp4").read_bytes())
-    median = {
-        name: [statistics.median(column) for column in zip(*rows, strict=True)]
-        for name, rows in seconds.items()
-    }
     return {
         "clips_per_second_wall": {name: round(len(files) / wall, 2) for name, (wall, _) in median.items()},
         "clips_per_second_cpu": {name: round(len(files) / cpu, 2) for name, (_, cpu) in median.items()},
         "ours_over_ffmpeg_wall": round(median["ffmpeg"][0] / median["ours"][0], 3),
         "ours_over_ffmpeg_cpu": round(median["ffmpeg"][1] / median["ours"][1], 3),
         "environment": ENVIRONMENT,
+    }
+
+
+def _compare_copy(files: list[Path], config: TranscodeConfig, rounds: int) -> dict[str, object]:
+    """Clips that fit, cut by ``mode: copy`` (with its full decode), copied by ``cp``, and encoded once more."""
+    copy = config.model_copy(update={"mode": "copy"})
+    with tempfile.TemporaryDirectory() as folder:
+        fitting = []
+        for number, clip in enumerate(ours(files, config)):
+            fitting.append(Path(folder) / f"{number}.mp4")
+            fitting[-1].write_bytes(clip)
+        target = Path(folder) / "target"
+        target.mkdir()
+        median = _alternate(
+            {
+                "copy": lambda: ours(fitting, copy),
+                "cp": lambda: subprocess.run(["cp", *map(str, fitting), str(target)], check=True),
+                "encode": lambda: ours(fitting, config),
+            },
+            rounds,
+        )
+        same = sum(clip == file.read_bytes() for clip, file in zip(ours(fitting, copy), fitting, strict=True))
+        size = sum(file.stat().st_size for file in fitting)
+    return {
+        "clips": len(fitting),
+        "mib": round(size / 2**20, 1),
+        "byte_identical_to_the_source": same,
+        "clips_per_second_wall": {name: round(len(fitting) / wall, 1) for name, (wall, _) in median.items()},
+        "mib_per_second_wall": {name: round(size / 2**20 / wall, 1) for name, (wall, _) in median.items()},
+        "copy_over_encode_wall": round(median["encode"][0] / median["copy"][0], 2),
+        "copy_over_cp_wall": round(median["cp"][0] / median["copy"][0], 4),
+    }
+
+
+def _alternate(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Median wall and CPU seconds of each; the order changes, so that a busy moment hits all."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    for number in range(rounds):
+        for name in sorted(runs, reverse=bool(number % 2)):
+            run = runs[name]
+            seconds[name].append(timed(lambda run=run: (run(), None)[1]))
+    return {
+        name: [statistics.median(column) for column in zip(*rows, strict=True)]
+        for name, rows in seconds.items()
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cliplift.configs.sections import ConfigError, Section
 
@@ -33,6 +33,11 @@ class ViewsConfig(Section):
     crops: Literal[1, 3, 5, 10] = Field(
         1, description="spatial crops of each clip: centre, three, five, or ten with flips"
     )
+    position: Literal["spread", "from_start"] = Field(
+        "spread",
+        description="spread: from the first frame to the last, one clip in the middle; "
+        "from_start: clip i of n begins at share i/n of the possible starts, one clip at the first frame",
+    )
     average: Literal["probabilities", "logits"] = Field(
         "probabilities", description="what is averaged over the views"
     )
@@ -51,11 +56,33 @@ class AugmentConfig(Section):
     corner_scales: tuple[float, ...] = Field(
         (1.0, 0.875, 0.75, 0.66), description="sides of a multi_scale_corner crop, share of the short side"
     )
+    short_side_pixels: tuple[int, int] | None = Field(
+        None,
+        description="random: short side drawn for each clip from this range before crop_pixels are cut, pixels; "
+        "None is always resize_short_side_pixels",
+    )
     flip: bool = Field(
         True, description="mirror half of the clips; off when left and right are different classes"
     )
     flip_label_pairs: tuple[tuple[str, str], ...] = Field(
         (), description="class names that swap when a clip is mirrored"
+    )
+    rand_augment_ops: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="RandAugment: operations applied to each clip, one after the other; 0 is off",
+    )
+    rand_augment_magnitude: float = Field(
+        7.0, ge=0, le=10, description="RandAugment: strength of the operations, 10 is the strongest"
+    )
+    rand_augment_magnitude_std: float = Field(
+        0.5,
+        ge=0,
+        description="RandAugment: standard deviation of the strength, drawn anew for every operation",
+    )
+    rand_augment_probability: float = Field(
+        0.5, ge=0, le=1, description="RandAugment: share of its operations that are carried out"
     )
     brightness: float = Field(0.0, ge=0, le=1, description="brightness factor drawn from [1-x, 1+x]")
     contrast: float = Field(0.0, ge=0, le=1, description="contrast factor drawn from [1-x, 1+x]")
@@ -69,6 +96,13 @@ class AugmentConfig(Section):
         description="scale each clip to mean luma 0.45 before anything else, for dark footage (train and test)",
     )
 
+    @field_validator("short_side_pixels")
+    @classmethod
+    def _range(cls, bounds: tuple[int, int] | None) -> tuple[int, int] | None:
+        if bounds is not None and not 0 < bounds[0] <= bounds[1]:
+            raise ValueError("must be two positive numbers, the smaller first")
+        return bounds
+
     @field_validator("scale", "ratio")
     @classmethod
     def _ordered(cls, bounds: tuple[float, float]) -> tuple[float, float]:
@@ -77,14 +111,70 @@ class AugmentConfig(Section):
         return bounds
 
 
+SMALLEST_SHARE = 0.001  # the loader deals positions in blocks of a thousand
+
+
+class WeightedShards(Section):
+    """A shard dataset and its share of the training clips."""
+
+    url: str = Field(
+        description="folder or URL of a shard dataset; without weights, `data.shards` may hold the URL alone"
+    )
+    weight: float = Field(
+        gt=0,
+        description="share of the training clips drawn from it, relative to the other weights; all have one or none",
+    )
+
+
+class SequentialConfig(Section):
+    """Training from plain WebDataset tars without an index, as a stream. Not exact: see docs/loading.md."""
+
+    tars: tuple[str, ...] = Field(
+        min_length=1,
+        description="files or URLs of tars, {000..123} stands for a range; one string will do",
+    )
+    samples_per_epoch: int = Field(
+        ge=1, description="samples counted as one epoch; a stream does not know how many it has"
+    )
+    video_key: str = Field("mp4", description="ending of the members that hold the video")
+    label_key: str = Field("label", description="key of the JSON member with the class name or number")
+    shuffle_samples: int = Field(64, ge=1, description="encoded samples each worker keeps to shuffle")
+
+    @field_validator("tars", mode="before")
+    @classmethod
+    def _one_tar(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+
 class DataConfig(Section):
     """Everything the clip loader needs."""
 
-    shards: tuple[str, ...] = Field(
+    shards: tuple[str | WeightedShards, ...] = Field(
         description="folders or URLs of shard datasets (local, s3://, gs://, https://), read as one; one string will do"
+    )
+    sequential: SequentialConfig | None = Field(
+        None,
+        description="train on a stream of tars without an index instead; `shards` then gives classes and evaluation",
     )
     split: str = Field("train", description="split trained on, as recorded in the shards")
     val_split: str = Field("val", description="split used for evaluation during training")
+    class_balanced: bool = Field(
+        False,
+        description="train on every class equally often instead of as often as its clips; reads are spread over shards",
+    )
+    val_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the training split held out as val_split where the shards have none, in whole groups",
+    )
+    label_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of each class's training videos used, at least one; the few-label protocols",
+    )
+    subset_seed: int = Field(0, ge=0, description="seed of the choices of val_share and label_share")
     fold: int | None = Field(
         None, ge=1, description="official split number (UCF101, HMDB51); None where there is one"
     )
@@ -104,13 +194,25 @@ class DataConfig(Section):
         description="shards read side by side by the windowed order; part of the order, not of the topology",
     )
     window_samples: int = Field(256, ge=1, description="samples shuffled together by the windowed order")
-    decoder: Literal["decord", "pyav", "torchcodec"] = Field("decord", description="video decoder")
+    decoder: Literal["decord", "pyav", "torchcodec"] = Field(
+        "pyav", description="video decoder; all give the same pixels on our shards"
+    )
+    clips_per_sample: int = Field(
+        1,
+        ge=1,
+        description="clips cut from each sample that is read (repeated augmentation), next to each other",
+    )
     workers: int = Field(
         0, ge=0, description="decoding processes per rank; 0 decodes in the training process"
     )
+    read_ahead: int = Field(
+        8,
+        ge=0,
+        description="samples each worker reads ahead of decoding, side by side; 0 reads when it decodes",
+    )
     prefetch_batches: int = Field(2, ge=1, description="micro-batches each worker prepares ahead")
     worker_timeout_seconds: float = Field(
-        120.0, gt=0, description="a worker silent for longer is an error, seconds"
+        120.0, gt=0, description="no batch from the workers for longer than this is an error, seconds"
     )
     max_failed_in_row: int = Field(50, ge=1, description="stop after this many unreadable samples in a row")
     max_failed_share: float = Field(
@@ -128,13 +230,37 @@ class DataConfig(Section):
 
     @field_validator("shards", mode="before")
     @classmethod
-    def _one_url(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
+    def _entries(cls, value: object) -> object:
+        if isinstance(value, (str, dict)):
+            value = (value,)
+        if not isinstance(value, (list, tuple)):
+            return value
+        return tuple(_entry(entry, place) for place, entry in enumerate(value))
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The shard datasets."""
+        return tuple(entry if isinstance(entry, str) else entry.url for entry in self.shards)
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """The share of each shard dataset; None reads all as one."""
+        found = tuple(entry.weight for entry in self.shards if isinstance(entry, WeightedShards))
+        return found or None
 
     @model_validator(mode="after")
     def _possible(self) -> DataConfig:
         if not self.shards:
             raise ConfigError("names no shard dataset", key="shards", hint="give at least one folder or URL")
+        jitter = self.augment.short_side_pixels
+        if jitter is not None and jitter[0] < self.crop_pixels:
+            raise ConfigError(
+                f"{jitter[0]} is smaller than crop_pixels={self.crop_pixels}",
+                key="augment.short_side_pixels",
+                value=list(jitter),
+                hint="the crop must fit into the resized frame",
+            )
+        self._check_weights()
         if self.resize_short_side_pixels is not None and self.resize_short_side_pixels < self.crop_pixels:
             raise ConfigError(
                 f"{self.resize_short_side_pixels} is smaller than crop_pixels={self.crop_pixels}",
@@ -143,3 +269,39 @@ class DataConfig(Section):
                 hint="the crop must fit into the resized frame",
             )
         return self
+
+    def _check_weights(self) -> None:
+        weights = self.weights or ()
+        if weights and len(weights) < len(self.shards):
+            bare = next(entry for entry in self.shards if isinstance(entry, str))
+            raise ConfigError(
+                f"{bare} has no weight, others have one",
+                key="shards",
+                value=bare,
+                hint=f"write {{url: {bare}, weight: 1.0}}, or give no weights to read all as one",
+            )
+        if weights and min(weights) < SMALLEST_SHARE * sum(weights):
+            raise ConfigError(
+                f"weight {min(weights):g} is less than {SMALLEST_SHARE:.1%} of the sum {sum(weights):g}",
+                key="shards",
+                value=min(weights),
+                hint="leave that dataset out or give it more",
+            )
+
+
+def _entry(entry: object, place: int) -> object:
+    """An entry of ``shards``; what is wrong with one written as a mapping is said under its own key."""
+    if isinstance(entry, (str, WeightedShards)):
+        return entry
+    hint = "an entry is a URL, or {url: URL, weight: NUMBER}"
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{entry!r} is not a URL", key=str(place), value=entry, hint=hint)
+    try:
+        return WeightedShards.model_validate(entry)
+    except ValidationError as error:
+        # An unknown key explains the missing one beside it.
+        first = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
+        reasons = {"extra_forbidden": "unknown key", "missing": "is missing"}
+        reason = reasons.get(first["type"]) or f"{first['input']!r} {first['msg'].removeprefix('Input ')}"
+        name = str(first["loc"][0])
+        raise ConfigError(reason, key=f"{place}.{name}", value=entry.get(name), hint=hint) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cliplift.configs.data import DataConfig, ViewsConfig
 from cliplift.configs.sections import ConfigError, Section
@@ -47,6 +47,12 @@ class CorrespondenceConfig(Section):
         description="LayerNorm both towers' features before they are concatenated, so that neither scale decides",
     )
     negatives_per_clip: int = Field(1, ge=1, description="frames of other videos paired with each clip")
+    same_video_negatives: int = Field(
+        0,
+        ge=0,
+        description="further, harder negatives per clip: frames of its own video at another time; needs as many more "
+        "data.clips_per_sample",
+    )
     objective: Literal["binary", "infonce"] = Field(
         "binary",
         description="binary: the paper's matching classifier; infonce: contrastive over the whole batch",
@@ -58,6 +64,24 @@ class CorrespondenceConfig(Section):
     )
 
 
+class ProbeConfig(Section):
+    """A labelled set the student's frozen features are judged on at every evaluation."""
+
+    shards: tuple[str, ...] = Field(description="labelled shard datasets; one string will do")
+    split: str = Field("train", description="split the probe learns from")
+    test_split: str = Field("val", description="split it is tested on")
+    fold: int | None = Field(None, ge=1, description="official split number; None where there is one")
+    neighbours: int = Field(20, ge=1, description="k of the k-NN vote")
+    temperature: float = Field(0.07, gt=0, description="temperature of the k-NN vote's weights")
+    linear_steps: int = Field(100, ge=0, description="L-BFGS iterations of the linear probe; 0 leaves it out")
+    linear_l2: float = Field(1e-3, ge=0, description="L2 penalty of the linear probe")
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _one(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+
 class TransferRun(TrainingRun):
     """2D to 3D supervision transfer: does this frame belong to this clip?"""
 
@@ -66,6 +90,9 @@ class TransferRun(TrainingRun):
     model: ModelConfig
     teacher: TeacherConfig = TeacherConfig()
     correspondence: CorrespondenceConfig = CorrespondenceConfig()
+    probe: ProbeConfig | None = Field(
+        None, description="labelled data for a k-NN and a linear probe of the student's features; None is off"
+    )
 
     @model_validator(mode="after")
     def _pairs_exist(self) -> TransferRun:
@@ -101,10 +128,51 @@ class ClassificationRun(TrainingRun):
     )
 
 
+class ForecastConfig(Section):
+    """Pretraining without labels: which frames are predicted, and how the prediction is judged."""
+
+    input_frames: int = Field(
+        10, ge=1, description="frames of a clip that are read; the others are predicted"
+    )
+    loss: Literal["bce", "mse"] = Field(
+        "bce", description="binary cross-entropy of the pixels in [0, 1], or their mean squared error"
+    )
+
+
 class PretrainRun(ClassificationRun):
-    """Large-backbone pretraining on labelled shards."""
+    """Large-backbone pretraining: on labelled shards, or by predicting frames on any."""
 
     stage: Literal["pretrain"] = "pretrain"
+    objective: Literal["classification", "forecast"] = Field(
+        "classification", description="what is learned: the labels, or the frames to come (needs no labels)"
+    )
+    forecast: ForecastConfig = ForecastConfig()
+
+    @model_validator(mode="after")
+    def _forecast_possible(self) -> PretrainRun:
+        if self.objective != "forecast":
+            return self
+        if self.forecast.input_frames >= self.data.sampling.frames:
+            raise ConfigError(
+                f"reading {self.forecast.input_frames} of {self.data.sampling.frames} frames leaves none to predict",
+                key="forecast.input_frames",
+                value=self.forecast.input_frames,
+                hint=f"use less than data.sampling.frames={self.data.sampling.frames}",
+            )
+        about_labels = {
+            "label_smoothing": self.label_smoothing,
+            "data.augment.mixup_alpha": self.data.augment.mixup_alpha,
+            "data.augment.cutmix_alpha": self.data.augment.cutmix_alpha,
+        }
+        for key, value in about_labels.items():
+            if value:
+                raise ConfigError(
+                    "is about labels, and forecasting has none",
+                    key=key,
+                    value=value,
+                    hint="set it to 0, or objective: classification",
+                )
+        return self
 
 
 class FinetuneRun(ClassificationRun):
@@ -115,6 +183,15 @@ class FinetuneRun(ClassificationRun):
         "all", description="what is trained: everything, or the head alone"
     )
     test_split: str = Field("test", description="split evaluated once at the end")
+    folds: tuple[int, ...] | Literal["all"] = Field(
+        (),
+        description="official splits to run one after the other, each in OUTPUT/foldN; all takes every one the shards "
+        "have; the result is their mean and standard deviation",
+    )
+    seeds: tuple[int, ...] = Field(
+        (),
+        description="seeds to run one after the other, each in OUTPUT/seedN (below foldN); () is `seed` alone",
+    )
 
 
 class EvaluateRun(Section):
@@ -132,6 +209,33 @@ class EvaluateRun(Section):
     )
 
 
+class FuseRun(Section):
+    """Fuse the predictions of several evaluations of one split: RGB and flow streams, or an ensemble."""
+
+    stage: Literal["fuse"] = "fuse"
+    runs: tuple[str, ...] = Field(
+        min_length=2, description="evaluations (or runs that were evaluated), in the order of weights"
+    )
+    output: str = Field(description="folder for the fused predictions and results")
+    method: Literal["probabilities", "l2_logits"] = Field(
+        "probabilities",
+        description="probabilities: weighted mean of them; l2_logits: weighted sum of logits, each of length 1",
+    )
+    weights: tuple[float, ...] | None = Field(None, description="one per run; None is equal")
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> FuseRun:
+        weights = self.weights
+        if weights is not None and (len(weights) != len(self.runs) or min(weights) < 0 or not sum(weights)):
+            raise ConfigError(
+                f"{list(weights)} must be {len(self.runs)} numbers, none below 0 and not all 0",
+                key="weights",
+                value=list(weights),
+                hint="give one for each of runs",
+            )
+        return self
+
+
 class PredictRun(Section):
     """Class probabilities for video files with a finished run or an export folder."""
 
@@ -140,6 +244,35 @@ class PredictRun(Section):
     videos: tuple[str, ...] = Field(description="files, folders or URLs")
     output: str | None = Field(None, description="JSON-lines file for the predictions; None prints them only")
     top: int = Field(5, ge=1, description="classes listed per video")
+    window_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="classify windows of this length sliding over each video; None classifies it whole",
+    )
+    window_stride_seconds: float | None = Field(
+        None, gt=0, description="seconds from one window to the next; None is half a window"
+    )
+    views: ViewsConfig = ViewsConfig()
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto takes CUDA where a GPU is present"
+    )
+
+
+class ExplainRun(Section):
+    """Heat maps over videos: where the evidence for a class lies, as mp4 files."""
+
+    stage: Literal["explain"] = "explain"
+    run: str = Field(description="run folder or export folder whose model is explained")
+    videos: tuple[str, ...] = Field(description="files, folders or URLs")
+    output: str = Field("explained", description="folder for one mp4 a video and explained.json")
+    method: Literal["auto", "grad_cam", "rollout", "attention"] = Field(
+        "auto",
+        description="grad_cam for feature maps, rollout for TimeSformer, attention for models that attend in space; "
+        "auto takes what the model has",
+    )
+    class_name: str | None = Field(
+        None, description="class to explain with grad_cam; None is the predicted one"
+    )
     views: ViewsConfig = ViewsConfig()
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes CUDA where a GPU is present"
@@ -189,7 +322,9 @@ RUNS: Mapping[str, type[Section]] = {
     "pretrain": PretrainRun,
     "finetune": FinetuneRun,
     "evaluate": EvaluateRun,
+    "fuse": FuseRun,
     "predict": PredictRun,
+    "explain": ExplainRun,
     "export": ExportRun,
     "report": ReportRun,
     "demo": DemoRun,

@@ -2,162 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from cliplift.configs.sections import ConfigError, Section
-
-VIDEO_SUFFIXES = (
-    ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".m2ts",
-    ".flv", ".wmv", ".asf", ".3gp", ".ogv", ".gif",
-)  # fmt: skip
-
-
-class FolderSource(Section):
-    """Videos in a folder, the class told by the sub-folder they lie in."""
-
-    kind: Literal["folder"] = "folder"
-    root: str = Field(description="folder or URL that holds the videos")
-    layout: Literal["split/class", "class", "flat"] = Field(
-        "class",
-        description="what the sub-folders say: split then class, class alone, or nothing (unlabelled videos)",
-    )
-    suffixes: tuple[str, ...] = Field(
-        VIDEO_SUFFIXES, description="file endings taken for videos, lower case with the dot"
-    )
-    classes: tuple[str, ...] = Field(
-        (), description="class names in label order; empty sorts the names found"
-    )
-
-
-class CsvSource(Section):
-    """A CSV or Parquet list of videos, one a row; paths may be fsspec URLs."""
-
-    kind: Literal["csv"] = "csv"
-    file: str = Field(description="the list: .csv, .tsv or .parquet")
-    root: str = Field(
-        "", description="folder or URL put before relative paths; empty is the folder of the list"
-    )
-    delimiter: str = Field(
-        ",", min_length=1, max_length=1, description="character between the columns of a text list"
-    )
-    path_column: str = Field("path", description="column with the path or URL of the video")
-    label_column: str | None = Field(
-        "label", description="column with the class name; None for unlabelled videos"
-    )
-    split_column: str | None = Field(
-        None, description="column with the split; None assigns splits by `splits`"
-    )
-    group_column: str | None = Field(None, description="column naming the group a video belongs to")
-    id_column: str | None = Field(None, description="column with the video's id; None takes the path")
-    start_column: str | None = Field(None, description="column with the start of the clip, seconds")
-    end_column: str | None = Field(None, description="column with the end of the clip, seconds")
-    classes: tuple[str, ...] = Field(
-        (), description="class names in label order; empty sorts the names found"
-    )
-
-
-class KineticsSource(Section):
-    """Kinetics-400/600/700 from the official lists; test lists without labels give unlabelled videos."""
-
-    kind: Literal["kinetics"] = "kinetics"
-    lists: tuple[str, ...] = Field(
-        min_length=1, description="official CSV files; their split column gives the split"
-    )
-    root: str = Field(
-        description="folder or URL of the videos, ID_SSSSSS_EEEEEE.ext or ID.ext, below any folders (labels, splits)"
-    )
-    classes_file: str | None = Field(
-        None, description="class names in label order, one a line; None sorts them"
-    )
-
-
-class Ucf101Source(Section):
-    """UCF101 with its three official splits."""
-
-    kind: Literal["ucf101"] = "ucf101"
-    lists: str = Field(description="folder with classInd.txt, trainlist01-03.txt and testlist01-03.txt")
-    root: str = Field(description="folder or URL of the videos, with or without class folders")
-
-
-class Hmdb51Source(Section):
-    """HMDB51 with its three official splits."""
-
-    kind: Literal["hmdb51"] = "hmdb51"
-    lists: str = Field(description="folder with CLASS_test_split1-3.txt (testTrainMulti_7030_splits)")
-    root: str = Field(description="folder or URL of the videos, with or without class folders")
-
-
-class YouTube8MSource(Section):
-    """YouTube-8M: ids and labels from the TFRecords, the videos from a folder of one's own downloads."""
-
-    kind: Literal["youtube8m"] = "youtube8m"
-    records: str = Field(
-        description="folder or URL of *.tfrecord files (frame or video level) named train*, validate*, test*"
-    )
-    vocabulary: str = Field(description="vocabulary.csv: Index and Name of every class")
-    root: str = Field(
-        description="folder or URL of the videos, named by YouTube id or by the record's own id"
-    )
-    ids: str | None = Field(
-        None, description="CSV with columns id and youtube_id; None: files are named by the record's id"
-    )
-
-
-Source = Annotated[
-    FolderSource | CsvSource | KineticsSource | Ucf101Source | Hmdb51Source | YouTube8MSource,
-    Field(discriminator="kind"),
-]
-
-
-class SplitConfig(Section):
-    """Which split a video goes to, where the source does not say; whole groups stay together."""
-
-    shares: dict[str, float] = Field(
-        {"train": 1.0}, description="share of the groups that goes to each split, by hash of the group's name"
-    )
-    groups: dict[str, tuple[str, ...]] = Field(
-        {},
-        description="split -> names of groups that go there whatever their hash; the others follow `shares`",
-    )
-    group_pattern: str | None = Field(
-        None,
-        description="regular expression searched in a video's path; its first bracket is the group; None: each alone",
-    )
-    rename: dict[str, str] = Field(
-        {}, description="split name in the source -> name in the shards, e.g. validate: val"
-    )
-    seed: int = Field(0, ge=0, description="seed of the hash that assigns groups")
-
-    @field_validator("shares")
-    @classmethod
-    def _shares(cls, shares: dict[str, float]) -> dict[str, float]:
-        if not shares or any(s < 0 for s in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
-            raise ValueError("must be non-negative and sum to 1")
-        return shares
-
-    @field_validator("group_pattern")
-    @classmethod
-    def _pattern(cls, pattern: str | None) -> str | None:
-        if pattern is not None:
-            try:
-                brackets = re.compile(pattern).groups
-            except re.error as error:
-                raise ValueError(f"is not a regular expression: {error}") from error
-            if brackets < 1:
-                raise ValueError("needs a bracket around the part that names the group")
-        return pattern
-
-    @model_validator(mode="after")
-    def _names(self) -> SplitConfig:
-        for name in (*self.shares, *self.groups, *self.rename.values()):
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-                raise ConfigError(
-                    f"{name!r} cannot name a split", key="shares", value=name, hint="use letters and digits"
-                )
-        return self
+from cliplift.configs.sources import Source, SplitConfig
 
 
 class WholeCut(Section):
@@ -180,11 +30,50 @@ class WindowsCut(Section):
     )
 
 
-Cut = Annotated[WholeCut | WindowsCut, Field(discriminator="kind")]
+class ShotsCut(Section):
+    """Each video is cut where the shot changes (PySceneDetect, extra ``shots``); long shots are cut into windows."""
+
+    kind: Literal["shots"] = "shots"
+    detector: Literal["content", "adaptive"] = Field(
+        "content",
+        description="content compares neighbouring frames; adaptive compares with a rolling average",
+    )
+    threshold: float | None = Field(
+        None,
+        gt=0,
+        description="change that makes a cut; None is PySceneDetect's own (27 content, 3 adaptive)",
+    )
+    min_seconds: float = Field(1.0, gt=0, description="a shot shorter than this is left out, seconds")
+    max_seconds: float | None = Field(
+        10.0,
+        gt=0,
+        description="a longer shot is cut into windows of this length, seconds; None keeps it whole",
+    )
+    max_per_video: int | None = Field(
+        None, ge=1, description="clips kept per video, spread evenly over it; None keeps all"
+    )
+
+
+Cut = Annotated[WholeCut | WindowsCut | ShotsCut, Field(discriminator="kind")]
+
+# crf of about equal quality (SSIM on Kinetics-like clips): the scales of the encoders differ.
+CRF_OF_CODEC = {"h264": 23, "hevc": 26, "av1": 35}
 
 
 class TranscodeConfig(Section):
     """How a clip is encoded. The defaults are the measured optimum for training decoders."""
+
+    mode: Literal["encode", "copy"] = Field(
+        "encode",
+        description="copy cuts without re-encoding where the source already fits (codec, size, rate, closed GOPs, a key"
+        " frame at the cut) and encodes the others",
+    )
+    encoder: Literal["pyav", "ffmpeg"] = Field(
+        "pyav", description="pyav encodes in the worker; ffmpeg pipes the frames to the ffmpeg command line"
+    )
+    codec: Literal["h264", "hevc", "av1"] = Field(
+        "h264", description="codec of the stored clips; decord 0.6 reads no AV1, so train with decoder: pyav"
+    )
 
     short_side_pixels: int = Field(
         256, ge=16, description="short side of a stored clip, pixels; never upscaled"
@@ -193,14 +82,19 @@ class TranscodeConfig(Section):
     fps: float | None = Field(
         None, gt=0, description="resample every clip to exactly this rate, frames/s; None keeps the source's"
     )
-    crf: int = Field(23, ge=0, le=51, description="x264 constant rate factor; lower is larger and better")
+    crf: int = Field(
+        23,
+        ge=0,
+        le=63,
+        description="constant rate factor of the encoder; lower is larger and better; 26 if codec is hevc, 35 if av1",
+    )
     gop_frames: int = Field(16, ge=1, description="frames between key frames; every group is closed")
     b_frames: int = Field(2, ge=0, le=8, description="B frames in a row")
     preset: Literal[
         "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"
-    ] = Field("veryfast", description="x264 preset")
+    ] = Field("veryfast", description="x264 preset; other encoders take their nearest one")
     tune: Literal["fastdecode", "none"] = Field(
-        "fastdecode", description="x264 tune; fastdecode costs 13 % bytes, saves 30 % decoding"
+        "fastdecode", description="fastdecode costs 13 % bytes, saves 30 % decoding"
     )
     deinterlace: Literal["flagged", "never", "always"] = Field(
         "flagged", description="which frames are deinterlaced"
@@ -215,6 +109,19 @@ class TranscodeConfig(Section):
         le=1,
         description="a clip is refused when more than this share of its claimed length does not decode",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _crf_of_codec(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "crf" not in given and given.get("codec") in CRF_OF_CODEC:
+            return given | {"crf": CRF_OF_CODEC[given["codec"]]}
+        return given
+
+    @model_validator(mode="after")
+    def _crf_in_range(self) -> TranscodeConfig:
+        if self.codec != "av1" and self.crf > 51:
+            raise ConfigError("x264 and x265 end at 51", key="crf", value=self.crf)
+        return self
 
 
 class LayoutConfig(Section):
@@ -246,6 +153,39 @@ class LimitsConfig(Section):
     )
 
 
+class RayConfig(Section):
+    """How a build uses a Ray cluster (``engine: ray``, extra ``ray``)."""
+
+    address: str | None = Field(
+        None,
+        description="address of the cluster; None is RAY_ADDRESS, else a running one, else one started here",
+    )
+    cpus_per_shard: int = Field(
+        1, ge=1, description="cores a shard's task asks for, and worker processes it starts"
+    )
+    retries: int = Field(
+        3, ge=0, description="times a shard is built again when its Ray worker or node is lost"
+    )
+
+
+class ShardTrackConfig(Section):
+    """W&B of a build that is started by the command line, ``job_type=shard``."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = Field(
+        "auto", description="auto is online with an API key, else offline files"
+    )
+    project: str = Field("cliplift", description="W&B project")
+    group: str | None = Field(None, description="W&B group, the experiment; None is the run's name")
+    tags: tuple[str, ...] = Field((), description="W&B tags")
+    notes: str = Field("", description="W&B notes")
+    folder: str = Field(
+        "",
+        description="local folder of W&B's files; empty is the output, or the working folder"
+        " when the output is a URL",
+    )
+    every_seconds: float = Field(10.0, gt=0, description="time between logged points, seconds")
+
+
 class ShardRun(Section):
     """Raw videos to WebDataset shards with an index."""
 
@@ -260,6 +200,16 @@ class ShardRun(Section):
     transcode: TranscodeConfig = TranscodeConfig()
     shards: LayoutConfig = LayoutConfig()
     limits: LimitsConfig = LimitsConfig()
+    duplicates: Literal["report", "remove_exact", "remove"] = Field(
+        "report",
+        description="what becomes of clips that another video already gave: reported, or all but one removed where the"
+        " content is the same (remove_exact) or also where it looks the same (remove)",
+    )
+    engine: Literal["local", "ray"] = Field(
+        "local", description="what runs the work: this machine, or a Ray cluster"
+    )
+    ray: RayConfig = RayConfig()
+    track: ShardTrackConfig = ShardTrackConfig()
     workers: int = Field(0, ge=0, description="worker processes on this machine; 0 is one per core")
     verify_decode: Literal["none", "sample", "full"] = Field(
         "none",

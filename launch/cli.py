@@ -20,6 +20,7 @@ CHECK_FAILED = 1
 class Command:
     """One subcommand: what it does, what its first word is, and the extra options it takes.
 
+    An empty ``subject`` means that there is none.
     ``handled_by`` is the module of ``cliplift.launch`` whose ``run_COMMAND`` does it.
     """
 
@@ -61,7 +62,7 @@ COMMANDS: dict[str, Command] = {
         distributed=True,
     ),
     "pretrain": Command(
-        summary="pretrain a backbone on labelled shards", schema="pretrain", distributed=True
+        summary="pretrain a backbone on labels, or by predicting frames", schema="pretrain", distributed=True
     ),
     "finetune": Command(summary="finetune on a target dataset and test", schema="finetune", distributed=True),
     "evaluate": Command(
@@ -71,6 +72,14 @@ COMMANDS: dict[str, Command] = {
         schema="evaluate",
         distributed=True,
     ),
+    "fuse": Command(
+        summary="fuse the predictions of several runs, such as an RGB and a flow stream",
+        subject="RUN|CONFIG",
+        subject_help="run that was evaluated, its evaluation, or a YAML file",
+        rest="RUN|key=value",
+        rest_help="the other runs, and overrides of config keys such as weights=[1,1.5]",
+        schema="fuse",
+    ),
     "predict": Command(
         summary="classify video files",
         subject="RUN|CONFIG",
@@ -78,6 +87,14 @@ COMMANDS: dict[str, Command] = {
         rest="VIDEO|key=value",
         rest_help="videos (files or folders) and overrides of config keys",
         schema="predict",
+    ),
+    "explain": Command(
+        summary="heat maps over videos: where the evidence for a class lies",
+        subject="RUN|CONFIG",
+        subject_help=RUN_OR_CONFIG,
+        rest="VIDEO|key=value",
+        rest_help="videos (files or folders) and overrides of config keys",
+        schema="explain",
     ),
     "report": Command(
         summary="one self-contained HTML page about runs",
@@ -95,12 +112,44 @@ COMMANDS: dict[str, Command] = {
         rest_help="folder to write, and overrides of config keys",
         schema="export",
     ),
+    "import-weights": Command(
+        summary="turn another project's weights file into an export folder of one of our models",
+        subject="SOURCE",
+        subject_help="weights file (.safetensors, .pth, .pyth, .bin), export folder, or 2d: and a 2D network's file",
+        rest="",
+        handled_by="import_weights",
+    ),
     "models": Command(
         summary="list the models, with parameters and GMACs measured",
         subject="PATTERN",
         subject_help="shell pattern of names, such as 't3d*'",
         subject_required=False,
         rest="",
+    ),
+    "check": Command(
+        summary="will it work, fit and end in time? a run's data, shapes, memory and hours, before it is queued",
+        handled_by="check",
+    ),
+    "submit": Command(
+        summary="write the scripts of Slurm, Kubernetes or this machine for one or several configs, and run them",
+        rest="CONFIG|key=value",
+        rest_help="configs that follow, each after the one before it has succeeded; overrides of a single config",
+        handled_by="submit",
+    ),
+    "bench": Command(
+        summary="measure a run on this machine: its loader (data) or its training step (train)",
+        subject="data|train",
+        subject_help="what is measured",
+        rest="CONFIG|key=value",
+        rest_help="YAML file or packaged recipe of a training run, then overrides",
+        distributed=True,
+        handled_by="bench",
+    ),
+    "doctor": Command(
+        summary="what this machine has: versions, GPUs, decoders, limits",
+        subject="",
+        rest="",
+        handled_by="doctor",
     ),
     "demo": Command(
         summary="the whole chain on clips made on the spot, on a CPU in minutes",
@@ -145,12 +194,13 @@ def build_parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         stage = stages.add_parser(name, help=command.summary, description=command.summary, add_help=False)
         stage.add_argument("-h", "--help", action=_StageHelp, schema=command.schema)
-        stage.add_argument(
-            "subject",
-            metavar=command.subject,
-            nargs=None if command.subject_required else "?",
-            help=command.subject_help,
-        )
+        if command.subject:
+            stage.add_argument(
+                "subject",
+                metavar=command.subject,
+                nargs=None if command.subject_required else "?",
+                help=command.subject_help,
+            )
         if command.rest:
             stage.add_argument("rest", metavar=command.rest, nargs="*", help=command.rest_help)
         if command.schema is not None:
@@ -193,6 +243,106 @@ def _add_special_options(stages: Mapping[str, argparse.ArgumentParser]) -> None:
     index.add_argument("--classes", nargs="+", default=(), help="class names in label order; default: sorted")
     index.add_argument("--workers", type=int, default=0, help="decoding processes; 0 is one per core")
     stages["models"].add_argument("--markdown", action="store_true", help="print a Markdown table")
+    _add_import_options(stages["import-weights"])
+    _add_check_options(stages["check"])
+    _add_submit_options(stages["submit"])
+    _add_bench_options(stages["bench"])
+
+
+def _add_import_options(weights: argparse.ArgumentParser) -> None:
+    weights.add_argument("--model", required=True, help="registered name of the model; see `cliplift models`")
+    weights.add_argument("--output", default=None, help="folder to write: model.safetensors and config.json")
+    weights.add_argument(
+        "--option",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="option of the model; may be repeated",
+    )
+    weights.add_argument(
+        "--num-classes",
+        type=int,
+        default=None,
+        help="classes; default: the source's; 0 leaves the classifier out",
+    )
+    weights.add_argument("--in-frames", type=int, default=None, help="frames of a clip; default: the model's")
+    weights.add_argument("--dry-run", action="store_true", help="print which tensors fit, and write nothing")
+
+
+def _add_check_options(check: argparse.ArgumentParser) -> None:
+    check.add_argument("--nodes", type=int, default=1, help="nodes the run will have")
+    check.add_argument(
+        "--gpus", type=int, default=None, help="GPUs a node; 0 is a CPU run; default: those here"
+    )
+    check.add_argument(
+        "--gpu", default=None, help="kind of GPU, such as h200, a100-80, l40s; default: the one here"
+    )
+    check.add_argument("--memory", type=float, default=None, help="memory of one GPU (or of the host), GiB")
+    check.add_argument("--cores", type=int, default=None, help="processor cores a node; default: those here")
+    check.add_argument(
+        "--mfu", type=float, default=None, help="share of the peak reached, 0 to 1, if you know it"
+    )
+
+
+def _add_submit_options(submit: argparse.ArgumentParser) -> None:
+    submit.add_argument("--to", choices=("slurm", "kubernetes", "local"), required=True, help="where it runs")
+    submit.add_argument("--print", action="store_true", help="show every file and do nothing")
+    submit.add_argument("--folder", default=None, help="folder for the files; default: jobs/NAME")
+    submit.add_argument("--nodes", type=int, default=1, help="nodes of a training job")
+    submit.add_argument(
+        "--gpus", type=int, default=0, help="GPUs a node, one rank each; 0 is one CPU rank a node"
+    )
+    submit.add_argument("--cpus", type=int, default=8, help="processor cores a node or a part of sharding")
+    submit.add_argument("--memory", type=int, default=None, help="memory a node, GiB; default: the cluster's")
+    submit.add_argument("--parts", type=int, default=16, help="tasks a shard build is divided into")
+    submit.add_argument("--signal-seconds", type=int, default=180, help="time to save before a job is killed")
+    submit.add_argument("--image", default=None, help="container image to run in (needed by Kubernetes)")
+    slurm = submit.add_argument_group("Slurm")
+    slurm.add_argument(
+        "--time", default="24:00:00", help="time limit of one start; it is requeued at the end"
+    )
+    for name in ("partition", "account", "qos"):
+        slurm.add_argument(f"--{name}", default=None, help=f"#SBATCH --{name}")
+    slurm.add_argument("--module", action="append", default=[], help="module to load; may be repeated")
+    slurm.add_argument(
+        "--setup", action="append", default=[], help="line of shell run first; may be repeated"
+    )
+    slurm.add_argument(
+        "--sbatch", action="append", default=[], help="another #SBATCH option; may be repeated"
+    )
+    slurm.add_argument("--container-tool", default="enroot", help="enroot (pyxis) or apptainer")
+    slurm.add_argument(
+        "--mount", action="append", default=[], help="FROM:TO, into the container; may be repeated"
+    )
+    kubernetes = submit.add_argument_group("Kubernetes")
+    kubernetes.add_argument("--namespace", default=None, help="namespace; default: kubectl's")
+    kubernetes.add_argument("--volume", action="append", default=[], help="CLAIM:/path; may be repeated")
+    kubernetes.add_argument(
+        "--workdir", default=None, help="directory relative paths of the config start from"
+    )
+    kubernetes.add_argument(
+        "--secret", action="append", default=[], help="secret whose keys become variables"
+    )
+    kubernetes.add_argument("--service-account", default=None, help="service account of the pods")
+    kubernetes.add_argument(
+        "--pytorchjob", action="store_true", help="a Kubeflow PyTorchJob, not an Indexed Job"
+    )
+
+
+def _add_bench_options(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--steps", type=int, default=50, help="batches, or training steps, that are timed")
+    bench.add_argument("--warm-up", type=int, default=10, help="batches or steps before")
+    bench.add_argument("--output", default=None, help="JSON file for the numbers")
+    bench.add_argument("--gpus", type=int, default=1, help="data: ranks that share the global batch")
+    bench.add_argument(
+        "--appetite",
+        type=float,
+        default=None,
+        help="data: clips/s one GPU takes; says how many cores feed --gpus",
+    )
+    bench.add_argument(
+        "--synthetic", action="store_true", help="train: one batch made up and used again, no loader"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
-from cliplift.sharding.build import PHASES, BuildReport, Phase, Progress, run_shard
+from cliplift.sharding.build import PHASES, BuildReport, Phase, run_shard
+from cliplift.sharding.progress import Progress
+from cliplift.sharding.tracking import BuildTracker
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -17,13 +19,17 @@ SECONDS_BETWEEN_LINES = 10.0
 def build(run: ShardRun, *, phase: str, part: str | None, retry_failed: bool) -> BuildReport:
     """Build the part of a dataset this process is to build, with progress on stderr."""
     phases: tuple[Phase, ...] = PHASES if phase == "all" else (phase,)  # type: ignore[assignment]
-    return run_shard(
-        run,
-        phases=phases,
-        part=which_part(part, os.environ),
-        retry_failed=retry_failed,
-        on_progress=progress_printer(),
-    )
+    number = which_part(part, os.environ)
+    show = progress_printer()
+    with BuildTracker(run, part=number) as tracker:
+
+        def watch(progress: Progress) -> None:
+            show(progress)
+            tracker.update(progress)
+
+        report = run_shard(run, phases=phases, part=number, retry_failed=retry_failed, on_progress=watch)
+        tracker.finish(report)
+    return report
 
 
 def which_part(text: str | None, environment: Mapping[str, str]) -> tuple[int, int] | None:

@@ -80,7 +80,12 @@ def _train(arguments: argparse.Namespace, stage: str) -> int:
     if arguments.dry_run:
         print(_located(loaded, lambda: dry_run(loaded.run)))
         return 0
-    result = _located(loaded, lambda: run_stage(loaded.run, command=_command()))
+    if stage == "finetune" and (loaded.run.folds or loaded.run.seeds):
+        from cliplift.pipelines.repeats import run_repeats
+
+        result = _located(loaded, lambda: run_repeats(loaded.run, command=_command()))
+    else:
+        result = _located(loaded, lambda: run_stage(loaded.run, command=_command()))
     leave()
     return 0 if result.finished or result.requeue else 1
 
@@ -101,6 +106,20 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def run_fuse(arguments: argparse.Namespace) -> int:
+    def from_folder(folder: str, more: list[str]) -> dict[str, Any]:
+        return {"stage": "fuse", "runs": [folder, *more], "output": str(Path(folder) / "fused")}
+
+    loaded = _load(arguments, "fuse", from_folder=from_folder, extra_key="runs")
+    if arguments.dry_run:
+        return _show(loaded)
+    _prepare_environment()
+    from cliplift.pipelines.two_stream import run_fuse as fuse
+
+    _located(loaded, lambda: fuse(loaded.run, command=_command()))
+    return 0
+
+
 def run_predict(arguments: argparse.Namespace) -> int:
     def from_folder(folder: str, videos: list[str]) -> dict[str, Any]:
         return {"stage": "predict", "run": folder, "videos": videos}
@@ -112,6 +131,25 @@ def run_predict(arguments: argparse.Namespace) -> int:
     from cliplift.pipelines.predict import run_predict as predict
 
     failed = _located(loaded, lambda: predict(loaded.run))
+    return 1 if failed else 0
+
+
+def run_explain(arguments: argparse.Namespace) -> int:
+    def from_folder(folder: str, videos: list[str]) -> dict[str, Any]:
+        return {
+            "stage": "explain",
+            "run": folder,
+            "videos": videos,
+            "output": str(Path(folder) / "explained"),
+        }
+
+    loaded = _load(arguments, "explain", from_folder=from_folder, extra_key="videos")
+    if arguments.dry_run:
+        return _show(loaded)
+    _prepare_environment()
+    from cliplift.pipelines.explain_videos import run_explain as explain
+
+    failed = _located(loaded, lambda: explain(loaded.run))
     return 1 if failed else 0
 
 

@@ -177,7 +177,7 @@ def read_state(model: nn.Module, source: str | Path) -> dict[str, Tensor]:
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> LoadReport:
     """:func:`load_pretrained` for tensors already in memory; ``source`` names them in messages."""
-    given, notes = _adapted(model, dict(state))
+    given, notes = adapted_state(model, dict(state))
     own = model.state_dict()
     head = head_prefix(model)
     in_head = [k for k in (*given, *own) if head and k.startswith(head)]
@@ -229,7 +229,8 @@ def _load_inflated(model: nn.Module, source: str) -> LoadReport:
     )
 
 
-def _adapted(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def adapted_state(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under the model's own names, as far as it knows theirs, and a note for every change."""
     notes: list[str] = []
     if state and all(key.startswith("module.") for key in state):  # saved from DistributedDataParallel
         state = {key.removeprefix("module."): value for key, value in state.items()}

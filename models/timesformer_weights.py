@@ -1,25 +1,33 @@
 """TimeSformer weights from and to other projects' formats, and the resizing of embeddings.
 
-Our names are the released code's (facebookresearch/TimeSformer). Read besides: its ``.pyth`` files (names behind
-``model.``), Hugging Face transformers, and timm's image ViTs, whose blocks also start the extra
-attention steps (released code, ``load_pretrained``; the paper: "initialized with the same weights").
+Our names are the released code's (facebookresearch/TimeSformer). Read besides:
+
+* its ``.pyth`` files: names behind ``model.``;
+* Hugging Face transformers;
+* mmaction2 (mmaction/models/backbones/timesformer.py, heads/timesformer_head.py), whose time step is
+  ``attentions.0`` and whose space step is ``attentions.1`` of a divided block, or ``attentions.0`` of any other;
+* timm's image ViTs, whose blocks also start the extra attention steps (released code, ``load_pretrained``; the paper:
+  "initialized with the same weights").
 
 Shape letters: T frames, H W patches, D width.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, cast
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.registry import ModelError
 
-PositionResize = Literal["bicubic", "flat_nearest"]
+PositionResize = Literal["bicubic", "nearest", "flat_nearest"]
 TimeResize = Literal["linear", "nearest"]
 Renames = Sequence[tuple[str, str]]  # (start of their name, start of ours)
 
@@ -43,6 +51,27 @@ _HF_BLOCK: Renames = (
     ("intermediate.dense.", "mlp.fc1."),
     ("output.dense.", "mlp.fc2."),
 )
+_MM_BLOCKS = "transformer_layers.layers."
+_MM_TOP: Renames = (("cls_head.fc_cls.", "head."), ("patch_embed.projection.", "patch_embed.proj."))
+_MM_MLP: Renames = (("ffns.0.layers.0.0.", "mlp.fc1."), ("ffns.0.layers.1.", "mlp.fc2."))
+_MM_DIVIDED: Renames = (
+    ("attentions.0.norm.", "temporal_norm1."),
+    ("attentions.0.attn.in_proj_", "temporal_attn.qkv."),
+    ("attentions.0.attn.out_proj.", "temporal_attn.proj."),
+    ("attentions.0.temporal_fc.", "temporal_fc."),
+    ("attentions.1.norm.", "norm1."),
+    ("attentions.1.attn.in_proj_", "attn.qkv."),
+    ("attentions.1.attn.out_proj.", "attn.proj."),
+    ("ffns.0.norm.", "norm2."),
+    *_MM_MLP,
+)
+_MM_PLAIN: Renames = (
+    ("norms.0.", "norm1."),
+    ("attentions.0.attn.in_proj_", "attn.qkv."),
+    ("attentions.0.attn.out_proj.", "attn.proj."),
+    ("norms.1.", "norm2."),
+    *_MM_MLP,
+)
 _EXTRA = re.compile(r"(blocks\.\d+\.)(temporal|local|width)_(norm1|attn)(\..+)")
 _ADDED = re.compile(r"time_embed|blocks\.\d+\.(temporal|local|width)_fc\.(weight|bias)")
 
@@ -58,7 +87,7 @@ def adapt_timesformer(
     """Foreign weights under our names, completed and resized for a model.
 
     Args:
-        state: tensors of any of the four sources, or ours.
+        state: tensors of any of the sources above, or ours.
         own: the model's state dict, for its names and shapes.
         grid: T, H, W of the model in patches.
         position_resize, time_resize: see :func:`resize_positions` and :func:`resize_times`.
@@ -88,13 +117,25 @@ def adapt_timesformer(
     return given, notes
 
 
+def check_resizes(position_resize: str, time_resize: str) -> None:
+    """Raises ModelError for rules there are none of."""
+    for option, value, known in (
+        ("position_resize", position_resize, get_args(PositionResize)),
+        ("time_resize", time_resize, get_args(TimeResize)),
+    ):
+        if value not in known:
+            raise ModelError(f"{option}={value!r} must be one of {', '.join(known)}")
+
+
 def resize_positions(
     pos: Tensor, old: tuple[int, int], new: tuple[int, int], *, how: PositionResize
 ) -> Tensor:
     """(1, 1 + H*W, D) for another grid of patches; CLS, the first, stays.
 
-    ``flat_nearest`` is the released code's resize at load time: nearest over the flattened sequence, which scrambles
-    the rows. It is there to reproduce that code.
+    ``flat_nearest`` is what the released code does at load time: nearest over the flattened sequence, as if it were a
+    line. Rows of another length then start in the middle of old rows: going from 14x14 to 28x28, 7 % of the patches
+    get the embedding that a nearest resize of the two axes gives them. It is there to start training from bit-equal
+    weights, and for nothing else. ``nearest``, over the two axes, is what that code does at run time.
     """
     if tuple(old) == tuple(new):
         return pos
@@ -103,7 +144,8 @@ def resize_positions(
         moved = F.interpolate(rest.transpose(1, 2), size=new[0] * new[1], mode="nearest").transpose(1, 2)
     else:
         plane = rest.transpose(1, 2).unflatten(2, old)  # type: ignore[no-untyped-call]
-        moved = F.interpolate(plane, size=new, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+        aligned = {"align_corners": False} if how == "bicubic" else {}
+        moved = F.interpolate(plane, size=new, mode=how, **aligned).flatten(2).transpose(1, 2)
     return torch.cat([first, moved], dim=1)
 
 
@@ -151,6 +193,32 @@ def to_huggingface(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]
     return state, config
 
 
+def save_huggingface(model: nn.Module, folder: str | Path) -> Path:
+    """Write a folder for ``TimesformerForVideoClassification.from_pretrained``: weights, config, and the preprocessing
+    this model was trained with (transformers' own default normalises otherwise).
+
+    Raises:
+        ModelError: as :func:`to_huggingface`.
+    """
+    state, config = to_huggingface(model)
+    spec = cast(Any, model).input_spec
+    processor = {
+        "image_processor_type": "VideoMAEImageProcessor",
+        "size": {"shortest_edge": spec.crop_height},
+        "crop_size": {"height": spec.crop_height, "width": spec.crop_width},
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+        **{f"do_{step}": True for step in ("resize", "center_crop", "rescale", "normalize")},
+    }
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    contiguous = {key: value.cpu().contiguous() for key, value in state.items()}
+    save_file(contiguous, target / "model.safetensors", metadata={"format": "pt"})
+    for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
+        (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
 def _to_hf(key: str) -> str:
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
     if match is None:
@@ -163,11 +231,18 @@ def _renamed(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]
     if any(key.startswith("timesformer.") for key in state):
         renamed = _by_tables(state, "timesformer.encoder.layer.", _HF_TOP, _HF_BLOCK)
         return renamed, ["took Hugging Face's names"]
+    if any(_MM_BLOCKS in key for key in state):
+        bare = {key.removeprefix("backbone."): value for key, value in state.items()}
+        block = _MM_DIVIDED if any(".attentions.1." in key for key in bare) else _MM_PLAIN
+        return _by_tables(bare, _MM_BLOCKS, _MM_TOP, block), ["took mmaction2's names"]
     if state and all(key.startswith("model.") for key in state):
-        return {k.removeprefix("model."): v for k, v in state.items()}, [
-            "took the prefix 'model.' off the keys"
-        ]
-    return dict(state), []
+        bare = {key.removeprefix("model."): value for key, value in state.items()}
+        return bare, ["took the prefix 'model.' off the keys"]
+    kept = {key: value for key, value in state.items() if not key.startswith("pre_logits.")}
+    left = [
+        key for key in state if key not in kept
+    ]  # the layer before the ImageNet-21k head, as the head itself
+    return kept, [f"left out {', '.join(left)}: part of the image classifier"] if left else []
 
 
 def _by_tables(state: Mapping[str, Tensor], blocks: str, top: Renames, block: Renames) -> dict[str, Tensor]:

@@ -15,17 +15,18 @@ from torch import Tensor
 
 from cliplift.configs.data import AugmentConfig
 from cliplift.models.registry import InputSpec
-from cliplift.pipelines.clip_source import ClipBatch
+from cliplift.pipelines.clip_batch import FLIP, ClipBatch
+from cliplift.pipelines.rand_augment import rand_augmented
 
-FLIP, BRIGHTNESS, CONTRAST, SATURATION, GRAY, ERASE = range(6)
-ERASE_AREA, ERASE_RATIO, ERASE_TOP, ERASE_LEFT, MIX_KIND, MIX_AMOUNT = range(6, 12)
+BRIGHTNESS, CONTRAST, SATURATION, GRAY, ERASE = range(FLIP + 1, FLIP + 6)
+ERASE_AREA, ERASE_RATIO, ERASE_TOP, ERASE_LEFT, MIX_KIND, MIX_AMOUNT, RAND_AUGMENT = range(6, 13)
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 TARGET_LUMA = 0.45
 
 
 class DeviceAugment:
-    """Flip, colour, erasing and normalisation of a batch; the same draw for all frames of a clip.
+    """RandAugment, flip, colour, erasing and normalisation of a batch; the same draw for all frames of a clip.
 
     Args:
         augment: the config section. In evaluation only ``normalize_brightness`` is applied of it.
@@ -41,7 +42,11 @@ class DeviceAugment:
 
     def __call__(self, batch: ClipBatch) -> Tensor:
         """(B, T, H, W, C) uint8 -> (B, C, T, H, W) float32."""
-        x = batch.clips.permute(0, 4, 1, 2, 3).float().div_(255.0)
+        clips = batch.clips
+        if self.training and self.augment.rand_augment_ops:
+            seeds = (batch.draws[:, RAND_AUGMENT].double() * 2**24).long().tolist()
+            clips = rand_augmented(clips, seeds, self.augment)
+        x = clips.permute(0, 4, 1, 2, 3).float().div_(255.0)
         if self.augment.normalize_brightness:
             x = normalized_brightness(x)
         if self.training:

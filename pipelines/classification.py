@@ -15,6 +15,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model
 from cliplift.pipelines.augment import DeviceAugment, mix_clips
 from cliplift.pipelines.clip_tables import prediction_table
+from cliplift.pipelines.clip_source import stored_split
 from cliplift.pipelines.clips import ClipBatch
 from cliplift.pipelines.distributed import Topology
 from cliplift.pipelines.evaluate import Predictions, classification_metrics, classify_split
@@ -109,7 +110,7 @@ class ClassificationTask:
         if self._last is None:
             return None
         predictions, split = self._last
-        return prediction_table(predictions, split=split, fold=self.run.data.fold, rows=rows)
+        return prediction_table(predictions, split=stored_split(self.run.data, split), fold=self.run.data.fold, rows=rows)
 
     def evaluate(self, *, topology: Topology) -> dict[str, float]:
         """Accuracy on the validation split, every sample once, over all ranks."""

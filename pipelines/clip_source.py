@@ -3,58 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cliplift.configs.data import DataConfig
+from cliplift.configs.data import AugmentConfig, DataConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import TranscodeConfig
-from cliplift.pipelines.crops import cut, training_box, view_boxes
+from cliplift.pipelines.clip_batch import FLIP, NUM_DRAWS, ClipBatch, Costs, merged
+from cliplift.pipelines.crops import Box, cut, training_box, view_boxes
+from cliplift.pipelines.decoded_videos import decoded_videos
 from cliplift.pipelines.order import generator
 from cliplift.pipelines.sampling import Ints, training_frames, view_frames
-from cliplift.sharding.reader import SampleFacts, ShardDataset
+from cliplift.sharding.read_ahead import ReadAhead
+from cliplift.sharding.reader import ClipShape, SampleFacts, ShardDataset
+from cliplift.sharding.subsets import Subset
 from cliplift.sharding.transcode import transcode_span
 from cliplift.sharding.video import Frames, decode_frames
 
+__all__ = ["NUM_DRAWS", "ClipBatch", "ClipSource", "TrainingPlan", "clips_of_video", "merged"]
+
 FOREIGN = TranscodeConfig(min_frames=1, max_seconds=3600.0)
-TENSORS = ("clips", "labels", "sample_index", "video_index", "views", "draws")
-NUM_DRAWS = 24  # uniform numbers of a sample for the augmentation on the device
 
 
-@dataclass(frozen=True)
-class ClipBatch:
-    """Clips as they leave the decoder, and what is known about them."""
+class TrainingPlan(NamedTuple):
+    """What is drawn for the training clips of one sample: everything random about them."""
 
-    clips: Tensor  # uint8 (B, T, H, W, 3)
-    labels: Tensor  # int64 (B,), -1 where unlabelled
-    sample_index: Tensor  # int64 (B,) index into the dataset
-    video_index: Tensor  # int64 (B,) equal numbers are clips of the same source video
-    views: Tensor  # int64 (B,) view of a test sample; 0 in training
-    draws: Tensor  # float32 (B, NUM_DRAWS) in [0, 1), a function of seed, epoch and sample
-    targets: Tensor | None = None  # float32 (B, K) for data with several labels a sample
-    read_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    failed: tuple[str, ...] = ()  # samples that could not be read and were replaced
-
-    def to(self, device: torch.device) -> ClipBatch:
-        """The batch on a device; copies from pinned memory do not wait."""
-        return self._mapped(lambda t: t.to(device, non_blocking=True))
-
-    def pin_memory(self) -> ClipBatch:
-        return self._mapped(Tensor.pin_memory)
-
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> ClipBatch:
-        targets = None if self.targets is None else change(self.targets)
-        moved: dict[str, Any] = {name: change(getattr(self, name)) for name in TENSORS}
-        return replace(self, targets=targets, **moved)
+    frames: list[Ints]  # of each clip (T,) frame numbers
+    boxes: list[Box]
+    draws: npt.NDArray[np.float32]  # (clips, NUM_DRAWS)
 
 
 class ClipSource:
@@ -68,17 +50,23 @@ class ClipSource:
         self.data, self.seed = data, seed
         self.sets = [
             ShardDataset(
-                url, split=split, fold=data.fold, cache_folder=data.cache_folder, cache_gib=data.cache_gib
+                url,
+                split=stored_split(data, split),
+                fold=data.fold,
+                subset=subset_of(data, split),
+                cache_folder=data.cache_folder,
+                cache_gib=data.cache_gib,
             )
-            for url in data.shards
+            for url in data.urls
         ]
         self.classes = self.sets[0].classes
-        for url, other in zip(data.shards, self.sets, strict=True):
+        for url, other in zip(data.urls, self.sets, strict=True):
             if other.classes != self.classes:
                 raise ConfigError(
-                    f"{url} has other classes than {data.shards[0]}", key="data.shards", value=url,
+                    f"{url} has other classes than {data.urls[0]}", key="data.shards", value=url,
                     hint="build both with the same class list",
                 )  # fmt: skip
+        _refuse_second_validation(data, self.sets)
         self.starts = np.cumsum([0, *(len(s) for s in self.sets)]).tolist()
         self.fingerprint = "+".join(s.fingerprint for s in self.sets)
         self.labels = np.concatenate([s.labels for s in self.sets]).astype(np.int64)
@@ -89,9 +77,12 @@ class ClipSource:
             for a, b in one.shard_ranges
         )
         self.label_sets = self._label_sets()
-        self._cache = _cache_of(data.cache_decoded_mib)
+        self._mirrored = mirrored_labels(data.augment, self.classes)
+        self._cache = decoded_videos(data.cache_decoded_mib)
+        self._ahead: ReadAhead | None = None
 
     def _video_numbers(self) -> Ints:
+        """The number of every sample's source video, counted over all datasets in order of appearance."""
         numbers: dict[tuple[str, str], int] = {}
         found = [
             numbers.setdefault((one.url, video), len(numbers))
@@ -108,6 +99,9 @@ class ClipSource:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ahead": None}
+
     def _place(self, index: int) -> tuple[ShardDataset, int]:
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
         return self.sets[number], index - int(self.starts[number])
@@ -116,112 +110,218 @@ class ClipSource:
         one, inside = self._place(index)
         return one.facts(inside)
 
+    def shape(self, index: int) -> ClipShape:
+        one, inside = self._place(index)
+        return one.shape(inside)
+
     def url_of(self, index: int) -> str:
+        """The dataset a sample belongs to."""
         return self._place(index)[0].url
 
-    def training_clip(self, index: int, epoch: int) -> ClipBatch:
-        """One augmented clip as a batch of one; every draw is a function of (seed, epoch, sample)."""
-        facts, rng = self.facts(index), generator(self.seed, epoch, index)
-        temporal = rng.random(self.data.sampling.frames + 1)
-        numbers = training_frames(
-            self.data.sampling, num_frames=facts.num_frames, fps=facts.fps, draw=temporal
-        )
-        box = training_box(self.data.augment, self.data, height=facts.height, width=facts.width, rng=rng)
-        draws = rng.random(NUM_DRAWS, dtype=np.float32)
-        frames, read_seconds, decode_seconds = self._frames(index, facts, numbers)
-        clip = cut(frames, box, pixels=self.data.crop_pixels)
-        return self._batch(index, [clip], draws[None], read_seconds, decode_seconds)
+    def name_of(self, index: int) -> str:
+        """The dataset and key of a sample, for messages."""
+        one, inside = self._place(index)
+        return f"{one.url} {one.key(inside)}"
+
+    def read(self, index: int) -> bytes:
+        """The stored video of a sample. Raises ShardReadError."""
+        one, inside = self._place(index)
+        return one.read(inside)
+
+    def expect(self, indices: Iterable[int]) -> None:
+        """Say which samples will be read next, in order, so that their bytes are on the way before they are needed."""
+        if not self.data.read_ahead:
+            return
+        remote = []
+        for index in indices:
+            one, inside = self._place(index)
+            if self._kept(index) is None and not one.announce(inside):
+                remote.append(index)
+        if remote and self._ahead is None:
+            self._ahead = ReadAhead(self.read, self.data.read_ahead)
+        if self._ahead is not None:
+            self._ahead.plan(remote)
+
+    def plan(self, index: int, epoch: int) -> TrainingPlan:
+        """The draws of a sample's training clips: a function of (seed, epoch, sample, number of the clip) alone."""
+        return training_plan(self.data, self.shape(index), self.seed, epoch, index)
+
+    def training_clips(self, index: int, epoch: int) -> ClipBatch:
+        """The augmented clips of one sample, ``clips_per_sample`` of them from one decode."""
+        plan = self.plan(index, epoch)
+        frames, costs = self._frames(index, plan.frames)
+        began = time.perf_counter()
+        clips = [
+            cut(part, box, pixels=self.data.crop_pixels) for part, box in zip(frames, plan.boxes, strict=True)
+        ]
+        costs += Costs(cut_seconds=time.perf_counter() - began)
+        mirrored = plan.draws[:, FLIP] < 0.5 if self.data.augment.flip else np.zeros(len(clips), dtype=bool)
+        return self._batch(index, clips, plan.draws, costs, mirrored=mirrored.tolist())
 
     def test_views(self, index: int) -> ClipBatch:
         """All views of one sample, clips x crops, crops innermost."""
-        facts, views = self.facts(index), self.data.views
-        clips = view_frames(self.data.sampling, num_frames=facts.num_frames, fps=facts.fps, clips=views.clips)
-        frames, read_seconds, decode_seconds = self._frames(index, facts, np.concatenate(clips))
-        boxes = view_boxes(self.data, height=facts.height, width=facts.width, crops=views.crops)
-        T = self.data.sampling.frames
-        cuts = [
-            cut(frames[n * T : (n + 1) * T], box, pixels=self.data.crop_pixels)
-            for n in range(len(clips))
-            for box in boxes
-        ]
+        shape, views = self.shape(index), self.data.views
+        numbers = view_frames(
+            self.data.sampling,
+            num_frames=shape.num_frames,
+            fps=shape.fps,
+            clips=views.clips,
+            from_start=views.position == "from_start",
+        )
+        frames, costs = self._frames(index, numbers)
+        began = time.perf_counter()
+        boxes = view_boxes(self.data, height=shape.height, width=shape.width, crops=views.crops)
+        cuts = [cut(part, box, pixels=self.data.crop_pixels) for part in frames for box in boxes]
+        costs += Costs(cut_seconds=time.perf_counter() - began)
         draws = np.full((len(cuts), NUM_DRAWS), 0.5, dtype=np.float32)
-        return self._batch(index, cuts, draws, read_seconds, decode_seconds)
+        return self._batch(index, cuts, draws, costs, mirrored=[False] * len(cuts))
 
-    def _frames(self, index: int, facts: SampleFacts, numbers: Ints) -> tuple[Frames, float, float]:
-        """Frames by number, from memory where the whole video is kept there."""
-        if self._cache is None:
-            began = time.perf_counter()
-            data = self._read(index)
-            read = time.perf_counter()
-            frames = decode_frames(data, list(map(int, numbers)), decoder=self.data.decoder)
-            return frames, read - began, time.perf_counter() - read
-        key = (self.url_of(index), facts.key)
-        video = self._cache.get(key)
-        began = read = time.perf_counter()
-        if video is None:
-            data = self._read(index)
-            read = time.perf_counter()
-            video = decode_frames(data, list(range(facts.num_frames)), decoder=self.data.decoder)
-            self._cache.put(key, video)
-        return video[np.asarray(numbers)], read - began, time.perf_counter() - read
+    def _frames(self, index: int, clips: Sequence[Ints]) -> tuple[list[Frames], Costs]:
+        """The frames (T, H, W, 3) of each clip, each decoded once; from memory where the whole video is kept there."""
+        video = self._kept(index)
+        if video is not None:
+            return [video[numbers] for numbers in clips], Costs()
+        began = time.perf_counter()
+        data = self._ahead.take(index) if self._ahead is not None else self.read(index)
+        read = time.perf_counter()
+        if self._cache is not None:
+            wanted = np.arange(self.shape(index).num_frames)
+        else:
+            wanted = np.unique(np.concatenate(clips))
+        decoded = decode_frames(data, wanted.tolist(), decoder=self.data.decoder)
+        costs = Costs(
+            read_seconds=read - began, decode_seconds=time.perf_counter() - read, read_bytes=len(data)
+        )
+        if self._cache is not None:
+            self._cache.put(self._cache_key(index), decoded)
+        if len(clips) == 1 and np.array_equal(clips[0], wanted):
+            return [decoded], costs
+        return [decoded[np.searchsorted(wanted, numbers)] for numbers in clips], costs
 
-    def _read(self, index: int) -> bytes:
+    def _kept(self, index: int) -> Frames | None:
+        return None if self._cache is None else self._cache.get(self._cache_key(index))
+
+    def _cache_key(self, index: int) -> tuple[str, str]:
         one, inside = self._place(index)
-        return one.read(inside)
+        return one.url, one.key(inside)
 
     def _batch(
         self,
         index: int,
         clips: Sequence[Tensor],
         draws: npt.NDArray[np.float32],
-        read_seconds: float,
-        decode_seconds: float,
+        costs: Costs,
+        *,
+        mirrored: Sequence[bool],
     ) -> ClipBatch:
         B = len(clips)
         targets = None
         if self.label_sets is not None:
             targets = torch.zeros(B, len(self.classes))
-            targets[:, list(self.label_sets[index])] = 1.0
+            for row, swap in enumerate(mirrored):
+                targets[row, [self._seen(label, swap) for label in self.label_sets[index]]] = 1.0
         return ClipBatch(
-            clips=torch.stack(list(clips)),
-            labels=torch.full((B,), int(self.labels[index])),
+            clips=clips[0].unsqueeze(0) if B == 1 else torch.stack(list(clips)),
+            labels=torch.tensor([self._seen(int(self.labels[index]), swap) for swap in mirrored]),
             sample_index=torch.full((B,), index),
             video_index=torch.full((B,), int(self.video_index[index])),
             views=torch.arange(B),
             draws=torch.from_numpy(draws),
             targets=targets,
-            read_seconds=read_seconds,
-            decode_seconds=decode_seconds,
+            costs=costs,
         )
 
+    def _seen(self, label: int, mirrored: bool) -> int:
+        """The class a clip shows: another one where mirroring turns left into right."""
+        return self._mirrored.get(label, label) if mirrored else label
+
     def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
         for one in self.sets:
             one.close()
 
 
-def merged(batches: Sequence[ClipBatch], *, failed: Sequence[str] = ()) -> ClipBatch:
-    """Several batches as one."""
-    parts = {name: torch.cat([getattr(b, name) for b in batches]) for name in TENSORS}
-    with_targets = [b.targets for b in batches if b.targets is not None]
-    return ClipBatch(
-        **parts,
-        targets=torch.cat(with_targets) if with_targets else None,
-        read_seconds=sum(b.read_seconds for b in batches),
-        decode_seconds=sum(b.decode_seconds for b in batches),
-        failed=tuple(failed),
-    )
+def training_plan(data: DataConfig, shape: ClipShape, *words: int) -> TrainingPlan:
+    """Frames, boxes and draws of ``data.clips_per_sample`` clips of a video, a function of the integers ``words``."""
+    frames, boxes, draws = [], [], []
+    for number in range(data.clips_per_sample):
+        rng = generator(*words, *((number,) if number else ()))
+        temporal = rng.random(data.sampling.frames + 1)
+        frames.append(
+            training_frames(data.sampling, num_frames=shape.num_frames, fps=shape.fps, draw=temporal)
+        )
+        boxes.append(training_box(data.augment, data, height=shape.height, width=shape.width, rng=rng))
+        draws.append(rng.random(NUM_DRAWS, dtype=np.float32))
+    return TrainingPlan(frames, boxes, np.stack(draws))
 
 
-def clips_of_video(path: Path, data: DataConfig) -> ClipBatch:
-    """All test views of a local video file that is in no shard.
+def stored_split(data: DataConfig, split: str | None) -> str | None:
+    """The shards' split that a split of the run is read from: training's, where validation is carved from it."""
+    return data.split if data.val_share and split == data.val_split else split
+
+
+def _refuse_second_validation(data: DataConfig, sets: Sequence[ShardDataset]) -> None:
+    for one in sets:
+        if data.val_share and data.val_split in one.splits:
+            raise ConfigError(
+                f"{one.url} has a split {data.val_split!r} of its own",
+                key="data.val_share",
+                value=data.val_share,
+                hint="use 0, or another name as data.val_split",
+            )
+
+
+def subset_of(data: DataConfig, split: str | None) -> Subset | None:
+    """The part of the stored split a split of the run is; None for all of it."""
+    if split == data.val_split and data.val_share:
+        return Subset(held_out_share=data.val_share, held_out=True, seed=data.subset_seed)
+    if split == data.split and (data.val_share or data.label_share < 1):
+        return Subset(held_out_share=data.val_share, label_share=data.label_share, seed=data.subset_seed)
+    return None
+
+
+def mirrored_labels(augment: AugmentConfig, classes: Sequence[str]) -> Mapping[int, int]:
+    """Label -> label of its mirror image, for the pairs of ``flip_label_pairs``.
+
+    Raises:
+        ConfigError: a name is no class, or stands in two pairs.
+    """
+    numbers = {name: number for number, name in enumerate(classes)}
+    swapped: dict[int, int] = {}
+    for pair in augment.flip_label_pairs:
+        for name, other in (pair, pair[::-1]):
+            if name not in numbers or numbers[name] in swapped:
+                raise ConfigError(
+                    "stands in two pairs" if name in numbers else f"{name!r} is not a class of the shards",
+                    key="data.augment.flip_label_pairs",
+                    value=name,
+                    hint="each pair names two classes, e.g. [[wave left, wave right]]",
+                )
+            if other in numbers:
+                swapped[numbers[name]] = numbers[other]
+    return swapped
+
+
+def clips_of_video(
+    path: Path, data: DataConfig, *, start_seconds: float = 0.0, end_seconds: float | None = None
+) -> ClipBatch:
+    """All test views of a local video file that is in no shard, or of a span of it.
 
     The file is first brought to the form shards have (upright, square pixels, constant rate), so that the network
     sees what it was trained on. Raises VideoDecodeError.
     """
-    stored = transcode_span(path, start_seconds=0.0, end_seconds=None, config=FOREIGN)
+    stored = transcode_span(path, start_seconds=start_seconds, end_seconds=end_seconds, config=FOREIGN)
     frames = decode_frames(stored.data, range(stored.checked.frames), decoder=data.decoder)
     fps = float(stored.checked.fps)
-    clips = view_frames(data.sampling, num_frames=len(frames), fps=fps, clips=data.views.clips)
+    clips = view_frames(
+        data.sampling,
+        num_frames=len(frames),
+        fps=fps,
+        clips=data.views.clips,
+        from_start=data.views.position == "from_start",
+    )
     boxes = view_boxes(data, height=frames.shape[1], width=frames.shape[2], crops=data.views.crops)
     cuts = [cut(frames[numbers], box, pixels=data.crop_pixels) for numbers in clips for box in boxes]
     B = len(cuts)
@@ -233,35 +333,3 @@ def clips_of_video(path: Path, data: DataConfig) -> ClipBatch:
         views=torch.arange(B),
         draws=torch.full((B, NUM_DRAWS), 0.5),
     )
-
-
-class _DecodedVideos:
-    """Decoded videos of this process, the least recently used dropped first."""
-
-    def __init__(self) -> None:
-        self.videos: OrderedDict[tuple[str, str], Frames] = OrderedDict()
-        self.bytes, self.limit = 0, 0
-
-    def get(self, key: tuple[str, str]) -> Frames | None:
-        video = self.videos.get(key)
-        if video is not None:
-            self.videos.move_to_end(key)
-        return video
-
-    def put(self, key: tuple[str, str], video: Frames) -> None:
-        self.videos[key] = video
-        self.bytes += video.nbytes
-        while self.bytes > self.limit:
-            _, oldest = self.videos.popitem(last=False)
-            self.bytes -= oldest.nbytes
-
-
-_DECODED = _DecodedVideos()
-
-
-def _cache_of(limit_mib: int) -> _DecodedVideos | None:
-    """The process's cache, shared by all its loaders, or None where the config keeps nothing."""
-    if not limit_mib:
-        return None
-    _DECODED.limit = max(_DECODED.limit, limit_mib * 2**20)
-    return _DECODED

@@ -12,7 +12,7 @@ COLUMNS = ("key", "clip", "true", "predicted", "probability")
 
 
 def prediction_table(
-    predictions: Predictions, *, split: str, fold: int | None, rows: int
+    predictions: Predictions, *, split: str | None, fold: int | None, rows: int
 ) -> ClipTable | None:
     """Up to ``rows`` clips, the surest mistakes first, then the surest of the others. None without clips."""
     N = len(predictions.keys)

@@ -9,20 +9,30 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.clip_source import ClipBatch, ClipSource, clips_of_video, merged
-from cliplift.pipelines.order import GlobalOrder, Order, WindowedOrder, mix, rank_positions
+from cliplift.pipelines.balanced import BalancedOrder
+from cliplift.pipelines.clip_batch import ClipBatch, merged
+from cliplift.pipelines.clip_source import ClipSource, clips_of_video
+from cliplift.pipelines.order import Draw, GlobalOrder, Mixture, Order, WindowedOrder, mix, rank_positions
+from cliplift.pipelines.workers import WorkerError, batches_from_workers
 from cliplift.sharding.reader import ShardReadError
 from cliplift.sharding.video import VideoDecodeError
 
-__all__ = ["ClipBatch", "ClipLoader", "EvalLoader", "TooManyFailuresError", "clips_of_video"]
+__all__ = [
+    "ClipBatch",
+    "ClipLoader",
+    "EvalLoader",
+    "TooManyFailuresError",
+    "WorkerError",
+    "clips_of_video",
+]
 
 MAX_SUBSTITUTES = 100
 
@@ -31,42 +41,67 @@ class TooManyFailuresError(ValueError):
     """More samples were unreadable than the config tolerates."""
 
 
+class FailureCount:
+    """Unreadable samples so far, and when they are too many."""
+
+    def __init__(self, data: DataConfig) -> None:
+        self.data = data
+        self._read = self._failed = self._in_row = 0
+
+    def count(self, batch: ClipBatch) -> None:
+        """Add a batch. Raises TooManyFailuresError above ``max_failed_in_row`` or ``max_failed_share``."""
+        self._read += len(batch.labels) // self.data.clips_per_sample
+        self._failed += len(batch.failed)
+        self._in_row = self._in_row + len(batch.failed) if batch.failed else 0
+        too_many = self._read >= 100 and self._failed > self.data.max_failed_share * self._read
+        if self._in_row > self.data.max_failed_in_row or too_many:
+            read_from = self.data.sequential.tars if self.data.sequential else self.data.urls
+            raise TooManyFailuresError(
+                f"{self._failed} of {self._read} samples could not be read (the last: {batch.failed[-1]}); "
+                f"run `cliplift verify` on {', '.join(read_from)}, or raise data.max_failed_share"
+            )
+
+
 class Request(NamedTuple):
-    """A micro-batch to fetch: where in which epoch."""
+    """A micro-batch to fetch: where in which epoch, and what the same process will be asked for next."""
 
     epoch: int
     positions: tuple[int, ...]
+    next_epoch: int = 0
+    next_positions: tuple[int, ...] = ()
 
 
 class _Training(Dataset[ClipBatch]):
     """Micro-batches by request; lives in the worker processes."""
 
-    def __init__(self, source: ClipSource, order: Order) -> None:
+    def __init__(self, source: ClipSource, order: Order | BalancedOrder) -> None:
         self.source, self.order = source, order
 
-    def __getitem__(self, request: Request) -> ClipBatch:
+    def __getitem__(self, request: Request) -> ClipBatch | TooManyFailuresError:
+        draws = [self.order.draw(request.epoch, position) for position in request.positions]
+        ahead = [self.order.draw(request.next_epoch, position) for position in request.next_positions]
+        self.source.expect(draw.sample for draw in (*draws, *ahead))
         clips, failed = [], []
-        for position in request.positions:
-            clip, messages = self._clip(request.epoch, position)
-            clips.append(clip)
-            failed += messages
+        try:
+            for position, draw in zip(request.positions, draws, strict=True):
+                clip, messages = self._clip(request.epoch, position, draw)
+                clips.append(clip)
+                failed += messages
+        except TooManyFailuresError as error:
+            return error  # raised by the main process, whose traceback is the one that helps
         return merged(clips, failed=failed)
 
-    def _clip(self, epoch: int, position: int) -> tuple[ClipBatch, list[str]]:
-        """The sample at a position, or the first readable one of a fixed series that starts there."""
+    def _clip(self, epoch: int, position: int, draw: Draw) -> tuple[ClipBatch, list[str]]:
+        """The sample drawn, or the first readable one of a fixed series of its neighbours."""
         failed: list[str] = []
-        N = self.order.num_samples
-        for attempt in range(MAX_SUBSTITUTES):
-            at = (
-                position
-                if attempt == 0
-                else (position + 1 + mix(self.source.seed, epoch, position, attempt) % N) % N
-            )
-            index = self.order.sample(epoch, at)
+        near = self.order.near(position)
+        for attempt in range(1, MAX_SUBSTITUTES + 1):
             try:
-                return self.source.training_clip(index, epoch), failed
+                return self.source.training_clips(*draw), failed
             except (ShardReadError, VideoDecodeError) as error:
-                failed.append(f"{self.source.url_of(index)} {self.source.facts(index).key}: {error}")
+                failed.append(f"{self.source.name_of(draw.sample)}: {error}")
+            at = near[mix(self.source.seed, epoch, position, attempt) % len(near)]
+            draw = self.order.draw(epoch, at)
         raise TooManyFailuresError(
             f"{MAX_SUBSTITUTES} samples in a row cannot be read; the last: {failed[-1]}"
         )
@@ -82,8 +117,11 @@ class ClipLoader:
         micro_batch: clips of one forward pass on this rank.
         rank, world_size: this process among the ranks.
 
+    With ``data.clips_per_sample`` R above 1, a step reads G / R positions, and each gives R clips side by side.
+
     Raises:
-        ConfigError: the split has fewer samples than a global batch, or the datasets do not fit together.
+        ConfigError: the split has fewer samples than a global batch, R does not divide the micro-batch, or the
+            datasets do not fit together.
     """
 
     def __init__(
@@ -91,72 +129,144 @@ class ClipLoader:
     ) -> None:
         self.data, self.global_batch, self.micro_batch = data, global_batch, micro_batch
         self.rank, self.world_size = rank, world_size
-        self.dataset = ClipSource(data, split=data.split, seed=seed)
-        self.classes, self.fingerprint = self.dataset.classes, self.dataset.fingerprint
-        self.num_samples = len(self.dataset)
-        self.steps_per_epoch = self.num_samples // global_batch
-        if not self.steps_per_epoch:
+        if data.sequential is not None:
+            raise ConfigError("is not read by this stage", key="data.sequential", hint="remove it")
+        if micro_batch % data.clips_per_sample:
             raise ConfigError(
-                f"{global_batch} clips are more than the {self.num_samples} of split {data.split!r}",
+                f"{data.clips_per_sample} does not divide the {micro_batch} clips of a micro-batch",
+                key="data.clips_per_sample",
+                value=data.clips_per_sample,
+                hint="change it, engine.micro_batch or engine.global_batch",
+            )
+        self.samples_per_step = global_batch // data.clips_per_sample
+        self.dataset = ClipSource(data, split=data.split, seed=seed)
+        self.classes = self.dataset.classes
+        self.num_samples = len(self.dataset)
+        self.steps_per_epoch = self.num_samples // self.samples_per_step
+        if not self.steps_per_epoch:
+            most = self.num_samples * data.clips_per_sample
+            raise ConfigError(
+                f"{global_batch} clips are more than the {most} of split {data.split!r}",
                 key="engine.global_batch",
                 value=global_batch,
-                hint=f"use at most {self.num_samples}",
+                hint=f"use at most {most}",
             )
-        self.order: Order
-        if data.order == "global":
-            self.order = GlobalOrder(self.num_samples, seed)
-        else:
-            self.order = WindowedOrder(self.dataset.shard_ranges, seed, data.streams, data.window_samples)
-        self._read = self._failed = self._failed_in_row = 0
+        self.order = order_of(self.dataset)
+        self.fingerprint = sequence_identity(self.dataset)
+        self._failures = FailureCount(data)
 
     def requests(self, *, start_step: int, stop_step: int) -> Iterator[Request]:
         """The micro-batches of optimizer steps [start, stop); the tail of an epoch below G samples is left out."""
+        samples = self.micro_batch // self.data.clips_per_sample
         for step in range(start_step, stop_step):
             epoch, inside = divmod(step, self.steps_per_epoch)
             mine = rank_positions(
-                step=inside, global_batch=self.global_batch, rank=self.rank, world_size=self.world_size
+                step=inside, global_batch=self.samples_per_step, rank=self.rank, world_size=self.world_size
             )
-            for start in range(0, len(mine), self.micro_batch):
-                yield Request(epoch, tuple(mine[start : start + self.micro_batch]))
+            for start in range(0, len(mine), samples):
+                yield Request(epoch, tuple(mine[start : start + samples]))
 
     def micro_batches(self, *, start_step: int, stop_step: int) -> Iterator[ClipBatch]:
         """Micro-batches of optimizer steps [start, stop), over as many epochs as that takes.
 
         Raises:
             TooManyFailuresError: more samples failed, in a row or as a share, than the config tolerates.
+            WorkerError: the worker processes died or were silent for ``data.worker_timeout_seconds``.
         """
-        requests = list(self.requests(start_step=start_step, stop_step=stop_step))
         dataset = _Training(self.dataset, self.order)
-        batches = (
-            (dataset[r] for r in requests)
-            if self.data.workers == 0
-            else _worker_batches(dataset, requests, self.data)
+        workers = self.data.workers
+        requests = with_next(
+            self.requests(start_step=start_step, stop_step=stop_step),
+            distance=max(1, workers),
+            most=self.data.read_ahead,
         )
+        batches: Iterator[ClipBatch | TooManyFailuresError]
+        if workers == 0:
+            batches = (dataset[request] for request in requests)
+        else:
+            batches = batches_from_workers(
+                dataset, requests, data=self.data, workers=workers, describe=self._describe
+            )
         for batch in batches:
-            self._count(batch)
+            if isinstance(batch, TooManyFailuresError):
+                raise batch
+            self._failures.count(batch)
             yield batch
 
-    def _count(self, batch: ClipBatch) -> None:
-        self._read += len(batch.labels)
-        self._failed += len(batch.failed)
-        self._failed_in_row = self._failed_in_row + len(batch.failed) if batch.failed else 0
-        too_many = self._read >= 100 and self._failed > self.data.max_failed_share * self._read
-        if self._failed_in_row > self.data.max_failed_in_row or too_many:
-            raise TooManyFailuresError(
-                f"{self._failed} of {self._read} samples could not be read (the last: {batch.failed[-1]}); "
-                f"run `cliplift verify` on {', '.join(self.data.shards)}, or raise data.max_failed_share"
-            )
+    def _describe(self, request: Request) -> str:
+        names = [
+            self.dataset.name_of(self.order.draw(request.epoch, at).sample) for at in request.positions[:3]
+        ]
+        more = len(request.positions) - len(names)
+        return ", ".join(names) + (f" and {more} more" if more else "")
 
     def close(self) -> None:
         self.dataset.close()
+
+
+def order_of(source: ClipSource) -> Order | BalancedOrder:
+    """The order of a source's samples that its config asks for."""
+    data, seed = source.data, source.seed
+    if data.class_balanced:
+        return BalancedOrder(source.labels, seed)
+    if data.weights is None:
+        return _plain_order(data, source.shard_ranges, len(source), seed)
+    parts = [
+        _plain_order(data, one.shard_ranges, len(one), mix(seed, number))
+        for number, one in enumerate(source.sets)
+    ]
+    return Mixture(parts, data.weights, seed)
+
+
+def _plain_order(
+    data: DataConfig, shard_ranges: Iterable[tuple[int, int]], num_samples: int, seed: int
+) -> GlobalOrder | WindowedOrder:
+    if data.order == "global":
+        return GlobalOrder(num_samples, seed)
+    return WindowedOrder(list(shard_ranges), seed, data.streams, data.window_samples)
+
+
+def sequence_identity(source: ClipSource) -> str:
+    """Everything but seed and batch that decides which sample comes when: what a resumed run must not change."""
+    data = source.data
+    order = (
+        f"windowed, {data.streams} streams of {data.window_samples}" if data.order == "windowed" else "global"
+    )
+    order = "class-balanced" if data.class_balanced else order
+    weights = "" if data.weights is None else f", weights {':'.join(f'{w:g}' for w in data.weights)}"
+    repeated = f", {data.clips_per_sample} clips a sample" if data.clips_per_sample > 1 else ""
+    return f"{source.fingerprint} ({order}{weights}{repeated})"
+
+
+def with_next(requests: Iterator[Request], *, distance: int, most: int) -> Iterator[Request]:
+    """Each request with the first positions of the one ``distance`` later, which the same process will get.
+
+    PyTorch deals requests to workers in turn. Were it to deal them otherwise, reading would be slower, not different.
+    """
+    waiting: deque[Request] = deque()
+    for request in requests:
+        waiting.append(request)
+        if len(waiting) > distance:
+            yield waiting.popleft()._replace(
+                next_epoch=request.epoch, next_positions=request.positions[:most]
+            )
+    yield from waiting
+
+
+class ViewsRequest(NamedTuple):
+    """Samples whose views make a batch, and what the same process will be asked for next."""
+
+    samples: tuple[int, ...]
+    following: tuple[int, ...] = ()
 
 
 class _TestViews(Dataset[ClipBatch]):
     def __init__(self, source: ClipSource) -> None:
         self.source = source
 
-    def __getitem__(self, samples: tuple[int, ...]) -> ClipBatch:
-        return merged([self.source.test_views(index) for index in samples])
+    def __getitem__(self, request: ViewsRequest) -> ClipBatch:
+        self.source.expect((*request.samples, *request.following))
+        return merged([self.source.test_views(index) for index in request.samples])
 
 
 class EvalLoader:
@@ -194,41 +304,30 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[ClipBatch]:
         step = self._samples_per_batch
-        requests = [tuple(self._mine[start : start + step]) for start in range(0, len(self._mine), step)]
+        batches = [tuple(self._mine[start : start + step]) for start in range(0, len(self._mine), step)]
+        workers = min(self.data.workers, len(batches))
+        later = [*batches[max(1, workers) :], *[()] * max(1, workers)]
+        requests = [
+            ViewsRequest(samples, following[: self.data.read_ahead])
+            for samples, following in zip(batches, later, strict=False)
+        ]
         dataset = _TestViews(self.dataset)
-        if self.data.workers == 0:
-            return (dataset[samples] for samples in requests)
-        return _worker_batches(dataset, requests, self.data)
+        if not workers:
+            return (dataset[request] for request in requests)
+        return batches_from_workers(
+            dataset,
+            requests,
+            data=self.data,
+            workers=workers,
+            describe=lambda request: ", ".join(map(self.dataset.name_of, request.samples[:3])),
+        )
 
     def fillers(self) -> Iterator[ClipBatch]:
         """Batches to run and forget, so that every rank makes as many forward passes as the busiest one.
 
         ZeRO stage 3 gathers weights in each forward pass with all ranks; one that makes fewer passes hangs the rest.
         """
-        return (_TestViews(self.dataset)[tuple(self._first)] for _ in range(self._missing))
+        return (_TestViews(self.dataset)[ViewsRequest(tuple(self._first))] for _ in range(self._missing))
 
     def close(self) -> None:
         self.dataset.close()
-
-
-def _worker_batches(
-    dataset: Dataset[ClipBatch], requests: Sequence[Any], data: DataConfig
-) -> Iterator[ClipBatch]:
-    """Batches from worker processes, in the order asked for. A silent worker is an error after the time limit."""
-    loader = DataLoader(
-        dataset,
-        sampler=requests,
-        batch_size=None,
-        num_workers=min(data.workers, max(1, len(requests))),
-        prefetch_factor=data.prefetch_batches,
-        timeout=data.worker_timeout_seconds,
-        # A fork would copy open remote connections and the threads of the parent; a fork server has neither.
-        multiprocessing_context="forkserver",
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_one_thread,
-    )
-    return iter(loader)
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)

@@ -39,6 +39,9 @@ def training_box(
         return _five(height, width, side)[int(rng.integers(5))]
     side = _crop_side(data, height, width)
     if augment.crop == "random":
+        if augment.short_side_pixels is not None:
+            low, high = augment.short_side_pixels
+            side = _crop_side(data, height, width, resized=int(rng.integers(low, high + 1)))
         top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
         return Box(top, left, side, side)
     return _five(height, width, side)[-1]
@@ -74,9 +77,9 @@ def view_boxes(data: DataConfig, *, height: int, width: int, crops: int) -> list
     return five + [Box(b.top, b.left, b.height, b.width, flip=True) for b in five]
 
 
-def _crop_side(data: DataConfig, height: int, width: int) -> int:
+def _crop_side(data: DataConfig, height: int, width: int, *, resized: int | None = None) -> int:
     """Side of the crop before resizing: the crop's share of the resized short side, of the stored short side."""
-    resized = data.resize_short_side_pixels or round(data.crop_pixels * 8 / 7)
+    resized = resized or data.resize_short_side_pixels or round(data.crop_pixels * 8 / 7)
     short = min(height, width)
     return max(1, min(short, round(short * data.crop_pixels / resized)))
 

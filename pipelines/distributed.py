@@ -1,7 +1,7 @@
 """Ranks and the collectives the stages need. One process or many; gloo on CPU, NCCL on CUDA.
 
-The same code runs as plain ``python``, under ``torchrun``, under the ``deepspeed`` launcher and under Slurm: they all
-say rank and world size in environment variables, and :func:`start` reads them.
+The same code runs as plain ``python``, under ``torchrun``, the ``deepspeed`` launcher, ``srun`` and MPI launchers: they
+all say rank and world size in environment variables, and :func:`start` reads them (``ranks.py``).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig
+from cliplift.pipelines.ranks import Place, find_place
 
 V = TypeVar("V")
 
@@ -44,34 +45,20 @@ def start(engine: EngineConfig) -> Topology:
     Raises:
         ConfigError: CUDA was asked for and there is no GPU, or the environment names a rank outside the world.
     """
-    rank, world_size, local_rank = ranks(os.environ)
-    device = _device(engine, local_rank)
+    place = find_place(os.environ)
+    device = _device(engine, place.local_rank)
     if not dist.is_initialized():
         _quiet()
-        _init_process_group(engine, device, rank=rank, world_size=world_size)
+        _init_process_group(engine, device, place)
     return Topology(
-        rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=local_rank, device=device
+        rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=place.local_rank, device=device
     )
 
 
-def ranks(environment: Any) -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun's and deepspeed's variables, else Slurm's, else one process."""
-    names = (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-    )
-    for rank, world, local in names:
-        # A Slurm step that runs torchrun or an interactive shell has SLURM_NTASKS without a step's task id.
-        if rank in environment and world in environment:
-            found = int(environment[rank]), int(environment[world]), int(environment.get(local, 0))
-            if not 0 <= found[0] < found[1]:
-                raise ConfigError(
-                    f"{rank}={found[0]} is outside {world}={found[1]}",
-                    file="environment",
-                    hint="start it with torchrun",
-                )
-            return found
-    return 0, 1, 0
+def leave() -> None:
+    """Leave the process group at the end of a process; left standing, gloo's threads may abort the exit (-6)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _device(engine: EngineConfig, local_rank: int) -> torch.device:
@@ -88,21 +75,22 @@ def _device(engine: EngineConfig, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _init_process_group(engine: EngineConfig, device: torch.device, *, rank: int, world_size: int) -> None:
+def _init_process_group(engine: EngineConfig, device: torch.device, place: Place) -> None:
     """DeepSpeed's process group, without the compile stall of its CPU operators."""
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; it means nothing without a rank
     backend = "gloo" if device.type == "cpu" else "nccl"
     timeout = timedelta(seconds=engine.collective_timeout_seconds)
-    if world_size == 1:
+    if place.world_size == 1:
         # A world of one meets in memory: no port to collide on, nothing in the environment for children to inherit.
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
-        os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world_size)
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
+        os.environ["RANK"], os.environ["WORLD_SIZE"] = str(place.rank), str(place.world_size)
+        os.environ["LOCAL_RANK"] = str(place.local_rank)
+        os.environ.setdefault("MASTER_ADDR", place.master_address)
+        os.environ.setdefault("MASTER_PORT", str(place.master_port))
     import deepspeed
 
     if device.type == "cpu":
@@ -112,8 +100,8 @@ def _init_process_group(engine: EngineConfig, device: torch.device, *, rank: int
         timeout=timeout,
         verbose=False,
         auto_mpi_discovery=False,
-        rank=rank,
-        world_size=world_size,
+        rank=place.rank,
+        world_size=place.world_size,
     )
 
 

@@ -31,6 +31,7 @@ from cliplift.pipelines.metrics import (
     bootstrap_interval,
     confusion_matrix,
     expected_calibration_error,
+    global_average_precision,
     mean_average_precision,
     mean_class_accuracy,
     top_k_accuracy,
@@ -141,9 +142,19 @@ def classification_metrics(predictions: Predictions) -> dict[str, float]:
     if predictions.targets is not None:
         return {
             "mean_average_precision": mean_average_precision(predictions.probabilities, predictions.targets),
+            "global_average_precision": global_average_precision(
+                predictions.probabilities, predictions.targets
+            ),
             "samples": float(len(predictions.keys)),
         }
     scores, labels = predictions.probabilities, predictions.labels
+    unlabelled = int((labels < 0).sum())
+    if unlabelled:
+        raise ConfigError(
+            f"has {unlabelled} of {len(labels)} samples without a label, so there is no accuracy of it",
+            key="split",
+            hint="evaluate a labelled split; `cliplift predict` classifies unlabelled videos",
+        )
     K = scores.shape[1]
     confusion = confusion_matrix(scores.argmax(axis=1), labels, num_classes=K)
     right = (scores.argmax(axis=1) == labels).astype(np.float64)

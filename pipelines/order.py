@@ -1,18 +1,21 @@
 """The order of samples: a pure function of (seed, epoch, position), independent of ranks, workers and batches.
 
-Two orders, both bijections of the N samples of an epoch:
+Two orders, both bijections of the N samples of an epoch, and a weighted mixture of them:
 
 * ``windowed`` (default): shards are permuted and dealt to S streams; each stream shuffles inside windows of its
   samples; positions go round-robin over the streams. Reads stay near each other.
 * ``global``: a seeded permutation of all samples, computed point by point in O(1) memory (a Feistel network with
   cycle walking, Black and Rogaway 2002), so that 10^9 samples cost nothing.
+* ``Mixture``: several of these side by side, each with its share of the positions.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,12 +41,22 @@ def generator(*words: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=mix(*words)))
 
 
+class Draw(NamedTuple):
+    """A sample, and the pass over its data in which it is drawn: together the source of its random numbers."""
+
+    sample: int
+    epoch: int
+
+
 @dataclass(frozen=True)
 class GlobalOrder:
     """A permutation of N samples for every epoch, evaluated point by point."""
 
     num_samples: int
     seed: int
+
+    def draw(self, epoch: int, position: int) -> Draw:
+        return Draw(self.sample(epoch, position), epoch)
 
     def sample(self, epoch: int, position: int) -> int:
         """The sample at a position of an epoch."""
@@ -55,6 +68,10 @@ class GlobalOrder:
             if value < self.num_samples:
                 return value
 
+    def near(self, position: int) -> range:
+        """Positions that may stand in for this one: all of them, as reads are spread over everything anyway."""
+        return range(self.num_samples)
+
     def _feistel(self, value: int, half: int, epoch: int) -> int:
         mask = (1 << half) - 1
         left, right = value >> half, value & mask
@@ -63,56 +80,171 @@ class GlobalOrder:
         return (left << half) | right
 
 
-@dataclass(frozen=True)
 class WindowedOrder:
-    """Shuffled shards, S streams, shuffled windows: local reads, and still every sample once an epoch."""
+    """Shuffled shards, S streams, shuffled windows: local reads, and still every sample once an epoch.
 
-    shard_ranges: tuple[tuple[int, int], ...]
-    seed: int
-    streams: int
-    window_samples: int
+    Positions are computed one by one from tables of the shards and of the open windows, so that memory does not grow
+    with the samples.
 
-    @property
-    def num_samples(self) -> int:
-        return sum(stop - start for start, stop in self.shard_ranges)
+    Args:
+        shard_ranges: (K, 2) first sample of each of K shards, and the one after its last.
+        seed: of all permutations.
+        streams: S, shards read side by side.
+        window_samples: neighbouring samples of a stream that are shuffled together.
+    """
+
+    def __init__(self, shard_ranges: npt.ArrayLike, seed: int, streams: int, window_samples: int) -> None:
+        self.ranges: Ints = np.asarray(shard_ranges, dtype=np.int64).reshape(-1, 2)
+        self.seed, self.streams, self.window_samples = seed, streams, window_samples
+        self.num_samples = int((self.ranges[:, 1] - self.ranges[:, 0]).sum())
+        self._epochs: OrderedDict[int, _DealtShards] = OrderedDict()
+        self._windows: OrderedDict[tuple[int, int, int], Ints] = OrderedDict()
+
+    def draw(self, epoch: int, position: int) -> Draw:
+        return Draw(self.sample(epoch, position), epoch)
 
     def sample(self, epoch: int, position: int) -> int:
-        return int(_windowed_epoch(self, epoch)[position])
-
-
-@lru_cache(maxsize=4)
-def _windowed_epoch(order: WindowedOrder, epoch: int) -> Ints:
-    """All samples of an epoch in order, 8 bytes each; two epochs are alive around an epoch's end."""
-    rng = generator(order.seed, epoch, 1)
-    dealt: list[list[Ints]] = [[] for _ in range(order.streams)]
-    for place, shard in enumerate(rng.permutation(len(order.shard_ranges))):
-        start, stop = order.shard_ranges[shard]
-        dealt[place % order.streams].append(np.arange(start, stop, dtype=np.int64))
-    streams = [
-        _shuffled_windows(
-            np.concatenate(parts), order.window_samples, generator(order.seed, epoch, 2, number)
+        """The sample at a position of an epoch."""
+        dealt = self._dealt(epoch)
+        stream, turn = dealt.place(position)
+        window, inside = divmod(turn, self.window_samples)
+        first = window * self.window_samples
+        shuffled = self._shuffled(
+            epoch, stream, window, min(self.window_samples, int(dealt.lengths[stream]) - first)
         )
-        for number, parts in enumerate(dealt)
-        if parts
-    ]
-    return _round_robin(streams)
+        return dealt.sample(stream, first + int(shuffled[inside]))
+
+    def near(self, position: int) -> range:
+        """Positions read at about the same time as this one: the same windows of all streams."""
+        size = self.streams * self.window_samples
+        start = position // size * size
+        return range(start, min(start + size, self.num_samples))
+
+    def _dealt(self, epoch: int) -> _DealtShards:
+        if epoch not in self._epochs:
+            while len(self._epochs) > 1:  # two epochs are alive around an epoch's end
+                self._epochs.popitem(last=False)
+            self._epochs[epoch] = _DealtShards(
+                self.ranges, self.streams, generator(self.seed, epoch, 1).permutation(len(self.ranges))
+            )
+        return self._epochs[epoch]
+
+    def _shuffled(self, epoch: int, stream: int, window: int, size: int) -> Ints:
+        key = (epoch, stream, window)
+        found = self._windows.get(key)
+        if found is None:
+            words = (self.seed, epoch, 2, stream, *((window,) if window else ()))
+            found = generator(*words).permutation(np.arange(size, dtype=np.int64))
+            while len(self._windows) > 2 * self.streams:
+                self._windows.popitem(last=False)
+            self._windows[key] = found
+        return found
 
 
-def _shuffled_windows(samples: Ints, window: int, rng: np.random.Generator) -> Ints:
-    return np.concatenate(
-        [rng.permutation(samples[start : start + window]) for start in range(0, len(samples), window)]
-    )
+class _DealtShards:
+    """The shards of one epoch, dealt to streams, and where each position falls."""
+
+    def __init__(self, ranges: Ints, streams: int, permutation: Ints) -> None:
+        shuffled = ranges[permutation]
+        streams = min(streams, len(ranges))
+        self._firsts = [shuffled[number::streams, 0] for number in range(streams)]
+        sizes = shuffled[:, 1] - shuffled[:, 0]
+        self._stops = [np.cumsum(sizes[number::streams]) for number in range(streams)]
+        self.lengths = np.array([stops[-1] for stops in self._stops], dtype=np.int64)
+        # Positions go round the streams; one that ends leaves the round. Between two ends the round is the same.
+        ends = np.unique(self.lengths)
+        self._turns = np.concatenate([[0], ends[:-1]])
+        self._rounds = [np.flatnonzero(self.lengths > turn) for turn in self._turns]
+        counts = np.array([len(members) for members in self._rounds], dtype=np.int64)
+        self._bases = np.concatenate([[0], np.cumsum(counts * (ends - self._turns))])
+
+    def place(self, position: int) -> tuple[int, int]:
+        """(stream, turn) of a position."""
+        if not 0 <= position < self._bases[-1]:
+            raise IndexError(f"position {position} of {self._bases[-1]}")
+        part = int(np.searchsorted(self._bases, position, side="right")) - 1
+        members = self._rounds[part]
+        turn, member = divmod(position - int(self._bases[part]), len(members))
+        return int(members[member]), int(self._turns[part]) + turn
+
+    def sample(self, stream: int, number: int) -> int:
+        """The number-th sample of a stream, before its windows are shuffled."""
+        shard = int(np.searchsorted(self._stops[stream], number, side="right"))
+        before = int(self._stops[stream][shard - 1]) if shard else 0
+        return int(self._firsts[stream][shard]) + number - before
 
 
-def _round_robin(streams: Sequence[Ints]) -> Ints:
-    """One sample of each stream in turn; a stream that ends leaves the round."""
-    turn = np.concatenate([np.arange(len(stream)) for stream in streams])
-    which = np.concatenate([np.full(len(stream), number) for number, stream in enumerate(streams)])
-    ordered: Ints = np.concatenate(streams)[np.lexsort((which, turn))]
-    return ordered
+class Mixture:
+    """Several orders read as one, each with a fixed share of the positions.
+
+    Every block of :data:`BLOCK` positions gives each part its share exactly, in an order drawn anew and spread evenly.
+    Positions count on from epoch to epoch, and each part is walked through from its first position to its last before
+    it starts its next pass; so no sample of a part comes a second time before all others of it came.
+
+    Args:
+        parts: the orders; their samples are numbered one part after the other.
+        weights: relative shares, one a part.
+        seed: of the dealing.
+
+    Raises:
+        ValueError: a weight is below half a thousandth of the sum.
+    """
+
+    def __init__(
+        self, parts: Sequence[GlobalOrder | WindowedOrder], weights: Sequence[float], seed: int
+    ) -> None:
+        self.parts, self.seed = tuple(parts), seed
+        self.quotas = quotas(weights)
+        self.num_samples = sum(part.num_samples for part in parts)
+        self._starts = [0, *itertools.accumulate(part.num_samples for part in parts)]
+        self._blocks: OrderedDict[int, tuple[Ints, Ints]] = OrderedDict()
+
+    def draw(self, epoch: int, position: int) -> Draw:
+        block, inside = divmod(epoch * self.num_samples + position, BLOCK)
+        which, before = self._dealt(block)
+        part = int(which[inside])
+        drawn = block * int(self.quotas[part]) + int(before[inside])
+        passes, at = divmod(drawn, self.parts[part].num_samples)
+        return Draw(self._starts[part] + self.parts[part].sample(passes, at), passes)
+
+    def near(self, position: int) -> range:
+        """Positions dealt together with this one."""
+        start = position // BLOCK * BLOCK
+        return range(start, min(start + BLOCK, self.num_samples))
+
+    def _dealt(self, block: int) -> tuple[Ints, Ints]:
+        """(BLOCK,) the part of each position of a block, and how often it came before in the block."""
+        if block not in self._blocks:
+            rng = generator(self.seed, block, 3)
+            parts = np.repeat(np.arange(len(self.quotas)), self.quotas)
+            counts = np.concatenate([np.arange(quota) for quota in self.quotas])
+            # Turn i of n lies at random in the i-th of n equal parts of the block: even, yet without a rhythm that
+            # could meet the ranks' (every second position to one rank).
+            at = (counts + rng.random(BLOCK)) / self.quotas[parts]
+            order = np.lexsort((parts, at))
+            while len(self._blocks) > 3:
+                self._blocks.popitem(last=False)
+            self._blocks[block] = parts[order], counts[order]
+        return self._blocks[block]
 
 
-Order = GlobalOrder | WindowedOrder
+BLOCK = 1000
+
+
+def quotas(weights: Sequence[float]) -> Ints:
+    """How many of :data:`BLOCK` positions each weight gives: rounded down, the rest to the largest remainders."""
+    exact = np.asarray(weights, dtype=np.float64) / sum(weights) * BLOCK
+    whole = np.floor(exact).astype(np.int64)
+    largest = np.argsort(whole - exact, kind="stable")[: BLOCK - int(whole.sum())]
+    whole[largest] += 1
+    if (whole == 0).any():
+        raise ValueError(
+            f"weight {weights[int(np.argmin(whole))]} is less than 1/{BLOCK} of the sum of weights"
+        )
+    return whole
+
+
+Order = GlobalOrder | WindowedOrder | Mixture
 
 
 def rank_positions(*, step: int, global_batch: int, rank: int, world_size: int) -> range:

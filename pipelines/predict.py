@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import fsspec
@@ -18,17 +15,14 @@ from torch import nn
 
 from cliplift.configs.data import AugmentConfig, DataConfig, SamplingConfig, ViewsConfig
 from cliplift.configs.runs import PredictRun
-from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig
 from cliplift.pipelines.augment import DeviceAugment
-from cliplift.pipelines.clips import clips_of_video
+from cliplift.pipelines.clip_batch import ClipBatch
+from cliplift.pipelines.clip_source import clips_of_video
 from cliplift.pipelines.distributed import start
 from cliplift.pipelines.evaluate import load_finished
+from cliplift.pipelines.video_views import local_copy, sliding_windows, video_names
 from cliplift.sharding.video import VideoDecodeError
-
-VIDEO_SUFFIXES = frozenset(
-    {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"}
-)
 
 
 def run_predict(run: PredictRun) -> int:
@@ -36,22 +30,27 @@ def run_predict(run: PredictRun) -> int:
     topology = start(EngineConfig(device=run.device, zero_stage=0))
     network, _, card = load_finished(run.run)
     network = network.to(topology.device).eval()
-    classes = tuple(card.get("classes", ())) or tuple(f"class {k}" for k in range(int(network.num_classes)))  # type: ignore[arg-type]
-    data = _data(card, network, run.views)
+    classes = class_names(card, network)
+    data = data_of(card, network, run.views)
     failed, records = 0, []
-    for video in _videos(run.videos):
+    for video in video_names(run.videos):
         try:
-            probabilities = _classified(network, video, data, topology.device)
+            probabilities, windows = _classified(network, video, data, run, topology.device)
         except (VideoDecodeError, OSError) as error:
             print(f"cliplift: {video}: cannot be read: {error}", file=sys.stderr)
             failed += 1
             continue
         record = _record(video, probabilities, classes, run.top)
+        print(f"{video}  {_line(record)}", flush=True)
+        if windows:
+            parts = [(begin, end, _record(video, one, classes, run.top)) for begin, end, one in windows]
+            record["windows"] = [
+                {"start_seconds": round(begin, 3), "end_seconds": round(end, 3), "top": part["top"]}
+                for begin, end, part in parts
+            ]
+            for begin, end, part in parts:
+                print(f"  {begin:8.2f} s to {end:8.2f} s  {_line(part)}", flush=True)
         records.append(record)
-        print(
-            f"{video}  " + "  ".join(f"{c['class']} {c['probability']:.3f}" for c in record["top"]),
-            flush=True,
-        )
     if run.output is not None:
         with fsspec.open(run.output, "wt", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -59,11 +58,8 @@ def run_predict(run: PredictRun) -> int:
 
 
 @torch.no_grad()
-def classify_video(
-    network: nn.Module, video: Path, data: DataConfig, *, device: torch.device
-) -> npt.NDArray[np.float32]:
-    """(K,) class probabilities of a video file, averaged over its views. Raises VideoDecodeError."""
-    batch = clips_of_video(video, data).to(device)
+def classify(network: nn.Module, batch: ClipBatch, data: DataConfig) -> npt.NDArray[np.float32]:
+    """(K,) class probabilities averaged over a batch's views."""
     scores = network(DeviceAugment(data.augment, network.input_spec, training=False)(batch)).float()
     if data.views.average == "probabilities":
         mean = scores.softmax(dim=1).mean(dim=0)
@@ -73,7 +69,13 @@ def classify_video(
     return probabilities
 
 
-def _data(card: Mapping[str, Any], network: nn.Module, views: ViewsConfig) -> DataConfig:
+def class_names(card: Mapping[str, Any], network: nn.Module) -> tuple[str, ...]:
+    """The classes of a model's card, or numbered ones where it names none."""
+    named = tuple(card.get("classes", ()))
+    return named or tuple(f"class {k}" for k in range(int(network.num_classes)))  # type: ignore[arg-type]
+
+
+def data_of(card: Mapping[str, Any], network: nn.Module, views: ViewsConfig) -> DataConfig:
     """The sampling and crop the model was trained with, from its card; its InputSpec where the card is silent."""
     spec = network.input_spec
     sampling = card.get("sampling") or {"frames": spec.frames, "stride": spec.frame_stride}  # type: ignore[union-attr]
@@ -91,32 +93,27 @@ def _data(card: Mapping[str, Any], network: nn.Module, views: ViewsConfig) -> Da
     )
 
 
-def _videos(names: tuple[str, ...]) -> Iterator[str]:
-    """Files as given, folders expanded to the videos below them in sorted order."""
-    if not names:
-        raise ConfigError("names no video", key="videos", hint="give files or folders after the run")
-    for name in names:
-        path = Path(name)
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
-            if not inside:
-                raise ConfigError(f"{name!r} holds no video file", key="videos", value=name)
-            yield from map(str, inside)
-        else:
-            yield name
-
-
 def _classified(
-    network: nn.Module, video: str, data: DataConfig, device: torch.device
-) -> npt.NDArray[np.float32]:
-    """A local file as it is; anything behind a URL through a temporary copy."""
-    if "://" not in video:
-        return classify_video(network, Path(video), data, device=device)
-    with tempfile.NamedTemporaryFile(suffix=Path(video).suffix) as copy:
-        with fsspec.open(video, "rb") as file:
-            shutil.copyfileobj(file, copy)
-        copy.flush()
-        return classify_video(network, Path(copy.name), data, device=device)
+    network: nn.Module, video: str, data: DataConfig, run: PredictRun, device: torch.device
+) -> tuple[npt.NDArray[np.float32], list[tuple[float, float, npt.NDArray[np.float32]]]]:
+    """A video's probabilities, and with ``window_seconds`` those of its windows, whose mean the former then are."""
+    with local_copy(video) as path:
+        if run.window_seconds is None:
+            return classify(network, clips_of_video(path, data).to(device), data), []
+        windows = [
+            (start, end, classify(network, batch.to(device), data))
+            for start, end, batch in sliding_windows(
+                path,
+                data,
+                window_seconds=run.window_seconds,
+                stride_seconds=run.window_stride_seconds or run.window_seconds / 2,
+            )
+        ]
+        return np.mean([one for _, _, one in windows], axis=0), windows
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return "  ".join(f"{c['class']} {c['probability']:.3f}" for c in record["top"])
 
 
 def _record(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,20 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cliplift.configs.load import dump_run
-from cliplift.configs.runs import ClassificationRun, FinetuneRun, TransferRun
+from cliplift.configs.runs import ClassificationRun, FinetuneRun, PretrainRun, TransferRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model
 from cliplift.models.hub import save_pretrained
 from cliplift.models.registry import ModelError, model_entry
 from cliplift.pipelines import transfer
+from cliplift.pipelines.agreement import agree_on_run, agreed_data
 from cliplift.pipelines.classification import ClassificationTask
 from cliplift.pipelines.clips import ClipLoader
 from cliplift.pipelines.deepspeed_config import batch_split, deepspeed_config
 from cliplift.pipelines.distributed import Topology, barrier, start
 from cliplift.pipelines.engine import fit
+from cliplift.pipelines.forecast import ForecastTask, build_forecaster, forecaster_options
+from cliplift.pipelines.ranks import find_place
 from cliplift.pipelines.run_folder import RunFolder
 from cliplift.pipelines.tracking import Tracker
 from cliplift.pipelines.training_task import FitResult
@@ -50,6 +54,7 @@ def run_stage(run: TransferRun | ClassificationRun, *, command: Sequence[str]) -
     stage = str(run.stage)
     check_model(run)
     topology = start(run.engine)
+    agree_on_run(run, topology)
     folder = RunFolder.create(run.output, writes=topology.rank == 0)
     done = folder.result()
     if done is not None and run.checkpoint.resume == "auto":
@@ -59,11 +64,8 @@ def run_stage(run: TransferRun | ClassificationRun, *, command: Sequence[str]) -
         )
         return StageResult(folder.path, done["metrics"], seconds=done["seconds"])
     folder.write_start(run, stage=stage, name=run.name, command=command, world_size=topology.world_size)
-    torch.manual_seed(run.seed)
-    torch.use_deterministic_algorithms(run.engine.deterministic, warn_only=True)
-    # Filling every new tensor guards against reading memory nobody wrote; it costs most of a CPU step.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    loader = _loader(run, topology)
+    _seed(run)
+    loader = agreed_data(lambda: _loader(run, topology), lambda made: made.fingerprint, topology)
     try:
         task = _task(run, loader, topology)
         tracker = Tracker(run, stage=stage, folder=folder.path, topology=topology)
@@ -91,11 +93,45 @@ def run_stage(run: TransferRun | ClassificationRun, *, command: Sequence[str]) -
             model=run.model.name,
         )
         tracker.summary(metrics)
+        tracker.artifacts(shards=_shard_urls(run), fingerprint=loader.fingerprint, weights=folder.weights)
         tracker.finish()
     finally:
         loader.close()
     barrier(topology)
     return StageResult(folder.path, metrics, seconds=seconds)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A stage ready to train. The caller closes the loader."""
+
+    topology: Topology
+    loader: ClipLoader
+    task: Any
+
+
+def prepare(run: TransferRun | ClassificationRun) -> Prepared:
+    """Everything of a stage but its folder, tracker and training loop.
+
+    Raises:
+        ConfigError: the run cannot work as configured; the error names the key.
+    """
+    check_model(run)
+    topology = start(run.engine)
+    _seed(run)
+    loader = agreed_data(lambda: _loader(run, topology), lambda made: made.fingerprint, topology)
+    try:
+        return Prepared(topology, loader, _task(run, loader, topology))
+    except BaseException:
+        loader.close()
+        raise
+
+
+def _seed(run: TransferRun | ClassificationRun) -> None:
+    torch.manual_seed(run.seed)
+    torch.use_deterministic_algorithms(run.engine.deterministic, warn_only=True)
+    # Filling every new tensor guards against reading memory nobody wrote; it costs most of a CPU step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -110,8 +146,10 @@ class _Ended:
 def dry_run(run: TransferRun | ClassificationRun) -> str:
     """The resolved config and the DeepSpeed dictionary derived from it, as text."""
     check_model(run)
-    derived = deepspeed_config(run, world_size=1)
-    return f"{dump_run(run)}\n# DeepSpeed, derived for 1 process:\n{json.dumps(derived, indent=2)}"
+    world_size = find_place(os.environ).world_size
+    derived = deepspeed_config(run, world_size=world_size)
+    processes = "1 process" if world_size == 1 else f"{world_size} processes"
+    return f"{dump_run(run)}\n# DeepSpeed, derived for {processes}:\n{json.dumps(derived, indent=2)}"
 
 
 def check_model(run: TransferRun | ClassificationRun) -> None:
@@ -142,6 +180,8 @@ def _task(run: TransferRun | ClassificationRun, loader: ClipLoader, topology: To
     try:
         if isinstance(run, TransferRun):
             return transfer.TransferTask(run, topology=topology)
+        if isinstance(run, PretrainRun) and run.objective == "forecast":
+            return ForecastTask(run, topology=topology)
         return ClassificationTask(run, classes=loader.classes, topology=topology)
     except ModelError as error:
         raise ConfigError(str(error), key="model", value=run.model.name) from None
@@ -163,18 +203,16 @@ def _conclude(ended: _Ended, folder: RunFolder, topology: Topology) -> dict[str,
     return metrics
 
 
+def _shard_urls(run: TransferRun | ClassificationRun) -> list[str]:
+    return [shards if isinstance(shards, str) else shards.url for shards in run.data.shards]
+
+
 def _save_weights(
     run: TransferRun | ClassificationRun, task: Any, weights: Mapping[str, Tensor], folder: RunFolder
 ) -> None:
     """The trained network alone, without loss and matching head, from whole fp32 tensors."""
-    classifying = isinstance(run, ClassificationRun)
-    prefix = "network." if classifying else "student."
-    network = create_model(
-        run.model.name,
-        num_classes=len(task.classes) if classifying else 0,
-        in_frames=run.data.sampling.frames,
-        **dict[str, Any](run.model.options),
-    )
+    prefix = "student." if isinstance(run, TransferRun) else "network."
+    network, options = _untrained(run, task)
     network.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
     extra: dict[str, Any] = {
         "stage": run.stage,
@@ -184,9 +222,25 @@ def _save_weights(
         "resize_short_side_pixels": run.data.resize_short_side_pixels,
         "normalize_brightness": run.data.augment.normalize_brightness,
     }
-    if isinstance(run, ClassificationRun):
+    if isinstance(task, ForecastTask):
+        extra |= {"objective": "forecast", "forecast": task.run.forecast.model_dump(mode="json")}
+    elif isinstance(run, ClassificationRun):
         extra |= {"classes": list(task.classes), "task": run.task}
-    save_pretrained(network, folder.weights, name=run.model.name, options=run.model.options, extra=extra)
+    save_pretrained(network, folder.weights, name=run.model.name, options=options, extra=extra)
+
+
+def _untrained(run: TransferRun | ClassificationRun, task: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained network's architecture, and the options it is built with."""
+    if isinstance(task, ForecastTask):
+        return build_forecaster(task.run, pretrained=None), forecaster_options(task.run)
+    options = dict[str, Any](run.model.options)
+    network = create_model(
+        run.model.name,
+        num_classes=len(task.classes) if isinstance(run, ClassificationRun) else 0,
+        in_frames=run.data.sampling.frames,
+        **options,
+    )
+    return network, options
 
 
 def _judge_transfer(run: TransferRun, metrics: Mapping[str, float], topology: Topology) -> None:

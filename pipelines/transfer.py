@@ -13,9 +13,7 @@ chance is 50 %, separate augmentation of frames and clip, a trainable projection
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -24,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cliplift.configs.data import ViewsConfig
-from cliplift.configs.runs import CorrespondenceConfig, TransferRun
+from cliplift.configs.runs import TransferRun
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import ModelConfig
 from cliplift.models import create_model
@@ -33,90 +31,13 @@ from cliplift.models.registry import InputSpec, model_entry
 from cliplift.pipelines.augment import DeviceAugment
 from cliplift.pipelines.clips import ClipBatch, EvalLoader
 from cliplift.pipelines.distributed import Topology, all_gather_tensor, gather_objects
-from cliplift.pipelines.metrics import area_under_curve, retrieval_recall
+from cliplift.pipelines.matching import matching_metrics
+from cliplift.pipelines.pairs import draw_pairs
+from cliplift.pipelines.probe import probe
+from cliplift.pipelines.supervision import SupervisionTransfer
 from cliplift.pipelines.throughput import forward_flops, training_flops
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """For clip i, column 0 of ``frames`` is its own frames' row, the others are rows of other videos."""
-
-    frames: Tensor  # int64 (B, 1 + k)
-
-    @property
-    def targets(self) -> Tensor:
-        """1 for the positive column, 0 for the negatives: int64 (B, 1 + k)."""
-        targets = torch.zeros_like(self.frames)
-        targets[:, 0] = 1
-        return targets
-
-
-def draw_pairs(*, videos: Tensor, rows: Tensor, negatives: int, seed: int, step: int) -> Pairs:
-    """Choose the frames each clip is paired with, from the whole global batch.
-
-    Args:
-        videos: int64 (G,) source video of every clip of the global batch.
-        rows: int64 (B,) this rank's rows in it.
-        negatives: k, frames of other videos per clip.
-        seed, step: the choice is a function of these and ``videos`` alone, the same on every rank.
-
-    Raises:
-        ConfigError: a clip has fewer than k clips of other videos in the batch.
-    """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    scores = torch.rand(len(videos), len(videos), generator=generator).to(videos.device)[rows]
-    same = videos[rows, None] == videos[None, :]
-    available = int((~same).sum(dim=1).min())
-    if available < negatives:
-        raise ConfigError(
-            f"a batch of {len(videos)} clips holds only {available} of other videos than one of its clips",
-            key="correspondence.negatives_per_clip",
-            value=negatives,
-            hint="use a larger engine.global_batch, or shards with more source videos",
-        )
-    chosen = scores.masked_fill(same, -1.0).topk(negatives, dim=1).indices
-    return Pairs(torch.cat([rows[:, None], chosen], dim=1))
-
-
-class SupervisionTransfer(nn.Module):
-    """Student and matching head: what is trained.
-
-    ``forward(inputs)`` takes clips (B, C, T, H, W), frame_features (G, D) of the global batch, and the pairs
-    (B, 1 + k); returns the loss and the matching accuracy of the batch.
-    """
-
-    def __init__(self, student: nn.Module, head: CorrespondenceHead, config: CorrespondenceConfig) -> None:
-        super().__init__()
-        self.student, self.head, self.config = student, head, config
-
-    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        clip_features = self.student(inputs["clips"])  # (B, D)
-        if self.config.objective == "infonce":
-            return self._contrast(clip_features, inputs)
-        logits = self.head.pair_logits(
-            clip_features, inputs["frame_features"], inputs["pairs"]
-        )  # (B, 1 + k, 2)
-        targets = inputs["targets"]
-        # One positive against k negatives: weighted so that both classes count the same in the loss.
-        negatives = targets.shape[1] - 1
-        weight = logits.new_tensor([1.0 / negatives, 1.0])
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), weight=weight.float())
-        accuracy = (logits.argmax(dim=-1) == targets).float().mean()
-        return {"loss": loss, "matching_accuracy": accuracy.detach()}
-
-    def _contrast(self, clip_features: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """InfoNCE over all frames of the global batch; frames of the same video are not negatives."""
-        clips = F.normalize(self.head.student_projection(clip_features).float(), dim=-1)
-        frames = F.normalize(self.head.teacher_projection(inputs["frame_features"]).float(), dim=-1)
-        logits = clips @ frames.T / self.config.temperature  # (B, G)
-        own = inputs["pairs"][:, 0]
-        same = inputs["clip_videos"][:, None] == inputs["frame_videos"][None, :]
-        same[torch.arange(len(own)), own] = False
-        logits = logits.masked_fill(same, -math.inf)
-        loss = F.cross_entropy(logits, own)
-        return {"loss": loss, "matching_accuracy": (logits.argmax(dim=1) == own).float().mean().detach()}
 
 
 class TransferTask:
@@ -171,6 +92,7 @@ class TransferTask:
             videos=videos,
             rows=rows,
             negatives=self.run.correspondence.negatives_per_clip,
+            same_video=self.run.correspondence.same_video_negatives,
             seed=self.run.seed,
             step=step,
         )
@@ -264,13 +186,16 @@ class TransferTask:
                 hint="shard more held-out videos",
             )
         device = topology.device
-        return matching_metrics(
+        metrics = matching_metrics(
             self.module,
             clips=torch.stack([row[2] for row in everything]).to(device),
             frames=torch.stack([row[3] for row in everything]).to(device),
             videos=torch.tensor([row[1] for row in everything], device=device),
             seed=self.run.seed,
         )
+        if self.run.probe is not None:
+            metrics |= probe(self.module.student, self.run, self.run.probe, topology=topology)
+        return metrics
 
 
 def subsampled(batch: ClipBatch, frames: int | None) -> ClipBatch:
@@ -304,45 +229,6 @@ def recropped(clips: Tensor, draws: Tensor, *, smallest: float = 0.7) -> Tensor:
         clips.reshape(B, C * X, H, W), grid, mode="bilinear", padding_mode="reflection", align_corners=False
     )
     return flat.reshape(B, C, X, H, W)
-
-
-@torch.no_grad()
-def matching_metrics(
-    module: SupervisionTransfer, *, clips: Tensor, frames: Tensor, videos: Tensor, seed: int
-) -> dict[str, float]:
-    """Matching numbers of N held-out clips (N, Dc) and their frames' features (N, Df).
-
-    ``matching_accuracy``: one positive and one negative per clip, so the prior is exactly 0.5.
-    ``above_chance_sigmas``: its distance from the prior in standard errors of a fair coin over the same pairs.
-    ``recall_at_1``, ``recall_at_5``: clip -> frame retrieval among all N held-out clips.
-    """
-    N = len(clips)
-    rows = torch.arange(N, device=clips.device)
-    pairs = draw_pairs(videos=videos, rows=rows, negatives=1, seed=seed, step=0)
-    scores = module_scores(module, clips, frames)  # (N, N)
-    chosen = scores.gather(1, pairs.frames)
-    right = (chosen > 0) == (pairs.targets == 1)
-    accuracy = right.float().mean().item()
-    return {
-        "matching_accuracy": accuracy,
-        "matching_prior": 0.5,
-        "above_chance_sigmas": (accuracy - 0.5) / (0.5 / math.sqrt(right.numel())),
-        "auc": area_under_curve(chosen.flatten().cpu().numpy(), pairs.targets.flatten().cpu().numpy()),
-        "recall_at_1": retrieval_recall(scores.cpu().numpy(), k=1),
-        "recall_at_5": retrieval_recall(scores.cpu().numpy(), k=5),
-        "held_out_clips": float(N),
-    }
-
-
-def module_scores(module: SupervisionTransfer, clips: Tensor, frames: Tensor) -> Tensor:
-    """Matching score of every clip with every frame row, (N, N); above 0 means "belongs"."""
-    if module.config.objective == "infonce":
-        left = F.normalize(module.head.student_projection(clips).float(), dim=-1)
-        right = F.normalize(module.head.teacher_projection(frames).float(), dim=-1)
-        similarity = left @ right.T
-        # InfoNCE has no threshold of its own: centred on the mean over all pairs.
-        return similarity - similarity.mean()
-    return module.head.score_matrix(clips, frames, chunk=16).float()
 
 
 def _build_teacher(run: TransferRun) -> nn.Module:

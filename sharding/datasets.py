@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 
 from cliplift.configs.sections import ConfigError
-from cliplift.configs.sharding import (
+from cliplift.configs.sources import (
     VIDEO_SUFFIXES,
     Hmdb51Source,
     KineticsSource,

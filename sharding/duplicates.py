@@ -32,15 +32,20 @@ def alike(first: Sequence[int], second: Sequence[int]) -> bool:
     )
 
 
+def bands(look: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Keys of which two alike looks share at least one; none for a clip without contrast, which is like many."""
+    if look and FLAT_BITS <= look[0].bit_count() <= 64 - FLAT_BITS:
+        for band in range(BANDS):
+            yield band, look[0] >> band * BAND_BITS & (1 << BAND_BITS) - 1
+
+
 def near_duplicates(looks: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
     """Pairs of numbers of clips that look alike, each pair once; clips without contrast are left out."""
     buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number, look in enumerate(looks):
-        if not look or not FLAT_BITS <= look[0].bit_count() <= 64 - FLAT_BITS:
-            continue
         met: set[int] = set()
-        for band in range(BANDS):
-            bucket = buckets[band, look[0] >> band * BAND_BITS & (1 << BAND_BITS) - 1]
+        for band in bands(look):
+            bucket = buckets[band]
             met.update(bucket)
             bucket.append(number)
         yield from ((other, number) for other in sorted(met) if alike(looks[other], look))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import av
 
 from cliplift.sharding.manifest import (
     DATASET_FILE,
+    DUPLICATE,
     REFUSED_FILE,
     SAMPLES_FILE,
     Dataset,
@@ -37,7 +40,7 @@ def finalize(plan: Plan, store: Store, *, max_refused_share: float) -> Dataset:
     Raises:
         BuildError: a shard is missing or its tar has another size, no clip was made, or too many were refused.
     """
-    indexes = [_index(plan, number, store) for number in range(len(plan.shards))]
+    indexes = load_indexes(plan, store)
     samples = sum(len(index.samples) for index in indexes)
     refused = [r for index in indexes for r in index.refused]
     store.write(
@@ -47,10 +50,11 @@ def finalize(plan: Plan, store: Store, *, max_refused_share: float) -> Dataset:
     if not samples:
         first = f", the first because: {refused[0].source}: {refused[0].reason}" if refused else ""
         raise BuildError(f"not one clip was made; {len(refused)} were refused{first}")
-    if len(refused) > max_refused_share * (samples + len(refused)):
-        reason, count = Counter(f"{r.stage}: {r.reason}" for r in refused).most_common(1)[0]
+    failed = [r for r in refused if r.stage != DUPLICATE]
+    if len(failed) > max_refused_share * (samples + len(refused)):
+        reason, count = Counter(f"{r.stage}: {r.reason}" for r in failed).most_common(1)[0]
         raise BuildError(
-            f"{len(refused)} of {samples + len(refused)} clips were refused, more than limits.max_refused_share="
+            f"{len(failed)} of {samples + len(refused)} clips were refused, more than limits.max_refused_share="
             f"{max_refused_share:g} allows; {count} because of {reason!r}; see {REFUSED_FILE}"
         )
     dataset, table = describe(
@@ -65,6 +69,15 @@ def finalize(plan: Plan, store: Store, *, max_refused_share: float) -> Dataset:
     store.write(SAMPLES_FILE, table)
     store.write(DATASET_FILE, dump_dataset(dataset))
     return dataset
+
+
+def load_indexes(plan: Plan, store: Store) -> list[ShardIndex]:
+    """The indexes of all shards of a plan.
+
+    Raises:
+        BuildError: a shard is missing or its tar has another size.
+    """
+    return [_index(plan, number, store) for number in range(len(plan.shards))]
 
 
 def _index(plan: Plan, number: int, store: Store) -> ShardIndex:
@@ -130,16 +143,17 @@ def describe(
         missing=missing,
         plan_id=plan_id,
         settings=settings,
-        versions=versions(),
+        versions=versions(shots=(settings.get("cut") or {}).get("kind") == "shots"),
         fingerprint=dataset_fingerprint(name, classes, shards, digest(table)),
     )
     return dataset, table
 
 
-def versions() -> dict[str, str]:
-    """The libraries that decide the bytes of a clip."""
+def versions(*, shots: bool = False) -> dict[str, str]:
+    """The libraries that decide the bytes of a clip, and with ``shots`` those that decide where it is cut."""
     libraries = {name: ".".join(map(str, number)) for name, number in av.library_versions.items()}
     return {
         "av": av.__version__,
         **{n: libraries[n] for n in ("libavcodec", "libavfilter", "libavformat", "libswscale")},
+        **{n: import_module(n).__version__ for n in ("scenedetect", "cv2") if shots and find_spec(n)},
     }

@@ -147,6 +147,13 @@ def constant_rate(
         slot += 1
 
 
+def target_rate(source: Fraction, config: TranscodeConfig) -> Fraction:
+    """Frame rate of the stored clip: the source's over the smallest whole number that brings it under the cap."""
+    if config.fps is not None:
+        return Fraction(config.fps).limit_denominator(1001)
+    return source / max(1, math.ceil(source / Fraction(config.max_fps).limit_denominator(1001)))
+
+
 def target_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     """Even size with the given short side and the same shape; a smaller picture keeps its size, made even."""
     scale = min(1.0, short_side / min(width, height))

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from cliplift.configs.sections import ConfigError
-from cliplift.configs.sharding import VIDEO_SUFFIXES, TranscodeConfig, WholeCut
+from cliplift.configs.sharding import TranscodeConfig, WholeCut
+from cliplift.configs.sources import VIDEO_SUFFIXES
 from cliplift.sharding.finalize import describe
 from cliplift.sharding.manifest import (
     DATASET_FILE,
@@ -38,6 +38,7 @@ from cliplift.sharding.manifest import (
 )
 from cliplift.sharding.pool import Job, WorkerPool
 from cliplift.sharding.rows import number_labels
+from cliplift.sharding.scratch import local_copy
 from cliplift.sharding.storage import Store, join, open_store
 
 
@@ -130,13 +131,8 @@ def _write(indexes: list[ShardIndex], store: Store, *, name: str, classes: tuple
 
 def _scan(store: Store, tar: str, label_key: str) -> tuple[list[_Found], int, str]:
     """One pass over a tar: its samples (runs of members with one key), its size and its sha256."""
-    path = store.local_path(tar)
-    if path is None:
-        with tempfile.TemporaryDirectory(prefix="cliplift-index-") as folder:
-            copy = Path(folder) / "shard.tar"
-            store.fetch(tar, copy)
-            return _scan_file(copy, tar, label_key)
-    return _scan_file(path, tar, label_key)
+    with local_copy(store, tar) as path:
+        return _scan_file(path, tar, label_key)
 
 
 def _scan_file(path: Path, tar: str, label_key: str) -> tuple[list[_Found], int, str]:

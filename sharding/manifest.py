@@ -23,7 +23,9 @@ REFUSED_FILE = "refused.jsonl"
 MISSING_FILE = "missing.jsonl"
 PLAN_FILE = "plan/plan.json"
 PLAN_VIDEOS_FILE = "plan/videos.parquet"
+DUPLICATES_FILE = "duplicates.jsonl"
 BUILD_FILE = "build.json"
+DUPLICATE = "duplicate"  # stage of a clip that was removed because another video already gave it
 NO_LABEL = -1
 FOREIGN = "foreign:"  # plan_id of tars that were indexed, not built
 
@@ -98,6 +100,7 @@ class ShardIndex:
     plan_id: str
     samples: tuple[Sample, ...]
     refused: tuple[Refused, ...]
+    looks: tuple[tuple[int, ...], ...] = ()  # picture hashes of every sample's key frames; () where unknown
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,8 @@ def digest(data: bytes) -> str:
 def dump_index(index: ShardIndex) -> bytes:
     """An index as the bytes of its file."""
     tree = {"format": INDEX_FORMAT, **dataclasses.asdict(index)}
+    # As text: other languages' JSON numbers do not hold 64 bits.
+    tree["looks"] = ["".join(f"{picture:016x}" for picture in look) for look in index.looks]
     return canonical(tree) + b"\n"
 
 
@@ -169,8 +174,12 @@ def load_index(data: bytes, *, file: str) -> ShardIndex:
     try:
         samples = tuple(Sample(**_tuples(s, "labels", "folds", "keyframes")) for s in tree.pop("samples"))
         refused = tuple(Refused(**r) for r in tree.pop("refused"))
-        return ShardIndex(**tree, samples=samples, refused=refused)
-    except (TypeError, KeyError) as error:
+        looks = tuple(
+            tuple(int(look[i : i + 16], 16) for i in range(0, len(look), 16))
+            for look in tree.pop("looks", ())
+        )
+        return ShardIndex(**tree, samples=samples, refused=refused, looks=looks)
+    except (TypeError, KeyError, ValueError) as error:
         raise ManifestError(f"{file}: not an index of this version: {error}") from error
 
 

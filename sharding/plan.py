@@ -55,7 +55,9 @@ class Plan:
 
 def settings_of(run: ShardRun) -> dict[str, Any]:
     """The part of a run that decides the bytes of the shards."""
-    return run.model_dump(mode="json", include={"name", "source", "splits", "cut", "transcode", "shards"})
+    return run.model_dump(
+        mode="json", include={"name", "source", "splits", "cut", "transcode", "shards", "duplicates"}
+    )
 
 
 def make_plan(run: ShardRun) -> tuple[Plan, tuple[SourceVideo, ...]]:
@@ -151,7 +153,9 @@ def plan_once(run: ShardRun, store: Store) -> Plan:
         plan, missing = make_plan(run)
         save_plan(plan, missing, store)
         return plan
-    key, before, now = _first_difference(found.settings, settings_of(run), "")
+    # Read through today's schema: a setting that came later has its default in an older plan.
+    then = ShardRun.model_validate({"output": run.output, **found.settings})
+    key, before, now = _first_difference(settings_of(then), settings_of(run), "")
     if key:
         raise ConfigError(
             f"{now!r} here, but the shards in {run.output} were planned with {before!r}",

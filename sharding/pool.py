@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import selectors
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,9 +16,12 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.worker import receive, send
 
 LOOK_AHEAD_PER_WORKER = 4
@@ -55,7 +59,9 @@ class VideoResult:
 
 
 class _Worker:
-    def __init__(self, hello: dict[str, Any]) -> None:
+    def __init__(self, hello: dict[str, Any], scratch: Path) -> None:
+        self.scratch = scratch
+        scratch.mkdir()
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
@@ -64,7 +70,7 @@ class _Worker:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # decoders write to it what the ledger says better
-                env=os.environ | ENVIRONMENT,
+                env=os.environ | ENVIRONMENT | {"TMPDIR": str(scratch)},
             )
         self.link = ours
         self.link.settimeout(START_SECONDS)
@@ -75,7 +81,7 @@ class _Worker:
         self.last_words = ""
 
     def end(self) -> str:
-        """Kill the process; how it ended, for the ledger."""
+        """Kill the process and remove its temporary files; how it ended, for the ledger."""
         died = self.process.poll()
         if died is None:
             try:  # a closed socket may be seen a moment before the process is gone
@@ -84,6 +90,7 @@ class _Worker:
                 self.process.kill()
                 self.process.wait()
         self.link.close()
+        shutil.rmtree(self.scratch, ignore_errors=True)
         if died is None:
             return "killed"
         return f"signal {signal.Signals(-died).name}" if died < 0 else f"exit status {died}"
@@ -118,8 +125,12 @@ class WorkerPool:
         self._timeout, self._attempts = clip_timeout_seconds, attempts
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
+        self._held = ExitStack()
+        self._scratch = Path()
+        self._started = 0
 
     def __enter__(self) -> WorkerPool:
+        self._scratch = self._held.enter_context(scratch_folder())
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -129,6 +140,7 @@ class WorkerPool:
             worker.end()
         self._workers.clear()
         self._selector.close()
+        self._held.close()
 
     def run(self, jobs: Iterable[Job[T]]) -> Iterator[tuple[Job[T], VideoResult]]:
         """Results in the order of the jobs. At most a few jobs per worker are held in memory."""
@@ -167,7 +179,8 @@ class WorkerPool:
                 self._lost(worker, waiting, stage="crash")
 
     def _start(self) -> _Worker:
-        worker = _Worker(self._hello)
+        self._started += 1
+        worker = _Worker(self._hello, self._scratch / f"worker-{self._started}")
         self._workers.append(worker)
         self._selector.register(worker.link, selectors.EVENT_READ, worker)
         return worker
@@ -198,6 +211,8 @@ class WorkerPool:
         worker.deadline = time.monotonic() + self._timeout
         if "fatal" in message:
             worker.last_words = message["fatal"]
+        elif "working" in message:
+            return  # only the deadline moves
         elif "done" in message:
             slot.done = True
             worker.slot = None

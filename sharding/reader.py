@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import json
 import os
+import threading
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +31,7 @@ from cliplift.sharding.manifest import (
     read_table,
 )
 from cliplift.sharding.storage import StorageError, Store, open_store
+from cliplift.sharding.subsets import Subset
 
 UNUSED = ""
 
@@ -64,13 +67,25 @@ class SampleFacts:
     source: str
 
 
+class ClipShape(NamedTuple):
+    """How long and how large a stored clip is: what sampling and cropping need to know."""
+
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+
+
 class ShardDataset:
     """The samples of one split, in shard order. Map-style, picklable, opens files per process, needs no torch.
+
+    Threads may read side by side.
 
     Args:
         url: folder or URL of a finalized dataset.
         split: samples of this split only; None takes all.
         fold: official split number, from 1, for datasets that have several (UCF101, HMDB51).
+        subset: which samples of the split; None takes all.
         cache_folder: local folder that keeps whole remote shards; None reads byte ranges.
         cache_gib: upper bound of that folder, GiB.
 
@@ -83,6 +98,7 @@ class ShardDataset:
     fingerprint: str
     shards: tuple[ShardFacts, ...]
     shard_ranges: list[tuple[int, int]]
+    splits: tuple[str, ...]
 
     def __init__(
         self,
@@ -90,14 +106,15 @@ class ShardDataset:
         *,
         split: str | None = None,
         fold: int | None = None,
+        subset: Subset | None = None,
         cache_folder: str | None = None,
         cache_gib: float = 50.0,
     ) -> None:
-        self.url, self.split, self.fold = url, split, fold
+        self.url, self.split, self.fold, self.subset = url, split, fold, subset
         self.cache_folder, self.cache_gib = cache_folder, cache_gib
         self._store: Store = open_store(url)
-        self._files: dict[str, int] = {}
-        self._pid = os.getpid()
+        self._files: dict[str, _OpenFile] = {}
+        self._lock = threading.Lock()
         self._cache = ShardCache(Path(cache_folder), cache_gib) if cache_folder and "://" in url else None
         dataset = read_dataset(self._store)
         data = self._store.read(SAMPLES_FILE)
@@ -108,6 +125,7 @@ class ShardDataset:
     def _load(self, dataset: Dataset, table: Any) -> None:
         splits = _resolved_splits(dataset, table, self.url, self.fold)
         names, counts = np.unique(splits, return_counts=True)
+        self.splits = tuple(str(name) for name in names if name != UNUSED)
         if self.split is not None and self.split not in names:
             have = ", ".join(f"{n} ({c})" for n, c in zip(names, counts, strict=True) if n != UNUSED)
             raise ConfigError(
@@ -117,6 +135,10 @@ class ShardDataset:
                 hint=f"it has {have}",
             )
         chosen = np.flatnonzero(splits == self.split if self.split is not None else splits != UNUSED)
+        if self.subset is not None:
+            part = table.take(chosen)
+            labels, groups, videos = (part.column(c).to_pylist() for c in ("label", "group", "video_id"))
+            chosen = chosen[self.subset.mask(labels=labels, groups=groups, video_ids=videos)]
         self._table = table.take(chosen)
         self._splits = splits[chosen]
         shard_numbers = self._table.column("shard").to_numpy()
@@ -132,10 +154,14 @@ class ShardDataset:
             )
             for kind in ("mp4", "json")
         }
+        self._shapes = [
+            self._table.column(name).to_numpy() for name in ("num_frames", "fps", "height", "width")
+        ]
         self.labels = self._table.column("label").to_numpy()
         self.classes = dataset.classes
-        # Another split or fold of the same shards is another training set.
-        self.fingerprint = digest(canonical([dataset.fingerprint, self.split, self.fold]))
+        # Another split, fold or subset of the same shards is another training set.
+        part_of = [self.split, self.fold] + ([] if self.subset is None else [asdict(self.subset)])
+        self.fingerprint = digest(canonical([dataset.fingerprint, *part_of]))
 
     def __len__(self) -> int:
         return len(self._splits)
@@ -160,6 +186,16 @@ class ShardDataset:
             source=row["source"],
         )
 
+    def shape(self, i: int) -> ClipShape:
+        """Frames, rate and size of sample ``i``; a hundred times faster than :meth:`facts`."""
+        frames, fps, height, width = (values[self._checked(i)] for values in self._shapes)
+        return ClipShape(int(frames), float(fps), int(height), int(width))
+
+    def key(self, i: int) -> str:
+        """The key of sample ``i``."""
+        key: str = self._table.column("key")[self._checked(i)].as_py()
+        return key
+
     def column(self, name: str) -> list[Any]:
         """One column of the samples' table, e.g. ``video_id`` or ``num_frames``, in sample order."""
         values: list[Any] = self._table.column(name).to_pylist()
@@ -177,6 +213,18 @@ class ShardDataset:
         """
         return self._member(i, "mp4")
 
+    def announce(self, i: int) -> bool:
+        """Let the system fetch sample ``i`` into memory while other work is done; False where it cannot (remote)."""
+        shard = self.shards[self.shard_of(i)]
+        path = self._store.local_path(shard.file)
+        if path is None or not hasattr(os, "posix_fadvise"):
+            return False
+        offset, length, _ = (int(v) for v in self._places["mp4"][:, i])
+        with contextlib.suppress(OSError):  # reading it will say what is wrong
+            file = self._opened(shard.file, path)
+            os.posix_fadvise(file.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+        return True
+
     def read_json(self, i: int) -> dict[str, Any]:
         """The JSON member of sample ``i``; raises as :meth:`read` does."""
         tree: dict[str, Any] = json.loads(self._member(i, "json"))
@@ -184,18 +232,15 @@ class ShardDataset:
 
     def close(self) -> None:
         """Close the files this process has open; reading opens them again."""
-        if self._pid == os.getpid():
-            for descriptor in self._files.values():
-                os.close(descriptor)
-        self._files = {}
-        self._pid = os.getpid()
+        with self._lock:
+            self._files = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}, "_pid": -1}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_lock")}
 
-    def __del__(self) -> None:
-        if getattr(self, "_files", None):
-            self.close()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._files, self._lock = {}, threading.Lock()
 
     def _checked(self, i: int) -> int:
         if not 0 <= i < len(self):
@@ -205,39 +250,56 @@ class ShardDataset:
     def _member(self, i: int, kind: str) -> bytes:
         shard = self.shards[self.shard_of(i)]
         offset, length, crc32 = (int(v) for v in self._places[kind][:, i])
-        member = f"{self._table.column('key')[i].as_py()}.{kind}"
         if not length:
-            raise ShardReadError(shard.file, member, "the sample has no such member")
+            raise self._failure(i, kind, "the sample has no such member")
         try:
             data = self._bytes(shard, offset, length)
         except FileNotFoundError:
-            raise ShardReadError(shard.file, member, "the shard does not exist") from None
+            raise self._failure(i, kind, "the shard does not exist") from None
         except (OSError, StorageError) as error:
-            raise ShardReadError(shard.file, member, f"cannot be read: {error}") from error
+            raise self._failure(i, kind, f"cannot be read: {error}") from error
         if len(data) != length:
-            raise ShardReadError(
-                shard.file, member, f"{length} bytes expected, {len(data)} found: the shard is cut short"
+            raise self._failure(
+                i, kind, f"{length} bytes expected, {len(data)} found: the shard is cut short"
             )
         if zlib.crc32(data) != crc32:
-            raise ShardReadError(shard.file, member, "crc32 differs: the bytes are damaged")
+            raise self._failure(i, kind, "crc32 differs: the bytes are damaged")
         return data
 
+    def _failure(self, i: int, kind: str, reason: str) -> ShardReadError:
+        return ShardReadError(self.shards[self.shard_of(i)].file, f"{self.key(i)}.{kind}", reason)
+
     def _bytes(self, shard: ShardFacts, offset: int, length: int) -> bytes:
-        if (
-            self._pid != os.getpid()
-        ):  # a fork shares descriptors; pread is safe, but closing them is the parent's
-            self._files, self._pid = {}, os.getpid()
         path = self._store.local_path(shard.file)
         if path is None and self._cache is None:
             return self._store.read_range(shard.file, offset, length)
         if path is None:
             assert self._cache is not None
             return self._cache.read(self._store, shard, offset, length)
-        if shard.file not in self._files:
-            if len(self._files) >= MAX_OPEN_FILES:
-                self.close()
-            self._files[shard.file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return _pread(self._files[shard.file], offset, length)
+        file = self._opened(shard.file, path)  # held while it is read
+        return _pread(file.descriptor, offset, length)
+
+    def _opened(self, name: str, path: Path) -> _OpenFile:
+        # A file let go here stays open for the threads that read it.
+        file = self._files.get(name)
+        if file is None:
+            file = _OpenFile(path)
+            with self._lock:
+                if len(self._files) >= MAX_OPEN_FILES:
+                    self._files = {}
+                self._files[name] = file
+        return file
+
+
+class _OpenFile:
+    """A descriptor that closes with its last user."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
 MAX_OPEN_FILES = 256
@@ -272,6 +334,11 @@ def read_dataset(store: Store) -> Dataset:
             hint=f"is {store.url} a finalized shard dataset?",
         ) from None
     return load_dataset(data, file=f"{store.url}/{DATASET_FILE}")
+
+
+def fold_count(url: str) -> int:
+    """How many official splits a dataset has; 0 where it has one only."""
+    return read_dataset(open_store(url)).folds
 
 
 def _resolved_splits(dataset: Dataset, table: Any, url: str, fold: int | None) -> Any:

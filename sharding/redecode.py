@@ -9,8 +9,8 @@ from typing import Literal
 
 from cliplift.configs.sharding import TranscodeConfig, WholeCut
 from cliplift.sharding.duplicates import near_duplicates
-from cliplift.sharding.manifest import Dataset, Sample
-from cliplift.sharding.pool import Job, WorkerPool
+from cliplift.sharding.manifest import Dataset, Sample, ShardFacts
+from cliplift.sharding.pool import Job, VideoResult, WorkerPool
 from cliplift.sharding.storage import join
 
 DecodeExtent = Literal["none", "sample", "full"]
@@ -46,48 +46,47 @@ def decode_clips(
         workers: processes; 0 is one per core.
         timeout: a clip not decoded in this time is an error, seconds.
     """
-    chosen = []
-    number = 0
-    for shard in dataset.shards:
-        own = samples[number : number + shard.samples]
-        chosen += [(shard, s) for i, s in enumerate(own) if extent == "full" or i % SAMPLE_EVERY == 0]
-        number += shard.samples
+    jobs = list(_jobs(dataset, samples, url, extent))
     hello = {
         "cut": WholeCut().model_dump(),
         "transcode": TranscodeConfig().model_dump(mode="json"),
         "memory_mib": None,
     }
-    jobs = [
-        Job(
-            message={
-                "check": True,
-                "url": join(url, shard.file),
-                "offset": sample.mp4_offset,
-                "bytes": sample.mp4_bytes,
-            },
-            tag=(shard, sample),
-        )
-        for shard, sample in chosen
-    ]
     problems: list[Problem] = []
     looks: list[list[int]] = []
     count = min(workers or len(os.sched_getaffinity(0)), max(1, len(jobs)))
     with WorkerPool(workers=count, hello=hello, clip_timeout_seconds=timeout, attempts=1) as pool:
         for job, result in pool.run(jobs):
-            shard, sample = job.tag
-            member = f"{sample.key}.mp4"
             looks.append(result.clips[0][0]["look"] if result.clips else [])
-            for _, _, reason in result.refused:
-                problems.append(Problem("decode", shard.file, f"{member}: {reason}"))
-            for found, _ in result.clips:
-                expected = {name: getattr(sample, name) for name in ("num_frames", "width", "height")}
-                expected["keyframes"] = list(sample.keyframes)
-                wrong = [name for name, value in expected.items() if found[name] != value]
-                if wrong:
-                    detail = f"{member}: {wrong[0]} is {found[wrong[0]]}, the index says {expected[wrong[0]]}"
-                    problems.append(Problem("decode", shard.file, detail))
-    problems += _look_alikes([sample for _, sample in chosen], looks)
+            problems += _wrong(*job.tag, result)
+    problems += _look_alikes([job.tag[1] for job in jobs], looks)
     return problems, len(jobs)
+
+
+def _jobs(
+    dataset: Dataset, samples: Sequence[Sample], url: str, extent: DecodeExtent
+) -> Iterator[Job[tuple[ShardFacts, Sample]]]:
+    number = 0
+    for shard in dataset.shards:
+        for i, sample in enumerate(samples[number : number + shard.samples]):
+            if extent == "full" or i % SAMPLE_EVERY == 0:
+                place = {"offset": sample.mp4_offset, "bytes": sample.mp4_bytes}
+                yield Job({"check": True, "url": join(url, shard.file), **place}, (shard, sample))
+        number += shard.samples
+
+
+def _wrong(shard: ShardFacts, sample: Sample, result: VideoResult) -> Iterator[Problem]:
+    """What a full decode of one clip contradicts."""
+    member = f"{sample.key}.mp4"
+    for _, _, reason in result.refused:
+        yield Problem("decode", shard.file, f"{member}: {reason}")
+    for found, _ in result.clips:
+        expected = {name: getattr(sample, name) for name in ("num_frames", "width", "height")}
+        expected["keyframes"] = list(sample.keyframes)
+        wrong = [name for name, value in expected.items() if found[name] != value]
+        if wrong:
+            detail = f"{member}: {wrong[0]} is {found[wrong[0]]}, the index says {expected[wrong[0]]}"
+            yield Problem("decode", shard.file, detail)
 
 
 def _look_alikes(samples: Sequence[Sample], looks: Sequence[Sequence[int]]) -> Iterator[Problem]:

@@ -9,12 +9,12 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from cliplift.configs.sections import ConfigError
-from cliplift.configs.sharding import (
+from cliplift.configs.sharding import ShardRun
+from cliplift.configs.sources import (
     CsvSource,
     FolderSource,
     Hmdb51Source,
     KineticsSource,
-    ShardRun,
     Source,
     SplitConfig,
     Ucf101Source,

@@ -6,9 +6,11 @@ object store an upload appears only when it is complete.
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -119,6 +121,9 @@ class LocalStore:
             os.close(folder)
 
 
+_OPENING = threading.Lock()
+
+
 class RemoteStore:
     """An object store or any other fsspec file system."""
 
@@ -131,12 +136,17 @@ class RemoteStore:
 
     def _fs(self) -> tuple[Any, str]:
         # fsspec's asynchronous file systems do not survive a fork: each process opens its own.
-        if self._opened is None or self._opened[0] != os.getpid():
+        opened = self._opened
+        if opened is None or opened[0] != os.getpid():
             import fsspec
 
-            fs, root = fsspec.core.url_to_fs(self.url)
-            self._opened = (os.getpid(), fs, root)
-        return self._opened[1], self._opened[2]
+            with _OPENING:  # threads that read side by side share one
+                opened = self._opened
+                if opened is None or opened[0] != os.getpid():
+                    fs, root = fsspec.core.url_to_fs(self.url)
+                    opened = (os.getpid(), fs, root)
+                    self._opened = opened
+        return opened[1], opened[2]
 
     def local_path(self, name: str) -> Path | None:
         return None
@@ -234,3 +244,9 @@ def _connection_errors() -> tuple[type[Exception], ...]:
 def temporary_beside(target: Path) -> Path:
     """A new name in the same folder, recognisable as unfinished by ``verify``."""
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+
+
+def remove_temporaries_of(target: Path) -> None:
+    """Remove what :func:`temporary_beside` named for this target and a killed process left."""
+    for file in target.parent.glob(f".{glob.escape(target.name)}.*{TEMPORARY_SUFFIX}"):
+        file.unlink(missing_ok=True)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-import tempfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from cliplift.sharding.manifest import (
 )
 from cliplift.sharding.reader import read_dataset
 from cliplift.sharding.redecode import DecodeExtent, Problem, decode_clips
+from cliplift.sharding.scratch import local_copy
 from cliplift.sharding.storage import TEMPORARY_SUFFIX, StorageError, Store, open_store
 
 
@@ -130,7 +129,7 @@ def _shard(dataset: Dataset, shard: ShardFacts, store: Store) -> tuple[ShardInde
     ):
         problems.append(Problem("mismatch", name, f"does not describe the shard that {DATASET_FILE} lists"))
     try:
-        with _local_copy(store, shard.file) as path:
+        with local_copy(store, shard.file) as path:
             size = path.stat().st_size
             if size != index.tar_bytes:
                 problems.append(
@@ -238,18 +237,6 @@ def _balance(dataset: Dataset, samples: Sequence[Sample]) -> dict[str, dict[str,
         for label in sample.labels or ((sample.label,) if sample.label >= 0 else ()):
             counts[sample.split][dataset.classes[label]] += 1
     return {split: dict(sorted(counter.items())) for split, counter in sorted(counts.items())}
-
-
-@contextmanager
-def _local_copy(store: Store, name: str) -> Iterator[Path]:
-    path = store.local_path(name)
-    if path is not None:
-        yield path
-        return
-    with tempfile.TemporaryDirectory(prefix="cliplift-verify-") as folder:
-        copy = Path(folder) / "shard.tar"
-        store.fetch(name, copy)
-        yield copy
 
 
 def file_sha256(path: Path) -> str:

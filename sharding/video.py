@@ -1,4 +1,4 @@
-"""Reading video: facts of a file, frames of a stored clip, and the full decode every written clip must pass.
+"""Reading video: facts of a file and frames of a stored clip.
 
 Frames are counted from 0 in display order. A stored clip has a constant frame rate, so frame k is shown at k / fps.
 """
@@ -6,7 +6,7 @@ Frames are counted from 0 in display order. A stored clip has a constant frame r
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,15 +15,16 @@ from typing import Any, Literal
 import av
 import numpy as np
 from av.error import FFmpegError
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
-
-from cliplift.sharding.duplicates import picture_hash
 
 Decoder = Literal["decord", "pyav", "torchcodec"]
 Frames = NDArray[np.uint8]
 PADDED_ROWS = "DECORDArrayCopyFromTo"
 
-# PyAV seeks when the next wanted frame is this far ahead; nearer, decoding on is cheaper than a seek.
+# PyAV seeks to the first frame wanted from here on, and to the next one when it is this far ahead; nearer, decoding
+# on is cheaper. Stored clips have a key frame every 16 frames.
+SEEK_FIRST_FRAMES = 16
 SEEK_AHEAD_FRAMES = 32
 
 
@@ -72,7 +73,7 @@ def open_container(source: bytes | str | Path) -> Any:
             io.BytesIO(source) if isinstance(source, bytes) else str(source), metadata_errors="replace"
         )
     except (FFmpegError, ValueError) as error:
-        raise VideoDecodeError(f"cannot be opened: {_plain(error)}") from error
+        raise VideoDecodeError(f"cannot be opened: {plain_reason(error)}") from error
 
 
 def decoded_frames(container: Any, stream: Any) -> Iterator[Any]:
@@ -168,55 +169,76 @@ def _decord(data: bytes, frame_numbers: Sequence[int]) -> Frames:
         if PADDED_ROWS in str(error):
             # decord 0.6 cannot copy frames of some narrow widths (16, 24, 48, 72); PyAV's pixels are the same.
             return _pyav(data, frame_numbers)
-        raise VideoDecodeError(f"decord: {_plain(error)}") from error
+        raise VideoDecodeError(f"decord: {plain_reason(error)}") from error
 
 
 def _pyav(data: bytes, frame_numbers: Sequence[int]) -> Frames:
     wanted = sorted(set(frame_numbers))
-    found: dict[int, Frames] = {}
+    place = {number: row for row, number in enumerate(wanted)}
+    rows: Frames | None = None
     with open_container(data) as container:
         stream = video_stream(container)
         stream.codec_context.thread_count = 1
-        rate = frame_rate(stream)
-        if rate is None or stream.time_base is None:
-            raise VideoDecodeError("the clip states no frame rate")
-        start = stream.start_time or 0
+        converter = VideoReformatter()  # keeps its tables; one made for each frame doubles the cost
         try:
-            for number, frame in _numbered(container, stream, wanted, start=start, rate=rate):
-                found[number] = frame.to_ndarray(format="rgb24")
+            for number, frame in _numbered(container, stream, wanted):
+                picture = converter.reformat(frame, format="rgb24").planes[0]
+                if rows is None:
+                    rows = np.empty((len(wanted), picture.height, picture.width, 3), dtype=np.uint8)
+                if rows.shape[1:3] != (picture.height, picture.width):
+                    raise VideoDecodeError(f"frame {number} changes the size of the picture")
+                lines = np.frombuffer(picture, dtype=np.uint8).reshape(picture.height, picture.line_size)
+                rows[place.pop(number)] = lines[:, : 3 * picture.width].reshape(rows.shape[1:])
         except FFmpegError as error:
-            raise VideoDecodeError(f"pyav: {_plain(error)}") from error
-    missing = [n for n in wanted if n not in found]
-    if missing:
-        raise VideoDecodeError(f"frame {missing[0]} does not exist")
-    return np.stack([found[n] for n in frame_numbers])
+            raise VideoDecodeError(f"pyav: {plain_reason(error)}") from error
+    if place or rows is None:
+        raise VideoDecodeError(f"frame {min(place)} does not exist")
+    return rows if wanted == list(frame_numbers) else rows[np.searchsorted(wanted, frame_numbers)]
 
 
-def _numbered(
-    container: Any, stream: Any, wanted: Sequence[int], *, start: int, rate: Fraction
-) -> Iterator[tuple[int, Any]]:
+def _numbered(container: Any, stream: Any, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
     """The wanted frames with their numbers, decoding from the nearest key frame where they lie far apart."""
-    position = -1
-    queue = list(wanted)
-    while queue:
-        target = queue[0]
-        if target - position > SEEK_AHEAD_FRAMES:
-            container.seek(start + int(Fraction(target) / rate / stream.time_base), stream=stream)
-        jumped = False
+    number_of, stamp_of = _frame_clock(stream)
+    place, position = 0, -1
+    seek = wanted[0] >= SEEK_FIRST_FRAMES
+    may_seek = True
+    while True:
+        if seek:
+            container.seek(stamp_of(wanted[place]), stream=stream)
+        first, seek = True, False
         for frame in decoded_frames(container, stream):
-            position = round(Fraction(frame.pts - start) * stream.time_base * rate)
-            if position == queue[0]:
-                yield position, frame
-                queue.pop(0)
-                if not queue:
-                    return
-                if queue[0] - position > SEEK_AHEAD_FRAMES:
-                    jumped = True
-                    break
-            elif position > queue[0]:
+            if frame.pts is None:
+                raise VideoDecodeError("a frame has no time stamp")
+            number = number_of(frame.pts)
+            if first and number <= position:
+                may_seek = False  # key frames are too far apart for it: decode on to the end instead
+            first = False
+            if number > wanted[place]:
                 return
-        if not jumped:
+            if number == wanted[place]:
+                yield number, frame
+                place, position = place + 1, number
+                if place == len(wanted):
+                    return
+                seek = may_seek and wanted[place] - position > SEEK_AHEAD_FRAMES
+                if seek:
+                    break
+        if not seek:
             return
+
+
+def _frame_clock(stream: Any) -> tuple[Callable[[int], int], Callable[[int], int]]:
+    """Time stamp to frame number, and back, in integers. Raises VideoDecodeError where no rate is stated."""
+    rate = frame_rate(stream)
+    if rate is None or stream.time_base is None:
+        raise VideoDecodeError("the clip states no frame rate")
+    start = stream.start_time or 0
+    frames = rate * stream.time_base  # frames in a unit of the time stamps
+    up, down = frames.numerator, frames.denominator
+    return (
+        lambda pts: (2 * (pts - start) * up + down) // (2 * down),
+        lambda number: int(start + number * down // up),
+    )
 
 
 def _torchcodec(data: bytes, frame_numbers: Sequence[int]) -> Frames:
@@ -229,72 +251,10 @@ def _torchcodec(data: bytes, frame_numbers: Sequence[int]) -> Frames:
         frames: Frames = reader.get_frames_at(indices=list(frame_numbers)).data.numpy()
         return frames
     except (RuntimeError, IndexError, ValueError) as error:
-        raise VideoDecodeError(f"torchcodec: {_plain(error)}") from error
+        raise VideoDecodeError(f"torchcodec: {plain_reason(error)}") from error
 
 
-@dataclass(frozen=True)
-class CheckedClip:
-    """What a full decode of a clip proved."""
-
-    frames: int
-    width: int
-    height: int
-    fps: Fraction
-    keyframes: tuple[int, ...]
-    look: tuple[int, ...] = ()
-
-
-def check_clip(data: bytes, *, look: bool = False) -> CheckedClip:
-    """Decode a stored clip in full: every frame present, undamaged, of one size, at evenly spaced rising times.
-
-    Args:
-        data: bytes of the mp4.
-        look: also hash the picture of every key frame, to find near-duplicates.
-
-    Raises:
-        VideoDecodeError: with the first thing that is wrong.
-    """
-    keyframes: list[int] = []
-    pictures: list[int] = []
-    size: tuple[int, int] | None = None
-    number = 0
-    with open_container(data) as container:
-        stream = video_stream(container)
-        stream.codec_context.thread_count = 1
-        rate = frame_rate(stream)
-        if rate is None or stream.time_base is None:
-            raise VideoDecodeError("the clip states no frame rate")
-        step = 1 / (rate * stream.time_base)
-        start: int | None = None
-        try:
-            for frame in decoded_frames(container, stream):
-                if frame.pts is None or frame.is_corrupt:
-                    raise VideoDecodeError(f"frame {number} is damaged")
-                start = frame.pts if start is None else start
-                if abs(frame.pts - start - number * step) > step / 2:
-                    raise VideoDecodeError(
-                        f"frame {number} has time stamp {frame.pts}: frames are lost or repeated"
-                    )
-                if size is not None and size != (frame.width, frame.height):
-                    raise VideoDecodeError(f"frame {number} changes the size of the picture")
-                size = (frame.width, frame.height)
-                if frame.key_frame:
-                    keyframes.append(number)
-                    if look:
-                        pictures.append(picture_hash(frame))
-                number += 1
-        except FFmpegError as error:
-            raise VideoDecodeError(f"frame {number}: {_plain(error)}") from error
-        claimed = stream.frames
-    if size is None:
-        raise VideoDecodeError("the clip has no frame")
-    if claimed and claimed != number:
-        raise VideoDecodeError(f"the container claims {claimed} frames, {number} decode")
-    width, height = size
-    return CheckedClip(number, width, height, fps=rate, keyframes=tuple(keyframes), look=tuple(pictures))
-
-
-def _plain(error: BaseException) -> str:
+def plain_reason(error: BaseException) -> str:
     """One line of an error's text without file names, so that ledgers are the same on every machine."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(str(text).split())[:200] or type(error).__name__

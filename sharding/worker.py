@@ -8,8 +8,8 @@ memory; its parent (:mod:`cliplift.sharding.pool`) replaces it. Messages in:
   ``{"check", "url", "offset", "bytes"}`` to decode a stored clip in full.
 
 Messages out, per task: ``{"clips": n, "sha256"}``, then for every clip ``{"clip": i, ...facts}`` with the mp4 as
-payload or ``{"refused": i, "stage", "reason"}``, then ``{"done": true}``. Before an unexpected end:
-``{"fatal": reason}``.
+payload or ``{"refused": i, "stage", "reason"}``, then ``{"done": true}``. ``{"working": true}`` in between asks for
+more time: a long video is searched for its shots. Before an unexpected end: ``{"fatal": reason}``.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from cliplift.configs.sharding import Cut, TranscodeConfig, WholeCut
+from cliplift.configs.sharding import Cut, TranscodeConfig
+from cliplift.sharding.check import check_clip
+from cliplift.sharding.cuts import spans
 from cliplift.sharding.storage import StorageError, open_store
-from cliplift.sharding.transcode import transcode_span
-from cliplift.sharding.video import VideoDecodeError, check_clip, probe
+from cliplift.sharding.transcode import cut_span
+from cliplift.sharding.video import VideoDecodeError
 
 HEADER = struct.Struct("!II")
 PR_SET_PDEATHSIG = 1
-M_PERTURB = -6
-ZERO_FILL = 255  # glibc fills new memory with the complement
 CHUNK_BYTES = 1 << 20
 
 
@@ -67,51 +67,24 @@ def _exactly(link: socket.socket, count: int) -> bytes:
     return bytes(parts)
 
 
-def spans(
-    cut: Any, *, start: float, end: float | None, seconds: float | None
-) -> list[tuple[float, float | None]]:
-    """The clips a video is cut into, as (start, end) in seconds; end None is the end of the video.
-
-    Raises:
-        VideoDecodeError: windows are asked of a video that states no length, or that is too short.
-    """
-    if isinstance(cut, WholeCut):
-        return [(start, end)]
-    stop = min((e for e in (end, seconds) if e is not None), default=None)
-    if stop is None:
-        raise VideoDecodeError("the container states no length, so it cannot be cut into windows")
-    stride = cut.stride_seconds or cut.length_seconds
-    found = []
-    at = start
-    # A millisecond of slack: 3.999 s of video hold a window of 4 s whose last frame starts before the end.
-    while at + min(cut.min_seconds, cut.length_seconds) <= stop + 1e-3:
-        found.append((round(at, 6), round(min(at + cut.length_seconds, stop), 6)))
-        at = start + len(found) * stride
-    if not found:
-        raise VideoDecodeError(f"too short: {stop - start:.2f} s hold no window of {cut.min_seconds:g} s")
-    limit = cut.max_per_video
-    if limit is not None and len(found) > limit:
-        found = [found[(2 * i + 1) * len(found) // (2 * limit)] for i in range(limit)]
-    return list(found)
-
-
 def _serve(link: socket.socket) -> None:
     settings, _ = receive(link)
     cut: Any = TypeAdapter(Cut).validate_python(settings["cut"])
     transcode = TranscodeConfig.model_validate(settings["transcode"])
     if settings["memory_mib"] is not None:
         resource.setrlimit(resource.RLIMIT_AS, (settings["memory_mib"] << 20,) * 2)
-    with tempfile.TemporaryDirectory(prefix="cliplift-worker-") as scratch:
-        while True:
-            try:
-                task, _ = receive(link)
-            except EOFError:
-                return
-            if "check" in task:
-                _check(link, task)
-            else:
-                _do(link, task, cut, transcode, Path(scratch))
-            send(link, {"done": True})
+    # The parent made this folder for us alone and removes it, however we end.
+    scratch = Path(tempfile.gettempdir())
+    while True:
+        try:
+            task, _ = receive(link)
+        except EOFError:
+            return
+        if "check" in task:
+            _check(link, task)
+        else:
+            _do(link, task, cut, transcode, scratch)
+        send(link, {"done": True})
 
 
 def _do(
@@ -121,8 +94,13 @@ def _do(
     try:
         path, copy = _local(task["url"], scratch)
         sha256 = _sha256(path)
-        seconds = None if isinstance(cut, WholeCut) else probe(path).duration_seconds
-        clips = spans(cut, start=task["start"] or 0.0, end=task["end"], seconds=seconds)
+        clips = spans(
+            cut,
+            path,
+            start=task["start"] or 0.0,
+            end=task["end"],
+            alive=lambda: send(link, {"working": True}),
+        )
     except (VideoDecodeError, OSError, StorageError, MemoryError) as error:
         stage = "probe" if isinstance(error, VideoDecodeError) else "read"
         send(link, {"refused": 0, "stage": stage, "reason": _reason(error)})
@@ -140,7 +118,7 @@ def _one_clip(
     link: socket.socket, path: Path, number: int, span: tuple[float, float | None], transcode: TranscodeConfig
 ) -> None:
     try:
-        clip = transcode_span(path, start_seconds=span[0], end_seconds=span[1], config=transcode)
+        clip = cut_span(path, start_seconds=span[0], end_seconds=span[1], config=transcode)
     except (VideoDecodeError, OSError, MemoryError) as error:
         send(link, {"refused": number, "stage": "transcode", "reason": _reason(error)})
         return
@@ -154,7 +132,9 @@ def _one_clip(
         "width": checked.width,
         "height": checked.height,
         "keyframes": list(checked.keyframes),
+        "look": list(checked.look),
         "source_facts": clip.source,
+        "not_copied": clip.not_copied,
     }
     send(link, facts, clip.data)
 

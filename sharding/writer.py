@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-import tempfile
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cliplift.sharding.manifest import Refused, Sample, ShardIndex, dump_index, index_file
-from cliplift.sharding.storage import Store, temporary_beside
+from cliplift.sharding.scratch import scratch_folder
+from cliplift.sharding.storage import Store, remove_temporaries_of, temporary_beside
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -27,21 +28,29 @@ class ShardWriter:
         self.shard, self.split, self.plan_id = shard, split, plan_id
         self.samples: list[Sample] = []
         self.refused: list[Refused] = []
+        self.looks: list[tuple[int, ...]] = []
         self._hash = hashlib.sha256()
         self._offset = 0
+        self._held = ExitStack()
         local = store.local_path(tar)
         if local is not None:
             local.parent.mkdir(parents=True, exist_ok=True)
+            for target in (local, local.with_name(Path(index_file(tar)).name)):
+                remove_temporaries_of(target)  # a killed build of this very shard left them
             self._path = temporary_beside(local)
         else:
-            with tempfile.NamedTemporaryFile(prefix="cliplift-", suffix=".tar.tmp", delete=False) as scratch:
-                self._path = Path(scratch.name)
+            self._path = self._held.enter_context(scratch_folder()) / "shard.tar"
         self._file: BinaryIO = self._path.open("wb")
 
-    def add(self, *, mp4: bytes, facts: dict[str, Any], **row: Any) -> None:
+    def add(self, *, mp4: bytes, facts: dict[str, Any], look: tuple[int, ...], **row: Any) -> None:
         """Append ``KEY.mp4`` and ``KEY.json``. ``row`` holds the :class:`Sample` fields other than the places."""
-        key = row["key"]
         payload = json.dumps(facts, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=None).encode()
+        self.add_members(mp4=mp4, payload=payload, look=look, **row)
+
+    def add_members(self, *, mp4: bytes, payload: bytes, look: tuple[int, ...], **row: Any) -> None:
+        """The same with the JSON member as bytes."""
+        key = row["key"]
+        self.looks.append(look)
         mp4_offset, json_offset = self._member(f"{key}.mp4", mp4), self._member(f"{key}.json", payload)
         self.samples.append(
             Sample(
@@ -73,15 +82,18 @@ class ShardWriter:
             plan_id=self.plan_id,
             samples=tuple(self.samples),
             refused=tuple(self.refused),
+            looks=tuple(self.looks),
         )
-        self.store.publish(self._path, self.tar)
-        self.store.write(index_file(self.tar), dump_index(index))
+        with self._held:
+            self.store.publish(self._path, self.tar)
+            self.store.write(index_file(self.tar), dump_index(index))
         return index
 
     def abandon(self) -> None:
         """Throw the unfinished tar away."""
         self._file.close()
         self._path.unlink(missing_ok=True)
+        self._held.close()
 
     def _member(self, name: str, data: bytes) -> int:
         info = tarfile.TarInfo(name)

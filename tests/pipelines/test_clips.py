@@ -117,7 +117,7 @@ def test_an_epoch_has_every_sample_once_and_the_next_differs(reference: list[dic
 
 
 @pytest.mark.parametrize(
-    "changes", [{"cache_decoded_mib": 500}, {"cache_decoded_mib": 1}, {"decoder": "pyav"}]
+    "changes", [{"cache_decoded_mib": 500}, {"cache_decoded_mib": 1}, {"decoder": "decord"}]
 )
 def test_cache_and_decoder_change_nothing(
     shards: str, reference: list[dict[int, bytes]], changes: dict[str, Any]

@@ -9,7 +9,8 @@ import torch
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig
-from cliplift.pipelines.distributed import all_gather_tensor, all_reduce_max, gather_objects, ranks, start
+from cliplift.pipelines.distributed import all_gather_tensor, all_reduce_max, gather_objects, start
+from cliplift.pipelines.ranks import ranks
 
 
 @pytest.mark.parametrize(
@@ -17,7 +18,18 @@ from cliplift.pipelines.distributed import all_gather_tensor, all_reduce_max, ga
     [
         ({}, (0, 1, 0)),
         ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, (3, 8, 1)),
-        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, (2, 4, 0)),
+        (
+            {
+                "SLURM_PROCID": "2",
+                "SLURM_NTASKS": "4",
+                "SLURM_LOCALID": "0",
+                "SLURM_STEP_ID": "0",
+                "SLURM_STEP_NODELIST": "n[1-2]",
+            },
+            (2, 4, 0),
+        ),
+        # The batch script itself: it has the variables of a task, and is the only process there will be.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}, (0, 1, 0)),
         ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (1, 2, 0)),
         ({"SLURM_NTASKS": "4"}, (0, 1, 0)),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -18,16 +19,19 @@ import pytest
 import torch
 
 from cliplift.configs.load import load_run
-from cliplift.configs.runs import RUNS, EvaluateRun, ExportRun, PredictRun
+from cliplift.configs.runs import RUNS, EvaluateRun, ExplainRun, ExportRun, PredictRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models import from_pretrained
 from cliplift.pipelines.evaluate import run_evaluate
+from cliplift.pipelines.explain_videos import run_explain
 from cliplift.pipelines.export import run_export
 from cliplift.pipelines.predict import run_predict
+from cliplift.pipelines.repeats import run_repeats
 from cliplift.pipelines.stage import dry_run, run_stage
 from cliplift.sharding.build import run_shard
 from cliplift.sharding.reader import ShardDataset
 from cliplift.sharding.synthetic import write_demo_videos
+from cliplift.sharding.video import decode_frames
 
 CLIPLIFT = [sys.executable, "-m", "cliplift.launch.cli"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
@@ -195,6 +199,115 @@ def test_predict_counts_what_it_cannot_read(
     broken.write_bytes(b"not a video")
     assert run_predict(PredictRun(run=str(finetuned), videos=(str(broken), str(place / "gone.mp4")))) == 2
     assert "broken.mp4: cannot be read" in capsys.readouterr().err
+
+
+def test_predict_slides_over_a_long_video(
+    place: Path, finetuned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two clips of different classes one after the other: the windows say when which was seen."""
+    import av
+
+    dataset = ShardDataset(str(place / "shards" / "actions"), split="test")
+    long, out = place / "long.mp4", place / "windows.jsonl"
+    seconds = 0.0
+    with av.open(str(long), "w") as target:
+        stream = target.add_stream("libx264", rate=30)
+        stream.width, stream.height = 64, 64
+        for i in (0, 5, 10, 15):
+            stored = place / "part.mp4"
+            stored.write_bytes(dataset.read(i))
+            with av.open(str(stored)) as source:
+                for frame in source.decode(video=0):
+                    seconds += 1 / 30
+                    for packet in stream.encode(av.VideoFrame.from_ndarray(frame.to_ndarray(format="rgb24"))):
+                        target.mux(packet)
+        for packet in stream.encode():
+            target.mux(packet)
+    run = PredictRun(
+        run=str(finetuned),
+        videos=(str(long),),
+        output=str(out),
+        top=10,
+        window_seconds=1.0,
+        window_stride_seconds=0.5,
+    )
+    assert run_predict(run) == 0
+    (record,) = map(json.loads, out.read_text().splitlines())
+    windows = record["windows"]
+    starts = [w["start_seconds"] for w in windows]
+    assert starts == sorted(set(starts))
+    assert starts[0] == 0
+    assert windows[-1]["end_seconds"] == pytest.approx(seconds, abs=0.05)
+    assert all(b - a <= 0.5 + 1e-6 for a, b in itertools.pairwise(starts)), "no gap"
+    mean: dict[str, float] = {}
+    for window in windows:
+        for guess in window["top"]:
+            mean[guess["class"]] = mean.get(guess["class"], 0.0) + guess["probability"] / len(windows)
+    assert {g["class"]: g["probability"] for g in record["top"]} == pytest.approx(mean, abs=1e-5)
+    assert " s to " in capsys.readouterr().out
+
+
+def test_explain_writes_an_overlay_of_every_view(place: Path, finetuned: Path) -> None:
+    dataset = ShardDataset(str(place / "shards" / "actions"), split="test")
+    clip = place / "explained.mp4"
+    clip.write_bytes(dataset.read(1))
+    run = ExplainRun(
+        run=str(finetuned), videos=(str(clip),), output=str(place / "maps"), views={"clips": 2},  # type: ignore[arg-type]
+        class_name=dataset.classes[0],
+    )  # fmt: skip
+    assert run_explain(run) == 0
+    record = json.loads((place / "maps/explained.json").read_text())
+    assert record["method"] == "grad_cam"
+    (video,) = record["videos"]
+    assert [v["class"] for v in video["views"]] == [dataset.classes[0]] * 2
+    for view in video["views"]:
+        data = (place / "maps" / view["file"]).read_bytes()
+        frames = decode_frames(data, range(8), decoder="pyav")
+        assert frames.shape == (8, 64, 128, 3), "the clip and its overlay side by side"
+        assert np.abs(frames[:, :, :64].astype(int) - frames[:, :, 64:]).mean() > 5
+    with pytest.raises(ConfigError, match="does not apply") as caught:
+        run_explain(run.model_copy(update={"method": "rollout"}))
+    assert caught.value.key == "method"
+    with pytest.raises(ConfigError, match="none of the model") as caught:
+        run_explain(run.model_copy(update={"class_name": "juggle"}))
+    assert caught.value.key == "class_name"
+
+
+def test_seeds_are_run_one_after_the_other_and_summed_up(
+    place: Path, repository: Path, transferred: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = load(
+        repository, place, "finetune/demo", "repeats", "schedule.steps=2", "seeds=[0,3]",
+        f"initialise_from={transferred}", "data.val_split=held_out", "data.val_share=0.2", "data.label_share=0.5",
+    )  # fmt: skip
+    result = run_repeats(run, command=["cliplift", "finetune", "finetune/demo"])
+    singles = [json.loads((place / f"repeats/seed{s}/result.json").read_text())["metrics"] for s in (0, 3)]
+    values = [m["accuracy"] for m in singles]
+    assert result.metrics["accuracy"] == pytest.approx(np.mean(values))
+    assert result.metrics["accuracy_sd"] == pytest.approx(np.std(values, ddof=1))
+    whole = ShardDataset(str(place / "shards/actions"), split="train")
+    assert 0 < singles[0]["val_samples"] < 0.5 * len(whole), "validation is carved from train"
+    assert "over 2 runs" in capsys.readouterr().out
+    again = run_repeats(run, command=[])
+    assert again.metrics == result.metrics
+    assert capsys.readouterr().out.count("already finished") == 2
+    with pytest.raises(ConfigError, match="single split") as caught:
+        run_repeats(run.model_copy(update={"folds": "all"}), command=[])
+    assert caught.value.key == "folds"
+
+
+def test_a_probe_judges_the_features_at_every_evaluation(place: Path, repository: Path) -> None:
+    run = load(
+        repository, place, "transfer/demo", "probed", "schedule.steps=2", "engine.global_batch=8",
+        "correspondence.negatives_per_clip=2", "data.clips_per_sample=2", "correspondence.same_video_negatives=1",
+        f"probe.shards={place}/shards/actions", "probe.test_split=test", "probe.neighbours=5",
+    )  # fmt: skip
+    metrics = run_stage(run, command=["cliplift", "transfer", "transfer/demo"]).metrics
+    assert metrics["probe_chance"] == pytest.approx(0.1)
+    assert 0 <= metrics["probe_knn_accuracy"] <= 1
+    assert 0.1 < metrics["probe_linear_accuracy"] <= 1, "pixels of the shapes' places alone say something"
+    logged = [row for row in rows(place / "probed") if "eval/probe_knn_accuracy" in row]
+    assert logged[-1]["eval/probe_knn_accuracy"] == metrics["probe_knn_accuracy"]
 
 
 def test_a_finished_run_is_not_repeated(

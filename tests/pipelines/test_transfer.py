@@ -13,7 +13,10 @@ from torch import nn
 from cliplift.configs.runs import CorrespondenceConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.models.correspondence import CorrespondenceHead
-from cliplift.pipelines.transfer import SupervisionTransfer, draw_pairs, matching_metrics, recropped
+from cliplift.pipelines.matching import matching_metrics
+from cliplift.pipelines.pairs import draw_pairs
+from cliplift.pipelines.supervision import SupervisionTransfer
+from cliplift.pipelines.transfer import recropped
 
 
 @settings(max_examples=60, deadline=None)

@@ -20,11 +20,12 @@ import pytest
 
 from cliplift.configs.sharding import ShardRun, TranscodeConfig
 from cliplift.sharding.build import run_shard
+from cliplift.sharding.check import check_clip
 from cliplift.sharding.manifest import REFUSED_FILE
 from cliplift.sharding.reader import ShardDataset
 from cliplift.sharding.transcode import transcode_span
 from cliplift.sharding.verify import verify
-from cliplift.sharding.video import VideoDecodeError, check_clip, decode_frames
+from cliplift.sharding.video import VideoDecodeError, decode_frames
 
 W, H, FRAMES = 96, 64, 48
 

@@ -13,10 +13,10 @@ import fsspec
 import pytest
 
 from cliplift.configs.sections import ConfigError
+from cliplift.sharding.check import check_clip
 from cliplift.sharding.manifest import ManifestError
+from cliplift.sharding.motions import CLASSES
 from cliplift.sharding.reader import ShardDataset, ShardReadError
-from cliplift.sharding.synthetic import CLASSES
-from cliplift.sharding.video import check_clip
 
 
 def test_samples_are_ordered_shard_by_shard(built: Path) -> None:

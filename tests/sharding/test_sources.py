@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from cliplift.configs.sections import ConfigError
-from cliplift.configs.sharding import ShardRun, SplitConfig
+from cliplift.configs.sharding import ShardRun
+from cliplift.configs.sources import SplitConfig
 from cliplift.sharding.manifest import SourceVideo
 from cliplift.sharding.plan import Plan, make_plan
 from cliplift.sharding.rows import SourceError

@@ -8,8 +8,9 @@ import json
 import numpy as np
 import pytest
 
-from cliplift.sharding import synthetic
-from cliplift.sharding.synthetic import ACTIONS, CLASSES, LOOKS, render_clip, write_demo_videos
+from cliplift.sharding.looks import LOOKS, outline
+from cliplift.sharding.motions import ACTIONS, CLASSES, shape_path
+from cliplift.sharding.synthetic import render_clip, write_demo_videos
 from cliplift.sharding.video import decode_frames, probe
 
 SIZE, FPS, FRAMES = 48, 15, 15
@@ -84,7 +85,7 @@ def test_frame_differences_tell_the_direction(gray_clips: tuple[np.ndarray, np.n
 def test_every_coordinate_is_uniform_at_every_time(action: str) -> None:
     count = 800
     paths = np.stack(
-        [synthetic._path(np.random.default_rng([n, 5]), action, num_frames=20, fps=15) for n in range(count)]
+        [shape_path(np.random.default_rng([n, 5]), action, num_frames=20, fps=15) for n in range(count)]
     )
     expected = (np.arange(count) + 0.5) / count
     for coordinate, time in itertools.product(range(4), (0, 10, 19)):
@@ -96,7 +97,7 @@ def test_every_coordinate_is_uniform_at_every_time(action: str) -> None:
 @pytest.mark.parametrize("action", CLASSES)
 def test_the_action_moves_its_own_coordinate(action: str) -> None:
     coordinate, direction = ACTIONS[action]
-    path = synthetic._path(np.random.default_rng(3), action, num_frames=20, fps=15).astype(np.float64)
+    path = shape_path(np.random.default_rng(3), action, num_frames=20, fps=15).astype(np.float64)
     steps = (np.diff(path, axis=1) + 0.5) % 1 - 0.5
     still = [c for c in range(4) if c != coordinate]
     assert np.abs(steps[still]).max() < 1e-6
@@ -119,7 +120,7 @@ def test_splits_share_no_shape_background_or_colour() -> None:
 
 @pytest.mark.parametrize("shape", sorted({shape for look in LOOKS.values() for shape in look.shapes}))
 def test_an_outline_fits_its_sprite_and_is_not_empty(shape: str) -> None:
-    edge = synthetic._outline(shape, np.linspace(-np.pi, np.pi, 721, dtype=np.float32))
+    edge = outline(shape, np.linspace(-np.pi, np.pi, 721, dtype=np.float32))
     assert edge.max() <= 1.0 + 1e-5
     assert edge.min() > 0.3
 

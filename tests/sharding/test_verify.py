@@ -11,7 +11,7 @@ import pytest
 from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.build import run_shard
 from cliplift.sharding.duplicates import near_duplicates
-from cliplift.sharding.synthetic import CLASSES
+from cliplift.sharding.motions import CLASSES
 from cliplift.sharding.verify import verify
 
 

@@ -1,0 +1,86 @@
+"""VGG-16 (Simonyan and Zisserman, ICLR 2015, arXiv 1409.1556, column D): images to classes, and its five percepts.
+
+Torchvision's weights load by ``pretrained=FILE``: their ``classifier.0``, ``.3`` and ``.6`` are fc6, fc7 and the
+classifier here. Images of another size than 224 are averaged to fc6's 7 x 7 grid, as in torchvision.
+
+Shape letters: B images, C channels, H W pixels, D width, K classes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cliplift.models.layers import Conv2d, PooledClassifier, ReluLinear
+from cliplift.models.registry import InputSpec, register_model
+
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # Table 1, column D
+GRID = 7  # side of the last map for 224 pixels
+FC_WIDTH = 4096
+TORCHVISION = {"classifier.0.": "fc6.", "classifier.3.": "fc7.", "classifier.6.": "classifier."}
+
+
+class VGG16(PooledClassifier):
+    """``forward(x)``: (B, 3, H, W) -> (B, K); features are fc7's 4096."""
+
+    input_dims = 4
+
+    def __init__(self, *, num_classes: int, dropout: float) -> None:
+        spec = InputSpec(frames=1, frame_stride=1, crop_height=224, crop_width=224)
+        super().__init__(feature_dim=FC_WIDTH, num_classes=num_classes, input_spec=spec, dropout=dropout)
+        layers: list[nn.Module] = []
+        channels = 3
+        for widths in STAGES:
+            for width in widths:
+                layers += [Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.fc6 = ReluLinear(channels * GRID * GRID, FC_WIDTH)
+        self.fc7 = ReluLinear(FC_WIDTH, FC_WIDTH)
+        self.reset_classifier(num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> pool5 (B, 512, H/32, W/32)."""
+        features: Tensor = self.features(x)
+        return features
+
+    def forward_pooled(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> fc7 (B, 4096)."""
+        self.check_input(x)
+        return self._fc7(self.forward_features(x))
+
+    def percepts(self, x: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> pool2, pool3, pool4, pool5 (B, D, H', W') and fc7 (B, 4096, 1, 1)."""
+        self.check_input(x)
+        pools = []
+        for layer in self.features:
+            x = layer(x)
+            if isinstance(layer, nn.MaxPool2d):
+                pools.append(x)
+        return [*pools[1:], self._fc7(x)[..., None, None]]
+
+    def _fc7(self, pool5: Tensor) -> Tensor:
+        x = F.adaptive_avg_pool2d(pool5, GRID).flatten(1)
+        x = self.head_dropout(F.relu(self.fc6(x)))
+        return F.relu(self.fc7(x))
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """Torchvision's names to these."""
+        if "classifier.0.weight" not in state:
+            return state, []
+        renamed = {}
+        for key, value in state.items():
+            prefix = next((old for old in TORCHVISION if key.startswith(old)), "")
+            renamed[TORCHVISION.get(prefix, "") + key.removeprefix(prefix)] = value
+        return renamed, ["renamed torchvision's classifier.0, .3 and .6 to fc6, fc7 and classifier"]
+
+    def checkpoint_blocks(self) -> list[str]:
+        """The convolutions; a ReLU in place may not be recomputed on its own."""
+        return [f"features.{i}" for i, layer in enumerate(self.features) if isinstance(layer, Conv2d)]
+
+
+@register_model(dims="2d", paper="arXiv 1409.1556", default_classes=1000)
+def vgg16(*, num_classes: int = 1000, in_frames: int = 1, dropout: float = 0.5) -> VGG16:
+    """138,357,544 parameters with 1000 classes."""
+    return VGG16(num_classes=num_classes, dropout=dropout)

@@ -1,0 +1,209 @@
+"""Ranks that disagree stop together, at once, with a sentence that names the difference."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cliplift.configs.load import load_run
+from cliplift.configs.runs import RUNS
+from cliplift.configs.sections import ConfigError
+from cliplift.pipelines.agreement import code_digest, first_difference, run_facts
+from cliplift.pipelines.ranks import find_place, first_host
+
+CLIPLIFT = [sys.executable, "-m", "cliplift.launch.cli"]
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_ID": "41",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank", "address"),
+    [
+        (SLURM | {"SLURM_STEP_NODELIST": "gpu[03-06]", "SLURM_JOB_NODELIST": "gpu[01-06]"}, 5, "gpu03"),
+        (SLURM | {"SLURM_JOB_NODELIST": "alpha,beta"}, 5, "alpha"),
+        (SLURM | {"SLURM_JOB_NODELIST": "alpha,beta", "MASTER_ADDR": "10.0.0.9"}, 5, "10.0.0.9"),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "1",
+                "OMPI_COMM_WORLD_SIZE": "2",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+            },
+            1,
+            "127.0.0.1",
+        ),
+        ({"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MASTER_ADDR": "head"}, 3, "head"),
+        (
+            {"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "head", "PMI_RANK": "0", "PMI_SIZE": "1"},
+            2,
+            "head",
+        ),
+    ],
+)
+def test_every_launcher_says_where_to_meet(environment: dict[str, str], rank: int, address: str) -> None:
+    place = find_place(environment)
+    assert (place.rank, place.master_address) == (rank, address)
+
+
+def test_mpi_over_hosts_without_an_address_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ConfigError, match="mpirun -x MASTER_ADDR") as caught:
+        find_place({"PMI_RANK": "1", "PMI_SIZE": "4", "MPI_LOCALNRANKS": "2"})
+    assert caught.value.key == "MASTER_ADDR"
+
+
+def test_a_rank_that_is_no_number_is_refused() -> None:
+    with pytest.raises(ConfigError, match="PMI_RANK='first'"):
+        find_place({"PMI_RANK": "first", "PMI_SIZE": "4"})
+
+
+def test_steps_on_one_host_meet_at_different_ports() -> None:
+    nodes = {"SLURM_JOB_NODELIST": "a"}
+    ports = {
+        find_place(SLURM | nodes | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step}).master_port
+        for job in ("41", "42") for step in ("0", "1")
+    }  # fmt: skip
+    assert len(ports) == 4
+    assert all(20_000 <= port < 32_768 for port in ports), "Linux hands ports from 32768 out by itself"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("n1", "n1"),
+        ("n[07-09,11],m1", "n07"),
+        ("rack[1-2]-gpu", "rack1-gpu"),
+        ("a,b[1-2]", "a"),
+        ("x-3.y", "x-3.y"),
+    ],
+)
+def test_first_host_of_a_slurm_list(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+def test_the_first_difference_names_both_sides() -> None:
+    ranks = [
+        {"host": "a", "facts": {"engine.global_batch": "32", "seed": "0"}},
+        {"host": "a", "facts": {"engine.global_batch": "32", "seed": "0"}},
+        {"host": "b", "facts": {"engine.global_batch": "32", "seed": "1"}},
+    ]
+    error = first_difference(ranks)
+    assert error is not None
+    assert error.key == "seed"
+    assert "rank 2 on b has 1 and rank 0 on a has 0" in str(error)
+    assert first_difference(ranks[:2]) is None
+    extra = {"host": "b", "facts": {"engine.global_batch": "32", "seed": "0", "new": "x"}}
+    assert "(not set)" in str(first_difference([*ranks[:2], extra]))
+
+
+def test_facts_hold_every_value_but_the_node_local_ones(repository: Path) -> None:
+    def facts(*words: str) -> dict[str, str]:
+        return run_facts(load_run(repository / "configs" / "transfer" / "demo.yaml", RUNS, words).run)
+
+    assert facts()["optim.lr"] == "0.001"
+    assert facts() == facts("data.cache_folder=/scratch/node7")
+    assert facts() != facts("teacher.frames=1")
+    assert len(code_digest()) == 12
+
+
+def two_processes(
+    tmp_path: Path, first: list[str], second: list[str], *, code_of_second: Path | None = None
+) -> tuple[list[subprocess.CompletedProcess[str]], float]:
+    """Two ranks as two hosts would start them: each with a command of its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    started = time.monotonic()
+    children = []
+    for rank, words in enumerate((first, second)):
+        env = os.environ | {
+            "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [
+            *CLIPLIFT,
+            "transfer",
+            "transfer/demo",
+            f"output={tmp_path / 'run'}",
+            "track.wandb=disabled",
+        ]
+        if rank == 1 and code_of_second is not None:
+            env["PYTHONPATH"] = str(code_of_second)
+        children.append(
+            subprocess.Popen(
+                [*command, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    done = []
+    for child in children:
+        out, err = child.communicate(timeout=100)
+        done.append(subprocess.CompletedProcess(child.args, child.returncode, out, err))
+    return done, time.monotonic() - started
+
+
+def test_another_config_on_one_rank_stops_both_within_a_minute(tmp_path: Path) -> None:
+    done, seconds = two_processes(tmp_path, [], ["optim.lr=0.5"])
+    for one in done:
+        assert one.returncode == 2, one.stderr
+        assert "optim.lr: rank 1 on" in one.stderr
+        assert "has 0.5 and rank 0 on" in one.stderr
+        assert "Traceback" not in one.stderr
+    assert seconds < 60
+
+
+def test_data_missing_on_one_host_stops_both(tmp_path: Path, repository: Path) -> None:
+    """The same relative path is a dataset on one host and nothing on the other: a mount that is missing."""
+    from cliplift.sharding.build import run_shard
+    from cliplift.sharding.synthetic import write_demo_videos
+
+    write_demo_videos(
+        tmp_path / "videos", seed=1, train_per_class=1, val_per_class=1, test_per_class=1, unlabelled=6,
+        size_pixels=64,
+    )  # fmt: skip
+    here, there = tmp_path / "here", tmp_path / "there"
+    words = [f"source.root={tmp_path}/videos/unlabelled", f"output={here}/shards", "workers=2"]
+    run_shard(load_run(repository / "configs" / "shard" / "demo_unlabelled.yaml", RUNS, words).run)
+    there.mkdir()
+    shutil.copytree(here / "shards", there / "shards")
+    facts = there / "shards" / "dataset.json"
+    text = facts.read_text()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+
+    def run() -> list[str]:
+        children = []
+        for rank, folder in enumerate((here, there)):
+            env = os.environ | {
+                "RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+            }
+            command = [*CLIPLIFT, "transfer", "transfer/demo", "data.shards=shards", "engine.global_batch=4",
+                       "correspondence.negatives_per_clip=1", f"output={tmp_path}/run"]  # fmt: skip
+            children.append(subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True))
+        errors = [child.communicate(timeout=100)[1] for child in children]
+        assert [child.returncode for child in children] == [2, 2], errors
+        return errors
+
+    facts.unlink()
+    for error in run():
+        assert "data: rank 1 on" in error
+        assert "holds no dataset.json" in error
+    # The same samples under another fingerprint: shards that were built again on one host.
+    facts.write_text(text.replace('"fingerprint": "', '"fingerprint": "0'))
+    for error in run():
+        assert "data: rank 1 on" in error
+        assert "unreadable" not in error
