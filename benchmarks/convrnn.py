@@ -155,6 +155,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description="ConvLSTM against the design that convolves [x, h] each step"
     )
+    parser.add_argument("--only", nargs="*", help="names of the sizes to run")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -167,7 +168,10 @@ def main() -> int:
     print("| maps | B×C×T×H×W | states | kernel | ms | concatenating ms | speed-up | rounds |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: | --- |")
     results = []
-    for size in SIZES:
+    chosen = [size for size in SIZES if arguments.only is None or size.what in arguments.only]
+    if not chosen:
+        parser.error(f"--only: choose from {[size.what for size in SIZES]}")
+    for size in chosen:
         r = compare(size, rounds=arguments.rounds, device=arguments.device)
         results.append(r)
         shape = f"{size.batch}×{size.channels}×{size.frames}×{size.side}×{size.side}"

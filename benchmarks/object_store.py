@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import multiprocessing
 import os
 import socket
@@ -43,7 +44,7 @@ def serve(port: int, latency: Any) -> None:
         answer: Iterable[bytes] = application(environ, start)
         return answer
 
-    sys.stderr = Path(os.devnull).open("w")  # a line for every request
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for every request
     run_simple("127.0.0.1", port, delayed, threaded=True)
 
 

@@ -38,9 +38,26 @@ class ViewsConfig(Section):
         description="spread: from the first frame to the last, one clip in the middle; "
         "from_start: clip i of n begins at share i/n of the possible starts, one clip at the first frame",
     )
+    every_frames: int | None = Field(
+        None,
+        ge=1,
+        description="clips begin at every n-th stored frame of the video instead, as many as fit whole (dense sampling); "
+        "the clip's own length gives non-overlapping ones",
+    )
     average: Literal["probabilities", "logits"] = Field(
         "probabilities", description="what is averaged over the views"
     )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ViewsConfig:
+        if self.every_frames is not None and (self.clips != 1 or self.position != "spread"):
+            raise ConfigError(
+                "places the clips itself",
+                key="every_frames",
+                value=self.every_frames,
+                hint="leave out clips and position",
+            )
+        return self
 
 
 class AugmentConfig(Section):
@@ -261,6 +278,7 @@ class DataConfig(Section):
                 hint="the crop must fit into the resized frame",
             )
         self._check_weights()
+        self._check_augmentation()
         if self.resize_short_side_pixels is not None and self.resize_short_side_pixels < self.crop_pixels:
             raise ConfigError(
                 f"{self.resize_short_side_pixels} is smaller than crop_pixels={self.crop_pixels}",
@@ -270,8 +288,24 @@ class DataConfig(Section):
             )
         return self
 
+    def _check_augmentation(self) -> None:
+        if self.views.crops == 10 and self.augment.flip_label_pairs:
+            raise ConfigError(
+                "ten crops mirror clips, and mirrored clips are of another class here",
+                key="views.crops",
+                value=10,
+                hint="use 1, 3 or 5 crops",
+            )
+
     def _check_weights(self) -> None:
         weights = self.weights or ()
+        if weights and self.class_balanced:
+            raise ConfigError(
+                "deals clips by class, and data.shards gives weights by dataset",
+                key="class_balanced",
+                value=True,
+                hint="use one of the two",
+            )
         if weights and len(weights) < len(self.shards):
             bare = next(entry for entry in self.shards if isinstance(entry, str))
             raise ConfigError(

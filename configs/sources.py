@@ -106,8 +106,21 @@ class YouTube8MSource(Section):
     )
 
 
+class TarsSource(Section):
+    """Videos in WebDataset tars written by others (video2dataset); the first folder of a tar's path is its split."""
+
+    kind: Literal["tars"] = "tars"
+    root: str = Field(description="folder or URL of the tars")
+    label_key: str = Field(
+        "label", description="key of a sample's json that holds the class; a .cls member goes before it"
+    )
+    classes: tuple[str, ...] = Field(
+        (), description="class names in label order; empty sorts the names found"
+    )
+
+
 Source = Annotated[
-    FolderSource | CsvSource | KineticsSource | Ucf101Source | Hmdb51Source | YouTube8MSource,
+    FolderSource | CsvSource | KineticsSource | Ucf101Source | Hmdb51Source | YouTube8MSource | TarsSource,
     Field(discriminator="kind"),
 ]
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cliplift.configs.runs import ClassificationRun, FinetuneRun, TransferRun
+from cliplift.configs.runs import ClassificationRun, FinetuneRun, PretrainRun, TransferRun
 from cliplift.configs.sections import ConfigError
 from cliplift.launch.check_cost import Cost, check_cost
 from cliplift.launch.doctor import memory_bytes, usable_cores
@@ -23,9 +23,12 @@ from cliplift.launch.findings import Finding, exit_code, table
 from cliplift.launch.jobs import load
 from cliplift.launch.machine import Machine, choose_machine
 from cliplift.models.registry import ModelError
+from cliplift.pipelines.clip_source import ClipSource
+from cliplift.pipelines.clips import ClipLoader
 from cliplift.pipelines.deepspeed_config import batch_split
-from cliplift.sharding.manifest import ManifestError, dataset_fingerprint
-from cliplift.sharding.reader import ShardDataset, read_dataset
+from cliplift.pipelines.repeats import repeated
+from cliplift.sharding.manifest import Dataset, ManifestError, dataset_fingerprint
+from cliplift.sharding.reader import read_dataset
 from cliplift.sharding.storage import StorageError, open_store
 
 UNREADABLE = (ConfigError, ManifestError, StorageError, OSError)
@@ -35,19 +38,15 @@ UNREADABLE = (ConfigError, ManifestError, StorageError, OSError)
 class Known:
     """What the looks before have found; a later look that needs something missing says nothing."""
 
-    train: list[ShardDataset] = field(default_factory=list)
+    train: ClipSource | None = None
     classes: tuple[str, ...] = ()
-    micro_batch: int = 0
-    accumulation: int = 0
-
-    @property
-    def samples(self) -> int:
-        return sum(len(one) for one in self.train)
 
 
 def run_check(arguments: argparse.Namespace) -> int:
     loaded = load(arguments.subject, arguments.rest)
     run = loaded.run
+    if isinstance(run, FinetuneRun) and (run.folds or run.seeds):
+        run = repeated(run)[0]  # the others differ in fold and seed alone
     if not isinstance(run, TransferRun | ClassificationRun):
         raise ConfigError(
             f"is {getattr(run, 'stage', '')!r}, which does not train",
@@ -97,30 +96,35 @@ def check_fit(run: TransferRun | ClassificationRun, machine: Machine, known: Kno
 
 
 def _training_data(run: TransferRun | ClassificationRun, _: Machine, known: Known) -> Iterator[Finding]:
-    data = run.data
-    for url in data.shards:
+    whole = True
+    for url in run.data.urls:
         try:
             dataset = read_dataset(open_store(url))
-            opened = ShardDataset(url, split=data.split, fold=data.fold)
         except UNREADABLE as error:
             yield Finding("fail", "data", f"{url}: {error}")
+            whole = False
             continue
         again = dataset_fingerprint(dataset.name, dataset.classes, dataset.shards, dataset.samples_sha256)
+        text = f"{url}: fingerprint {dataset.fingerprint[:12]}"
         if again != dataset.fingerprint:
             remedy = "the manifest was changed by hand: run `cliplift shard` with --phase finalize"
-            yield Finding(
-                "fail", "data", f"{url}: fingerprint {dataset.fingerprint[:12]} is not its content's", remedy
-            )
+            yield Finding("fail", "data", f"{text} is not its content's", remedy)
+            whole = False
             continue
-        known.train.append(opened)
-        text = f"{url}: {len(opened)} clips in {len(opened.shards)} shards, fingerprint {dataset.fingerprint[:12]}"
-        yield Finding("ok", f"data, {data.split}", text)
-        yield from _missing_shards(url, opened)
-    if known.train:
-        known.classes = known.train[0].classes
+        yield Finding("ok", "data", f"{text}, {dataset.samples} clips in {len(dataset.shards)} shards")
+        yield from _missing_shards(url, dataset)
+    if not whole:
+        return
+    try:
+        known.train = ClipSource(run.data, split=run.data.split, seed=run.seed)
+    except UNREADABLE as error:
+        yield Finding("fail", f"data, {run.data.split}", str(error))
+        return
+    known.classes = tuple(known.train.classes)
+    yield Finding("ok", f"data, {run.data.split}", f"{len(known.train)} clips")
 
 
-def _missing_shards(url: str, dataset: ShardDataset) -> Iterator[Finding]:
+def _missing_shards(url: str, dataset: Dataset) -> Iterator[Finding]:
     store = open_store(url)
     wrong = [s.file for s in dataset.shards if store.size(s.file) != s.bytes]
     if wrong:
@@ -129,35 +133,30 @@ def _missing_shards(url: str, dataset: ShardDataset) -> Iterator[Finding]:
 
 
 def _other_splits(run: TransferRun | ClassificationRun, _: Machine, known: Known) -> Iterator[Finding]:
-    if not known.train:
+    if known.train is None:
         return
     splits = [run.data.val_split, *([run.test_split] if isinstance(run, FinetuneRun) else [])]
     for split in splits:
         try:
-            found = [ShardDataset(url, split=split, fold=run.data.fold) for url in run.data.shards]
+            found = ClipSource(run.data, split=split)
         except UNREADABLE as error:
             yield Finding("fail", f"data, {split}", str(error))
             continue
-        yield Finding("ok", f"data, {split}", f"{sum(len(one) for one in found)} clips")
+        yield Finding("ok", f"data, {split}", f"{len(found)} clips")
 
 
 def _labels(run: TransferRun | ClassificationRun, _: Machine, known: Known) -> Iterator[Finding]:
-    if not known.train:
-        return
-    different = [one.url for one in known.train if one.classes != known.classes]
-    if different:
-        yield Finding("fail", "labels", f"{different[0]} has other classes than {known.train[0].url}",
-                      "build both with the same class list")  # fmt: skip
+    if known.train is None or (isinstance(run, PretrainRun) and run.objective == "forecast"):
         return
     if isinstance(run, TransferRun):
-        videos = len({v for one in known.train for v in one.column("video_id")})
+        videos = len(set(known.train.video_index.tolist()))
         enough = videos > run.correspondence.negatives_per_clip
         remedy = "" if enough else f"correspondence.negatives_per_clip={max(1, videos - 1)}, or more videos"
         yield Finding(
             "ok" if enough else "fail", "videos", f"{videos} source videos to draw negatives from", remedy
         )
         return
-    labels = np.concatenate([one.labels for one in known.train])
+    labels = known.train.labels
     K, unlabelled = len(known.classes), int((labels < 0).sum())
     if not K or unlabelled:
         text = f"{K} classes, {unlabelled} of {len(labels)} clips without a label"
@@ -178,34 +177,40 @@ def _labels(run: TransferRun | ClassificationRun, _: Machine, known: Known) -> I
 def _batches(run: TransferRun | ClassificationRun, machine: Machine, known: Known) -> Iterator[Finding]:
     G, N = run.engine.global_batch, machine.world_size
     try:
-        known.micro_batch, known.accumulation = batch_split(run, world_size=N)
+        micro_batch, accumulation = batch_split(run, world_size=N)
     except ConfigError as error:
         yield Finding("fail", "batch", str(error))
         return
-    text = f"{G} clips = {N} ranks x {known.micro_batch} x {known.accumulation} accumulation steps"
-    if not known.train:
+    text = f"{G} clips = {N} ranks x {micro_batch} x {accumulation} accumulation steps"
+    if known.train is None:
         yield Finding("ok", "batch", text)
         return
-    if known.samples < G:
-        yield Finding("fail", "batch", f"{text}, and the split has {known.samples}",
-                      f"engine.global_batch={max(1, known.samples // N * N)} or less")  # fmt: skip
+    try:
+        loader = ClipLoader(
+            run.data, seed=run.seed, global_batch=G, micro_batch=micro_batch, rank=0, world_size=N
+        )
+    except ConfigError as error:
+        most = len(known.train) * run.data.clips_per_sample // N * N
+        remedy = f"engine.global_batch={most} or less" if 0 < most < G else ""
+        yield Finding("fail", "batch", f"{text}; {error}", remedy)
         return
-    steps, left = divmod(known.samples, G)
-    yield Finding("ok", "batch", f"{text}; {steps} steps an epoch, {left} clips of each epoch left out")
+    left = loader.num_samples - loader.steps_per_epoch * loader.samples_per_step
+    loader.close()
+    yield Finding(
+        "ok", "batch", f"{text}; {loader.steps_per_epoch} steps an epoch, {left} clips of each left out"
+    )
 
 
 def _order(run: TransferRun | ClassificationRun, machine: Machine, known: Known) -> Iterator[Finding]:
-    if not known.train:
+    if known.train is None:
         return
-    data = run.data
-    shards = sum(len(one.shards) for one in known.train)
+    data, shards = run.data, len(known.train.shard_ranges)
     readers = machine.world_size * max(1, data.workers)
     text = f"{shards} shards for {readers} readers, order {data.order}"
     if data.order == "windowed" and shards < data.streams:
         # Every reader takes any sample, so few shards starve nobody; they only make the windows more alike.
-        yield Finding(
-            "note", "reading", text, f"data.streams={shards}: there are no more shards to read side by side"
-        )
+        remedy = f"data.streams={shards}: there are no more shards to read side by side"
+        yield Finding("note", "reading", text, remedy)
         return
     yield Finding("ok", "reading", text)
 

@@ -19,11 +19,13 @@ from cliplift.launch.findings import Finding
 from cliplift.launch.machine import ASSUMED_MFU, FP32_SHARE, Machine
 from cliplift.models.measure import measure_model
 from cliplift.models.registry import model_entry
+from cliplift.pipelines.clip_source import ClipSource
 from cliplift.pipelines.clips import ClipLoader, TooManyFailuresError
 from cliplift.pipelines.deepspeed_config import batch_split
-from cliplift.pipelines.memory_plan import MemoryPlan, Sizes, build_module, parts, plan_memory, stage_inputs
+from cliplift.pipelines.memory_plan import MemoryPlan, Sizes, moments_of, parts, plan_memory
 from cliplift.pipelines.optim import total_steps
-from cliplift.sharding.reader import ShardDataset, ShardReadError
+from cliplift.pipelines.stage_module import build_module, stage_inputs
+from cliplift.sharding.reader import ShardReadError
 
 GIB = 2**30
 # Driver context, NCCL's buffers, cuDNN workspaces; and what the caching allocator cannot use for its fragments.
@@ -49,12 +51,12 @@ class Cost:
     run: TransferRun | ClassificationRun
     machine: Machine
     classes: int
-    train: list[ShardDataset]
+    train: ClipSource | None
     mfu: float | None
 
     @property
     def samples(self) -> int:
-        return sum(len(one) for one in self.train)
+        return 0 if self.train is None else len(self.train) * self.run.data.clips_per_sample
 
     def planned(self, **engine: Any) -> tuple[MemoryPlan, Sizes]:
         """The memory plan with other engine settings."""
@@ -81,9 +83,9 @@ def check_cost(cost: Cost) -> Iterator[Finding]:
     flops = training_flops(cost.run, classes=cost.classes)
     speed = estimated_speed(cost, flops, plan)
     yield from _time(cost, flops, speed)
-    if cost.train:
-        yield from _feeding(cost, speed)
-    yield from _disk(cost, sizes)
+    if cost.train is not None:
+        yield from _feeding(cost, cost.train, speed)
+    yield from check_disk(cost, sizes)
 
 
 def _memory(cost: Cost, plan: MemoryPlan) -> Iterator[Finding]:
@@ -216,7 +218,7 @@ def _time(cost: Cost, flops: float, speed: Speed | None) -> Iterator[Finding]:
     yield Finding("ok", "time", text)
 
 
-def _feeding(cost: Cost, speed: Speed | None) -> Iterator[Finding]:
+def _feeding(cost: Cost, train: ClipSource, speed: Speed | None) -> Iterator[Finding]:
     """Cores that decode as fast as the run computes, and the bytes that takes."""
     try:
         seconds = decode_seconds(cost.run)
@@ -241,8 +243,9 @@ def _feeding(cost: Cost, speed: Speed | None) -> Iterator[Finding]:
         yield Finding("note", "decoding", text + kept, f"data.workers={wanted}, now {workers}")
     else:
         yield Finding("ok", "decoding", text + kept)
-    size = sum(s.bytes for one in cost.train for s in one.shards) / max(1, cost.samples)
-    remote = any("://" in url for url in cost.run.data.shards)
+    stored = sum(s.bytes / s.samples for one in train.sets for s in one.shards)
+    size = stored / sum(len(one.shards) for one in train.sets) / cost.run.data.clips_per_sample
+    remote = any("://" in url for url in cost.run.data.urls)
     rate = f"{per_node * size / 2**20:.1f} MiB/s a node, {speed.clips_per_second * size / 2**20:.1f} in all"
     yield Finding("ok", "object store" if remote else "disk reads", f"{rate} ({size / 1024:.0f} KiB a clip)")
 
@@ -253,14 +256,16 @@ def decode_seconds(run: TransferRun | ClassificationRun) -> float:
     Raises:
         ShardReadError: one of the clips tried cannot be read or decoded.
     """
-    data = run.data.model_copy(update={"cache_decoded_mib": 0, "workers": 0, "order": "global"})
+    data = run.data.model_copy(
+        update={"cache_decoded_mib": 0, "workers": 0, "order": "global", "clips_per_sample": 1}
+    )
     loader = ClipLoader(data, seed=run.seed, global_batch=1, micro_batch=1, rank=0, world_size=1)
     spent = []
     try:
         began = time.perf_counter()
         for batch in loader.micro_batches(start_step=0, stop_step=min(DECODED_CLIPS, loader.num_samples)):
             if batch.failed:
-                raise ShardReadError(", ".join(data.shards), "a sample", batch.failed[0])
+                raise ShardReadError(", ".join(data.urls), "a sample", batch.failed[0])
             spent.append(time.perf_counter() - began)
             began = time.perf_counter()
     finally:
@@ -268,11 +273,10 @@ def decode_seconds(run: TransferRun | ClassificationRun) -> float:
     return median(spent)
 
 
-def _disk(cost: Cost, sizes: Sizes) -> Iterator[Finding]:
+def check_disk(cost: Cost, sizes: Sizes) -> Iterator[Finding]:
     run = cost.run
-    moments = 2 if run.optim.name != "sgd" else int(run.optim.momentum > 0)
-    average = int(run.optim.average_decay > 0)
-    one = 4 * (sizes.parameters + (moments + average) * sizes.trained) + sizes.buffer_bytes
+    states = moments_of(run) + int(run.optim.average_decay > 0)
+    one = 4 * (sizes.parameters + states * sizes.trained) + sizes.buffer_bytes
     kept = run.checkpoint.keep_last + 1  # a new one is whole before the oldest goes
     best = run.checkpoint.keep_best and run.evaluation.every_steps is not None
     needed = one * (kept + int(best))

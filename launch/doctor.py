@@ -145,8 +145,8 @@ def _gpus() -> Iterator[Finding]:
         total = f"{facts.total_memory / 2**30:.1f} GiB, compute {facts.major}.{facts.minor}"
         yield Finding("ok", f"gpu {number}", f"{facts.name}, {total}, CUDA {built}")
     # A wrong driver is found by the first kernel, not by the list of devices.
-    total = float(torch.ones(1024, device="cuda").sum())
-    yield Finding("ok" if total == 1024.0 else "fail", "gpu kernel", f"the sum of 1024 ones is {total:g}")
+    ones = float(torch.ones(1024, device="cuda").sum())
+    yield Finding("ok" if ones == 1024.0 else "fail", "gpu kernel", f"the sum of 1024 ones is {ones:g}")
 
 
 def _collectives() -> Iterator[Finding]:
@@ -158,8 +158,8 @@ def _collectives() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         yield Finding("ok", "nccl", "not needed without a GPU")
     elif dist.is_nccl_available():
-        version = ".".join(map(str, torch.cuda.nccl.version()))
-        yield Finding("ok", "nccl", version)
+        found: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        yield Finding("ok", "nccl", ".".join(map(str, found)))
     else:
         yield Finding("fail", "nccl", "missing from this torch", "several GPUs need a torch built with NCCL")
 
@@ -179,7 +179,7 @@ def _codecs() -> Iterator[Finding]:
     yield Finding("note" if unknown else "ok", "source codecs", text, remedy)
 
 
-def _has_codec(name: str, mode: str) -> bool:
+def _has_codec(name: str, mode: Literal["r", "w"]) -> bool:
     import av
 
     try:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cliplift.configs.load import LoadedRun, dump_run, load_run, packaged_recipe
 from cliplift.configs.runs import RUNS
@@ -86,13 +87,13 @@ def plan_jobs(configs: Sequence[str], overrides: Sequence[str], resources: Resou
     return jobs
 
 
-def load(config: str, overrides: Sequence[str]) -> LoadedRun[object]:
+def load(config: str, overrides: Sequence[str]) -> LoadedRun[Any]:
     """A YAML file or a packaged recipe."""
     path = Path(config) if Path(config).exists() else packaged_recipe(config) or Path(config)
     return load_run(path, RUNS, overrides)
 
 
-def _jobs_of(loaded: LoadedRun[object], resources: Resources) -> list[Job]:
+def _jobs_of(loaded: LoadedRun[Any], resources: Resources) -> list[Job]:
     run = loaded.run
     stage = str(getattr(run, "stage", ""))
     if stage not in SUBMITTED:
@@ -113,7 +114,7 @@ def _jobs_of(loaded: LoadedRun[object], resources: Resources) -> list[Job]:
         Job(
             name=job_name(name),
             stage=stage,
-            config=dump_run(run),  # type: ignore[arg-type]
+            config=dump_run(run),
             config_file=f"{job_name(name)}.yaml",
             output=str(getattr(run, "output", "")),
             nodes=resources.nodes,

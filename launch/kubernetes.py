@@ -176,12 +176,12 @@ def _pytorch_job(job: Job, resources: Resources, options: KubernetesOptions) -> 
 
 
 def _pod(job: Job, resources: Resources, options: KubernetesOptions) -> dict[str, Any]:
-    volumes = [
+    volumes: list[dict[str, Any]] = [
         {"name": "config", "configMap": {"name": f"{job.name}-config"}},
         # Docker's 64 MiB of shared memory are too few for decoding workers.
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{options.shared_memory_gib}Gi"}},
     ]
-    mounts = [
+    mounts: list[dict[str, Any]] = [
         {"name": "config", "mountPath": MOUNT, "readOnly": True},
         {"name": "shm", "mountPath": "/dev/shm"},
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from cliplift.configs.sections import ConfigError
@@ -18,7 +19,6 @@ GPUS: dict[str, tuple[str, float]] = {
     "l40s": ("L40S", 48e9),
     "a40": ("A40", 48e9),
     "l4": ("L4", 24e9),
-    "a10g": ("A10G", 24e9),
     "v100-32": ("V100", 32e9),
     "v100": ("V100", 16e9),
     "t4": ("T4", 16e9),
@@ -116,4 +116,5 @@ def peak_of(device_name: str) -> float | None:
     """Dense bf16 peak of a card by the name its driver gives, 1e12 operations a second; None where unknown."""
     from cliplift.pipelines.throughput import HALF_PEAK_TFLOPS
 
-    return next((peak for name, peak in HALF_PEAK_TFLOPS.items() if name in device_name), None)
+    known = HALF_PEAK_TFLOPS.items()
+    return next((peak for name, peak in known if re.search(rf"\b{name}\b", device_name)), None)

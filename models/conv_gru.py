@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.conv_lstm import convolve_steps, odd_padding, per_layer
-from cliplift.models.recurrence import LayerState, RecurrentLayer, RecurrentStack
+from cliplift.models.recurrence import LayerState, RecurrentLayer, RecurrentStack, layer_widths
 from cliplift.models.registry import ModelError
 
 LowerHidden = Literal["input", "gates", "gates_and_candidate"]
@@ -147,7 +147,7 @@ class ConvGRU(RecurrentStack):
             raise ModelError(
                 f"lower_hidden={lower_hidden!r} must be 'input', 'gates' or 'gates_and_candidate'"
             )
-        widths = (hidden,) if isinstance(hidden, int) else tuple(hidden)
+        widths = layer_widths(hidden)
         input_kernels = per_layer("input_kernel", input_kernel, len(widths))
         hidden_kernels = per_layer("hidden_kernel", hidden_kernel, len(widths))
         chained = lower_hidden == "input"

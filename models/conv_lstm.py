@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.fc_lstm import GateCell, LSTMLayer
-from cliplift.models.recurrence import RecurrentStack
+from cliplift.models.recurrence import RecurrentStack, layer_widths
 from cliplift.models.registry import ModelError
 
 MapPeephole = Literal["none", "channel", "position"]
@@ -152,7 +152,7 @@ class ConvLSTM(RecurrentStack):
         dropout: float = 0.0,
         forget_bias: float = 1.0,
     ) -> None:
-        widths = (hidden,) if isinstance(hidden, int) else tuple(hidden)
+        widths = layer_widths(hidden)
         input_kernels = per_layer("input_kernel", input_kernel, len(widths))
         hidden_kernels = per_layer("hidden_kernel", hidden_kernel, len(widths))
         directions = 2 if bidirectional else 1

@@ -15,6 +15,7 @@ from torch import nn
 from cliplift.models.conv_lstm import ConvLSTM, MapPeephole, per_layer
 from cliplift.models.fc_lstm import FCLSTM, Peephole
 from cliplift.models.forecaster import EncoderForecaster
+from cliplift.models.recurrence import layer_widths
 from cliplift.models.registry import ModelError, register_model
 
 
@@ -23,7 +24,7 @@ def convlstm(
     *,
     num_classes: int = 101,
     in_frames: int = 10,
-    hidden: Sequence[int] = (64, 64),
+    hidden: int | Sequence[int] = (64, 64),
     input_kernel: int | Sequence[int] = 3,
     hidden_kernel: int | Sequence[int] = 3,
     peephole: MapPeephole = "channel",
@@ -44,7 +45,7 @@ def convlstm(
         forecaster: build the forecaster too.
         dropout: before the classifier.
     """
-    widths = tuple(hidden)
+    widths = layer_widths(hidden)
     channels = _patch_channels(patch, side, gray)
     options: dict[str, Any] = {"peephole": peephole, "map_size": (side // patch, side // patch)}
     kernels = per_layer("input_kernel", input_kernel, len(widths))
@@ -71,7 +72,7 @@ def fclstm(
     *,
     num_classes: int = 101,
     in_frames: int = 10,
-    hidden: Sequence[int] = (2048, 2048),
+    hidden: int | Sequence[int] = (2048, 2048),
     peephole: Peephole = "diagonal",
     patch: int = 4,
     side: int = 64,
@@ -83,7 +84,7 @@ def fclstm(
 
     Options as :func:`convlstm`.
     """
-    widths = tuple(hidden)
+    widths = layer_widths(hidden)
     channels = _patch_channels(patch, side, gray)
     pixels = channels * (side // patch) ** 2
     return EncoderForecaster(

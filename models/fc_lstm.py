@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.lstm_unroll import LSTMUnroll
-from cliplift.models.recurrence import LayerState, RecurrentLayer, RecurrentStack
+from cliplift.models.recurrence import LayerState, RecurrentLayer, RecurrentStack, layer_widths
 from cliplift.models.registry import ModelError
 
 Peephole = Literal["none", "diagonal", "full"]
@@ -204,7 +204,7 @@ class FCLSTM(RecurrentStack):
         dropout: float = 0.0,
         forget_bias: float = 1.0,
     ) -> None:
-        widths = (hidden,) if isinstance(hidden, int) else tuple(hidden)
+        widths = layer_widths(hidden)
         directions = 2 if bidirectional else 1
         layers = [
             FCLSTMLayer(

@@ -3,14 +3,8 @@
 Paper: Kalfaoglu et al., arXiv 2008.01232; the named nets are those of artest08/LateTemporalModeling3DCNN. The other
 rows of the paper's Table 1 are ``late_temporal`` with ``backbone="resnext3d_101", reduction="frmb"`` and another head.
 
-Parameters at 51 classes, as the public code has them:
-
-    resnext3d_101   FRMB and  tgap 44,222,451 | lstm 47,578,089 | concat_fc 47,451,339 | nonlocal_concat_fc 47,347,987
-                              bert 47,377,907;     FRAB and bert 52,465,139
-    r2plus1d_34     bert 66,673,594 at 32 frames, 66,675,642 at 64
-    i3d_inception   bert 24,946,003; FRMB 13,539,427; FRAB 16,396,355
-    slowfast        FRAB early 43,174,283, late 42,038,155; FRMB early 36,511,371, late 35,478,411, of which 922,000
-                    are Kinetics' classifier, 2304 to 400, that the public code carries along unused; not built here
+Parameters at 51 classes are those of the public code; its SlowFast nets count 922,000 more, which are Kinetics'
+classifier (2304 to 400), carried along and never called.
 """
 
 from __future__ import annotations

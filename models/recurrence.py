@@ -22,6 +22,11 @@ LayerState = tuple[Tensor, ...]
 StackState = tuple[LayerState, ...]
 
 
+def layer_widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
+    """N of each layer; one number is one layer."""
+    return (hidden,) if isinstance(hidden, int) else tuple(hidden)
+
+
 class RecurrentLayer(nn.Module):
     """One layer in one direction. Subclasses say what is computed before the loop and what in it."""
 

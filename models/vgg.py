@@ -36,6 +36,7 @@ class VGG16(PooledClassifier):
                 channels = width
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
+        self.map_dim = channels  # of pool5; the features are as wide as fc7
         self.fc6 = ReluLinear(channels * GRID * GRID, FC_WIDTH)
         self.fc7 = ReluLinear(FC_WIDTH, FC_WIDTH)
         self.reset_classifier(num_classes)
@@ -48,7 +49,7 @@ class VGG16(PooledClassifier):
     def forward_pooled(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> fc7 (B, 4096)."""
         self.check_input(x)
-        return self._fc7(self.forward_features(x))
+        return self.pool_map(self.forward_features(x))
 
     def percepts(self, x: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> pool2, pool3, pool4, pool5 (B, D, H', W') and fc7 (B, 4096, 1, 1)."""
@@ -58,9 +59,9 @@ class VGG16(PooledClassifier):
             x = layer(x)
             if isinstance(layer, nn.MaxPool2d):
                 pools.append(x)
-        return [*pools[1:], self._fc7(x)[..., None, None]]
+        return [*pools[1:], self.pool_map(x)[..., None, None]]
 
-    def _fc7(self, pool5: Tensor) -> Tensor:
+    def pool_map(self, pool5: Tensor) -> Tensor:
         x = F.adaptive_avg_pool2d(pool5, GRID).flatten(1)
         x = self.head_dropout(F.relu(self.fc6(x)))
         return F.relu(self.fc7(x))

@@ -14,8 +14,8 @@ from cliplift.configs.runs import ClassificationRun, FinetuneRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model
 from cliplift.pipelines.augment import DeviceAugment, mix_clips
-from cliplift.pipelines.clip_tables import prediction_table
 from cliplift.pipelines.clip_source import stored_split
+from cliplift.pipelines.clip_tables import prediction_table
 from cliplift.pipelines.clips import ClipBatch
 from cliplift.pipelines.distributed import Topology
 from cliplift.pipelines.evaluate import Predictions, classification_metrics, classify_split
@@ -37,8 +37,8 @@ class Classifier(nn.Module):
         """``clips`` (B, C, T, H, W) with ``labels`` (B,) or soft/multi-hot ``targets`` (B, K) -> loss, accuracy."""
         clips = inputs["clips"]
         own_loss = getattr(self.network, "loss", None)
-        if own_loss is not None and "targets" not in inputs:
-            return {"loss": own_loss(clips, inputs["labels"])}
+        if own_loss is not None and (self.multi_label or "targets" not in inputs):
+            return {"loss": own_loss(clips, inputs["targets" if self.multi_label else "labels"])}
         logits = self.network(clips).float()
         if self.multi_label:
             return {"loss": F.binary_cross_entropy_with_logits(logits, inputs["targets"].float())}
@@ -63,6 +63,13 @@ class ClassificationTask:
                 hint="shard a labelled source",
             )
         network = build_network(run, num_classes=len(self.classes))
+        if run.label_smoothing and callable(getattr(network, "loss", None)):
+            raise ConfigError(
+                f"does not reach the loss {run.model.name!r} has of its own",
+                key="label_smoothing",
+                value=run.label_smoothing,
+                hint="use 0",
+            )
         self.network = network
         self.module = Classifier(network, label_smoothing=run.label_smoothing, multi_label=multi_label)
         self.clip_frames = run.data.sampling.frames
@@ -110,7 +117,9 @@ class ClassificationTask:
         if self._last is None:
             return None
         predictions, split = self._last
-        return prediction_table(predictions, split=stored_split(self.run.data, split), fold=self.run.data.fold, rows=rows)
+        return prediction_table(
+            predictions, split=stored_split(self.run.data, split), fold=self.run.data.fold, rows=rows
+        )
 
     def evaluate(self, *, topology: Topology) -> dict[str, float]:
         """Accuracy on the validation split, every sample once, over all ranks."""

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cliplift.configs.data import AugmentConfig, DataConfig
+from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import TranscodeConfig
 from cliplift.pipelines.clip_batch import FLIP, NUM_DRAWS, ClipBatch, Costs, merged
-from cliplift.pipelines.crops import Box, cut, training_box, view_boxes
+from cliplift.pipelines.crops import cut, view_boxes
 from cliplift.pipelines.decoded_videos import decoded_videos
-from cliplift.pipelines.order import generator
-from cliplift.pipelines.sampling import Ints, training_frames, view_frames
+from cliplift.pipelines.sampling import Ints, view_frames
+from cliplift.pipelines.training_plan import TrainingPlan, mirrored_labels, training_plan
 from cliplift.sharding.read_ahead import ReadAhead
 from cliplift.sharding.reader import ClipShape, SampleFacts, ShardDataset
 from cliplift.sharding.subsets import Subset
@@ -29,14 +29,6 @@ from cliplift.sharding.video import Frames, decode_frames
 __all__ = ["NUM_DRAWS", "ClipBatch", "ClipSource", "TrainingPlan", "clips_of_video", "merged"]
 
 FOREIGN = TranscodeConfig(min_frames=1, max_seconds=3600.0)
-
-
-class TrainingPlan(NamedTuple):
-    """What is drawn for the training clips of one sample: everything random about them."""
-
-    frames: list[Ints]  # of each clip (T,) frame numbers
-    boxes: list[Box]
-    draws: npt.NDArray[np.float32]  # (clips, NUM_DRAWS)
 
 
 class ClipSource:
@@ -167,6 +159,7 @@ class ClipSource:
             fps=shape.fps,
             clips=views.clips,
             from_start=views.position == "from_start",
+            every_frames=views.every_frames,
         )
         frames, costs = self._frames(index, numbers)
         began = time.perf_counter()
@@ -243,20 +236,6 @@ class ClipSource:
             one.close()
 
 
-def training_plan(data: DataConfig, shape: ClipShape, *words: int) -> TrainingPlan:
-    """Frames, boxes and draws of ``data.clips_per_sample`` clips of a video, a function of the integers ``words``."""
-    frames, boxes, draws = [], [], []
-    for number in range(data.clips_per_sample):
-        rng = generator(*words, *((number,) if number else ()))
-        temporal = rng.random(data.sampling.frames + 1)
-        frames.append(
-            training_frames(data.sampling, num_frames=shape.num_frames, fps=shape.fps, draw=temporal)
-        )
-        boxes.append(training_box(data.augment, data, height=shape.height, width=shape.width, rng=rng))
-        draws.append(rng.random(NUM_DRAWS, dtype=np.float32))
-    return TrainingPlan(frames, boxes, np.stack(draws))
-
-
 def stored_split(data: DataConfig, split: str | None) -> str | None:
     """The shards' split that a split of the run is read from: training's, where validation is carved from it."""
     return data.split if data.val_share and split == data.val_split else split
@@ -282,28 +261,6 @@ def subset_of(data: DataConfig, split: str | None) -> Subset | None:
     return None
 
 
-def mirrored_labels(augment: AugmentConfig, classes: Sequence[str]) -> Mapping[int, int]:
-    """Label -> label of its mirror image, for the pairs of ``flip_label_pairs``.
-
-    Raises:
-        ConfigError: a name is no class, or stands in two pairs.
-    """
-    numbers = {name: number for number, name in enumerate(classes)}
-    swapped: dict[int, int] = {}
-    for pair in augment.flip_label_pairs:
-        for name, other in (pair, pair[::-1]):
-            if name not in numbers or numbers[name] in swapped:
-                raise ConfigError(
-                    "stands in two pairs" if name in numbers else f"{name!r} is not a class of the shards",
-                    key="data.augment.flip_label_pairs",
-                    value=name,
-                    hint="each pair names two classes, e.g. [[wave left, wave right]]",
-                )
-            if other in numbers:
-                swapped[numbers[name]] = numbers[other]
-    return swapped
-
-
 def clips_of_video(
     path: Path, data: DataConfig, *, start_seconds: float = 0.0, end_seconds: float | None = None
 ) -> ClipBatch:
@@ -321,6 +278,7 @@ def clips_of_video(
         fps=fps,
         clips=data.views.clips,
         from_start=data.views.position == "from_start",
+        every_frames=data.views.every_frames,
     )
     boxes = view_boxes(data, height=frames.shape[1], width=frames.shape[2], crops=data.views.crops)
     cuts = [cut(frames[numbers], box, pixels=data.crop_pixels) for numbers in clips for box in boxes]

@@ -70,7 +70,8 @@ class LoadingSpeed:
 
     def cores_for(self, *, gpus: int, clips_per_second_per_gpu: float) -> int:
         """Cores that decode as many clips as so many GPUs take, with a tenth to spare."""
-        return math.ceil(1.1 * gpus * clips_per_second_per_gpu * self.cpu_seconds / self.clips)
+        needed = 1.1 * gpus * clips_per_second_per_gpu * self.cpu_seconds / self.clips
+        return math.ceil(needed - 1e-9)
 
     def table(self) -> str:
         """The numbers as lines of text."""

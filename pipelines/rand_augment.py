@@ -108,7 +108,8 @@ def invert(clip: Tensor, _: float = 0.0) -> Tensor:
 
 
 def posterize(clip: Tensor, bits: float) -> Tensor:
-    return clip & (256 - 2 ** (8 - int(bits)))
+    kept: Tensor = clip & (256 - 2 ** (8 - int(bits)))
+    return kept
 
 
 def solarize(clip: Tensor, threshold: float) -> Tensor:

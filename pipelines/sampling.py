@@ -29,17 +29,26 @@ def training_frames(
 
 
 def view_frames(
-    sampling: SamplingConfig, *, num_frames: int, fps: float, clips: int, from_start: bool = False
+    sampling: SamplingConfig,
+    *,
+    num_frames: int,
+    fps: float,
+    clips: int,
+    from_start: bool = False,
+    every_frames: int | None = None,
 ) -> list[Ints]:
     """Frame numbers of the test clips: spread uniformly over the video, the middle one where there is one.
 
-    ``from_start``: clip i of n begins at share i/n of the possible starts instead, so that one clip begins at the
-    first frame (the released TimeSformer code). Segments cover the whole video either way.
+    ``from_start``: clip i of n begins at share i/n of the possible starts instead, so that one clip begins
+    at the first frame (the released TimeSformer code). Segments cover the whole video either way.
+    ``every_frames``: clips begin at every n-th frame; a video shorter than a clip is one.
     """
     if sampling.mode == "segments":
         shifts = (np.arange(clips) + 0.5) / clips
         return [_segments(sampling.frames, num_frames, np.full(sampling.frames, shift)) for shift in shifts]
     slack = _slack(sampling, num_frames, fps)
+    if every_frames is not None:
+        return [_dense(sampling, num_frames, fps, at) for at in range(0, slack + 1, every_frames)]
     if from_start:
         return [_dense(sampling, num_frames, fps, slack * i // clips) for i in range(clips)]
     starts = [slack // 2] if clips == 1 else np.round(np.linspace(0, slack, clips)).astype(int).tolist()

@@ -26,9 +26,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from cliplift.configs.data import DataConfig, SequentialConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.clip_batch import FLIP, ClipBatch, merged
-from cliplift.pipelines.clip_source import mirrored_labels, training_plan
 from cliplift.pipelines.clips import MAX_SUBSTITUTES, ClipLoader, FailureCount, TooManyFailuresError
 from cliplift.pipelines.crops import cut
+from cliplift.pipelines.training_plan import mirrored_labels, training_plan
 from cliplift.pipelines.workers import batches_from_workers
 from cliplift.sharding.reader import ClipShape, read_dataset
 from cliplift.sharding.storage import StorageError, open_store

@@ -61,8 +61,10 @@ class FitResult:
     engine: Any = field(repr=False, default=None)
 
     def weights(self) -> dict[str, Tensor]:
-        """Every parameter and buffer of the module in fp32 on the CPU, whole. Collective."""
-        buffers = {name: buffer.detach().cpu().clone() for name, buffer in self.engine.module.named_buffers()}
+        """Every parameter and persistent buffer of the module in fp32 on the CPU, whole. Collective."""
+        module = self.engine.module
+        kept = module.state_dict().keys()
+        buffers = {n: b.detach().cpu().clone() for n, b in module.named_buffers() if n in kept}
         return gathered_parameters(self.engine) | buffers
 
     def release(self) -> None:

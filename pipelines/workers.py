@@ -82,7 +82,7 @@ def _loader(dataset: Dataset[B], requests: Iterator[Any], *, data: DataConfig, w
     context.set_forkserver_preload(PRELOADED)
     return DataLoader(
         dataset,
-        sampler=requests,  # type: ignore[arg-type]
+        sampler=requests,
         batch_size=None,
         num_workers=workers,
         prefetch_factor=data.prefetch_batches,

@@ -7,7 +7,6 @@ and evenly spaced in time are taken, the others are in the ledger.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tarfile
 import zlib
@@ -18,7 +17,6 @@ from typing import Any
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import TranscodeConfig, WholeCut
-from cliplift.configs.sources import VIDEO_SUFFIXES
 from cliplift.sharding.finalize import describe
 from cliplift.sharding.manifest import (
     DATASET_FILE,
@@ -40,6 +38,7 @@ from cliplift.sharding.pool import Job, WorkerPool
 from cliplift.sharding.rows import number_labels
 from cliplift.sharding.scratch import local_copy
 from cliplift.sharding.storage import Store, join, open_store
+from cliplift.sharding.tars import TarVideo, member_bytes, tar_videos
 
 
 @dataclass(frozen=True)
@@ -132,60 +131,31 @@ def _write(indexes: list[ShardIndex], store: Store, *, name: str, classes: tuple
 def _scan(store: Store, tar: str, label_key: str) -> tuple[list[_Found], int, str]:
     """One pass over a tar: its samples (runs of members with one key), its size and its sha256."""
     with local_copy(store, tar) as path:
-        return _scan_file(path, tar, label_key)
+        return _scan_file(path, label_key)
 
 
-def _scan_file(path: Path, tar: str, label_key: str) -> tuple[list[_Found], int, str]:
+def _scan_file(path: Path, label_key: str) -> tuple[list[_Found], int, str]:
     with path.open("rb") as raw:
         sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
-    found: list[_Found] = []
     with tarfile.open(path, "r:") as archive:
-        members: dict[str, tuple[tarfile.TarInfo, bytes]] = {}
-        key = ""
-        for member in archive:
-            if not member.isfile():
-                continue
-            # WebDataset's rule: a sample's key is the path up to the first dot of the file name.
-            stem, _, suffix = PurePosixPath(member.name).name.partition(".")
-            this = str(PurePosixPath(member.name).parent / stem)
-            if this != key:
-                found += _sample(key, members, tar, label_key)
-                key, members = this, {}
-            content = archive.extractfile(member)
-            assert content is not None, "a regular member has content"
-            members[suffix.lower()] = (member, content.read())
-        found += _sample(key, members, tar, label_key)
+        found = [
+            _found(video, member_bytes(archive, video.member))
+            for video in tar_videos(archive, label_key=label_key)
+        ]
     return found, path.stat().st_size, sha256
 
 
-def _sample(
-    key: str, members: dict[str, tuple[tarfile.TarInfo, bytes]], tar: str, label_key: str
-) -> Iterator[_Found]:
-    videos = [s for s in members if f".{s}" in VIDEO_SUFFIXES]
-    if not videos:
-        return
-    video, data = members[videos[0]]
-    facts: Any = {}
-    json_member, json_data = members.get("json", (None, b""))
-    if json_data:
-        try:
-            facts = json.loads(json_data)
-        except ValueError:
-            json_member, json_data = None, b""
-    label = members["cls"][1].decode(errors="replace").strip() if "cls" in members else None
-    if label is None and isinstance(facts, dict) and facts.get(label_key) is not None:
-        label = str(facts[label_key])
-    source = str(facts.get("url") or facts.get("source") or key) if isinstance(facts, dict) else key
+def _found(video: TarVideo, data: bytes) -> _Found:
     sample = Sample(
-        key=key,
-        mp4_offset=video.offset_data,
+        key=video.key,
+        mp4_offset=video.member.offset_data,
         mp4_bytes=len(data),
         mp4_crc32=zlib.crc32(data),
-        json_offset=json_member.offset_data if json_member else 0,
-        json_bytes=len(json_data),
-        json_crc32=zlib.crc32(json_data),
-        video_id=source,
-        source=source,
+        json_offset=video.json_member.offset_data if video.json_member else 0,
+        json_bytes=len(video.json_data),
+        json_crc32=zlib.crc32(video.json_data),
+        video_id=video.source,
+        source=video.source,
         split="",
         label=NO_LABEL,
         labels=(),
@@ -200,7 +170,7 @@ def _sample(
         keyframes=(),
         source_sha256=hashlib.sha256(data).hexdigest(),
     )
-    yield _Found(sample, label)
+    return _Found(sample, video.label)
 
 
 def _check(

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import itertools
 import json
 import os
-import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +28,7 @@ from cliplift.sharding.manifest import (
     load_dataset,
     read_table,
 )
+from cliplift.sharding.open_files import OpenFiles
 from cliplift.sharding.storage import StorageError, Store, open_store
 from cliplift.sharding.subsets import Subset
 
@@ -113,8 +112,7 @@ class ShardDataset:
         self.url, self.split, self.fold, self.subset = url, split, fold, subset
         self.cache_folder, self.cache_gib = cache_folder, cache_gib
         self._store: Store = open_store(url)
-        self._files: dict[str, _OpenFile] = {}
-        self._lock = threading.Lock()
+        self._files = OpenFiles()
         self._cache = ShardCache(Path(cache_folder), cache_gib) if cache_folder and "://" in url else None
         dataset = read_dataset(self._store)
         data = self._store.read(SAMPLES_FILE)
@@ -220,9 +218,7 @@ class ShardDataset:
         if path is None or not hasattr(os, "posix_fadvise"):
             return False
         offset, length, _ = (int(v) for v in self._places["mp4"][:, i])
-        with contextlib.suppress(OSError):  # reading it will say what is wrong
-            file = self._opened(shard.file, path)
-            os.posix_fadvise(file.descriptor, offset, length, os.POSIX_FADV_WILLNEED)
+        self._files.announce(path, offset, length)
         return True
 
     def read_json(self, i: int) -> dict[str, Any]:
@@ -232,15 +228,7 @@ class ShardDataset:
 
     def close(self) -> None:
         """Close the files this process has open; reading opens them again."""
-        with self._lock:
-            self._files = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_files", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self._files, self._lock = {}, threading.Lock()
+        self._files.close()
 
     def _checked(self, i: int) -> int:
         if not 0 <= i < len(self):
@@ -276,45 +264,7 @@ class ShardDataset:
         if path is None:
             assert self._cache is not None
             return self._cache.read(self._store, shard, offset, length)
-        file = self._opened(shard.file, path)  # held while it is read
-        return _pread(file.descriptor, offset, length)
-
-    def _opened(self, name: str, path: Path) -> _OpenFile:
-        # A file let go here stays open for the threads that read it.
-        file = self._files.get(name)
-        if file is None:
-            file = _OpenFile(path)
-            with self._lock:
-                if len(self._files) >= MAX_OPEN_FILES:
-                    self._files = {}
-                self._files[name] = file
-        return file
-
-
-class _OpenFile:
-    """A descriptor that closes with its last user."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-MAX_OPEN_FILES = 256
-
-
-def _pread(descriptor: int, offset: int, length: int) -> bytes:
-    """Up to ``length`` bytes; fewer only at the end of the file (one system call reads at most 2 GiB)."""
-    parts = []
-    while length:
-        part = os.pread(descriptor, length, offset)
-        if not part:
-            break
-        parts.append(part)
-        offset, length = offset + len(part), length - len(part)
-    return b"".join(parts)
+        return self._files.read(path, offset, length)
 
 
 def read_dataset(store: Store) -> Dataset:

@@ -8,6 +8,7 @@ one frame apart, so that no edit list and no rounding of the source survives.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -133,10 +134,11 @@ def _packets(
         raise NotCopiedError("too long")
     container.seek(int(first), stream=stream)
     groups = _closed_groups(container, stream)
-    group = next(groups, [])
+    group: list[Any] = next(groups, [])
     if not group or abs(group[0].pts - (first - float(step) * (1 - ROUND_UP))) > float(step) / 2:
         raise NotCopiedError("no key frame at the cut")
-    begin, packets = group[0].pts, []
+    begin = group[0].pts
+    packets: list[Any] = []
     while group and len(packets) < limit:
         if len(group) > config.gop_frames:
             raise NotCopiedError("long groups")
@@ -155,7 +157,7 @@ def _packets(
     return packets[:count], ranks[:count]
 
 
-def _closed_groups(container: Any, stream: Any) -> Any:
+def _closed_groups(container: Any, stream: Any) -> Iterator[list[Any]]:
     """Packets from one key frame to the next. No frame of a group may be shown before its key frame."""
     length_size = (stream.codec_context.extradata[LENGTH_SIZE_AT] & 3) + 1
     group: list[Any] = []

@@ -17,12 +17,14 @@ from cliplift.configs.sources import (
     KineticsSource,
     Source,
     SplitConfig,
+    TarsSource,
     Ucf101Source,
 )
 from cliplift.sharding.datasets import read_hmdb51, read_kinetics, read_ucf101, read_youtube8m
 from cliplift.sharding.manifest import SourceVideo, canonical, digest
 from cliplift.sharding.rows import UNASSIGNED, Listing, SourceError, number_labels, read_rows
 from cliplift.sharding.storage import Store, join, open_store
+from cliplift.sharding.tars import read_tars
 
 
 def read_source(run: ShardRun) -> Listing:
@@ -50,6 +52,8 @@ def _list(source: Source) -> Listing:
         return read_kinetics(source)
     if isinstance(source, Ucf101Source):
         return read_ucf101(source)
+    if isinstance(source, TarsSource):
+        return read_tars(source)
     return read_hmdb51(source) if isinstance(source, Hmdb51Source) else read_youtube8m(source)
 
 

@@ -187,7 +187,9 @@ def _pyav(data: bytes, frame_numbers: Sequence[int]) -> Frames:
                     rows = np.empty((len(wanted), picture.height, picture.width, 3), dtype=np.uint8)
                 if rows.shape[1:3] != (picture.height, picture.width):
                     raise VideoDecodeError(f"frame {number} changes the size of the picture")
-                lines = np.frombuffer(picture, dtype=np.uint8).reshape(picture.height, picture.line_size)
+                lines = np.frombuffer(memoryview(picture), dtype=np.uint8).reshape(
+                    picture.height, picture.line_size
+                )
                 rows[place.pop(number)] = lines[:, : 3 * picture.width].reshape(rows.shape[1:])
         except FFmpegError as error:
             raise VideoDecodeError(f"pyav: {plain_reason(error)}") from error

@@ -34,6 +34,7 @@ from cliplift.configs.sharding import Cut, TranscodeConfig
 from cliplift.sharding.check import check_clip
 from cliplift.sharding.cuts import spans
 from cliplift.sharding.storage import StorageError, open_store
+from cliplift.sharding.tars import inside_tar
 from cliplift.sharding.transcode import cut_span
 from cliplift.sharding.video import VideoDecodeError
 
@@ -168,12 +169,19 @@ def _reason(error: BaseException) -> str:
 
 def _local(url: str, scratch: Path) -> tuple[Path, Path | None]:
     """A local file with the video, and the copy to remove afterwards if it had to be fetched."""
-    folder, _, name = url.rpartition("/")
+    within = inside_tar(url)
+    folder, _, name = (within[0] if within else url).rpartition("/")
     store = open_store(folder or ("/" if url.startswith("/") else "."))
+    copy = scratch / "source"
+    if within is not None:
+        data = store.read_range(name, within[1], within[2])
+        if len(data) != within[2]:
+            raise StorageError(f"{within[0]}: {within[2]} bytes expected at {within[1]}, {len(data)} found")
+        copy.write_bytes(data)
+        return copy, copy
     path = store.local_path(name)
     if path is not None:
         return path, None
-    copy = scratch / "source"
     store.fetch(name, copy)
     return copy, copy
 

@@ -49,7 +49,9 @@ class Host:
         )
         isolated = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         self.keeper = subprocess.Popen(
-            ["ip", "netns", "exec", name, *isolated, "sh", "-c", script], stdout=subprocess.PIPE, text=True
+            ["nsenter", f"--net=/run/netns/{name}", *isolated, "sh", "-c", script],
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self.keeper.stdout is not None
         assert self.keeper.stdout.readline() == "ready\n", f"{name} did not come up"

@@ -69,7 +69,9 @@ class Slurm:
         for node in NODES:
             self.daemon(["slurmd", "-D", "-N", node])
         wait_until(
-            lambda: self.run("sinfo", "-h", "-o", "%t").split() == ["idle", "idle"], seconds=30, what="nodes"
+            lambda: self.run("sinfo", "-h", "-N", "-p", "low", "-o", "%t").split() == ["idle", "idle"],
+            seconds=30,
+            what="nodes",
         )
 
     def daemon(self, words: Sequence[str]) -> None:

@@ -18,8 +18,8 @@ from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
 from cliplift.pipelines.deepspeed_config import batch_split, deepspeed_config
 from cliplift.pipelines.distributed import all_reduce_max, start
-from cliplift.pipelines.memory_plan import build_module, stage_inputs
 from cliplift.pipelines.optim import build_optimizer
+from cliplift.pipelines.stage_module import build_module, stage_inputs
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "pretrain" / "demo.yaml"
 TINY = [

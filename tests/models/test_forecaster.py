@@ -6,6 +6,7 @@ Moving-MNIST has them.
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -66,50 +67,48 @@ def test_gru_rcn_counts_and_shapes(options: dict[str, bool], parameters: int) ->
 
 
 @pytest.fixture(scope="module")
-def stacked() -> Any:
+def both_ways() -> Any:
     torch.manual_seed(0)
-    return create_model("gru_rcn", num_classes=4, stacked=True).eval()
+    return create_model("gru_rcn", num_classes=4, stacked=True, bidirectional=True).eval()
 
 
-def test_gru_rcn_averages_the_levels_probabilities(stacked: Any) -> None:
-    model = stacked
+def test_gru_rcn_averages_the_levels_probabilities(both_ways: Any) -> None:
+    """Of the state after each direction's last frame: the clip's last, and its first."""
     x = torch.randn(2, 3, 3, 40, 33)
     with torch.no_grad():
-        levels = [states[-1].mean(dim=(2, 3)) for states in model.level_states(x)]
-        each = [head(level).softmax(1) for head, level in zip(model.classifier, levels, strict=True)]
+        each = []
+        for head, states in zip(both_ways.classifier, both_ways.level_states(x), strict=True):
+            forward, backward = states.mean(dim=(3, 4)).chunk(2, dim=2)
+            each.append(head(torch.cat([forward[-1], backward[0]], dim=1)).softmax(1))
         wanted = torch.stack(each).mean(0)
-        assert (model(x).softmax(1) - wanted).abs().max() < 1e-6
-        assert (model(x).exp() - wanted).abs().max() < 1e-6, "they are log-probabilities already"
+        assert (both_ways(x).softmax(1) - wanted).abs().max() < 1e-6
+        assert (both_ways(x).exp() - wanted).abs().max() < 1e-6, "they are log-probabilities already"
 
 
-def test_gru_rcn_stack_reads_the_pooled_level_below(stacked: Any) -> None:
-    """The paper's wiring, level by level, with the layers called by hand."""
-    model = stacked
+def test_gru_rcn_stack_reads_the_pooled_level_below(both_ways: Any) -> None:
+    """The paper's wiring, level by level, with the layers called by hand, on each frame's percepts."""
     x = torch.randn(1, 3, 2, 64, 64)
     with torch.no_grad():
-        got = model.level_states(x)
-        percepts = [
-            torch.stack(p) for p in zip(*(model.encoder.percepts(x[:, :, t]) for t in range(2)), strict=True)
-        ]
-        lower = model.levels[0](percepts[0])[0]
-        assert (got[0] - lower).abs().max() < 1e-5
-        for level in range(1, 5):
-            pooled = torch.stack(
-                [F.max_pool2d(m, 2) if level < 4 else m.amax((2, 3), keepdim=True) for m in lower]
-            )
-            lower = model.levels[level](percepts[level], None, None, False, pooled)[0]
-            assert (got[level] - lower).abs().max() < 1e-5
+        got = both_ways.level_states(x)
+        frames = zip(*(both_ways.encoder.percepts(x[:, :, t]) for t in range(2)), strict=True)
+        percepts = [torch.stack(frame) for frame in frames]
+        lower = both_ways.levels[0](percepts[0])[0]
+        for level, N in enumerate((64, 128, 256, 256, 512)):
+            if level:
+                pooled = [F.max_pool2d(m, 2) if level < 4 else m.amax((2, 3), keepdim=True) for m in lower]
+                lower = both_ways.levels[level](percepts[level], None, None, False, torch.stack(pooled))[0]
+            assert (got[level][:, :, :N] - lower).abs().max() < 1e-5
 
 
-def test_a_backward_gru_rcn_is_the_forward_one_on_the_reversed_clip() -> None:
-    torch.manual_seed(0)
-    model: Any = create_model("gru_rcn", num_classes=0, bidirectional=True).eval()
+def test_a_backward_gru_rcn_is_the_forward_one_on_the_reversed_clip(both_ways: Any) -> None:
+    model = copy.copy(both_ways)
+    model._modules = {**both_ways._modules, "levels": copy.deepcopy(both_ways.levels)}
     for i in range(5):
         model.levels[5 + i].load_state_dict(model.levels[i].state_dict())
     x = torch.randn(1, 3, 3, 32, 32)
     with torch.no_grad():
-        features = model(x)
-        turned = model(x.flip(2))
+        features = model.forward_pooled(x)
+        turned = model.forward_pooled(x.flip(2))
     at = 0
     for n in (64, 128, 256, 256, 512):
         assert (features[:, at : at + n] - turned[:, at + n : at + 2 * n]).abs().max() < 1e-6

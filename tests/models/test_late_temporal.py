@@ -1,6 +1,9 @@
 """Late-temporal nets: published sizes, feature reduction, and the whole net against its parts."""
 
-from typing import Any
+import copy
+import functools
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -8,8 +11,12 @@ from torch import Tensor, nn
 
 from cliplift.models import ModelError, create_model
 from cliplift.models.feature_reduction import ReducingBottleneck
+from cliplift.models.hub import from_pretrained, save_pretrained
 from cliplift.models.i3d_inception import Mixed
-from cliplift.models.late_temporal import LateTemporal
+from cliplift.models.late_temporal import HeadOptions, LateTemporal, ReductionOptions, with_temporal_head
+from cliplift.models.layers import PooledClassifier
+from cliplift.models.registry import InputSpec
+from cliplift.models.temporal_heads import HEAD_KINDS, HeadKind
 
 RESNEXT_FRMB = {"backbone": "resnext3d_101", "reduction": "frmb"}
 KINETICS_HEAD = 2304 * 400 + 400  # the public SlowFast nets carry it along, unused; ours do not have it
@@ -43,13 +50,17 @@ def on_meta(name: str, **options: Any) -> nn.Module:
         return create_model(name, num_classes=51, **options).eval()
 
 
-def small(head: str = "bert", **options: Any) -> LateTemporal:
-    """ResNet3D-18 on 32 frames: T' = 2 tokens of 512, or fewer channels with a reduction."""
+@functools.cache
+def built(**options: Any) -> LateTemporal:
     torch.manual_seed(0)
-    settings = {"backbone": "resnet3d_18", "in_frames": 32, "dropout": 0.0, **options}
-    model = create_model("late_temporal", num_classes=4, head=head, **settings)
+    model = create_model("late_temporal", num_classes=4, dropout=0.0, **options)
     assert isinstance(model, LateTemporal)
     return model.eval()
+
+
+def small(head: str = "bert", **options: Any) -> LateTemporal:
+    """ResNet3D-18 on 32 frames: T' = 2 tokens of 512, or fewer channels with a reduction. A copy of one's own."""
+    return copy.deepcopy(built(head=head, **{"backbone": "resnet3d_18", "in_frames": 32, **options}))
 
 
 def clips(seed: int = 1, frames: int = 32) -> Tensor:
@@ -100,9 +111,21 @@ def test_tokens_and_attention_have_the_published_sizes(
 
 
 def test_frmb_replaces_the_last_block_and_frab_appends_one() -> None:
-    plain, modified, added = (small(reduction=r, reduced_channels=64) for r in ("none", "frmb", "frab"))
-    x = clips()
-    assert plain.forward_features(x).shape == (2, 512, 2, 1, 1)
+    plain, modified, added = (
+        cast(
+            LateTemporal,
+            on_meta(
+                "late_temporal",
+                backbone="resnet3d_18",
+                in_frames=32,
+                reduction=reduction,
+                reduced_channels=64,
+            ),
+        )
+        for reduction in ("none", "frmb", "frab")
+    )
+    x = torch.empty(2, 3, 32, 64, 64, device="meta")
+    assert plain.forward_features(x).shape == (2, 512, 2, 2, 2)
     for model, block in (
         (modified, modified.backbone.get_submodule("layer4.1")),
         (added, added.reduction),
@@ -110,7 +133,7 @@ def test_frmb_replaces_the_last_block_and_frab_appends_one() -> None:
         assert isinstance(block, ReducingBottleneck)
         assert [c.out_channels for c in (block.conv1, block.conv2, block.conv3)] == [32, 32, 64]
         assert block.conv1.in_channels == 512
-        assert model.forward_features(x).shape == (2, 64, 2, 1, 1)
+        assert model.forward_features(x).shape == (2, 64, 2, 2, 2)
     assert modified.replaced_blocks == ("layer4.1",)
     assert not isinstance(added.backbone.get_submodule("layer4.1"), ReducingBottleneck)
     assert plain.checkpoint_blocks() == modified.checkpoint_blocks() == added.checkpoint_blocks()[:-1]
@@ -182,9 +205,57 @@ def test_the_net_is_backbone_head_and_classifier() -> None:
     torch.testing.assert_close(attention[0][0].sum(-1), torch.ones(2, 8, 3))
 
 
+class FrameFeatures(PooledClassifier):
+    """A backbone of somebody else's: one 3x3 convolution on every frame, nothing across time."""
+
+    def __init__(self) -> None:
+        super().__init__(feature_dim=16, num_classes=0, input_spec=InputSpec(frames=4))
+        self.conv = nn.Conv3d(3, 16, (1, 3, 3))
+        self.reset_classifier(0)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.conv(x).relu()  # type: ignore[no-any-return]
+
+    def checkpoint_blocks(self) -> list[str]:
+        return ["conv"]
+
+
+@pytest.mark.parametrize("kind", HEAD_KINDS)
+def test_over_frame_features_every_head_but_tgap_sees_the_order_of_frames(kind: HeadKind) -> None:
+    torch.manual_seed(0)
+    model = with_temporal_head(
+        FrameFeatures(),
+        tokens=(4,),
+        head=HeadOptions(kind=kind),
+        reduction=ReductionOptions(),
+        num_classes=3,
+    ).eval()
+    x = clips(frames=4) * torch.tensor([0.2, 0.5, 1.0, 2.0])[:, None, None]
+    with torch.no_grad():
+        change = (model(x) - model(x[:, :, [2, 0, 3, 1]])).abs().max().item()
+    assert change < 1e-6 if kind == "tgap" else change > 1e-4
+
+
+def test_export_and_reload_with_nested_options(tmp_path: Path) -> None:
+    options = {
+        "backbone": "resnet3d_18",
+        "backbone_options": {"stem_depth": 3},
+        "reduction": "frab",
+        "heads": 4,
+    }
+    torch.manual_seed(0)
+    model = create_model("late_temporal", num_classes=3, in_frames=32, **options).eval()
+    again = from_pretrained(save_pretrained(model, tmp_path, name="late_temporal", options=options))
+    x = clips()
+    with torch.no_grad():
+        assert torch.equal(model(x), again(x))
+
+
 def test_a_head_without_attention_says_so() -> None:
     with pytest.raises(ModelError, match="head='bert'"):
-        small("tgap").forward_attention(clips())
+        cast(LateTemporal, on_meta("late_temporal", backbone="resnet3d_18", head="tgap")).forward_attention(
+            clips()
+        )
 
 
 def test_the_classifier_starts_xavier_uniform() -> None:

@@ -261,3 +261,11 @@ def test_impossible_options_are_refused() -> None:
         create_model("visual_attention", score="hard")
     with pytest.raises(ModelError, match="penalty=-1"):
         tiny(penalty=-1.0)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_bfloat16_weights_give_the_same_answer_to_their_precision(score: str) -> None:
+    model, x, lengths = tiny(score), clips(), torch.tensor([4, 2])
+    exact = model(x, lengths=lengths).softmax(dim=1)
+    rounded = model.bfloat16()(x.bfloat16(), lengths=lengths).softmax(dim=1)
+    assert (rounded - exact).abs().max() < 0.03  # 8 bits of mantissa through four steps of two layers

@@ -17,6 +17,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from cliplift.configs.data import DataConfig
 from cliplift.configs.load import load_run
@@ -187,6 +188,11 @@ def test_a_mixture_is_the_same_for_every_world_and_after_a_stop(shards: str, sma
     assert steps(data, 3, 8, ranks=4) == expected[3:]
 
 
+def test_weights_and_balanced_classes_are_two_ways_to_deal(shards: str, small: str) -> None:
+    with pytest.raises(ValidationError, match="use one of the two"):
+        config([{"url": shards, "weight": 3}, {"url": small, "weight": 1}], class_balanced=True)
+
+
 def test_weights_are_part_of_what_a_resumed_run_must_keep(shards: str, small: str) -> None:
     def identity(**changes: Any) -> str:
         data = config(
@@ -252,6 +258,11 @@ def test_mirrored_clips_change_class_where_left_and_right_do(shards: str) -> Non
             steps(config(shards, augment={"flip_label_pairs": pairs}), 0, 1)
 
 
+def test_ten_crops_and_label_pairs_do_not_go_together(shards: str) -> None:
+    with pytest.raises(ValidationError, match="ten crops"):
+        config(shards, views={"crops": 10}, augment={"flip_label_pairs": [["a", "b"]]})
+
+
 # --- reading ahead, hangs and deaths --------------------------------------------------------------------------------
 
 
@@ -264,9 +275,14 @@ def in_memory(shards: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("read_ahead", [0, 1, 5, 200])
-def test_reading_ahead_changes_nothing(in_memory: str, reference: list[Step], read_ahead: int) -> None:
+def test_reading_ahead_changes_nothing(
+    in_memory: str, reference: list[Step], read_ahead: int, tmp_path: Path
+) -> None:
     data = config(in_memory, read_ahead=read_ahead)
     assert steps(data, 0, 4, ranks=2) == reference
+    cached = data.model_copy(update={"cache_folder": str(tmp_path / "cache")})
+    assert steps(cached, 0, 4, ranks=3) == reference
+    assert list((tmp_path / "cache").glob("*.tar"))
 
 
 def test_the_next_micro_batch_is_read_while_this_one_is_decoded(
@@ -350,7 +366,7 @@ def test_evaluation_waits_no_longer_either(shards: str, tmp_path: Path) -> None:
 
 def test_threads_share_open_files_safely(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are let go and opened again under the hands of reading threads; every read still gets its own bytes."""
-    monkeypatch.setattr("cliplift.sharding.reader.MAX_OPEN_FILES", 1)
+    monkeypatch.setattr("cliplift.sharding.open_files.MAX_OPEN_FILES", 1)
     dataset = ShardDataset(shards, split="train")
     expected = [dataset.read(i) for i in range(len(dataset))]
     wrong: list[int] = []

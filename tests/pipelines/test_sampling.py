@@ -88,3 +88,11 @@ def test_every_frame_asked_for_exists(
 def test_a_video_of_one_frame_is_that_frame(clips: int) -> None:
     for view in view_frames(SamplingConfig(frames=4), num_frames=1, fps=30, clips=clips):
         assert view.tolist() == [0, 0, 0, 0]
+
+
+def test_every_frames_covers_the_video_with_whole_clips() -> None:
+    sampling = SamplingConfig(frames=4, stride=2)  # spans 7 frames
+    found = view_frames(sampling, num_frames=25, fps=30, clips=1, every_frames=8)
+    assert [view.tolist() for view in found] == [[0, 2, 4, 6], [8, 10, 12, 14], [16, 18, 20, 22]]
+    (short,) = view_frames(sampling, num_frames=5, fps=30, clips=1, every_frames=8)
+    assert short.tolist() == view_frames(sampling, num_frames=5, fps=30, clips=1)[0].tolist()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,19 +35,22 @@ class FixedLoader:
 
     fingerprint = "fixed"
     classes = ("a", "b", "c")
+    slow_seconds = 0.0
 
     def __init__(self, run: PretrainRun, topology: Topology) -> None:
         self.G, self.topology = run.engine.global_batch, topology
         self.micro = run.engine.micro_batch or self.G // topology.world_size
         self.steps_per_epoch = SAMPLES // self.G
-        self.seen: list[int] = []
+        self.seen = Path(run.output) / f"seen-{topology.rank}-of-{topology.world_size}.txt"
 
     def micro_batches(self, *, start_step: int, stop_step: int) -> Iterator[ClipBatch]:
         for step in range(start_step, stop_step):
+            time.sleep(self.slow_seconds)  # so that a stop finds the run before its end
             mine = range(step * self.G + self.topology.rank, (step + 1) * self.G, self.topology.world_size)
             for at in range(0, len(mine), self.micro):
                 index = torch.tensor([p % SAMPLES for p in mine[at : at + self.micro]])
-                self.seen += index.tolist()
+                with self.seen.open("a") as file:
+                    file.write(f"{step} {' '.join(map(str, mine[at : at + self.micro]))}\n")
                 yield ClipBatch(
                     clips=torch.stack([sample(int(i)) for i in index]),
                     labels=index % CLASSES,
@@ -149,7 +153,9 @@ def losses(folder: Path) -> list[float]:
 
 if __name__ == "__main__":
     # argv: results file, then one JSON object of config changes per case.
-    results = [train(run_config(**json.loads(case))) for case in sys.argv[2:]]
+    cases = [json.loads(case) for case in sys.argv[2:]]
+    FixedLoader.slow_seconds = max(case.pop("slow_seconds", 0.0) for case in cases)
+    results = [train(run_config(**case)) for case in cases]
     import torch.distributed as dist
 
     if dist.get_rank() == 0:

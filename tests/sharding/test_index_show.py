@@ -5,18 +5,27 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
+import subprocess
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import av
+import fsspec
 import numpy as np
 import pytest
 import webdataset
 
 from cliplift.configs.sections import ConfigError
+from cliplift.configs.sharding import ShardRun
+from cliplift.sharding.build import run_shard
 from cliplift.sharding.index import index_tars
 from cliplift.sharding.manifest import REFUSED_FILE
 from cliplift.sharding.reader import ShardDataset, ShardReadError
+from cliplift.sharding.rows import SourceError
 from cliplift.sharding.show import jpeg, write_contact_sheet
+from cliplift.sharding.sources import read_source
 from cliplift.sharding.verify import verify
 
 
@@ -110,3 +119,69 @@ def test_a_jpeg_shows_its_frame() -> None:
     with av.open(io.BytesIO(jpeg(frame))) as picture:
         decoded = next(picture.decode(video=0)).to_ndarray(format="rgb24")
     assert np.abs(decoded.astype(int) - frame).mean() < 4
+
+
+def test_foreign_tars_are_a_source(
+    demo_videos: Path, make_run: Callable[..., ShardRun], tmp_path: Path
+) -> None:
+    """The same clips, cut and encoded like any other video; what is no video is in the ledger."""
+    _foreign(tmp_path / "tars", demo_videos)
+    run = make_run(
+        tmp_path / "out",
+        source={"kind": "tars", "root": str(tmp_path / "tars")},
+        limits={"max_refused_share": 0.5},
+    )
+    report = run_shard(run)
+    assert (report.clips_written, report.refused) == (5, {"transcode": 2})
+    dataset = ShardDataset(run.output)
+    assert dataset.classes == ("jump", "wave")
+    assert sorted(dataset.facts(i).split for i in range(5)) == ["train", "train", "train", "val", "val"]
+    told = {dataset.facts(i).video_id: dataset.facts(i).label for i in range(5)}
+    assert told["train/00000.tar/0000_1"] == 0
+    plain = make_run(tmp_path / "plain")
+    run_shard(plain)
+    same = ShardDataset(plain.output)
+    clips = {zlib.crc32(same.read(i)) for i in range(len(same))}
+    assert {zlib.crc32(dataset.read(i)) for i in range(5)} <= clips
+
+
+def test_tars_on_an_object_store_are_a_source(
+    demo_videos: Path, make_run: Callable[..., ShardRun], tmp_path: Path
+) -> None:
+    _foreign(tmp_path / "tars", demo_videos)
+    fs = fsspec.filesystem("memory")
+    fs.put(str(tmp_path / "tars") + "/", "/foreign/tars/", recursive=True)
+    url = make_run(tmp_path / "out", source={"kind": "tars", "root": "memory://foreign/tars"})
+    local = make_run(tmp_path / "out", source={"kind": "tars", "root": str(tmp_path / "tars")})
+    assert [v.source for v in read_source(url).videos] == [v.source for v in read_source(local).videos]
+    fs.rm("/foreign", recursive=True)
+
+
+def test_a_damaged_tar_is_named(make_run: Callable[..., ShardRun], demo_videos: Path, tmp_path: Path) -> None:
+    _foreign(tmp_path / "tars", demo_videos)
+    tar = tmp_path / "tars/val/00000.tar"
+    tar.write_bytes(b"x" * 700 + tar.read_bytes()[700:])
+    with pytest.raises(SourceError, match=r"val/00000\.tar: its headers are damaged"):
+        run_shard(make_run(tmp_path / "out", source={"kind": "tars", "root": str(tmp_path / "tars")}))
+
+
+@pytest.mark.slow
+def test_the_contact_sheet_opens_in_a_browser_without_errors(built: Path, tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on the path")
+    page = write_contact_sheet(str(built), tmp_path / "sheet.html")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1600"]
+    done = subprocess.run(
+        [*command, f"--screenshot={tmp_path / 'sheet.png'}", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert "CONSOLE" not in done.stderr
+    with av.open(str(tmp_path / "sheet.png")) as picture:
+        pixels = next(picture.decode(video=0)).to_ndarray(format="rgb24")
+    assert pixels.shape == (1600, 1200, 3)
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000  # the frames of clips, not an empty page
