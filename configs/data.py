@@ -223,7 +223,7 @@ class DataConfig(Section):
         0, ge=0, description="decoding processes per rank; 0 decodes in the training process"
     )
     read_ahead: int = Field(
-        8,
+        16,
         ge=0,
         description="samples each worker reads ahead of decoding, side by side; 0 reads when it decodes",
     )

@@ -35,5 +35,5 @@ def bench_train(
         print(timing.table())
         if output is not None:
             Path(output).write_text(timing.json() + "\n", encoding="utf-8")
-    leave()
+    leave(0)
     return 0

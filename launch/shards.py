@@ -102,6 +102,16 @@ def summary(report: BuildReport) -> str:
         f" {report.clips_written} clips, {report.bytes_written / 2**20:.1f} MiB in {report.seconds:.1f} s",
         f"  refused {refused}{f' ({reasons})' if reasons else ''}, missing {report.missing}",
     ]
+    if report.copied or report.not_copied:
+        encoded = ", ".join(f"{reason} {n}" for reason, n in report.not_copied.items())
+        lines.append(
+            f"  copied without re-encoding {report.copied}{f'; encoded: {encoded}' if encoded else ''}"
+        )
+    if report.duplicates is not None and (found := report.duplicates.exact + report.duplicates.look):
+        lines.append(
+            f"  duplicates {found} ({report.duplicates.exact} exact, {report.duplicates.look} by look),"
+            f" {report.duplicates.removed} removed"
+        )
     if report.dataset is not None:
         lines.append(f"  dataset: {report.dataset.samples} samples, {len(report.dataset.classes)} classes")
     if report.verified is not None:

@@ -86,8 +86,9 @@ def _train(arguments: argparse.Namespace, stage: str) -> int:
         result = _located(loaded, lambda: run_repeats(loaded.run, command=_command()))
     else:
         result = _located(loaded, lambda: run_stage(loaded.run, command=_command()))
-    leave()
-    return 0 if result.finished or result.requeue else 1
+    code = 0 if result.finished or result.requeue else 1
+    leave(code)
+    return code
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
@@ -102,7 +103,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     from cliplift.pipelines.evaluate import run_evaluate as evaluate
 
     _located(loaded, lambda: evaluate(loaded.run, command=_command()))
-    leave()
+    leave(0)
     return 0
 
 

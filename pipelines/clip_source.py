@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -76,17 +77,18 @@ class ClipSource:
     def _video_numbers(self) -> Ints:
         """The number of every sample's source video, counted over all datasets in order of appearance."""
         numbers: dict[tuple[str, str], int] = {}
-        found = [
-            numbers.setdefault((one.url, video), len(numbers))
-            for one in self.sets
-            for video in one.column("video_id")
-        ]
-        return np.array(found, dtype=np.int64)
+        found = []
+        for one in self.sets:
+            videos, codes = one.encoded("video_id")
+            own = [numbers.setdefault((one.url, video), len(numbers)) for video in videos]
+            found.append(np.array(own, dtype=np.int64)[codes])
+        return np.concatenate(found)
 
     def _label_sets(self) -> list[tuple[int, ...]] | None:
         """Label numbers of every sample where any sample has several; None for single-label data."""
-        found = [tuple(labels) for one in self.sets for labels in one.column("labels")]
-        return found if any(len(labels) > 1 for labels in found) else None
+        if max(one.most_labels for one in self.sets) <= 1:
+            return None
+        return [tuple(labels) for one in self.sets for labels in one.column("labels")]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -95,7 +97,7 @@ class ClipSource:
         return self.__dict__ | {"_ahead": None}
 
     def _place(self, index: int) -> tuple[ShardDataset, int]:
-        number = int(np.searchsorted(self.starts, index, side="right")) - 1
+        number = bisect.bisect_right(self.starts, index) - 1
         return self.sets[number], index - int(self.starts[number])
 
     def facts(self, index: int) -> SampleFacts:

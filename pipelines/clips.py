@@ -7,6 +7,7 @@ the step.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -33,6 +34,8 @@ __all__ = [
     "clips_of_video",
 ]
 
+log = logging.getLogger(__name__)
+
 MAX_SUBSTITUTES = 100
 
 
@@ -52,6 +55,8 @@ class FailureCount:
         self._read += len(batch.labels) // self.data.clips_per_sample
         self._failed += len(batch.failed)
         self._in_row = self._in_row + len(batch.failed) if batch.failed else 0
+        for message in batch.failed:
+            log.warning("another sample stands in for %s", message)
         too_many = self._read >= 100 and self._failed > self.data.max_failed_share * self._read
         if self._in_row > self.data.max_failed_in_row or too_many:
             read_from = self.data.sequential.tars if self.data.sequential else self.data.urls

@@ -6,8 +6,10 @@ all say rank and world size in environment variables, and :func:`start` reads th
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,10 +57,22 @@ def start(engine: EngineConfig) -> Topology:
     )
 
 
-def leave() -> None:
-    """Leave the process group at the end of a process; left standing, gloo's threads may abort the exit (-6)."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def leave(exit_code: int | None = None) -> None:
+    """Leave the process group, and end the process with ``exit_code`` where one is given and there are other ranks.
+
+    Gloo's threads may still drop the last tensors while Python takes itself apart, which aborts the process (signal
+    6) after all its work is done (pytorch/pytorch#179291), and the launcher then calls the run failed. So the process
+    ends without that: exit handlers are run and streams flushed first.
+    """
+    if not dist.is_initialized():
+        return
+    several = dist.get_world_size() > 1
+    dist.destroy_process_group()
+    if several and exit_code is not None:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
 
 
 def _device(engine: EngineConfig, local_rank: int) -> torch.device:

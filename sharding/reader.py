@@ -199,6 +199,17 @@ class ShardDataset:
         values: list[Any] = self._table.column(name).to_pylist()
         return values
 
+    def encoded(self, name: str) -> tuple[list[str], Any]:
+        """The different values of a column in order of appearance, and the place of every sample's among them."""
+        coded = self._table.column(name).combine_chunks().dictionary_encode()
+        return coded.dictionary.to_pylist(), coded.indices.to_numpy()
+
+    @property
+    def most_labels(self) -> int:
+        """Labels of the sample that has most."""
+        lengths = self._table.column("labels").combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+        return int(lengths.max()) if len(lengths) else 0
+
     def shard_of(self, i: int) -> int:
         """Position in :attr:`shards` of the shard that holds sample ``i``."""
         return bisect.bisect_right(self._starts, self._checked(i)) - 1

@@ -1,4 +1,4 @@
-"""Videos inside WebDataset tars that others wrote (video2dataset): found by one pass over the headers, read by range."""
+"""Videos inside WebDataset tars that others wrote: found by one pass over the headers, read by range."""
 
 from __future__ import annotations
 

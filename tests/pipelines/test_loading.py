@@ -150,7 +150,7 @@ def test_failures_change_nothing_either(damaged: str) -> None:
     assert steps(data(0), 1, 4, ranks=1, accumulation=4) == expected[1:]
 
 
-def test_a_substitute_comes_from_the_neighbourhood(damaged: str) -> None:
+def test_a_substitute_comes_from_the_neighbourhood(damaged: str, caplog: pytest.LogCaptureFixture) -> None:
     """Streams times window samples are read at about the same time; a far shard is not opened for one sample."""
     loader = ClipLoader(
         config(damaged, max_failed_share=1.0), seed=0, global_batch=G, micro_batch=G, rank=0, world_size=1
@@ -162,6 +162,8 @@ def test_a_substitute_comes_from_the_neighbourhood(damaged: str) -> None:
         )
         assert set(batch.sample_index.tolist()) <= near
         assert batch.failed
+        for message in batch.failed:
+            assert f"stands in for {message}" in caplog.text, "each is reported with its key"
 
 
 # --- mixtures and several clips of a sample -----------------------------------------------------------------------

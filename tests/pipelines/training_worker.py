@@ -160,4 +160,4 @@ if __name__ == "__main__":
 
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(results))
-    leave()
+    leave(0)
