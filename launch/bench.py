@@ -34,12 +34,8 @@ def run_bench(arguments: argparse.Namespace) -> int:
             clips_per_second_per_gpu=arguments.appetite,
             output=arguments.output,
         )
-    try:
-        from cliplift.launch.bench_train import bench_train
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"bench train is not part of this installation ({error})", file="command line"
-        ) from error
+    from cliplift.launch.bench_train import bench_train
+
     return bench_train(
         loaded,
         steps=arguments.steps,

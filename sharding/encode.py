@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from fractions import Fraction
@@ -19,6 +18,7 @@ import av
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import TranscodeConfig
+from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.video import VideoDecodeError
 
 LIBRARIES = {"h264": "libx264", "hevc": "libx265", "av1": "libsvtav1"}
@@ -90,8 +90,8 @@ def encode(frames: Iterable[Any], *, fps: Fraction, config: TranscodeConfig) -> 
         VideoDecodeError: there is no frame, or the encoder failed.
     """
     # A file rather than memory: moving the index to the front (faststart) reads the file again by name.
-    with tempfile.TemporaryDirectory(prefix="cliplift-") as folder:
-        path = Path(folder) / "clip.mp4"
+    with scratch_folder() as folder:
+        path = folder / "clip.mp4"
         if config.codec == "hevc":
             frames = _large_enough(frames)
         if config.encoder == "ffmpeg":

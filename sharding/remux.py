@@ -7,11 +7,9 @@ one frame apart, so that no edit list and no rounding of the source survives.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import av
@@ -20,6 +18,7 @@ from av.error import FFmpegError
 from cliplift.configs.sharding import TranscodeConfig
 from cliplift.sharding.check import CheckedClip, check_clip
 from cliplift.sharding.frames import ROUND_UP, target_rate, target_size
+from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.video import (
     VideoDecodeError,
     decoded_frames,
@@ -193,8 +192,8 @@ def _nal_types(data: bytes, length_size: int) -> set[int]:
 def _mux(stream: Any, packets: list[Any], ranks: list[int], fps: Fraction) -> bytes:
     """An mp4 of the packets, one frame apart, as an encoder would have stamped them."""
     delay = max(place - rank for place, rank in enumerate(ranks))
-    with tempfile.TemporaryDirectory(prefix="cliplift-") as folder:
-        path = Path(folder) / "clip.mp4"
+    with scratch_folder() as folder:
+        path = folder / "clip.mp4"
         options = {"movflags": "+faststart", "fflags": "+bitexact"}
         with av.open(str(path), "w", format="mp4", options=options) as out:
             target = out.add_stream_from_template(stream)

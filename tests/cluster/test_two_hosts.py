@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -256,10 +257,13 @@ def test_a_cut_cable_stops_the_run_in_the_configured_time_and_it_resumes(
     at = steps_saved(tmp_path / "run")
     # 20 s by the config, and what torchrun takes to end its workers.
     noticed = wait_until(lambda: children[0].poll() is not None, seconds=90, what="host a stops", logs=logs)
-    alone = wait_until(lambda: children[1].poll() is not None, seconds=90, what="host b stops", logs=logs)
+    alone = wait_until(lambda: "imed out" in logs[1].read_text(), seconds=60, what="host b stops", logs=logs)
     assert children[0].returncode != 0
-    assert "imed out" in logs[0].read_text() or "imeout" in logs[0].read_text(), logs[0].read_text()[-3000:]
+    assert "imed out" in logs[0].read_text(), logs[0].read_text()[-3000:]
     hosts.join()
+    # Cut off from where all meet, the launcher of host b cannot learn that the job is over; a scheduler ends it.
+    hosts.b.kill("torch.distributed.run")
+    children[1].wait(timeout=20)
     again = [
         host.start(command, log=log, cwd=tmp_path, environment=QUICK)
         for host, log in zip((hosts.a, hosts.b), logs, strict=True)
@@ -267,6 +271,6 @@ def test_a_cut_cable_stops_the_run_in_the_configured_time_and_it_resumes(
     finish(again, seconds=150, logs=logs)
     same_losses(tmp_path / "run", one_host)
     say(
-        f"cable cut after step {at}: host a stopped {noticed:.1f} s later, host b {noticed + alone:.1f} s "
+        f"cable cut after step {at}: host a stopped {noticed:.1f} s later, the rank of host b by {noticed + alone:.1f} s "
         "(limit 20 s); started again when it was back: losses bit-identical"
     )

@@ -252,10 +252,9 @@ def test_export_and_reload_with_nested_options(tmp_path: Path) -> None:
 
 
 def test_a_head_without_attention_says_so() -> None:
+    model: Any = on_meta("late_temporal", backbone="resnet3d_18", in_frames=32, head="tgap")
     with pytest.raises(ModelError, match="head='bert'"):
-        cast(LateTemporal, on_meta("late_temporal", backbone="resnet3d_18", head="tgap")).forward_attention(
-            clips()
-        )
+        model.forward_attention(clips().to("meta"))
 
 
 def test_the_classifier_starts_xavier_uniform() -> None:

@@ -19,9 +19,10 @@ import yaml
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
-from cliplift.sharding.build import Progress, run_shard
+from cliplift.sharding.build import run_shard
 from cliplift.sharding.finalize import BuildError
-from cliplift.sharding.manifest import BUILD_FILE, DATASET_FILE, REFUSED_FILE
+from cliplift.sharding.manifest import BUILD_FILE, DATASET_FILE, PLAN_FILE, REFUSED_FILE
+from cliplift.sharding.progress import Progress
 from cliplift.sharding.reader import ShardDataset
 from cliplift.sharding.verify import verify
 
@@ -202,6 +203,19 @@ def test_changed_settings_are_refused_and_named(dataset: Path, make_run: MakeRun
     with pytest.raises(ConfigError, match=r"30 here, but the shards in .* were planned with 23") as caught:
         run_shard(run)
     assert caught.value.key == "transcode.crf"
+
+
+def test_a_plan_made_before_a_setting_existed_goes_on_with_its_default(
+    dataset: Path, make_run: MakeRun
+) -> None:
+    plan = json.loads((dataset / PLAN_FILE).read_text())
+    del plan["settings"]["duplicates"]
+    for name in ("mode", "encoder", "codec"):
+        del plan["settings"]["transcode"][name]
+    (dataset / PLAN_FILE).write_text(json.dumps(plan))
+    assert run_shard(make_run(dataset)).shards_built == 0
+    with pytest.raises(ConfigError, match=r"'remove' here, but the shards in .* were planned with 'report'"):
+        run_shard(make_run(dataset, duplicates="remove"))
 
 
 def test_number_of_workers_and_limits_may_change(dataset: Path, make_run: MakeRun) -> None:
