@@ -41,8 +41,8 @@ class ViewsConfig(Section):
     every_frames: int | None = Field(
         None,
         ge=1,
-        description="clips begin at every n-th stored frame of the video instead, as many as fit whole (dense sampling); "
-        "the clip's own length gives non-overlapping ones",
+        description="clips begin at every n-th stored frame of the video instead, as many as fit whole; the clip's own "
+        "length gives non-overlapping ones",
     )
     average: Literal["probabilities", "logits"] = Field(
         "probabilities", description="what is averaged over the views"

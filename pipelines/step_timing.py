@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,10 @@ class _Timer:
 
         self.engine.train()
         for _ in range(self.accumulation):
-            batch = timed("data", lambda: next(self.batches))
-            inputs = timed("prepare", lambda batch=batch: self.task.inputs(batch, training=True, step=0))
-            loss = timed("forward", lambda inputs=inputs: self.engine(inputs)["loss"])
-            timed("backward", lambda loss=loss: self.engine.backward(loss))
+            batch = timed("data", partial(next, self.batches))
+            inputs = timed("prepare", partial(self.task.inputs, batch, training=True, step=0))
+            outputs = timed("forward", partial(self.engine, inputs))
+            timed("backward", partial(self.engine.backward, outputs["loss"]))
             timed("update", self.engine.step)
         found["step"] = time.perf_counter() - begun
         for name, value in found.items():

@@ -126,6 +126,7 @@ def test_duplicates_are_removed(run_of: MakeRun, tmp_path: Path) -> None:
     assert contents(output) == once
 
 
+@pytest.mark.slow
 def test_only_exact_ones_are_removed_when_asked(run_of: MakeRun, tmp_path: Path) -> None:
     report = run_shard(run_of(tmp_path / "out", duplicates="remove_exact"))
     assert {"train/a/film2.mp4", "train/a/small2.mp4"} <= sources(tmp_path / "out")
@@ -135,7 +136,7 @@ def test_only_exact_ones_are_removed_when_asked(run_of: MakeRun, tmp_path: Path)
     assert row["kind"] == "look"
 
 
-@pytest.mark.parametrize("when", ["publish", "write"])
+@pytest.mark.parametrize("when", ["publish", pytest.param("write", marks=pytest.mark.slow)])
 def test_a_removal_that_is_interrupted_ends_in_the_same_bytes(
     run_of: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
@@ -163,6 +164,7 @@ def test_a_removal_that_is_interrupted_ends_in_the_same_bytes(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_removed_shard_can_be_rebuilt(run_of: MakeRun, tmp_path: Path) -> None:
     run = run_of(tmp_path / "out", duplicates="remove")
     run_shard(run)
@@ -175,6 +177,7 @@ def test_a_removed_shard_can_be_rebuilt(run_of: MakeRun, tmp_path: Path) -> None
     assert contents(tmp_path / "out") == whole
 
 
+@pytest.mark.slow
 def test_shards_on_an_object_store(run_of: MakeRun, tmp_path: Path) -> None:
     import fsspec
 
@@ -225,6 +228,7 @@ def test_a_clip_without_contrast_or_look_is_compared_by_content_only() -> None:
     assert [(d.number, d.of, d.kind) for d in found] == [(2, 0, "exact")]
 
 
+@pytest.mark.slow
 def test_a_damaged_member_is_not_copied(run_of: MakeRun, tmp_path: Path) -> None:
     run = run_of(tmp_path / "out", duplicates="remove")
     run_shard(run, phases=["build"])

@@ -107,7 +107,11 @@ def test_crf_follows_the_codec_unless_given() -> None:
 
 @pytest.mark.parametrize(
     "transcode",
-    [{"codec": "av1"}, {"codec": "hevc"}, pytest.param({"encoder": "ffmpeg"}, marks=needs_ffmpeg)],
+    [
+        {"codec": "hevc"},
+        pytest.param({"codec": "av1"}, marks=pytest.mark.slow),
+        pytest.param({"encoder": "ffmpeg"}, marks=[needs_ffmpeg, pytest.mark.slow]),
+    ],
     ids=lambda t: "-".join(t.values()),
 )
 def test_a_dataset_of_another_codec(

@@ -244,7 +244,10 @@ def test_memory_file_system(built: Path, make_run: Callable[..., ShardRun]) -> N
     assert _bytes("memory://built/tiny") == _bytes(str(built))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    [k if k in ("reset", "half answer", "500") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
+)
 def test_every_kind_of_fault_on_its_own_is_survived(s3: Faults, kind: str, tmp_path: Path) -> None:
     """The first requests of every verb fail: writing, reading and listing still give the right bytes."""
     data = random.Random(kind).randbytes(300_000)
