@@ -128,6 +128,14 @@ class AugmentConfig(Section):
         return bounds
 
 
+COLOUR_AUGMENTATIONS = (
+    "rand_augment_ops",
+    "brightness",
+    "contrast",
+    "saturation",
+    "grayscale_probability",
+    "normalize_brightness",
+)
 SMALLEST_SHARE = 0.001  # the loader deals positions in blocks of a thousand
 
 
@@ -172,6 +180,10 @@ class DataConfig(Section):
     sequential: SequentialConfig | None = Field(
         None,
         description="train on a stream of tars without an index instead; `shards` then gives classes and evaluation",
+    )
+    modality: Literal["rgb", "flow"] = Field(
+        "rgb",
+        description="what the network sees: the clips, or the optical flow stored beside them (2 channels, x and y)",
     )
     split: str = Field("train", description="split trained on, as recorded in the shards")
     val_split: str = Field("val", description="split used for evaluation during training")
@@ -279,6 +291,7 @@ class DataConfig(Section):
             )
         self._check_weights()
         self._check_augmentation()
+        self._check_modality()
         if self.resize_short_side_pixels is not None and self.resize_short_side_pixels < self.crop_pixels:
             raise ConfigError(
                 f"{self.resize_short_side_pixels} is smaller than crop_pixels={self.crop_pixels}",
@@ -296,6 +309,26 @@ class DataConfig(Section):
                 value=10,
                 hint="use 1, 3 or 5 crops",
             )
+
+    def _check_modality(self) -> None:
+        if self.modality == "rgb":
+            return
+        if self.sequential is not None:
+            raise ConfigError(
+                "reads the clips of a stream alone",
+                key="modality",
+                value=self.modality,
+                hint="read flow from indexed shards",
+            )
+        for name in COLOUR_AUGMENTATIONS:
+            value = getattr(self.augment, name)
+            if value:
+                raise ConfigError(
+                    "changes colours, and flow has none",
+                    key=f"augment.{name}",
+                    value=value,
+                    hint="set it to 0",
+                )
 
     def _check_weights(self) -> None:
         weights = self.weights or ()

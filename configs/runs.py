@@ -95,6 +95,17 @@ class TransferRun(TrainingRun):
     )
 
     @model_validator(mode="after")
+    def _frames_have_colours(self) -> TransferRun:
+        if self.data.modality != "rgb":
+            raise ConfigError(
+                "has no frames for the teacher to see",
+                key="data.modality",
+                value=self.data.modality,
+                hint="use rgb",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _pairs_exist(self) -> TransferRun:
         if self.correspondence.negatives_per_clip >= self.engine.global_batch:
             raise ConfigError(

@@ -124,6 +124,18 @@ class TranscodeConfig(Section):
         return self
 
 
+class FlowConfig(Section):
+    """Optical flow of every clip, stored beside it as ``KEY.flow.mp4`` (extra ``flow``, OpenCV)."""
+
+    method: Literal["dis", "tvl1"] = Field(
+        "dis", description="dis: dense inverse search; tvl1: a hundred times slower, opencv-contrib only"
+    )
+    preset: Literal["ultrafast", "fast", "medium"] = Field("medium", description="effort of dis")
+    bound_pixels: float = Field(
+        20.0, gt=0, description="motion of a frame that the 8 bits reach, pixels; longer motion is cut"
+    )
+
+
 class LayoutConfig(Section):
     """How videos are packed into shards."""
 
@@ -198,6 +210,9 @@ class ShardRun(Section):
     splits: SplitConfig = SplitConfig()
     cut: Cut = WholeCut()
     transcode: TranscodeConfig = TranscodeConfig()
+    flow: FlowConfig | None = Field(
+        None, description="compute optical flow and store it beside every clip; None stores none"
+    )
     shards: LayoutConfig = LayoutConfig()
     limits: LimitsConfig = LimitsConfig()
     duplicates: Literal["report", "remove_exact", "remove"] = Field(

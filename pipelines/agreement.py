@@ -28,6 +28,7 @@ DATA_SECONDS = 300.0  # a remote index may take its time
 PACKAGES = ("configs", "models", "sharding", "pipelines", "launch")
 NODE_LOCAL = {"data.cache_folder"}  # may differ between hosts by design
 ABSENT = "(not set)"
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def agree_on_run(run: Section, topology: Topology) -> None:
@@ -135,9 +136,8 @@ def code_facts() -> dict[str, str]:
     }
 
 
-def code_digest() -> str:
+def code_digest(root: Path = ROOT) -> str:
     """A short digest of all our source files, as installed: an edited checkout counts, not only the version."""
-    root = Path(__file__).resolve().parents[1]
     total = hashlib.sha256()
     for path in sorted(file for package in PACKAGES for file in (root / package).glob("*.py")):
         total.update(f"{path.parent.name}/{path.name}\0".encode())

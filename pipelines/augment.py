@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cliplift.configs.data import AugmentConfig
 from cliplift.models.registry import InputSpec
+from cliplift.models.streams import FLOW_CHANNELS
 from cliplift.pipelines.clip_batch import FLIP, ClipBatch
 from cliplift.pipelines.rand_augment import rand_augmented
 
@@ -59,7 +60,7 @@ class DeviceAugment:
         config = self.augment
         if config.flip:
             mirrored = draws[:, FLIP] < 0.5
-            x = torch.where(mirrored.view(-1, 1, 1, 1, 1), x.flip(-1), x)
+            x = torch.where(mirrored.view(-1, 1, 1, 1, 1), mirror(x), x)
         if config.brightness:
             x = x * _factor(draws[:, BRIGHTNESS], config.brightness)
         if config.contrast:
@@ -92,6 +93,14 @@ class DeviceAugment:
         inside = between(rows, top, h) & between(columns, left, w)
         chosen = (draws[:, ERASE] < self.augment.erase_probability).view(B, 1, 1)
         return x.masked_fill((inside & chosen).view(B, 1, 1, H, W), 0.0)
+
+
+def mirror(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) in [0, 1] with left and right exchanged; in flow (C = 2), motion along x is turned round too."""
+    mirrored = x.flip(-1)
+    if x.shape[1] == FLOW_CHANNELS:
+        mirrored[:, 0] = 1.0 - mirrored[:, 0]
+    return mirrored
 
 
 def luma(x: Tensor) -> Tensor:

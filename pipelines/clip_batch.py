@@ -36,7 +36,7 @@ class Costs:
 class ClipBatch:
     """Clips as they leave the decoder, and what is known about them."""
 
-    clips: Tensor  # uint8 (B, T, H, W, 3)
+    clips: Tensor  # uint8 (B, T, H, W, C), C = 3, or 2 for optical flow
     labels: Tensor  # int64 (B,), -1 where unlabelled
     sample_index: Tensor  # int64 (B,) index into the dataset
     video_index: Tensor  # int64 (B,) equal numbers are clips of the same source video

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError
-from cliplift.configs.sharding import TranscodeConfig
+from cliplift.configs.sharding import FlowConfig, TranscodeConfig
 from cliplift.pipelines.clip_batch import FLIP, NUM_DRAWS, ClipBatch, Costs, merged
 from cliplift.pipelines.crops import cut, view_boxes
 from cliplift.pipelines.decoded_videos import decoded_videos
 from cliplift.pipelines.sampling import Ints, view_frames
 from cliplift.pipelines.training_plan import TrainingPlan, mirrored_labels, training_plan
+from cliplift.sharding.flow import decode_flow, flow_member
 from cliplift.sharding.read_ahead import ReadAhead
 from cliplift.sharding.reader import ClipShape, SampleFacts, ShardDataset
 from cliplift.sharding.subsets import Subset
@@ -60,6 +61,7 @@ class ClipSource:
                     hint="build both with the same class list",
                 )  # fmt: skip
         _refuse_second_validation(data, self.sets)
+        _require_flow(data, self.sets)
         self.starts = np.cumsum([0, *(len(s) for s in self.sets)]).tolist()
         self.fingerprint = "+".join(s.fingerprint for s in self.sets)
         self.labels = np.concatenate([s.labels for s in self.sets]).astype(np.int64)
@@ -108,6 +110,11 @@ class ClipSource:
         one, inside = self._place(index)
         return one.shape(inside)
 
+    @property
+    def _member(self) -> str:
+        """The member of a sample that is decoded."""
+        return "flow" if self.data.modality == "flow" else "mp4"
+
     def url_of(self, index: int) -> str:
         """The dataset a sample belongs to."""
         return self._place(index)[0].url
@@ -118,9 +125,9 @@ class ClipSource:
         return f"{one.url} {one.key(inside)}"
 
     def read(self, index: int) -> bytes:
-        """The stored video of a sample. Raises ShardReadError."""
+        """The stored video of a sample, or of its flow. Raises ShardReadError."""
         one, inside = self._place(index)
-        return one.read(inside)
+        return one.read_flow(inside) if self.data.modality == "flow" else one.read(inside)
 
     def expect(self, indices: Iterable[int]) -> None:
         """Say which samples will be read next, in order, so that their bytes are on the way before they are needed."""
@@ -129,7 +136,7 @@ class ClipSource:
         remote = []
         for index in indices:
             one, inside = self._place(index)
-            if self._kept(index) is None and not one.announce(inside):
+            if self._kept(index) is None and not one.announce(inside, self._member):
                 remote.append(index)
         if remote and self._ahead is None:
             self._ahead = ReadAhead(self.read, self.data.read_ahead)
@@ -172,7 +179,7 @@ class ClipSource:
         return self._batch(index, cuts, draws, costs, mirrored=[False] * len(cuts))
 
     def _frames(self, index: int, clips: Sequence[Ints]) -> tuple[list[Frames], Costs]:
-        """The frames (T, H, W, 3) of each clip, each decoded once; from memory where the whole video is kept there."""
+        """The frames (T, H, W, C) of each clip, each decoded once; from memory where the whole video is kept there."""
         video = self._kept(index)
         if video is not None:
             return [video[numbers] for numbers in clips], Costs()
@@ -183,7 +190,8 @@ class ClipSource:
             wanted = np.arange(self.shape(index).num_frames)
         else:
             wanted = np.unique(np.concatenate(clips))
-        decoded = decode_frames(data, wanted.tolist(), decoder=self.data.decoder)
+        decode = decode_flow if self.data.modality == "flow" else decode_frames
+        decoded = decode(data, wanted.tolist(), decoder=self.data.decoder)
         costs = Costs(
             read_seconds=read - began, decode_seconds=time.perf_counter() - read, read_bytes=len(data)
         )
@@ -198,7 +206,7 @@ class ClipSource:
 
     def _cache_key(self, index: int) -> tuple[str, str]:
         one, inside = self._place(index)
-        return one.url, one.key(inside)
+        return one.url, f"{one.key(inside)}.{self._member}"
 
     def _batch(
         self,
@@ -254,6 +262,17 @@ def _refuse_second_validation(data: DataConfig, sets: Sequence[ShardDataset]) ->
             )
 
 
+def _require_flow(data: DataConfig, sets: Sequence[ShardDataset]) -> None:
+    for url, one in zip(data.urls, sets, strict=True):
+        if data.modality == "flow" and not one.has_flow:
+            raise ConfigError(
+                f"{url} holds no optical flow",
+                key="data.modality",
+                value=data.modality,
+                hint="build the shards with `flow: {}`, or use rgb",
+            )
+
+
 def subset_of(data: DataConfig, split: str | None) -> Subset | None:
     """The part of the stored split a split of the run is; None for all of it."""
     if split == data.val_split and data.val_share:
@@ -269,10 +288,14 @@ def clips_of_video(
     """All test views of a local video file that is in no shard, or of a span of it.
 
     The file is first brought to the form shards have (upright, square pixels, constant rate), so that the network
-    sees what it was trained on. Raises VideoDecodeError.
+    sees what it was trained on; flow is computed with the default method and range. Raises VideoDecodeError.
     """
     stored = transcode_span(path, start_seconds=start_seconds, end_seconds=end_seconds, config=FOREIGN)
-    frames = decode_frames(stored.data, range(stored.checked.frames), decoder=data.decoder)
+    if data.modality == "flow":
+        member = flow_member(stored.data, FlowConfig(), FOREIGN)
+        frames = decode_flow(member, range(stored.checked.frames), decoder=data.decoder)
+    else:
+        frames = decode_frames(stored.data, range(stored.checked.frames), decoder=data.decoder)
     fps = float(stored.checked.fps)
     clips = view_frames(
         data.sampling,

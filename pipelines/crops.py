@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cliplift.configs.data import AugmentConfig, DataConfig
+from cliplift.models.streams import FLOW_CHANNELS
 from cliplift.sharding.video import Frames
 
 
@@ -92,7 +93,10 @@ def _five(height: int, width: int, side: int) -> list[Box]:
 
 
 def cut(frames: Frames, box: Box, *, pixels: int) -> Tensor:
-    """(T, H, W, 3) -> the box resized to (T, pixels, pixels, 3), uint8, bilinear with antialiasing."""
+    """(T, H, W, C) -> the box resized to (T, pixels, pixels, C), uint8, bilinear with antialiasing.
+
+    Flow (C = 2) keeps its values: they are pixels of the stored clip, as published flow is when frames are resized.
+    """
     part = frames[:, box.top : box.top + box.height, box.left : box.left + box.width]
     tensor = torch.from_numpy(np.ascontiguousarray(part))
     if (box.height, box.width) != (pixels, pixels):
@@ -106,4 +110,6 @@ def cut(frames: Frames, box: Box, *, pixels: int) -> Tensor:
         tensor = planes.permute(0, 2, 3, 1)
     if box.flip:
         tensor = tensor.flip(2)
+        if tensor.shape[-1] == FLOW_CHANNELS:  # what moved to the right moves to the left
+            tensor[..., 0] = 255 - tensor[..., 0]
     return tensor.contiguous()

@@ -51,9 +51,10 @@ class Predictions:
     targets: npt.NDArray[np.float32] | None  # (N, K) for multi-label data
     probabilities: npt.NDArray[np.float32]  # (N, K)
     classes: tuple[str, ...]
+    logits: npt.NDArray[np.float32] | None = None  # (N, K) means over the views, where logits were averaged
 
     def write(self, path: Path) -> None:
-        """One Parquet row a sample: key, video, label, predicted class, probabilities."""
+        """One Parquet row a sample: key, video, label, predicted class, probabilities, and logits if there are any."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -68,6 +69,8 @@ class Predictions:
                 "probabilities": pa.array(list(self.probabilities), pa.list_(pa.float32())),
             }
         )
+        if self.logits is not None:
+            table = table.append_column("logits", pa.array(list(self.logits), pa.list_(pa.float32())))
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, path)
 
@@ -109,20 +112,19 @@ def classify_split(
     for on_host in loader.fillers():
         network(views(on_host.to(topology.device)))
     network.train(was_training)
-    rows = [
-        (sample, _probabilities(total / count, data, multi_label), label, target)
-        for sample, (total, count, label, target) in sums.items()
-    ]
-    return _predictions(sorted(gather_objects(rows, topology), key=lambda r: r[0]), loader)
+    rows = [(sample, total / count, label, target) for sample, (total, count, label, target) in sums.items()]
+    ordered = sorted(gather_objects(rows, topology), key=lambda r: r[0])
+    return _predictions(ordered, loader, logits=data.views.average == "logits", multi_label=multi_label)
 
 
-def _probabilities(mean: Tensor, data: DataConfig, multi_label: bool) -> npt.NDArray[np.float32]:
-    if data.views.average == "logits":
-        mean = mean.sigmoid() if multi_label else mean.softmax(dim=0)
-    return mean.numpy().astype(np.float32)
-
-
-def _predictions(rows: Sequence[tuple[int, Any, int, Any]], loader: EvalLoader) -> Predictions:
+def _predictions(
+    rows: Sequence[tuple[int, Tensor, int, Any]], loader: EvalLoader, *, logits: bool, multi_label: bool
+) -> Predictions:
+    """``rows``: sample, its mean over the views (logits or probabilities), label, target."""
+    means = torch.stack([row[1] for row in rows])
+    probabilities = means
+    if logits:
+        probabilities = means.sigmoid() if multi_label else means.softmax(dim=1)
     facts = [loader.dataset.facts(row[0]) for row in rows]
     with_targets = rows[0][3] is not None
     return Predictions(
@@ -132,8 +134,9 @@ def _predictions(rows: Sequence[tuple[int, Any, int, Any]], loader: EvalLoader) 
         sample_index=np.array([row[0] for row in rows], dtype=np.int64),
         labels=np.array([row[2] for row in rows], dtype=np.int64),
         targets=np.stack([row[3] for row in rows]) if with_targets else None,
-        probabilities=np.stack([row[1] for row in rows]),
+        probabilities=probabilities.numpy().astype(np.float32),
         classes=tuple(loader.classes),
+        logits=means.numpy().astype(np.float32) if logits else None,
     )
 
 

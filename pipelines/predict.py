@@ -16,6 +16,7 @@ from torch import nn
 from cliplift.configs.data import AugmentConfig, DataConfig, SamplingConfig, ViewsConfig
 from cliplift.configs.runs import PredictRun
 from cliplift.configs.training import EngineConfig
+from cliplift.models.streams import FLOW_CHANNELS
 from cliplift.pipelines.augment import DeviceAugment
 from cliplift.pipelines.clip_batch import ClipBatch
 from cliplift.pipelines.clip_source import clips_of_video
@@ -82,6 +83,7 @@ def data_of(card: Mapping[str, Any], network: nn.Module, views: ViewsConfig) -> 
     return DataConfig.model_validate(
         {
             "shards": ["unused:"],
+            "modality": "flow" if spec.channels == FLOW_CHANNELS else "rgb",  # type: ignore[union-attr]
             "sampling": SamplingConfig.model_validate(sampling),
             "views": views,
             "crop_pixels": card.get("crop_pixels", spec.crop_height),  # type: ignore[union-attr]

@@ -17,6 +17,7 @@ from cliplift.sharding.cuts import require_cutter
 from cliplift.sharding.dedupe import DuplicateCounts, settle_duplicates
 from cliplift.sharding.encode import require_encoder
 from cliplift.sharding.finalize import finalize
+from cliplift.sharding.flow import require_flow
 from cliplift.sharding.manifest import (
     BUILD_FILE,
     DUPLICATE,
@@ -138,6 +139,8 @@ def _run_units(
 ) -> list[BuiltShard]:
     require_cutter(run.cut)
     require_encoder(run.transcode)
+    if run.flow is not None:
+        require_flow(run.flow)
     progress.videos_total = sum(s.stop - s.start for s in shards)
     if run.engine == "ray":
         return build_on_ray(run, plan, shards, progress=progress, on_progress=on_progress)

@@ -18,6 +18,7 @@ from cliplift.sharding.finalize import BuildError, load_indexes
 from cliplift.sharding.manifest import (
     DUPLICATE,
     DUPLICATES_FILE,
+    MEMBERS,
     Refused,
     Sample,
     ShardIndex,
@@ -117,7 +118,8 @@ def settle_duplicates(plan: Plan, store: Store, action: Action) -> DuplicateCoun
     told = [_describe(samples[d.number], samples[d.of], d.kind) for d in found]
     # Those removed by an earlier call are in the ledger, in the same words.
     before = [r.reason for index in indexes for r in index.refused if r.stage == DUPLICATE]
-    stay = [d for d in found if d not in gone]
+    removed = set(gone)
+    stay = [d for d in found if d not in removed]
     store.write(
         DUPLICATES_FILE, b"".join(_row(samples[d.number], samples[d.of], d.kind) + b"\n" for d in stay)
     )
@@ -180,10 +182,13 @@ def _rewrite(
                 if i in removed:
                     writer.refuse(_removed(sample, samples[removed[i].of], removed[i].kind))
                     continue
-                row = {k: v for k, v in vars(sample).items() if not k.startswith(("mp4_", "json_"))}
+                row = {
+                    k: v for k, v in vars(sample).items() if not k.startswith(tuple(f"{m}_" for m in MEMBERS))
+                }
                 writer.add_members(
                     mp4=_member(file, sample, "mp4", index.tar),
                     payload=_member(file, sample, "json", index.tar),
+                    flow=_member(file, sample, "flow", index.tar),
                     look=index.looks[i] if index.looks else (),
                     **row,
                 )

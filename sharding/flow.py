@@ -18,10 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fractions import Fraction
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any
 
 import av
 import numpy as np
@@ -29,7 +28,7 @@ import numpy.typing as npt
 from av.error import FFmpegError
 
 from cliplift.configs.sections import ConfigError
-from cliplift.configs.sharding import TranscodeConfig
+from cliplift.configs.sharding import FlowConfig, TranscodeConfig
 from cliplift.sharding.encode import encode
 from cliplift.sharding.video import (
     Decoder,
@@ -41,44 +40,17 @@ from cliplift.sharding.video import (
     video_stream,
 )
 
-Method = Literal["dis", "tvl1"]
 Gray = npt.NDArray[np.uint8]  # (H, W)
 Flow = npt.NDArray[np.float32]  # (H, W, 2), x and y, pixels per frame
-MEMBER = "flow.mp4"  # KEY.flow.mp4 beside KEY.mp4
 MIDDLE = 127.5
 
 
-@dataclass(frozen=True, kw_only=True)
-class FlowOptions:
-    """How flow is computed and stored.
-
-    Attributes:
-        method: "dis" or "tvl1".
-        bound_pixels: displacement that the 8 bits reach; longer ones are cut.
-        preset: of dis: "ultrafast", "fast" or "medium".
-    """
-
-    method: Method = "dis"
-    bound_pixels: float = 20.0
-    preset: Literal["ultrafast", "fast", "medium"] = "medium"
-
-    def __post_init__(self) -> None:
-        if not self.bound_pixels > 0:
-            raise ConfigError("must be above 0", key="flow.bound_pixels", value=self.bound_pixels)
-        for key, known in (("method", ("dis", "tvl1")), ("preset", ("ultrafast", "fast", "medium"))):
-            value = getattr(self, key)
-            if value not in known:
-                raise ConfigError(
-                    f"{value!r} must be one of {', '.join(known)}", key=f"flow.{key}", value=value
-                )
-
-
-def require_flow(options: FlowOptions) -> None:
+def require_flow(options: FlowConfig) -> None:
     """Check that the method can be had here, before a build starts. Raises :class:`ConfigError`."""
     _estimator(options)
 
 
-def flow_fields(frames: Iterable[Gray], options: FlowOptions) -> Iterator[Flow]:
+def flow_fields(frames: Iterable[Gray], options: FlowConfig) -> Iterator[Flow]:
     """T grey frames (H, W) -> T flow fields (H, W, 2); one frame alone does not move.
 
     Raises:
@@ -109,7 +81,7 @@ def to_pixels(stored: npt.NDArray[np.uint8], bound_pixels: float) -> npt.NDArray
     return ((stored.astype(np.float32) - MIDDLE) / MIDDLE * bound_pixels).astype(np.float32)
 
 
-def flow_member(data: bytes, options: FlowOptions, config: TranscodeConfig) -> bytes:
+def flow_member(data: bytes, options: FlowConfig, config: TranscodeConfig) -> bytes:
     """The flow video of a stored clip: as many frames at the same rate, as wide and twice as high.
 
     Args:
@@ -159,7 +131,7 @@ def _picture(flow: Flow, bound_pixels: float) -> Any:
     )
 
 
-def _estimator(options: FlowOptions) -> Callable[[Gray, Gray, None], Any]:
+def _estimator(options: FlowConfig) -> Callable[[Gray, Gray, None], Any]:
     """``calc`` of OpenCV's estimator: (before, after, None) -> (H, W, 2)."""
     try:
         cv2: Any = import_module("cv2")

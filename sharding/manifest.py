@@ -27,6 +27,8 @@ DUPLICATES_FILE = "duplicates.jsonl"
 BUILD_FILE = "build.json"
 DUPLICATE = "duplicate"  # stage of a clip that was removed because another video already gave it
 NO_LABEL = -1
+# Members of a sample, in the order they stand in the tar: kind, and what the name has after the key. Flow is optional.
+MEMBERS = {"mp4": "mp4", "json": "json", "flow": "flow.mp4"}
 FOREIGN = "foreign:"  # plan_id of tars that were indexed, not built
 
 
@@ -75,6 +77,9 @@ class Sample:
     height: int
     keyframes: tuple[int, ...]
     source_sha256: str
+    flow_offset: int = 0
+    flow_bytes: int = 0  # 0 where no flow is stored
+    flow_crc32: int = 0
 
 
 @dataclass(frozen=True)
@@ -159,6 +164,7 @@ def digest(data: bytes) -> str:
 def dump_index(index: ShardIndex) -> bytes:
     """An index as the bytes of its file."""
     tree = {"format": INDEX_FORMAT, **dataclasses.asdict(index)}
+    tree["samples"] = [_stored(sample) for sample in tree["samples"]]
     # As text: other languages' JSON numbers do not hold 64 bits.
     tree["looks"] = ["".join(f"{picture:016x}" for picture in look) for look in index.looks]
     return canonical(tree) + b"\n"
@@ -224,6 +230,8 @@ def rows_to_parquet(
     columns: dict[str, Any] = {}
     for field in dataclasses.fields(row_type):
         values = [getattr(row, field.name) for row in rows]
+        if field.name in _FLOW and not any(values):
+            continue  # a table without flow is the table it was before there was any
         columns[field.name] = pa.array(values, type=_arrow_type(str(field.type)))
     for name, numbers in (extra or {}).items():
         columns[name] = pa.array(numbers, type=pa.int64())
@@ -239,7 +247,8 @@ def rows_from_parquet(data: bytes, row_type: type[Any], *, file: str) -> list[An
         ManifestError: the file is damaged or lacks a column.
     """
     table = read_table(data, file=file)
-    names = [field.name for field in dataclasses.fields(row_type)]
+    absent = _FLOW - set(table.column_names)
+    names = [field.name for field in dataclasses.fields(row_type) if field.name not in absent]
     missing = set(names) - set(table.column_names)
     if missing:
         raise ManifestError(f"{file}: column {min(missing)!r} is missing")
@@ -249,7 +258,7 @@ def rows_from_parquet(data: bytes, row_type: type[Any], *, file: str) -> list[An
         [tuple(v) for v in column] if name in lists else column
         for name, column in zip(names, columns, strict=True)
     ]
-    return [row_type(*values) for values in zip(*tuples, strict=True)]
+    return [row_type(**dict(zip(names, values, strict=True))) for values in zip(*tuples, strict=True)]
 
 
 def read_table(data: bytes, *, file: str) -> Any:
@@ -265,6 +274,14 @@ def read_table(data: bytes, *, file: str) -> Any:
         return pq.read_table(io.BytesIO(data))
     except (pa.ArrowInvalid, OSError) as error:
         raise ManifestError(f"{file}: not a whole Parquet file: {error}") from error
+
+
+_FLOW = frozenset(("flow_offset", "flow_bytes", "flow_crc32"))
+
+
+def _stored(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample of an index without the places of a member it has not."""
+    return sample if sample["flow_bytes"] else {k: v for k, v in sample.items() if k not in _FLOW}
 
 
 def _arrow_type(annotation: str) -> Any:

@@ -55,9 +55,12 @@ class Plan:
 
 def settings_of(run: ShardRun) -> dict[str, Any]:
     """The part of a run that decides the bytes of the shards."""
-    return run.model_dump(
-        mode="json", include={"name", "source", "splits", "cut", "transcode", "shards", "duplicates"}
+    settings = run.model_dump(
+        mode="json", include={"name", "source", "splits", "cut", "transcode", "flow", "shards", "duplicates"}
     )
+    if settings["flow"] is None:  # a plan without flow is the plan it was before there was any
+        del settings["flow"]
+    return settings
 
 
 def make_plan(run: ShardRun) -> tuple[Plan, tuple[SourceVideo, ...]]:

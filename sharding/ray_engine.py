@@ -18,6 +18,7 @@ from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.cuts import require_cutter
 from cliplift.sharding.encode import require_encoder
 from cliplift.sharding.finalize import BuildError
+from cliplift.sharding.flow import require_flow
 from cliplift.sharding.plan import Plan, PlannedShard
 from cliplift.sharding.progress import Progress
 from cliplift.sharding.storage import open_store
@@ -162,6 +163,8 @@ def build_one(run_json: str, plan: Plan, shard: PlannedShard) -> tuple[list[Buil
     run = ShardRun.model_validate_json(run_json)
     require_cutter(run.cut)  # of this node
     require_encoder(run.transcode)
+    if run.flow is not None:
+        require_flow(run.flow)
     progress = Progress()
     built = build_shards(
         run, plan, [shard], open_store(run.output), workers=run.ray.cpus_per_shard, progress=progress

@@ -18,6 +18,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.sharding.cache import ShardCache
 from cliplift.sharding.manifest import (
     DATASET_FILE,
+    MEMBERS,
     NO_LABEL,
     SAMPLES_FILE,
     Dataset,
@@ -150,7 +151,8 @@ class ShardDataset:
             kind: np.stack(
                 [self._table.column(f"{kind}_{what}").to_numpy() for what in ("offset", "bytes", "crc32")]
             )
-            for kind in ("mp4", "json")
+            for kind in MEMBERS
+            if f"{kind}_bytes" in self._table.column_names
         }
         self._shapes = [
             self._table.column(name).to_numpy() for name in ("num_frames", "fps", "height", "width")
@@ -222,13 +224,22 @@ class ShardDataset:
         """
         return self._member(i, "mp4")
 
-    def announce(self, i: int) -> bool:
+    @property
+    def has_flow(self) -> bool:
+        """Whether optical flow is stored beside the clips."""
+        return "flow" in self._places
+
+    def read_flow(self, i: int) -> bytes:
+        """The flow video of sample ``i``, which ``flow.decode_flow`` decodes; raises as :meth:`read` does."""
+        return self._member(i, "flow")
+
+    def announce(self, i: int, kind: str = "mp4") -> bool:
         """Let the system fetch sample ``i`` into memory while other work is done; False where it cannot (remote)."""
         shard = self.shards[self.shard_of(i)]
         path = self._store.local_path(shard.file)
         if path is None or not hasattr(os, "posix_fadvise"):
             return False
-        offset, length, _ = (int(v) for v in self._places["mp4"][:, i])
+        offset, length, _ = (int(v) for v in self._places[kind][:, i])
         self._files.announce(path, offset, length)
         return True
 
@@ -248,7 +259,8 @@ class ShardDataset:
 
     def _member(self, i: int, kind: str) -> bytes:
         shard = self.shards[self.shard_of(i)]
-        offset, length, crc32 = (int(v) for v in self._places[kind][:, i])
+        places = self._places.get(kind)
+        offset, length, crc32 = (0, 0, 0) if places is None else (int(v) for v in places[:, i])
         if not length:
             raise self._failure(i, kind, "the sample has no such member")
         try:
@@ -266,7 +278,7 @@ class ShardDataset:
         return data
 
     def _failure(self, i: int, kind: str, reason: str) -> ShardReadError:
-        return ShardReadError(self.shards[self.shard_of(i)].file, f"{self.key(i)}.{kind}", reason)
+        return ShardReadError(self.shards[self.shard_of(i)].file, f"{self.key(i)}.{MEMBERS[kind]}", reason)
 
     def _bytes(self, shard: ShardFacts, offset: int, length: int) -> bytes:
         path = self._store.local_path(shard.file)

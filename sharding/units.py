@@ -53,6 +53,7 @@ def build_shards(
     hello = {
         "cut": run.cut.model_dump(mode="json"),
         "transcode": run.transcode.model_dump(mode="json"),
+        "flow": None if run.flow is None else run.flow.model_dump(mode="json"),
         "memory_mib": run.limits.memory_mib,
     }
     pool = WorkerPool(
@@ -112,7 +113,8 @@ def _add_video(
     writer: ShardWriter, plan: Plan, shard: PlannedShard, number: int, result: VideoResult
 ) -> None:
     video = plan.videos[shard.start + number]
-    for facts, mp4 in result.clips:
+    for facts, data in result.clips:
+        mp4, flow = data[: len(data) - facts["flow_bytes"]], data[len(data) - facts["flow_bytes"] :]
         key = f"{shard.shard:06d}-{number:05d}-{facts['clip']:05d}"
         row: dict[str, Any] = {
             "key": key,
@@ -132,7 +134,8 @@ def _add_video(
             "keyframes": tuple(facts["keyframes"]),
             "source_sha256": result.sha256,
         }
-        writer.add(mp4=mp4, facts=_sample_json(plan, video, facts, row), look=tuple(facts["look"]), **row)
+        sample_json, look = _sample_json(plan, video, facts, row), tuple(facts["look"])
+        writer.add(mp4=mp4, flow=flow, facts=sample_json, look=look, **row)
     for clip, stage, reason in result.refused:
         writer.refuse(
             Refused(video_id=video.video_id, source=video.source, clip=clip, stage=stage, reason=reason)

@@ -14,6 +14,7 @@ from pathlib import Path
 from cliplift.sharding.manifest import (
     DATASET_FILE,
     FOREIGN,
+    MEMBERS,
     SAMPLES_FILE,
     Dataset,
     ManifestError,
@@ -154,23 +155,29 @@ def _damaged_members(index: ShardIndex, path: Path) -> Iterator[Problem]:
     """Which samples of a damaged tar are lost; the others can still be read by offset."""
     with path.open("rb") as file:
         for sample in index.samples:
-            for kind in ("mp4", "json"):
+            for kind in _kinds(sample):
                 offset, length = getattr(sample, f"{kind}_offset"), getattr(sample, f"{kind}_bytes")
                 data = os.pread(file.fileno(), length, offset)
                 if len(data) != length:
                     yield Problem(
-                        "lost", index.tar, f"{sample.key}.{kind}: {length} bytes expected, {len(data)} found"
+                        "lost",
+                        index.tar,
+                        f"{sample.key}.{MEMBERS[kind]}: {length} bytes expected, {len(data)} found",
                     )
                 elif zlib.crc32(data) != getattr(sample, f"{kind}_crc32"):
-                    yield Problem("lost", index.tar, f"{sample.key}.{kind}: crc32 differs")
+                    yield Problem("lost", index.tar, f"{sample.key}.{MEMBERS[kind]}: crc32 differs")
+
+
+def _kinds(sample: Sample) -> list[str]:
+    return [kind for kind in MEMBERS if kind != "flow" or sample.flow_bytes]
 
 
 def _tar_agrees(index: ShardIndex, path: Path) -> Iterator[Problem]:
     """Read the tar's own headers: they must name the members where the index says they are."""
     expected = [
-        (f"{s.key}.{kind}", getattr(s, f"{kind}_offset"), getattr(s, f"{kind}_bytes"))
+        (f"{s.key}.{MEMBERS[kind]}", getattr(s, f"{kind}_offset"), getattr(s, f"{kind}_bytes"))
         for s in index.samples
-        for kind in ("mp4", "json")
+        for kind in _kinds(s)
     ]
     try:
         with tarfile.open(path, "r:") as tar:

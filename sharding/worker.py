@@ -3,13 +3,14 @@
 It speaks length-prefixed JSON with an optional payload over an inherited socket. It may crash, hang or run out of
 memory; its parent (:mod:`cliplift.sharding.pool`) replaces it. Messages in:
 
-* first ``{"cut", "transcode", "memory_mib"}``: the settings,
+* first ``{"cut", "transcode", "flow", "memory_mib"}``: the settings,
 * then tasks: ``{"url", "start", "end", "first_clip"}`` to cut a video, or
   ``{"check", "url", "offset", "bytes"}`` to decode a stored clip in full.
 
 Messages out, per task: ``{"clips": n, "sha256"}``, then for every clip ``{"clip": i, ...facts}`` with the mp4 as
-payload or ``{"refused": i, "stage", "reason"}``, then ``{"done": true}``. ``{"working": true}`` in between asks for
-more time: a long video is searched for its shots. Before an unexpected end: ``{"fatal": reason}``.
+payload (its last ``flow_bytes`` are the clip's optical flow) or ``{"refused": i, "stage", "reason"}``, then
+``{"done": true}``. ``{"working": true}`` in between asks for more time: a long video is searched for its shots. Before
+an unexpected end: ``{"fatal": reason}``.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ import struct
 import sys
 import tempfile
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from cliplift.configs.sharding import Cut, TranscodeConfig
+from cliplift.configs.sharding import Cut, FlowConfig, TranscodeConfig
 from cliplift.sharding.check import check_clip
 from cliplift.sharding.cuts import spans
+from cliplift.sharding.flow import flow_member
 from cliplift.sharding.storage import StorageError, open_store
 from cliplift.sharding.tars import inside_tar
 from cliplift.sharding.transcode import cut_span
@@ -68,10 +71,19 @@ def _exactly(link: socket.socket, count: int) -> bytes:
     return bytes(parts)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What is stored of a clip: its video, and its optical flow if that is wanted."""
+
+    transcode: TranscodeConfig
+    flow: FlowConfig | None
+
+
 def _serve(link: socket.socket) -> None:
     settings, _ = receive(link)
     cut: Any = TypeAdapter(Cut).validate_python(settings["cut"])
     transcode = TranscodeConfig.model_validate(settings["transcode"])
+    flow = None if settings.get("flow") is None else FlowConfig.model_validate(settings["flow"])
     if settings["memory_mib"] is not None:
         resource.setrlimit(resource.RLIMIT_AS, (settings["memory_mib"] << 20,) * 2)
     # The parent made this folder for us alone and removes it, however we end.
@@ -84,13 +96,11 @@ def _serve(link: socket.socket) -> None:
         if "check" in task:
             _check(link, task)
         else:
-            _do(link, task, cut, transcode, scratch)
+            _do(link, task, cut, Stored(transcode, flow), scratch)
         send(link, {"done": True})
 
 
-def _do(
-    link: socket.socket, task: dict[str, Any], cut: Any, transcode: TranscodeConfig, scratch: Path
-) -> None:
+def _do(link: socket.socket, task: dict[str, Any], cut: Any, stored: Stored, scratch: Path) -> None:
     copy: Path | None = None
     try:
         path, copy = _local(task["url"], scratch)
@@ -109,19 +119,22 @@ def _do(
     else:
         send(link, {"clips": len(clips), "sha256": sha256})
         for number in range(task["first_clip"], len(clips)):
-            _one_clip(link, path, number, clips[number], transcode)
+            _one_clip(link, path, number, clips[number], stored)
     finally:
         if copy is not None:
             copy.unlink(missing_ok=True)
 
 
 def _one_clip(
-    link: socket.socket, path: Path, number: int, span: tuple[float, float | None], transcode: TranscodeConfig
+    link: socket.socket, path: Path, number: int, span: tuple[float, float | None], stored: Stored
 ) -> None:
+    stage = "transcode"
     try:
-        clip = cut_span(path, start_seconds=span[0], end_seconds=span[1], config=transcode)
+        clip = cut_span(path, start_seconds=span[0], end_seconds=span[1], config=stored.transcode)
+        stage = "flow"
+        flow = b"" if stored.flow is None else flow_member(clip.data, stored.flow, stored.transcode)
     except (VideoDecodeError, OSError, MemoryError) as error:
-        send(link, {"refused": number, "stage": "transcode", "reason": _reason(error)})
+        send(link, {"refused": number, "stage": stage, "reason": _reason(error)})
         return
     checked = clip.checked
     facts = {
@@ -136,8 +149,9 @@ def _one_clip(
         "look": list(checked.look),
         "source_facts": clip.source,
         "not_copied": clip.not_copied,
+        "flow_bytes": len(flow),
     }
-    send(link, facts, clip.data)
+    send(link, facts, clip.data + flow)
 
 
 def _check(link: socket.socket, task: dict[str, Any]) -> None:

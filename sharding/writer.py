@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cliplift.sharding.manifest import Refused, Sample, ShardIndex, dump_index, index_file
+from cliplift.sharding.manifest import MEMBERS, Refused, Sample, ShardIndex, dump_index, index_file
 from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.storage import Store, remove_temporaries_of, temporary_beside
 
@@ -42,12 +42,19 @@ class ShardWriter:
             self._path = self._held.enter_context(scratch_folder()) / "shard.tar"
         self._file: BinaryIO = self._path.open("wb")
 
-    def add(self, *, mp4: bytes, facts: dict[str, Any], look: tuple[int, ...], **row: Any) -> None:
-        """Append ``KEY.mp4`` and ``KEY.json``. ``row`` holds the :class:`Sample` fields other than the places."""
-        payload = json.dumps(facts, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=None).encode()
-        self.add_members(mp4=mp4, payload=payload, look=look, **row)
+    def add(
+        self, *, mp4: bytes, flow: bytes = b"", facts: dict[str, Any], look: tuple[int, ...], **row: Any
+    ) -> None:
+        """Append ``KEY.mp4``, ``KEY.json`` and, if there is flow, ``KEY.flow.mp4``.
 
-    def add_members(self, *, mp4: bytes, payload: bytes, look: tuple[int, ...], **row: Any) -> None:
+        ``row`` holds the :class:`Sample` fields other than the places.
+        """
+        payload = json.dumps(facts, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=None).encode()
+        self.add_members(mp4=mp4, payload=payload, flow=flow, look=look, **row)
+
+    def add_members(
+        self, *, mp4: bytes, payload: bytes, flow: bytes = b"", look: tuple[int, ...], **row: Any
+    ) -> None:
         """The same with the JSON member as bytes."""
         key = row["key"]
         self.looks.append(look)
@@ -60,6 +67,9 @@ class ShardWriter:
                 json_offset=json_offset,
                 json_bytes=len(payload),
                 json_crc32=zlib.crc32(payload),
+                flow_offset=self._member(f"{key}.{MEMBERS['flow']}", flow) if flow else 0,
+                flow_bytes=len(flow),
+                flow_crc32=zlib.crc32(flow),
                 **row,
             )
         )

@@ -233,26 +233,29 @@ BARS = {
 }
 
 
-def moving_digits(clips: int, *, frames: int, side: int, digits: int = 1, seed: int) -> Tensor:
-    """(B, 1, T, side, side) in [0, 1]: seven-segment digits of 12x8 pixels, 2 to 3 pixels a frame, off the walls."""
+def moving_digits(clips: int, *, frames: int, side: int, seed: int, sideways: bool = False) -> Tensor:
+    """(B, 1, T, side, side) in [0, 1]: a seven-segment digit of 12x8 pixels that bounces off the walls.
+
+    It moves 2 to 3 pixels a frame anywhere, or 2 pixels left or right.
+    """
     generator = torch.Generator().manual_seed(seed)
     room = torch.tensor([side - 12, side - 8], dtype=torch.float32)
     out = torch.zeros(clips, 1, frames, side, side)
     for clip in out[:, 0]:
-        for _ in range(digits):
-            glyph = torch.zeros(12, 8)
-            for bar in SEGMENTS[int(torch.randint(10, (1,), generator=generator))]:
-                glyph[BARS[bar]] = 1.0
-            place = torch.rand(2, generator=generator) * room
-            angle, speed = torch.rand(2, generator=generator) * torch.tensor([2 * torch.pi, 1.0])
-            velocity = (2 + speed) * torch.stack([angle.sin(), angle.cos()])
-            for frame in clip:
-                y, x = place.round().long().tolist()
-                window = frame[y : y + 12, x : x + 8]
-                window.copy_(torch.maximum(window, glyph))
-                place = place + velocity
-                velocity = torch.where((place < 0) | (place > room), -velocity, velocity)
-                place = torch.where(place > room, 2 * room - place, place.abs())
+        glyph = torch.zeros(12, 8)
+        for bar in SEGMENTS[int(torch.randint(10, (1,), generator=generator))]:
+            glyph[BARS[bar]] = 1.0
+        place = torch.rand(2, generator=generator) * room
+        angle, speed = torch.rand(2, generator=generator) * torch.tensor([2 * torch.pi, 1.0])
+        velocity = (2 + speed) * torch.stack([angle.sin(), angle.cos()])
+        if sideways:
+            velocity = torch.tensor([0.0, 2.0]) * angle.cos().sign()
+        for frame in clip:
+            y, x = place.round().long().tolist()
+            frame[y : y + 12, x : x + 8] = glyph
+            place = place + velocity
+            velocity = torch.where((place < 0) | (place > room), -velocity, velocity)
+            place = torch.where(place > room, 2 * room - place, place.abs())
     return out
 
 
@@ -287,21 +290,17 @@ def test_a_forecaster_beats_the_last_frame_on_moving_digits() -> None:
 
 @pytest.mark.slow
 def test_state_kernels_above_1x1_forecast_better() -> None:
-    """The paper's finding (Table 1): (5x5)-5x5 beats (9x9)-1x1, whose states cannot pass motion to their neighbours."""
-    train, test = (moving_digits(n, frames=10, side=32, seed=s) for n, s in ((1024, 1), (128, 2)))
+    """The paper's finding (Table 1): states that cannot pass motion on to their neighbours forecast worse.
+
+    A digit moves one patch a frame, for 6 frames after 3; a patch sees one patch around it. So with a 1x1 state kernel
+    no patch can know of the digit that will arrive four frames later.
+    """
+    train, test = (moving_digits(n, frames=9, side=24, seed=s, sideways=True) for n, s in ((512, 1), (64, 2)))
     found = {}
-    for input_kernel, hidden_kernel in ((5, 5), (9, 1)):
-        model = trained_forecaster(
-            train,
-            read=5,
-            steps=800,
-            batch=8,
-            lr=5e-3,
-            hidden=(32, 32),
-            input_kernel=input_kernel,
-            hidden_kernel=hidden_kernel,
-        )
+    for kernel in (3, 1):
+        options = {"hidden": (24,), "patch": 2, "input_kernel": 3, "hidden_kernel": kernel}
+        model = trained_forecaster(train, read=3, steps=600, batch=8, lr=2e-2, **options)
         with torch.no_grad():
-            found[hidden_kernel] = float(model.forecast_loss(test, input_frames=5))
-    print(f"binary cross-entropy per pixel: 5x5 {found[5]:.4f}, 1x1 {found[1]:.4f}")
-    assert found[5] < 0.95 * found[1]
+            found[kernel] = float(model.forecast_loss(test, input_frames=3))
+    print(f"binary cross-entropy per pixel: 3x3 {found[3]:.4f}, 1x1 {found[1]:.4f}")
+    assert found[3] < 0.9 * found[1]

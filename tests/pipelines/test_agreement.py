@@ -15,7 +15,7 @@ import pytest
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.agreement import code_digest, first_difference, run_facts
+from cliplift.pipelines.agreement import PACKAGES, code_digest, first_difference, run_facts
 from cliplift.pipelines.ranks import find_place, first_host
 
 CLIPLIFT = [sys.executable, "-m", "cliplift.launch.cli"]
@@ -117,53 +117,38 @@ def test_facts_hold_every_value_but_the_node_local_ones(repository: Path) -> Non
     assert len(code_digest()) == 12
 
 
-def two_processes(
-    tmp_path: Path, first: list[str], second: list[str], *, code_of_second: Path | None = None
-) -> tuple[list[subprocess.CompletedProcess[str]], float]:
-    """Two ranks as two hosts would start them: each with a command of its own."""
+def two_ranks(words: list[list[str]], *, folders: list[Path]) -> tuple[list[str], float]:
+    """Two ranks as two hosts would start them, each with a command and a folder of its own: stderr, and seconds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    started = time.monotonic()
+    began = time.monotonic()
     children = []
-    for rank, words in enumerate((first, second)):
+    for rank, (own, folder) in enumerate(zip(words, folders, strict=True)):
         env = os.environ | {
             "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             "OMP_NUM_THREADS": "1",
         }  # fmt: skip
-        command = [
-            *CLIPLIFT,
-            "transfer",
-            "transfer/demo",
-            f"output={tmp_path / 'run'}",
-            "track.wandb=disabled",
-        ]
-        if rank == 1 and code_of_second is not None:
-            env["PYTHONPATH"] = str(code_of_second)
-        children.append(
-            subprocess.Popen(
-                [*command, *words], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    done = []
-    for child in children:
-        out, err = child.communicate(timeout=100)
-        done.append(subprocess.CompletedProcess(child.args, child.returncode, out, err))
-    return done, time.monotonic() - started
+        command = [*CLIPLIFT, "transfer", "transfer/demo", "track.wandb=disabled", *own]
+        children.append(subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True))
+    errors = [child.communicate(timeout=100)[1] for child in children]
+    assert [child.returncode for child in children] == [2, 2], errors
+    assert not any("Traceback" in error for error in errors), errors
+    return errors, time.monotonic() - began
 
 
 def test_another_config_on_one_rank_stops_both_within_a_minute(tmp_path: Path) -> None:
-    done, seconds = two_processes(tmp_path, [], ["optim.lr=0.5"])
-    for one in done:
-        assert one.returncode == 2, one.stderr
-        assert "optim.lr: rank 1 on" in one.stderr
-        assert "has 0.5 and rank 0 on" in one.stderr
-        assert "Traceback" not in one.stderr
+    output = [f"output={tmp_path / 'run'}"]
+    errors, seconds = two_ranks([output, [*output, "optim.lr=0.5"]], folders=[tmp_path, tmp_path])
+    for error in errors:
+        assert "optim.lr: rank 1 on" in error
+        assert "has 0.5 and rank 0 on" in error
     assert seconds < 60
 
 
-def test_data_missing_on_one_host_stops_both(tmp_path: Path, repository: Path) -> None:
-    """The same relative path is a dataset on one host and nothing on the other: a mount that is missing."""
+@pytest.mark.parametrize("wrong", ["rebuilt", pytest.param("missing", marks=pytest.mark.slow)])
+def test_other_data_on_one_host_stops_both(tmp_path: Path, repository: Path, wrong: str) -> None:
+    """The same relative path is a dataset on one host, and on the other one built again, or a mount that is missing."""
     from cliplift.sharding.build import run_shard
     from cliplift.sharding.synthetic import write_demo_videos
 
@@ -177,33 +162,24 @@ def test_data_missing_on_one_host_stops_both(tmp_path: Path, repository: Path) -
     there.mkdir()
     shutil.copytree(here / "shards", there / "shards")
     facts = there / "shards" / "dataset.json"
-    text = facts.read_text()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-
-    def run() -> list[str]:
-        children = []
-        for rank, folder in enumerate((here, there)):
-            env = os.environ | {
-                "RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_PORT": port,
-                "OMP_NUM_THREADS": "1",
-            }
-            command = [*CLIPLIFT, "transfer", "transfer/demo", "data.shards=shards", "engine.global_batch=4",
-                       "correspondence.negatives_per_clip=1", f"output={tmp_path}/run"]  # fmt: skip
-            children.append(subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True))
-        errors = [child.communicate(timeout=100)[1] for child in children]
-        assert [child.returncode for child in children] == [2, 2], errors
-        return errors
-
-    facts.unlink()
-    for error in run():
+    if wrong == "missing":
+        facts.unlink()
+    else:
+        facts.write_text(facts.read_text().replace('"fingerprint": "', '"fingerprint": "0'))
+    own = ["data.shards=shards", "engine.global_batch=4", "correspondence.negatives_per_clip=1",
+           f"output={tmp_path}/run"]  # fmt: skip
+    errors, seconds = two_ranks([own, own], folders=[here, there])
+    for error in errors:
         assert "data: rank 1 on" in error
-        assert "holds no dataset.json" in error
-    # The same samples under another fingerprint: shards that were built again on one host.
-    facts.write_text(text.replace('"fingerprint": "', '"fingerprint": "0'))
-    for error in run():
-        assert "data: rank 1 on" in error
-        assert "unreadable" not in error
+        assert ("holds no dataset.json" in error) is (wrong == "missing")
+    assert seconds < 60
+
+
+def test_an_edited_checkout_has_another_digest(tmp_path: Path) -> None:
+    for package in PACKAGES:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "one.py").write_text("x = 1\n")
+    before = code_digest(tmp_path)
+    assert code_digest(tmp_path) == before
+    (tmp_path / "models" / "one.py").write_text("x = 2\n")
+    assert code_digest(tmp_path) != before

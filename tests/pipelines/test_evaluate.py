@@ -16,6 +16,7 @@ from cliplift.pipelines.augment import DeviceAugment
 from cliplift.pipelines.clips import EvalLoader
 from cliplift.pipelines.distributed import Topology
 from cliplift.pipelines.evaluate import Predictions, classification_metrics, classify_split
+from cliplift.pipelines.two_stream import read_stream
 from cliplift.sharding.build import run_shard
 from cliplift.sharding.synthetic import write_demo_videos
 
@@ -100,3 +101,21 @@ def test_metrics_of_made_predictions() -> None:
     assert metrics["accuracy_low"] <= metrics["accuracy"] <= metrics["accuracy_high"]
     assert metrics["calibration_error"] == pytest.approx(2 / 6)
     assert "top5_accuracy" in metrics
+
+
+def test_averaged_logits_are_written_beside_the_probabilities(
+    data: DataConfig, network: torch.nn.Module, tmp_path: Path
+) -> None:
+    """Fusing streams by their logits needs them: softmax has lost a constant. Averaged probabilities have none."""
+    for average in ("logits", "probabilities"):
+        views = data.views.model_copy(update={"average": average})
+        found = classify_split(
+            network, data.model_copy(update={"views": views}), split="test", batch=6, topology=HERE
+        )
+        found.write(tmp_path / average / "predictions.parquet")
+    stream = read_stream(str(tmp_path / "logits"))
+    assert stream.logits is not None
+    np.testing.assert_allclose(
+        torch.tensor(stream.logits).softmax(dim=1).numpy(), stream.rows.probabilities, atol=1e-6
+    )
+    assert read_stream(str(tmp_path / "probabilities")).logits is None
