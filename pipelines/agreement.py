@@ -7,13 +7,16 @@ on silently wrong gradients. So before anything is computed every rank shows con
 from __future__ import annotations
 
 import hashlib
+import itertools
+import json
 import platform
 import socket
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,7 +31,15 @@ DATA_SECONDS = 300.0  # a remote index may take its time
 PACKAGES = ("configs", "models", "sharding", "pipelines", "launch")
 NODE_LOCAL = {"data.cache_folder"}  # may differ between hosts by design
 ABSENT = "(not set)"
+FAREWELL_SECONDS = 10.0
 ROOT = Path(__file__).resolve().parents[1]
+
+
+class Facts(TypedDict):
+    """What one rank shows the others."""
+
+    host: str
+    facts: dict[str, str]
 
 
 def agree_on_run(run: Section, topology: Topology) -> None:
@@ -69,46 +80,93 @@ def agreed_data(make: Callable[[], V], fingerprint: Callable[[V], str], topology
 def agree(facts: Mapping[str, str], topology: Topology, *, seconds: float = SECONDS) -> None:
     """Compare ``facts`` of all ranks with those of rank 0.
 
+    Over the store where the ranks have met, not a collective: it needs no second process group, whose network
+    interface might be the wrong one, and it can say who is missing.
+
     Raises:
         ConfigError: on every rank, when any of them differs or has not answered after ``seconds``.
     """
-    mine = {"facts": dict(facts), "host": socket.gethostname()}
-    # Of gloo also beside NCCL: it needs no GPU, and its time limit is ours.
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
-    try:
-        dist.monitored_barrier(group, timeout=timedelta(seconds=seconds), wait_all_ranks=True)
-        everyone: list[Any] = [None] * topology.world_size
-        dist.all_gather_object(everyone, mine, group=group)
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[0]
+    store = _store()
+    mine: Facts = {"host": socket.gethostname(), "facts": dict(facts)}
+    if topology.is_main:
+        store.set("facts", json.dumps(mine))
+    first = json.loads(_awaited(store, "facts", seconds, "rank 0"))
+    found = difference(first, mine, rank=topology.rank)
+    store.set(f"verdict/{topology.rank}", json.dumps(found))
+    if topology.is_main:
+        store.set("outcome", json.dumps(_outcome(store, topology.world_size, seconds)))
+    outcome = json.loads(_awaited(store, "outcome", 2 * seconds, "rank 0"))
+    if outcome is None:
+        return
+    store.set(f"seen/{topology.rank}", "")
+    if topology.is_main:  # the store may live in this process: the others still have to read why
+        for rank in range(topology.world_size):
+            _wait(store, f"seen/{rank}", 0.2 if rank in outcome["missing"] else FAREWELL_SECONDS)
+    raise ConfigError(
+        outcome["reason"],
+        key=outcome["key"],
+        value=outcome["value"],
+        file=outcome["file"],
+        hint=outcome["hint"],
+    )
+
+
+_calls = itertools.count()
+
+
+def _store() -> Any:
+    """The store of the process group, with keys no earlier comparison has used.
+
+    A restarted worker's store is a new one, or torch keeps its keys apart from those of the starts before.
+    """
+    default = dist.distributed_c10d._get_default_store()
+    return dist.PrefixStore(f"cliplift/agree/{next(_calls)}", default)  # type: ignore[attr-defined]
+
+
+def _outcome(store: Any, world_size: int, seconds: float) -> dict[str, Any] | None:
+    """On rank 0: the first difference any rank has found, or who has not said anything; None when all agree."""
+    until = time.monotonic() + seconds
+    missing = [r for r in range(world_size) if not _wait(store, f"verdict/{r}", until - time.monotonic())]
+    verdicts = [json.loads(store.get(f"verdict/{r}")) for r in range(world_size) if r not in missing]
+    found: dict[str, Any] | None = next((v for v in verdicts if v is not None), None)
+    if found is None and missing:
+        names = ", ".join(map(str, missing))
+        found = _said("", "", f"rank {names} of {world_size} has not come after {seconds:.0f} s")
+        found["hint"] = "look at its log"
+    return None if found is None else found | {"missing": missing}
+
+
+def _awaited(store: Any, key: str, seconds: float, who: str) -> Any:
+    if not _wait(store, key, seconds):
         raise ConfigError(
-            f"not every rank has come to compare its config after {seconds:.0f} s: {first}",
-            file="ranks",
-            hint="look at the log of the missing rank",
-        ) from error
-    finally:
-        dist.destroy_process_group(group)
-    difference = first_difference(everyone)
-    if difference is not None:
-        raise difference
+            f"{who} has not answered after {seconds:.0f} s", file="ranks disagree", hint="look at its log"
+        )
+    return store.get(key)
 
 
-def first_difference(everyone: Sequence[Mapping[str, Any]]) -> ConfigError | None:
-    """The first rank whose facts are not rank 0's, as an error that names both."""
-    first = everyone[0]
-    for rank, other in enumerate(everyone):
-        keys = [*first["facts"], *(key for key in other["facts"] if key not in first["facts"])]
-        for key in keys:
-            here, there = first["facts"].get(key, ABSENT), other["facts"].get(key, ABSENT)
-            if here != there:
-                return ConfigError(
-                    f"rank {rank} on {other['host']} has {there} and rank 0 on {first['host']} has {here}",
-                    key=key,
-                    value=there,
-                    file="ranks disagree",
-                    hint="start all ranks with the same command, code and data",
-                )
+def _wait(store: Any, key: str, seconds: float) -> bool:
+    """Whether a key came in time."""
+    try:
+        store.wait([key], timedelta(seconds=max(seconds, 0.05)))
+    except dist.DistError:
+        return False
+    return True
+
+
+def difference(first: Facts, other: Facts, *, rank: int) -> dict[str, Any] | None:
+    """What of a rank's facts is not rank 0's, as the parts of a sentence that names both; None when all are."""
+    ours, theirs = first["facts"], other["facts"]
+    for key in [*ours, *(key for key in theirs if key not in ours)]:
+        here, there = ours.get(key, ABSENT), theirs.get(key, ABSENT)
+        if here != there:
+            reason = f"rank {rank} on {other['host']} has {there} and rank 0 on {first['host']} has {here}"
+            return _said(key, there, reason)
     return None
+
+
+def _said(key: str, value: str, reason: str) -> dict[str, Any]:
+    hint = "start all ranks with the same command, code and data"
+    return {"key": key, "value": value, "reason": reason, "file": "ranks disagree", "hint": hint}
 
 
 def run_facts(run: Section) -> dict[str, str]:

@@ -19,7 +19,7 @@ from cliplift.models.registry import InputSpec
 from cliplift.pipelines.augment import DeviceAugment
 from cliplift.pipelines.clip_batch import ClipBatch, Costs
 from cliplift.pipelines.processes import cpu_seconds, descendants_cpu_seconds
-from cliplift.pipelines.sequential import training_loader
+from cliplift.pipelines.training_loader import training_loader
 
 PERCENTILES = (50, 90, 99, 100)
 

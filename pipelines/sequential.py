@@ -26,7 +26,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from cliplift.configs.data import DataConfig, SequentialConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.clip_batch import FLIP, ClipBatch, merged
-from cliplift.pipelines.clips import MAX_SUBSTITUTES, ClipLoader, FailureCount, TooManyFailuresError
+from cliplift.pipelines.clips import MAX_SUBSTITUTES, FailureCount, TooManyFailuresError
 from cliplift.pipelines.crops import cut
 from cliplift.pipelines.training_plan import mirrored_labels, training_plan
 from cliplift.pipelines.workers import batches_from_workers
@@ -245,18 +245,3 @@ def shape_of(data: bytes) -> ClipShape:
     if not frames or facts.fps is None:
         raise VideoDecodeError("its container states no length")
     return ClipShape(num_frames=frames, fps=float(facts.fps), height=facts.height, width=facts.width)
-
-
-def training_loader(
-    data: DataConfig, *, seed: int, global_batch: int, micro_batch: int, rank: int, world_size: int
-) -> ClipLoader | SequentialLoader:
-    """The loader that the config asks for: exact over indexed shards, or a stream of tars."""
-    kind = ClipLoader if data.sequential is None else SequentialLoader
-    return kind(
-        data,
-        seed=seed,
-        global_batch=global_batch,
-        micro_batch=micro_batch,
-        rank=rank,
-        world_size=world_size,
-    )

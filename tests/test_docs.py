@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from cliplift.configs.load import packaged_recipe
-from cliplift.launch.cli import COMMANDS, build_parser
+from cliplift.launch.cli import build_parser
+from cliplift.launch.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

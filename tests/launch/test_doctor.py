@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -57,11 +55,3 @@ def test_the_table_and_the_exit_code() -> None:
     assert text.splitlines()[2] == "fail  b       3: use 4"
     assert text.splitlines()[-1] == "3 looked at, 1 failed, 1 to note"
     assert (exit_code(rows), exit_code(rows[:2])) == (1, 0)
-
-
-def test_the_command_from_another_directory(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "cliplift.launch.cli", "doctor"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "looked at, 0 failed" in done.stdout
-    assert not list(tmp_path.iterdir())

@@ -7,15 +7,20 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.agreement import PACKAGES, code_digest, first_difference, run_facts
+from cliplift.pipelines import agreement
+from cliplift.pipelines.agreement import PACKAGES, Facts, agree, code_digest, difference, run_facts
+from cliplift.pipelines.distributed import Topology
 from cliplift.pipelines.ranks import find_place, first_host
 
 CLIPLIFT = [sys.executable, "-m", "cliplift.launch.cli"]
@@ -92,19 +97,43 @@ def test_first_host_of_a_slurm_list(nodes: str, host: str) -> None:
     assert first_host(nodes) == host
 
 
-def test_the_first_difference_names_both_sides() -> None:
-    ranks = [
-        {"host": "a", "facts": {"engine.global_batch": "32", "seed": "0"}},
-        {"host": "a", "facts": {"engine.global_batch": "32", "seed": "0"}},
-        {"host": "b", "facts": {"engine.global_batch": "32", "seed": "1"}},
-    ]
-    error = first_difference(ranks)
-    assert error is not None
-    assert error.key == "seed"
-    assert "rank 2 on b has 1 and rank 0 on a has 0" in str(error)
-    assert first_difference(ranks[:2]) is None
-    extra = {"host": "b", "facts": {"engine.global_batch": "32", "seed": "0", "new": "x"}}
-    assert "(not set)" in str(first_difference([*ranks[:2], extra]))
+def test_the_difference_names_both_sides() -> None:
+    first: Facts = {"host": "a", "facts": {"engine.global_batch": "32", "seed": "0"}}
+    other: Facts = {"host": "b", "facts": {"engine.global_batch": "32", "seed": "1"}}
+    found = difference(first, other, rank=2)
+    assert found is not None
+    assert found["key"] == "seed"
+    assert found["reason"] == "rank 2 on b has 1 and rank 0 on a has 0"
+    assert difference(first, first | {"host": "b"}, rank=1) is None
+    extra: Facts = {"host": "b", "facts": first["facts"] | {"new": "x"}}
+    for one, two in ((first, extra), (extra, first)):
+        found = difference(one, two, rank=1)
+        assert found is not None
+        assert "(not set)" in found["reason"]
+
+
+def test_a_rank_that_never_comes_is_named() -> None:
+    """Two ranks of three, over a real store; as threads, because the third is what is missing."""
+    store = dist.HashStore()
+    results: dict[int, BaseException | None] = {}
+
+    def take_part(rank: int) -> None:
+        topology = Topology(rank=rank, world_size=3, local_rank=rank, device=torch.device("cpu"))
+        try:
+            agree({"seed": "0"}, topology, seconds=1.0)
+            results[rank] = None
+        except ConfigError as error:
+            results[rank] = error
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(agreement, "_store", lambda: dist.PrefixStore("test", store))
+        threads = [threading.Thread(target=take_part, args=(rank,)) for rank in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=30)
+    for rank in (0, 1):
+        assert "rank 2 of 3 has not come after 1 s" in str(results[rank])
 
 
 def test_facts_hold_every_value_but_the_node_local_ones(repository: Path) -> None:
@@ -146,7 +175,8 @@ def test_another_config_on_one_rank_stops_both_within_a_minute(tmp_path: Path) -
     assert seconds < 60
 
 
-@pytest.mark.parametrize("wrong", ["rebuilt", pytest.param("missing", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", ["rebuilt", "missing"])
 def test_other_data_on_one_host_stops_both(tmp_path: Path, repository: Path, wrong: str) -> None:
     """The same relative path is a dataset on one host, and on the other one built again, or a mount that is missing."""
     from cliplift.sharding.build import run_shard

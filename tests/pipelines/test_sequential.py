@@ -19,7 +19,8 @@ from cliplift.configs.runs import RUNS
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.clip_batch import ClipBatch
 from cliplift.pipelines.clips import ClipLoader, TooManyFailuresError
-from cliplift.pipelines.sequential import SequentialLoader, training_loader
+from cliplift.pipelines.sequential import SequentialLoader
+from cliplift.pipelines.training_loader import training_loader
 from cliplift.sharding.build import run_shard
 from cliplift.sharding.reader import ShardDataset
 from cliplift.sharding.synthetic import write_demo_videos
