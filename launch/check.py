@@ -262,7 +262,7 @@ def _sources(run: TransferRun | ClassificationRun, _: Machine, __: Known) -> Ite
 
 
 def check_tracking(run: TransferRun | ClassificationRun) -> Iterator[Finding]:
-    from cliplift.pipelines.tracking import wandb_mode
+    from cliplift.sharding.tracking import wandb_mode
 
     mode = wandb_mode(run.track.wandb, os.environ)
     if mode != "online":

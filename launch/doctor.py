@@ -283,7 +283,7 @@ def _launchers(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 def _wandb(environment: Mapping[str, str]) -> Iterator[Finding]:
     """The mode a run would take; whether there is a key, never the key."""
-    from cliplift.pipelines.tracking import wandb_mode
+    from cliplift.sharding.tracking import wandb_mode
 
     mode = wandb_mode("auto", environment)
     where = "WANDB_MODE" if environment.get("WANDB_MODE") else "track.wandb=auto"

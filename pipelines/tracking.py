@@ -23,6 +23,7 @@ from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.distributed import Topology
 from cliplift.pipelines.run_folder import RunFolder, write_json
 from cliplift.pipelines.training_task import ClipTable
+from cliplift.sharding.tracking import wandb_mode
 
 log = logging.getLogger(__name__)
 
@@ -198,16 +199,6 @@ class Tracker:
         return started
 
 
-def wandb_mode(asked: str, environment: Mapping[str, str]) -> Any:
-    """``auto`` goes online with an API key, else writes offline files; W&B's own WANDB_MODE decides over ``auto``."""
-    if asked != "auto":
-        return asked
-    if environment.get("WANDB_MODE"):
-        return environment["WANDB_MODE"]
-    has_key = bool(environment.get("WANDB_API_KEY")) or "api.wandb.ai" in _netrc()
-    return "online" if has_key else "offline"
-
-
 def _environment(folder: Path) -> dict[str, Any]:
     """Versions and git commit of the run's start record; W&B's own probing would also take remotes and diffs."""
     record = RunFolder(folder, writes=False).start_record() or {}
@@ -233,11 +224,6 @@ def _tensorboard(folder: Path) -> Any:
 
 def _as_uri(url: str) -> str:
     return url if "://" in url else Path(url).absolute().as_uri()
-
-
-def _netrc() -> str:
-    path = Path.home() / ".netrc"
-    return path.read_text() if path.is_file() else ""
 
 
 def _step_of(line: str, otherwise: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Protocol
 
 from cliplift.configs.data import DataConfig
@@ -14,7 +14,7 @@ class TrainingLoader(Protocol):
     """What training needs of a loader: steps of equal batches on every rank, and what they are drawn from."""
 
     data: DataConfig
-    classes: Sequence[str]
+    classes: tuple[str, ...]
     fingerprint: str
     num_samples: int
     steps_per_epoch: int
