@@ -1,6 +1,6 @@
 """Speed of the clip loader: against a bare decode loop, against other ways to read, and over encodings.
 
-    python benchmarks/loading.py [VIDEOS ...] [--processes 1] [--rounds 3] [--table] [--folder FOLDER]
+    python benchmarks/loading.py [VIDEOS ...] [--processes 1] [--rounds 3] [--folder FOLDER]
 
 VIDEOS are folders of videos; without any, ``../shared/data`` beside the repository, else the demo's own clips. They
 are packed with the default settings, then every contender is run in turn for a fixed number of clips, the order
@@ -13,9 +13,8 @@ reversed every other round, so that a busy moment of the machine hits all of the
 * ``webdataset_originals``: the same on tars of the original files.
 * ``files_originals``: a plain torch ``Dataset`` that opens the original files with decord.
 
-All but the first two cut a random box and resize it with the same code. ``--table`` adds bytes and decoding CPU time
-of a clip for several encodings and all backends that are installed, and checks that their pixels are equal. Prints one
-JSON object.
+All but the first two cut a random box and resize it with the same code. Prints one JSON object. Encodings and
+backends are compared by ``benchmarks/encodings.py``.
 """
 
 from __future__ import annotations
@@ -54,14 +53,6 @@ from cliplift.sharding.video import VideoDecodeError, decode_frames
 
 BATCH = 8
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-SETTINGS = (
-    {"short_side_pixels": 256, "gop_frames": 16, "tune": "fastdecode"},
-    {"short_side_pixels": 256, "gop_frames": 16, "tune": "none"},
-    {"short_side_pixels": 256, "gop_frames": 1, "tune": "fastdecode"},
-    {"short_side_pixels": 256, "gop_frames": 250, "tune": "fastdecode"},
-    {"short_side_pixels": 256, "gop_frames": 250, "tune": "none"},
-    {"short_side_pixels": 128, "gop_frames": 16, "tune": "fastdecode"},
-)
 
 
 class Speed(NamedTuple):
@@ -313,42 +304,6 @@ def usable_decoders(shards: str) -> list[str]:
     return usable
 
 
-def encodings(videos: Sequence[Path], folder: Path, *, clips: int) -> list[dict[str, object]]:
-    """Bytes of a clip and CPU time to decode 16 frames of it, for every encoding and backend; pixels compared."""
-    rows = []
-    for transcode in SETTINGS:
-        shards = shards_of(videos, folder, dict(transcode))
-        rows.append({**transcode, **_decode_costs(shards, clips)})
-        print(rows[-1], file=sys.stderr, flush=True)
-    return rows
-
-
-def _decode_costs(shards: str, clips: int) -> dict[str, object]:
-    decoders = usable_decoders(shards)
-    source = loader_of(data_config(shards, decoder="pyav", processes=0, crop_pixels=112)).dataset
-    chosen = np.linspace(0, len(source) - 1, min(clips, len(source))).round().astype(int).tolist()
-    seconds: dict[str, list[float]] = {decoder: [] for decoder in decoders}
-    different: set[str] = set()
-    sizes = []
-    for turn, index in enumerate(chosen):
-        data, numbers = source.read(index), source.plan(index, 0).frames[0].tolist()
-        sizes.append(len(data))
-        pixels: dict[str, bytes] = {}
-        for decoder in decoders if turn % 2 else reversed(decoders):
-            began = time.process_time()
-            frames = decode_frames(data, numbers, decoder=decoder)  # type: ignore[arg-type]
-            seconds[decoder].append(time.process_time() - began)
-            pixels[decoder] = frames.tobytes()
-        different |= {decoder for decoder in decoders if pixels[decoder] != pixels["pyav"]}
-    warm = slice(len(chosen) // 10, None)  # the first clips pay for imports and tables
-    return {
-        "clips": len(chosen),
-        "kib_per_clip": round(statistics.mean(sizes) / 1024, 1),
-        "decode_ms": {d: round(1000 * statistics.mean(s[warm]), 2) for d, s in seconds.items()},
-        "pixels_equal": not different,
-    }
-
-
 def videos_of(folders: Sequence[Path], scratch: Path) -> list[Path]:
     if not folders and not SHARED.is_dir():
         write_demo_videos(scratch / "demo", seed=0, train_per_class=10, val_per_class=1, test_per_class=1,
@@ -366,7 +321,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds")
     parser.add_argument("--clips", type=int, default=400, help="clips timed in each turn")
     parser.add_argument("--crop-pixels", type=int, default=112, help="side of the clips")
-    parser.add_argument("--table", action="store_true", help="add the table of encodings and backends")
     parser.add_argument("--folder", type=Path, help="keep shards here; a second run reuses them")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -378,10 +332,7 @@ def main() -> None:
             sys.exit(f"{options.videos} hold no video")
         results: dict[str, object] = {"videos": len(videos), "processes": options.processes,
                                       "crop_pixels": options.crop_pixels}  # fmt: skip
-        if options.rounds:
-            results |= compare(videos, folder, options)
-        if options.table:
-            results["encodings"] = encodings(videos, folder, clips=options.clips)
+        results |= compare(videos, folder, options)
     print(json.dumps(results | {"environment": ENVIRONMENT}, indent=1))
 
 

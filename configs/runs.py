@@ -193,6 +193,9 @@ class FinetuneRun(ClassificationRun):
     train_part: Literal["all", "head"] = Field(
         "all", description="what is trained: everything, or the head alone"
     )
+    frozen_batchnorm: bool = Field(
+        False, description="BatchNorm keeps its statistics and weights, which small batches would spoil"
+    )
     test_split: str = Field("test", description="split evaluated once at the end")
     folds: tuple[int, ...] | Literal["all"] = Field(
         (),

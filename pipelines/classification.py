@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cliplift.configs.runs import ClassificationRun, FinetuneRun
 from cliplift.configs.sections import ConfigError
@@ -29,9 +31,25 @@ log = logging.getLogger(__name__)
 class Classifier(nn.Module):
     """The network and its loss: what is trained. A model with a training loss of its own (``loss``) uses that."""
 
-    def __init__(self, network: nn.Module, *, label_smoothing: float, multi_label: bool) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        label_smoothing: float,
+        multi_label: bool,
+        frozen_batchnorm: bool = False,
+    ) -> None:
         super().__init__()
         self.network, self.label_smoothing, self.multi_label = network, label_smoothing, multi_label
+        self.frozen_batchnorm = frozen_batchnorm
+
+    def train(self, mode: bool = True) -> Classifier:
+        """Training mode; BatchNorm that is frozen normalises with its running statistics all the same."""
+        super().train(mode)
+        if self.frozen_batchnorm:
+            for module in batchnorms(self):
+                module.eval()
+        return self
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``clips`` (B, C, T, H, W) with ``labels`` (B,) or soft/multi-hot ``targets`` (B, K) -> loss, accuracy."""
@@ -71,7 +89,12 @@ class ClassificationTask:
                 hint="use 0",
             )
         self.network = network
-        self.module = Classifier(network, label_smoothing=run.label_smoothing, multi_label=multi_label)
+        self.module = Classifier(
+            network,
+            label_smoothing=run.label_smoothing,
+            multi_label=multi_label,
+            frozen_batchnorm=isinstance(run, FinetuneRun) and run.frozen_batchnorm,
+        )
         self.clip_frames = run.data.sampling.frames
         self._views = DeviceAugment(run.data.augment, network.input_spec, training=True)
         self._last: tuple[Predictions, str] | None = None
@@ -165,7 +188,36 @@ def build_network(run: ClassificationRun, *, num_classes: int) -> nn.Module:
         initialise_from(network, run.initialise_from)
     if isinstance(run, FinetuneRun) and run.train_part == "head":
         freeze_all_but_head(network)
+    if isinstance(run, FinetuneRun) and run.frozen_batchnorm:
+        for module in batchnorms(network):
+            module.requires_grad_(False)
+    freeze_named(network, run.model.frozen)
     return network
+
+
+def batchnorms(module: nn.Module) -> list[nn.Module]:
+    """Every BatchNorm layer inside."""
+    return [part for part in module.modules() if isinstance(part, _BatchNorm)]
+
+
+def freeze_named(network: nn.Module, patterns: Sequence[str]) -> None:
+    """Leave the parameters out of training whose names match a shell pattern.
+
+    Raises:
+        ConfigError: a pattern matches none.
+    """
+    names = dict(network.named_parameters())
+    for pattern in patterns:
+        matched = fnmatch.filter(names, pattern)
+        if not matched:
+            raise ConfigError(
+                f"{pattern!r} matches no parameter of the model",
+                key="model.frozen",
+                value=pattern,
+                hint=f"its parameters are named like {', '.join(list(names)[:3])}",
+            )
+        for name in matched:
+            names[name].requires_grad_(False)
 
 
 def initialise_from(network: nn.Module, source: str) -> None:

@@ -58,7 +58,7 @@ class Forecasting(nn.Module):
 
 
 class ForecastTask:
-    """Forecasting as the engine's training task. ``skill`` is 1 - mse / mse_copy_last: 0 is holding still, 1 perfect."""
+    """Forecasting as the engine's training task. ``skill`` is 1 - mse / mse_copy_last: 0 holds still, 1 is perfect."""
 
     best_metric = "skill"
 

@@ -23,8 +23,9 @@ from torch.utils.data import Dataset, get_worker_info
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from cliplift.configs.data import DataConfig, SequentialConfig
+from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError
+from cliplift.configs.shard_sets import SequentialConfig
 from cliplift.pipelines.clip_batch import FLIP, ClipBatch, merged
 from cliplift.pipelines.clips import MAX_SUBSTITUTES, FailureCount, TooManyFailuresError
 from cliplift.pipelines.crops import cut

@@ -29,6 +29,7 @@ from cliplift.models import create_model
 from cliplift.models.correspondence import CorrespondenceHead
 from cliplift.models.registry import InputSpec, model_entry
 from cliplift.pipelines.augment import DeviceAugment
+from cliplift.pipelines.classification import freeze_named
 from cliplift.pipelines.clips import ClipBatch, EvalLoader
 from cliplift.pipelines.distributed import Topology, all_gather_tensor, gather_objects
 from cliplift.pipelines.matching import matching_metrics
@@ -62,6 +63,7 @@ class TransferTask:
                 value=run.model.name,
                 hint="choose a 3D model from `cliplift models`",
             )
+        freeze_named(student, run.model.frozen)
         matching = run.correspondence
         head = CorrespondenceHead(
             student.feature_dim,

@@ -110,6 +110,7 @@ def test_too_little_memory_names_settings_that_fit(repository: Path, shards: Pat
     )
 
 
+@pytest.mark.slow
 def test_a_model_too_large_for_anything_is_said(repository: Path, shards: Path) -> None:
     machine = Machine(
         nodes=1, ranks_per_node=1, gpu=None, memory_bytes=GIB, peak_tflops=None, cores_per_node=2
@@ -153,6 +154,7 @@ def test_a_shard_cut_short_and_a_damaged_clip(repository: Path, shards: Path, tm
     assert "crc32" in decoding.found
 
 
+@pytest.mark.slow
 def test_unlabelled_clips_cannot_be_classified(repository: Path, shards: Path, tmp_path: Path) -> None:
     words = [f"source.root={shards.parent}/videos/unlabelled", f"output={tmp_path}/shards", "workers=2"]
     run_shard(load_run(repository / "configs" / "shard" / "demo_unlabelled.yaml", RUNS, words).run)

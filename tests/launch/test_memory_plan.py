@@ -119,6 +119,7 @@ def test_states_follow_the_zero_stage(repository: Path) -> None:
     assert averaged.optimizer == zero1.optimizer + 4 * own
 
 
+@pytest.mark.slow
 def test_half_precision_halves_weights_and_not_masters(repository: Path) -> None:
     words = ["model.name=timesformer_small", "data.crop_pixels=224", "data.resize_short_side_pixels=224",
              "engine.global_batch=2", "engine.zero_stage=2", "data.sampling.frames=2"]  # fmt: skip

@@ -22,7 +22,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import OptimConfig
 from cliplift.models import create_model
 from cliplift.pipelines.checkpoint import check_space, complete_checkpoints
-from cliplift.pipelines.classification import Classifier
+from cliplift.pipelines.classification import Classifier, batchnorms, freeze_named
 from cliplift.pipelines.optim import parameter_groups
 
 WORKER = Path(__file__).with_name("training_worker.py")
@@ -231,3 +231,20 @@ def test_recomputed_blocks_change_no_loss(
         for share in (0.0, 1.0)
     ]
     assert losses[0] == pytest.approx(losses[1], abs=ROUNDING)
+
+
+def test_named_parameters_and_batchnorm_stay_as_they_are() -> None:
+    network = create_model("t3d_tiny", num_classes=3)
+    freeze_named(network, ["features.conv0.*", "features.denseblock1.*"])
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    expected = ("features.conv0.", "features.denseblock1.")
+    assert frozen == {name for name, _ in network.named_parameters() if name.startswith(expected)}
+    with pytest.raises(ConfigError, match="matches no parameter") as caught:
+        freeze_named(network, ["backbone.*"])
+    assert caught.value.key == "model.frozen"
+    module = Classifier(network, label_smoothing=0.0, multi_label=False, frozen_batchnorm=True).train()
+    before = {name: value.clone() for name, value in network.named_buffers()}
+    module({"clips": torch.randn(2, 3, 8, 64, 64), "labels": torch.tensor([0, 1])})
+    assert all(torch.equal(value, before[name]) for name, value in network.named_buffers())
+    assert module.training
+    assert not any(part.training for part in batchnorms(module))
