@@ -90,6 +90,34 @@ def line_chart(lines: Sequence[Line], *, title: str, percent: bool = False) -> M
     )
 
 
+def scatter(points: Floats, groups: Sequence[int], names: Sequence[str], *, title: str) -> Markup:
+    """Points in the plane, coloured by group; beyond the palette, colours come round with another shape.
+
+    Args:
+        points: (N, 2).
+        groups: group of each point.
+        names: of the groups, shown when a point is hovered.
+        title: read out for those who cannot see the chart.
+    """
+    low, high = points.min(axis=0), points.max(axis=0)
+    places = 8 + 284 * (points - low) / np.maximum(high - low, 1e-12)
+    parts = []
+    for (x, y), group in zip(places.tolist(), groups, strict=True):
+        shape = (
+            Markup('<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="2.4"/>').format(x, y)
+            if group // COLOURS % 2 == 0
+            else Markup('<rect class="dot" x="{:.1f}" y="{:.1f}" width="4.4" height="4.4"/>').format(
+                x - 2.2, y - 2.2
+            )
+        )
+        parts.append(
+            Markup('<g class="c{}"><title>{}</title>{}</g>').format(group % COLOURS, names[group], shape)
+        )
+    return Markup('<svg class="chart" viewBox="0 0 300 300" role="img" aria-label="{}">{}</svg>').format(
+        title, Markup("").join(parts)
+    )
+
+
 def _axes(
     frame: _Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], y_text: Callable[[float], str]
 ) -> Markup:

@@ -167,6 +167,7 @@ class ClassificationTask:
             topology=topology,
             max_samples=max_samples,
             multi_label=self.run.task == "multi_label",
+            keep_features=predictions_file is not None,
         )
         if topology.is_main:
             self._last = predictions, split

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from cliplift.pipelines import watchdog
 from cliplift.pipelines.augment import DeviceAugment
 from cliplift.pipelines.clips import EvalLoader
 from cliplift.pipelines.distributed import Topology, gather_objects, start
+from cliplift.pipelines.features import FEATURES, FeatureSums
 from cliplift.pipelines.metrics import (
     bootstrap_interval,
     confusion_matrix,
@@ -52,6 +53,9 @@ class Predictions:
     probabilities: npt.NDArray[np.float32]  # (N, K)
     classes: tuple[str, ...]
     logits: npt.NDArray[np.float32] | None = None  # (N, K) means over the views, where logits were averaged
+    features: npt.NDArray[np.float16] | None = (
+        None  # (N, D) at the classifier's input, averaged over the views
+    )
 
     def write(self, path: Path) -> None:
         """One Parquet row a sample: key, video, label, predicted class, probabilities, and logits if there are any."""
@@ -73,6 +77,8 @@ class Predictions:
             table = table.append_column("logits", pa.array(list(self.logits), pa.list_(pa.float32())))
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, path)
+        if self.features is not None:
+            np.save(path.with_name(FEATURES), self.features)
 
 
 @torch.no_grad()
@@ -85,8 +91,12 @@ def classify_split(
     topology: Topology,
     max_samples: int | None = None,
     multi_label: bool = False,
+    keep_features: bool = False,
 ) -> Predictions:
-    """Class probabilities of every sample of a split, averaged over its views; complete on every rank."""
+    """Class probabilities of every sample of a split, averaged over its views; complete on every rank.
+
+    ``keep_features`` also keeps what the classifier saw, where the network names its classifier.
+    """
     loader = EvalLoader(
         data,
         split=split,
@@ -99,9 +109,12 @@ def classify_split(
     was_training = network.training
     network.eval()
     sums: dict[int, tuple[Tensor, int, int, Any]] = {}
+    inside = FeatureSums(network) if keep_features else None
     for on_host in loader:
         moved = on_host.to(topology.device)
         scores = network(views(moved)).float()
+        if inside is not None:
+            inside.add(on_host.sample_index.tolist())
         if data.views.average == "probabilities":
             scores = scores.sigmoid() if multi_label else scores.softmax(dim=1)
         watchdog.beat()
@@ -112,9 +125,11 @@ def classify_split(
     for on_host in loader.fillers():
         network(views(on_host.to(topology.device)))
     network.train(was_training)
+    features = None if inside is None else inside.gathered(topology)
     rows = [(sample, total / count, label, target) for sample, (total, count, label, target) in sums.items()]
     ordered = sorted(gather_objects(rows, topology), key=lambda r: r[0])
-    return _predictions(ordered, loader, logits=data.views.average == "logits", multi_label=multi_label)
+    found = _predictions(ordered, loader, logits=data.views.average == "logits", multi_label=multi_label)
+    return replace(found, features=features)
 
 
 def _predictions(
@@ -215,6 +230,7 @@ def run_evaluate(run: EvaluateRun, *, command: Sequence[str]) -> dict[str, float
         batch=run.batch,
         topology=topology,
         multi_label=card.get("task") == "multi_label",
+        keep_features=True,
     )
     _check_classes(card, predictions, run)
     metrics = classification_metrics(predictions)

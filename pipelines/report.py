@@ -23,6 +23,7 @@ from markupsafe import Markup
 from cliplift.configs.runs import ReportRun
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.charts import value_strip
+from cliplift.pipelines.report_features import embedding
 from cliplift.pipelines.report_sections import (
     Confusions,
     confusions,
@@ -139,6 +140,7 @@ def write_report(
         confusions=sorted(found, key=lambda c: c is not best),
         clips=clips,
         clips_of=shown,
+        embedding=None if shown is None else embedding(shown),
         lineage=[(group, lineage(group, groups)) for group in groups],
         timing=_timing(records, demo),
         environment=_environment(records),
