@@ -27,6 +27,11 @@ class TeacherConfig(Section):
     frames: int | None = Field(
         None, ge=1, description="frames of the clip averaged by the teacher; None is all of them"
     )
+    cache_features: bool = Field(
+        False,
+        description="compute every training sample's features once, from the plain middle clip, and keep them; the "
+        "frames then are not those of the clip's own time and crop",
+    )
     resize_pixels: int | None = Field(
         None, ge=32, description="side the frames are resized to for the teacher, pixels"
     )

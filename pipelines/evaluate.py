@@ -24,6 +24,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig
 from cliplift.models.hub import from_pretrained, read_config
 from cliplift.pipelines import watchdog
+from cliplift.pipelines.agreement import agree_on_run
 from cliplift.pipelines.augment import DeviceAugment
 from cliplift.pipelines.clips import EvalLoader
 from cliplift.pipelines.distributed import Topology, gather_objects, start
@@ -212,6 +213,7 @@ def run_evaluate(run: EvaluateRun, *, command: Sequence[str]) -> dict[str, float
     """``cliplift evaluate``: predictions.parquet, result.json and the numbers printed."""
     started = time.monotonic()
     topology = start(EngineConfig(device=run.device, zero_stage=0))
+    agree_on_run(run, topology)
     network, own_data, card = load_finished(run.run)
     data = run.data or own_data
     if data is None:

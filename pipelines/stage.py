@@ -22,7 +22,6 @@ from cliplift.models.registry import ModelError, model_entry
 from cliplift.pipelines import transfer
 from cliplift.pipelines.agreement import agree_on_run, agreed_data
 from cliplift.pipelines.classification import ClassificationTask
-from cliplift.pipelines.clips import ClipLoader
 from cliplift.pipelines.deepspeed_config import batch_split, deepspeed_config
 from cliplift.pipelines.distributed import Topology, barrier, start
 from cliplift.pipelines.engine import fit
@@ -30,6 +29,7 @@ from cliplift.pipelines.forecast import ForecastTask, build_forecaster, forecast
 from cliplift.pipelines.ranks import find_place
 from cliplift.pipelines.run_folder import RunFolder
 from cliplift.pipelines.tracking import Tracker
+from cliplift.pipelines.training_loader import TrainingLoader, training_loader
 from cliplift.pipelines.training_task import FitResult
 
 
@@ -106,7 +106,7 @@ class Prepared:
     """A stage ready to train. The caller closes the loader."""
 
     topology: Topology
-    loader: ClipLoader
+    loader: TrainingLoader
     task: Any
 
 
@@ -164,9 +164,9 @@ def check_model(run: TransferRun | ClassificationRun) -> None:
             raise ConfigError(str(error), key=key, value=name) from None
 
 
-def _loader(run: TransferRun | ClassificationRun, topology: Topology) -> ClipLoader:
+def _loader(run: TransferRun | ClassificationRun, topology: Topology) -> TrainingLoader:
     micro_batch, _ = batch_split(run, world_size=topology.world_size)
-    return ClipLoader(
+    return training_loader(
         run.data,
         seed=run.seed,
         global_batch=run.engine.global_batch,
@@ -176,7 +176,7 @@ def _loader(run: TransferRun | ClassificationRun, topology: Topology) -> ClipLoa
     )
 
 
-def _task(run: TransferRun | ClassificationRun, loader: ClipLoader, topology: Topology) -> Any:
+def _task(run: TransferRun | ClassificationRun, loader: TrainingLoader, topology: Topology) -> Any:
     try:
         if isinstance(run, TransferRun):
             return transfer.TransferTask(run, topology=topology)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -36,6 +37,7 @@ from cliplift.pipelines.matching import matching_metrics
 from cliplift.pipelines.pairs import draw_pairs
 from cliplift.pipelines.probe import probe
 from cliplift.pipelines.supervision import SupervisionTransfer
+from cliplift.pipelines.teacher_features import cached_features
 from cliplift.pipelines.throughput import forward_flops, training_flops
 
 log = logging.getLogger(__name__)
@@ -107,10 +109,35 @@ class TransferTask:
             "frame_videos": videos,
         }
 
+    @cached_property
+    def _table(self) -> Tensor:
+        """The teacher's features of every training sample, where they are computed once."""
+        teacher = self.run.teacher
+
+        def features(batch: ClipBatch) -> Tensor:
+            return self._teacher_features(self._frame_views[False](subsampled(batch, teacher.frames)))
+
+        return cached_features(
+            features,
+            self.run.data,
+            batch=self.run.evaluation.batch,
+            folder=Path(self.run.output),
+            identity=" ".join(
+                [
+                    teacher.model_dump_json(),
+                    self.run.data.sampling.model_dump_json(),
+                    str(self.run.data.crop_pixels),
+                ]
+            ),
+            topology=self.topology,
+        )
+
     def _towers(self, batch: ClipBatch, *, training: bool) -> tuple[Tensor, Tensor]:
         """The student's clips (B, C, T, H, W) and the teacher's averaged features (B, D)."""
         batch = batch.to(self.topology.device)
         clips = self._clip_views[training](batch)
+        if training and self.run.teacher.cache_features:
+            return clips, self._table[batch.sample_index.cpu()].to(self.topology.device).float()
         frames = subsampled(batch, self.run.teacher.frames)
         if training and self.run.correspondence.independent_views:
             frames = redrawn(frames)

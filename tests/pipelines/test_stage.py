@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS, EvaluateRun, ExplainRun, ExportRun, PredictRun
@@ -28,6 +29,7 @@ from cliplift.pipelines.export import run_export
 from cliplift.pipelines.predict import run_predict
 from cliplift.pipelines.repeats import run_repeats
 from cliplift.pipelines.stage import dry_run, run_stage
+from cliplift.pipelines.transfer import TransferTask
 from cliplift.sharding.build import run_shard
 from cliplift.sharding.reader import ShardDataset
 from cliplift.sharding.synthetic import write_demo_videos
@@ -308,6 +310,31 @@ def test_a_probe_judges_the_features_at_every_evaluation(place: Path, repository
     assert 0.1 < metrics["probe_linear_accuracy"] <= 1, "pixels of the shapes' places alone say something"
     logged = [row for row in rows(place / "probed") if "eval/probe_knn_accuracy" in row]
     assert logged[-1]["eval/probe_knn_accuracy"] == metrics["probe_knn_accuracy"]
+
+
+def test_teacher_features_are_computed_once(
+    place: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["schedule.steps=3", "engine.global_batch=8", "correspondence.negatives_per_clip=2",
+             "teacher.cache_features=true"]  # fmt: skip
+    run = load(repository, place, "transfer/demo", "cached", *words)
+    assert run_stage(run, command=[]).finished
+    (table,) = load_file(place / "cached/teacher_features.safetensors").values()
+    train = ShardDataset(str(place / "shards" / "unlabelled"), split="train")
+    assert table.shape == (len(train), 1280)
+    assert len(table.unique(dim=0)) == len(train)
+    seen: list[int] = []
+    features = TransferTask._teacher_features
+
+    def counted(self: TransferTask, clips: torch.Tensor) -> torch.Tensor:
+        seen.append(len(clips))
+        return features(self, clips)
+
+    monkeypatch.setattr(TransferTask, "_teacher_features", counted)
+    longer = run.model_copy(update={"checkpoint": run.checkpoint.model_copy(update={"resume": "never"})})
+    run_stage(longer, command=[])
+    held_out = ShardDataset(str(place / "shards" / "unlabelled"), split="val")
+    assert sum(seen) == len(held_out), "the kept table serves training; only the evaluation asks the teacher"
 
 
 def test_a_finished_run_is_not_repeated(
