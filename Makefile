@@ -22,12 +22,12 @@ $(VENV)/torch.stamp:
 
 $(VENV)/teachers.stamp: $(VENV)/torch.stamp pyproject.toml
 	@echo "installing cliplift with the teachers extra"
-	$(PIP) install -e '.[teachers]'
+	$(PIP) install -e '.[teachers]' $(TORCH)
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
 	@echo "installing cliplift with the dev extra"
-	$(PIP) install -e '.[dev]'
+	$(PIP) install -e '.[dev]' $(TORCH)
 	@mkdir -p build/types && ln -sfn ../.. build/types/cliplift
 	@touch $@ $(VENV)/teachers.stamp
 

@@ -204,6 +204,13 @@ def load_finished(folder: str) -> tuple[nn.Module, DataConfig | None, Mapping[st
             hint="give the folder of a finished run, or an export folder",
         )
     network, card = from_pretrained(weights), read_config(weights).get("extra", {})
+    if not network.num_classes:
+        raise ConfigError(
+            f"{folder!r} has no classifier: it is a {card.get('stage', 'feature')} model",
+            key="run",
+            value=folder,
+            hint="finetune it first, with initialise_from",
+        )
     config = path / CONFIG
     data = load_run(config, RUNS).run.data if config.is_file() else None
     return network, data, card

@@ -194,6 +194,12 @@ def test_export_and_predict_agree_with_the_evaluation(
     assert str(clip) in capsys.readouterr().out
 
 
+def test_a_model_without_a_classifier_predicts_nothing(transferred: Path, place: Path) -> None:
+    with pytest.raises(ConfigError, match="no classifier") as caught:
+        run_predict(PredictRun(run=str(transferred), videos=(str(place / "clip.mp4"),)))
+    assert caught.value.key == "run"
+
+
 def test_predict_counts_what_it_cannot_read(
     place: Path, finetuned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
