@@ -57,22 +57,20 @@ def start(engine: EngineConfig) -> Topology:
     )
 
 
-def leave(exit_code: int | None = None) -> None:
-    """Leave the process group, and end the process with ``exit_code`` where one is given and there are other ranks.
+def leave(exit_code: int) -> None:
+    """End this process among other ranks with ``exit_code``; a process alone goes on, its group stays for the next run.
 
     Gloo's threads may still drop the last tensors while Python takes itself apart, which aborts the process (signal
     6) after all its work is done (pytorch/pytorch#179291), and the launcher then calls the run failed. So the process
     ends without that: exit handlers are run and streams flushed first.
     """
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    several = dist.get_world_size() > 1
     dist.destroy_process_group()
-    if several and exit_code is not None:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _device(engine: EngineConfig, local_rank: int) -> torch.device:
