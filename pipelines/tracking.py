@@ -23,6 +23,7 @@ from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.distributed import Topology
 from cliplift.pipelines.run_folder import RunFolder, write_json
 from cliplift.pipelines.training_task import ClipTable
+from cliplift.sharding.manifest import DATASET_FILE
 from cliplift.sharding.tracking import wandb_mode
 
 log = logging.getLogger(__name__)
@@ -134,7 +135,9 @@ class Tracker:
         self._wandb.config.update({"data_fingerprint": fingerprint}, allow_val_change=True)
         used = wandb.Artifact(f"data-{fingerprint[:16]}", type="dataset", metadata={"shards": list(shards)})
         for url in shards:
-            used.add_reference(_as_uri(url), name=url.strip("/").replace("/", "_"), checksum=False)
+            # The index stands for the shards it lists; a folder would be walked file by file.
+            index = f"{url.rstrip('/')}/{DATASET_FILE}"
+            used.add_reference(_as_uri(index), name=index.strip("/").replace("/", "_"), checksum=False)
         if not self._wandb.offline:  # offline, W&B has no way to say that a run used something
             self._wandb.use_artifact(used)
         made = wandb.Artifact(f"weights-{self._wandb.id}", type="model", metadata={"stage": self.stage})
