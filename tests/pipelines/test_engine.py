@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -23,17 +22,6 @@ from cliplift.pipelines.optim import Schedule, peak_lr
 WORKER = Path(__file__).with_name("training_worker.py")
 # Sums over ranks and micro-batches are added in another order: a few units in the last place of fp32 per step.
 ROUNDING = 2e-6
-
-
-@pytest.fixture(scope="module")
-def worker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("training_worker", WORKER)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["training_worker"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def torchrun(results: Path, *cases: dict[str, Any], ranks: int = 2) -> list[dict[str, Any]]:

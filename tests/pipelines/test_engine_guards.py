@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -31,17 +30,6 @@ from cliplift.pipelines.lamb import Lamb
 WORKER = Path(__file__).with_name("training_worker.py")
 ONE = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 ROUNDING = 2e-6
-
-
-@pytest.fixture(scope="module")
-def worker() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("training_worker", WORKER)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["training_worker"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def plain_steps(worker: ModuleType, *, steps: int = 8) -> list[dict[str, Tensor]]:
