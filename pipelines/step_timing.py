@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ COLLECTIVES = ("gloo:", "nccl:", "ncclDevKernel", "ncclKernel")
 
 @dataclass(frozen=True)
 class StepTiming:
-    """Medians over steps of this many seconds each, the mean over ranks; ``communication`` lies inside the others."""
+    """The step of median length and its parts, seconds, the mean over ranks; ``communication`` lies inside the others."""
 
     data: float
     prepare: float
@@ -99,12 +98,12 @@ def time_steps(
         timer.seconds = {name: [] for name in timer.seconds}
         for _ in range(steps):
             timer.step()
-        medians = {name: statistics.median(values) for name, values in timer.seconds.items()}
-        communication = _communication(timer)
+        parts = timer.middle_step()
+        communication = _communication(timer) if stage.topology.world_size > 1 else 0.0
         engine.destroy()
     finally:
         stage.loader.close()
-    return _timing(run, stage.task, stage.topology, medians, communication), stage.topology
+    return _timing(run, stage.task, stage.topology, parts, communication), stage.topology
 
 
 class _Timer:
@@ -142,6 +141,11 @@ class _Timer:
         for name, value in found.items():
             self.seconds[name].append(value)
 
+    def middle_step(self) -> dict[str, float]:
+        """The parts of the step of median length, so that they add up."""
+        steps = sorted(zip(*self.seconds.values(), strict=True), key=lambda step: step[-1])
+        return dict(zip(self.seconds, steps[(len(steps) - 1) // 2], strict=True))
+
 
 def _repeated(batch: ClipBatch) -> Iterator[ClipBatch]:
     while True:
@@ -164,12 +168,12 @@ def _communication(timer: _Timer) -> float:
 
 
 def _timing(
-    run: Any, task: Any, topology: Topology, medians: dict[str, float], communication: float
+    run: Any, task: Any, topology: Topology, parts_here: dict[str, float], communication: float
 ) -> StepTiming:
     import resource
 
-    names = sorted(medians)
-    values = torch.tensor([medians[n] for n in names] + [communication], dtype=torch.float64)
+    names = sorted(parts_here)
+    values = torch.tensor([parts_here[n] for n in names] + [communication], dtype=torch.float64)
     means = all_reduce_mean(values.to(topology.device), topology).tolist()
     parts = dict(zip([*names, "communication"], means, strict=True))
     clips_per_second = run.engine.global_batch / parts["step"]

@@ -42,12 +42,11 @@ def test_parts_add_up_to_the_step(
     assert main([*command, "--steps", "4", "--warm-up", "1", "--synthetic", "--output", str(out)]) == 0
     found = json.loads(out.read_text())
     parts = sum(found[name] for name in ("data", "prepare", "forward", "backward", "update"))
-    assert parts == pytest.approx(found["step"], rel=0.3), "medians of parts, which need not add up exactly"
-    assert found["forward"] > 0
-    assert found["backward"] > found["update"]
+    assert 0.8 * found["step"] < parts <= found["step"], "parts of one step; the rest is the loop itself"
+    assert min(found["forward"], found["backward"], found["update"]) > 0
     assert found["clips_per_second"] == pytest.approx(4 / found["step"])
     assert found["frames_per_second"] == pytest.approx(8 * 4 / found["step"])
-    assert found["communication"] < 0.05 * found["step"], "one process has nobody to talk to"
+    assert found["communication"] == 0, "one process has nobody to talk to"
     assert 0 < found["mfu"] < 100
     said = capsys.readouterr().out
     assert "a synthetic batch" in said
