@@ -29,7 +29,7 @@ COLLECTIVES = ("gloo:", "nccl:", "ncclDevKernel", "ncclKernel")
 
 @dataclass(frozen=True)
 class StepTiming:
-    """The step of median length and its parts, seconds, the mean over ranks; ``communication`` lies inside the others."""
+    """The step of median length and its parts, seconds, mean over ranks; ``communication`` lies inside the others."""
 
     data: float
     prepare: float
