@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -60,3 +65,47 @@ def test_cuda_without_a_gpu_names_the_key() -> None:
     with pytest.raises(ConfigError, match="no CUDA device") as caught:
         start(EngineConfig(device="cuda"))
     assert caught.value.key == "engine.device"
+
+
+SILENT_PEER = """
+import sys, time, torch
+from cliplift.configs.training import EngineConfig
+from cliplift.pipelines.distributed import start
+
+start(EngineConfig(device="cpu", collective_timeout_seconds=3))
+import deepspeed
+from deepspeed.utils import groups
+
+group = groups._clone_world_group()
+print("ready", flush=True)
+if sys.argv[1] == "0":
+    deepspeed.comm.all_reduce(torch.ones(1), group=group)
+time.sleep(60)
+"""
+
+
+def test_the_time_limit_holds_in_the_groups_that_deepspeed_makes(repository: Path) -> None:
+    """The groups gradients are reduced in; torch would give them half an hour."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SILENT_PEER, rank],
+            env={**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank},
+            cwd=repository,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        output, _ = ranks[0].communicate(timeout=45)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert "ready" in output
+    assert re.search("[Tt]imed out waiting 3000ms", output), output
