@@ -54,6 +54,7 @@ class ClipSource:
             for url in data.urls
         ]
         self.classes = self.sets[0].classes
+        self.splits = tuple(n for n in self.sets[0].splits if all(n in one.splits for one in self.sets))
         for url, other in zip(data.urls, self.sets, strict=True):
             if other.classes != self.classes:
                 raise ConfigError(

@@ -144,7 +144,7 @@ class ClipLoader:
             )
         self.samples_per_step = global_batch // data.clips_per_sample
         self.dataset = ClipSource(data, split=data.split, seed=seed)
-        self.classes = self.dataset.classes
+        self.classes, self.splits = self.dataset.classes, self.dataset.splits
         self.num_samples = len(self.dataset)
         self.steps_per_epoch = self.num_samples // self.samples_per_step
         if not self.steps_per_epoch:

@@ -31,8 +31,8 @@ from cliplift.pipelines.clips import MAX_SUBSTITUTES, FailureCount, TooManyFailu
 from cliplift.pipelines.crops import cut
 from cliplift.pipelines.training_plan import mirrored_labels, training_plan
 from cliplift.pipelines.workers import batches_from_workers
-from cliplift.sharding.reader import ClipShape, read_dataset
-from cliplift.sharding.storage import StorageError, open_store
+from cliplift.sharding.reader import ClipShape, ShardDataset
+from cliplift.sharding.storage import StorageError
 from cliplift.sharding.video import VideoDecodeError, decode_frames, probe
 
 
@@ -59,7 +59,8 @@ class SequentialLoader:
             )
         self.data, self.world_size = data, world_size
         self.global_batch, self.micro_batch = global_batch, micro_batch
-        self.classes = read_dataset(open_store(data.urls[0])).classes
+        indexed = ShardDataset(data.urls[0], fold=data.fold)
+        self.classes, self.splits = indexed.classes, indexed.splits
         self.num_samples = data.sequential.samples_per_epoch
         self.steps_per_epoch = self.num_samples * data.clips_per_sample // global_batch
         if not self.steps_per_epoch:

@@ -166,7 +166,7 @@ def check_model(run: TransferRun | ClassificationRun) -> None:
 
 def _loader(run: TransferRun | ClassificationRun, topology: Topology) -> TrainingLoader:
     micro_batch, _ = batch_split(run, world_size=topology.world_size)
-    return training_loader(
+    loader = training_loader(
         run.data,
         seed=run.seed,
         global_batch=run.engine.global_batch,
@@ -174,6 +174,32 @@ def _loader(run: TransferRun | ClassificationRun, topology: Topology) -> Trainin
         rank=topology.rank,
         world_size=topology.world_size,
     )
+    try:
+        require_splits(run, loader.splits)
+    except BaseException:
+        loader.close()
+        raise
+    return loader
+
+
+def require_splits(run: TransferRun | ClassificationRun, splits: Sequence[str]) -> None:
+    """Refuse a run whose shards, of these splits, lack one it will evaluate: after the training would be late.
+
+    Raises:
+        ConfigError: names data.val_split or test_split.
+    """
+    wanted = {} if run.data.val_share else {"data.val_split": run.data.val_split}
+    if isinstance(run, FinetuneRun) and not (run.data.val_share and run.test_split == run.data.val_split):
+        wanted["test_split"] = run.test_split
+    for key, split in wanted.items():
+        if split not in splits:
+            raise ConfigError(
+                f"the shards have no split {split!r} to evaluate",
+                key=key,
+                value=split,
+                hint=f"they have {', '.join(splits)}"
+                + ("; data.val_share cuts one from the training split" if key == "data.val_split" else ""),
+            )
 
 
 def _task(run: TransferRun | ClassificationRun, loader: TrainingLoader, topology: Topology) -> Any:

@@ -15,6 +15,7 @@ class TrainingLoader(Protocol):
 
     data: DataConfig
     classes: tuple[str, ...]
+    splits: tuple[str, ...]  # of the shards, whichever is trained on
     fingerprint: str
     num_samples: int
     steps_per_epoch: int

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -27,3 +29,14 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real clips: {folder} does not exist")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tf_records() -> ModuleType:
+    """Writes records of YouTube-8M: ``record(example(id, labels))``."""
+    spec = importlib.util.spec_from_file_location("tf_records", ROOT / "tests/tf_records.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

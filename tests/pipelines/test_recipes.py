@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from cliplift.configs.runs import RUNS, TransferRun
 from cliplift.launch.cli import main
 from cliplift.models import create_model
 from cliplift.models.registry import model_entry
-from cliplift.pipelines.stage import run_stage
+from cliplift.pipelines.stage import require_splits, run_stage
 from cliplift.sharding.build import run_shard
 from cliplift.sharding.synthetic import write_demo_videos
 
@@ -55,6 +57,26 @@ def test_a_recipe_fits_its_model(name: str) -> None:
     assert out.shape == (1, classes or model.feature_dim)
 
 
+# What each dataset is published with, under the names `cliplift shard` gives.
+PUBLISHED_SPLITS = {
+    "ucf101": ("train", "test"),
+    "hmdb51": ("train", "test"),
+    "kinetics400": ("train", "val"),
+    "youtube8m": ("train", "val"),
+    "youtube8m-long": ("train", "val"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_evaluates_what_its_dataset_has(name: str) -> None:
+    run: Any = load_run(CONFIGS / f"{name}.yaml", RUNS).run
+    for url in run.data.urls:
+        splits = (
+            ("train", "val", "test") if url.startswith("runs/demo/") else PUBLISHED_SPLITS[Path(url).name]
+        )
+        require_splits(run, splits)
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("recipes")
@@ -72,6 +94,61 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "shards"
 
 
+@pytest.fixture(scope="module")
+def tagged_shards(shards: Path, tf_records: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards with several labels a clip, out of YouTube-8M's kind of records."""
+    place = tmp_path_factory.mktemp("tagged")
+    (place / "vocabulary.csv").write_text("Index,Name\n0,Disc\n1,Square\n2,Bar\n")
+    (place / "videos").mkdir()
+    videos = sorted((shards.parent / "videos/labelled").rglob("*.mp4"))[:6]
+    for split, part in {"train": videos[:4], "validate": videos[4:]}.items():
+        lines = []
+        for number, video in enumerate(part):
+            (place / f"videos/{split}{number}.mp4").symlink_to(video)
+            lines.append(tf_records.record(tf_records.example(f"{split}{number}", [number % 3, 2])))
+        (place / f"{split}00.tfrecord").write_bytes(b"".join(lines))
+    words = {
+        "stage": "shard",
+        "name": "tagged",
+        "output": str(place / "shards"),
+        "source": {"kind": "youtube8m", "records": str(place), "vocabulary": str(place / "vocabulary.csv"),
+                   "root": str(place / "videos")},
+        "splits": {"rename": {"validate": "val"}},
+        "workers": 1,
+    }  # fmt: skip
+    (place / "shard.yaml").write_text(json.dumps(words))
+    run_shard(load_run(place / "shard.yaml", RUNS).run)
+    return place / "shards"
+
+
+@pytest.fixture(scope="module")
+def folded_shards(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards with three official splits of train and test alone, out of UCF101's kind of lists."""
+    place = tmp_path_factory.mktemp("folded")
+    folders = sorted(p for p in (shards.parent / "videos/labelled/train").iterdir() if p.is_dir())
+    lists: dict[str, list[str]] = {"train": [], "test": []}
+    (place / "classInd.txt").write_text("".join(f"{i} {f.name}\n" for i, f in enumerate(folders, start=1)))
+    for label, folder in enumerate(folders, start=1):
+        (place / "videos" / folder.name).mkdir(parents=True)
+        for group, video in enumerate(sorted(folder.parents[1].rglob(f"*/{folder.name}/*.mp4")), start=1):
+            name = f"{folder.name}/v_{folder.name}_g{group:02}_c01"
+            (place / f"videos/{name}.mp4").symlink_to(video)
+            lists["test" if group == 1 else "train"].append(f"{name}.avi {label}\n")
+    for fold in (1, 2, 3):
+        for split, lines in lists.items():
+            (place / f"{split}list0{fold}.txt").write_text("".join(lines))
+    words = {
+        "stage": "shard",
+        "name": "folded",
+        "output": str(place / "shards"),
+        "source": {"kind": "ucf101", "lists": str(place), "root": str(place / "videos")},
+        "workers": 1,
+    }
+    (place / "shard.yaml").write_text(json.dumps(words))
+    run_shard(load_run(place / "shard.yaml", RUNS).run)
+    return place / "shards"
+
+
 # Published sizes of these need more memory or hours on a CPU than a test may take; their model is the recipe's own.
 SMALLER = {
     "timesformer": ["data.sampling.frames=4", "data.sampling.stride=1"],
@@ -84,9 +161,16 @@ SMALLER = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains_a_step(name: str, shards: Path, tmp_path: Path) -> None:
+def test_a_recipe_trains_a_step(
+    name: str, shards: Path, tagged_shards: Path, folded_shards: Path, tmp_path: Path
+) -> None:
+    """With its own splits, validation and fold, on shards of its dataset's shape."""
     run: Any = load_run(CONFIGS / f"{name}.yaml", RUNS).run
     transfer = isinstance(run, TransferRun)
+    if not transfer and run.task == "multi_label":
+        shards = tagged_shards
+    elif "ucf101" in name or "hmdb51" in name:
+        shards = folded_shards
     batch = 4 if transfer or run.data.clips_per_sample > 1 else 2
     words = [
         f"data.shards={shards}",
@@ -96,10 +180,6 @@ def test_a_recipe_trains_a_step(name: str, shards: Path, tmp_path: Path) -> None
         "schedule.steps=1",
         f"engine.global_batch={batch}",
         f"engine.micro_batch={batch}",
-        "data.fold=null",
-        "data.val_share=0",
-        "data.val_split=val",
-        "data.split=train",
         "data.workers=0",
         "evaluation.max_samples=2",
         "evaluation.batch=2",
@@ -112,9 +192,7 @@ def test_a_recipe_trains_a_step(name: str, shards: Path, tmp_path: Path) -> None
     else:
         words += ["initialise_from=null"]
     if run.stage == "finetune":
-        words += ["folds=[]"]
-    if not transfer and run.task == "multi_label":
-        pytest.skip("needs shards with several labels a clip")
+        words += ["folds=[]", "data.fold=1"] if run.folds else []
     one = load_run(CONFIGS / f"{name}.yaml", RUNS, words).run
     result = run_stage(one, command=["cliplift", run.stage, name])
     assert result.finished

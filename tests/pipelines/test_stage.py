@@ -356,6 +356,7 @@ def test_a_finished_run_is_not_repeated(
     ("words", "key"),
     [
         (["data.split=nothing"], "data.split"),
+        (["data.val_split=nothing"], "data.val_split"),
         (["engine.global_batch=4000"], "engine.global_batch"),
         (["model.name=efficientnet_lite0"], "model.name"),
         (["teacher.name=t3d_tiny"], "teacher.name"),
@@ -367,6 +368,14 @@ def test_impossible_runs_name_the_key(place: Path, repository: Path, words: list
     with pytest.raises(ConfigError) as caught:
         run_stage(run, command=[])
     assert caught.value.key.startswith(key)
+
+
+def test_a_missing_test_split_is_told_before_the_training(place: Path, repository: Path) -> None:
+    run = load(repository, place, "finetune/demo_scratch", "no-test", "test_split=nothing")
+    with pytest.raises(ConfigError, match="no split 'nothing' to evaluate") as caught:
+        run_stage(run, command=[])
+    assert caught.value.key == "test_split"
+    assert not (place / "no-test/metrics.jsonl").exists()
 
 
 def test_unlabelled_shards_cannot_be_classified(place: Path, repository: Path) -> None:

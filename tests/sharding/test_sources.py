@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import struct
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from cliplift.sharding.manifest import SourceVideo
 from cliplift.sharding.plan import Plan, make_plan
 from cliplift.sharding.rows import SourceError
 from cliplift.sharding.sources import assign_splits
-from cliplift.sharding.tfrecord import RecordError, crc32c, masked_crc32c, records
+from cliplift.sharding.tfrecord import RecordError, crc32c, records
 
 LOSSES = {"limits": {"max_missing_share": 1.0}}
 
@@ -383,41 +383,6 @@ def test_a_wrong_ucf101_line_is_named(tmp_path: Path, file: str, line: str, mess
 # YouTube-8M
 
 
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def _field(number: int, payload: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(payload)) + payload
-
-
-def _example(video_id: str, labels: list[int], *, name: str = "id", extra: bytes = b"") -> bytes:
-    """A tf.train.Example (or a SequenceExample: the context is the same field), written by hand."""
-    features = {
-        name: _field(1, _field(1, video_id.encode())),
-        "labels": _field(3, _field(1, b"".join(map(_varint, labels)))),
-        "mean_rgb": _field(2, _field(1, struct.pack("<4f", 1, 2, 3, 4))),
-    }
-    entries = b"".join(
-        _field(1, _field(1, key.encode()) + _field(2, value)) for key, value in features.items()
-    )
-    return _field(1, entries) + extra
-
-
-def _record(payload: bytes) -> bytes:
-    length = struct.pack("<Q", len(payload))
-    return (
-        length
-        + struct.pack("<I", masked_crc32c(length))
-        + payload
-        + struct.pack("<I", masked_crc32c(payload))
-    )
-
-
 def test_crc32c_against_its_published_values() -> None:
     # RFC 3720, appendix B.4.
     assert crc32c(bytes(32)) == 0x8A9136AA
@@ -425,14 +390,17 @@ def test_crc32c_against_its_published_values() -> None:
     assert crc32c(bytes(range(32))) == 0x46DD794E
 
 
-def test_youtube8m(shared_data: Path, tmp_path: Path) -> None:
+def test_youtube8m(tf_records: ModuleType, shared_data: Path, tmp_path: Path) -> None:
     vocabulary = shared_data / "lists/vocabulary.csv"
-    frames = _field(2, _field(1, b"frame features are passed over"))
+    frames = tf_records.field(2, tf_records.field(1, b"frame features are passed over"))
     (tmp_path / "records").mkdir()
     (tmp_path / "records/train0001.tfrecord").write_bytes(
-        _record(_example("AbCd", [3, 7], extra=frames)) + _record(_example("EfGh", [7]))
+        tf_records.record(tf_records.example("AbCd", [3, 7], extra=frames))
+        + tf_records.record(tf_records.example("EfGh", [7]))
     )
-    (tmp_path / "records/validate02.tfrecord").write_bytes(_record(_example("IjKl", [7], name="video_id")))
+    (tmp_path / "records/validate02.tfrecord").write_bytes(
+        tf_records.record(tf_records.example("IjKl", [7], name="video_id"))
+    )
     (tmp_path / "ids.csv").write_text("id,youtube_id\nAbCd,-abcdefghi_\n")
     touch(tmp_path / "videos/-abcdefghi_.mp4")
     touch(tmp_path / "videos/IjKl.mkv")
@@ -450,7 +418,7 @@ def test_youtube8m(shared_data: Path, tmp_path: Path) -> None:
     assert [v.video_id for v in missing] == ["EfGh"]
 
 
-def test_records_are_read_by_the_protobuf_library_too() -> None:
+def test_records_are_read_by_the_protobuf_library_too(tf_records: ModuleType) -> None:
     """The hand-written messages above mean what the published schema says (google.protobuf is the judge)."""
     descriptor_pb2 = pytest.importorskip("google.protobuf.descriptor_pb2")
     from google.protobuf import descriptor_pool, message_factory
@@ -475,17 +443,17 @@ def test_records_are_read_by_the_protobuf_library_too() -> None:
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     message = message_factory.GetMessageClass(pool.FindMessageTypeByName("t.Example"))()
-    message.ParseFromString(_example("AbCd", [3, 300]))
+    message.ParseFromString(tf_records.example("AbCd", [3, 300]))
     features = {entry.key: entry.value for entry in message.features.feature}
     assert list(features["id"].bytes_list.value) == [b"AbCd"]
     assert list(features["labels"].int64_list.value) == [3, 300]
 
 
 @pytest.mark.parametrize("at", [0, 9, 14, -2])
-def test_a_damaged_record_is_named(at: int) -> None:
-    data = bytearray(_record(_example("AbCd", [3])) * 2)
+def test_a_damaged_record_is_named(tf_records: ModuleType, at: int) -> None:
+    data = bytearray(tf_records.record(tf_records.example("AbCd", [3])) * 2)
     data[len(data) // 2 + at if at >= 0 else at] ^= 1
     with pytest.raises(RecordError, match=r"x.tfrecord, record 1:"):
         list(records(bytes(data), file="x.tfrecord"))
     with pytest.raises(RecordError, match="ends inside"):
-        list(records(bytes(_record(b"abc"))[:-1], file="x.tfrecord"))
+        list(records(bytes(tf_records.record(b"abc"))[:-1], file="x.tfrecord"))
