@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cliplift.configs.training import TrainingRun
 from cliplift.pipelines import watchdog
-from cliplift.pipelines.batchnorm import estimate_statistics
+from cliplift.pipelines.batchnorm import estimate_statistics, lagging_statistics
 from cliplift.pipelines.clips import ClipBatch
 from cliplift.pipelines.deepspeed_config import batch_split
 from cliplift.pipelines.distributed import Topology, all_reduce_max, all_reduce_mean
@@ -97,6 +97,12 @@ class _Fit:
         stacks = Path(self.run.output) / "stacks"
         for path in watchdog.stacks_of_last_hang(stacks) if self.topology.is_main else ():
             self._say(f"an earlier start hung and was ended; its stacks are in {path}")
+        if not self.run.evaluation.precise_batchnorm_batches:
+            lag = lagging_statistics(
+                self.engine.module.train(), forward_passes=self.total * self.accumulation
+            )
+            if lag is not None:
+                self._say(lag)
         interrupted = False
         seconds = self.run.engine.hang_seconds
         with (

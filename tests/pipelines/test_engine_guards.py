@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cliplift.configs.training import EngineConfig
-from cliplift.pipelines.batchnorm import estimate_statistics
+from cliplift.pipelines.batchnorm import estimate_statistics, lagging_statistics
 from cliplift.pipelines.deepspeed_config import deepspeed_config
 from cliplift.pipelines.distributed import Topology
 from cliplift.pipelines.guards import DivergedError, LossGuard
@@ -132,6 +132,32 @@ def test_precise_statistics_are_those_of_all_the_data() -> None:
     before = net.norm.running_mean.clone()
     estimate_statistics(net, batches[:1], forward=net, topology=ONE)
     assert torch.equal(before, net.norm.running_mean), "a layer held in eval mode keeps its statistics"
+
+
+def test_a_run_too_short_for_its_running_statistics_is_told(
+    worker: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = Normed()
+    assert lagging_statistics(net, forward_passes=100) is None
+    assert "over 10 forward passes and the run has 99" in str(lagging_statistics(net, forward_passes=99))
+    net.norm.momentum = 0.01
+    assert "over 100 forward passes" in str(lagging_statistics(net, forward_passes=999))
+    assert lagging_statistics(net, forward_passes=1000) is None
+    net.norm.momentum = None  # a plain average over all passes
+    assert lagging_statistics(net, forward_passes=1) is None
+    net.norm.momentum = 0.01
+    assert lagging_statistics(net.eval(), forward_passes=1) is None, "held in eval mode: nothing moves"
+
+    class WithBatchNorm(worker.Net):  # type: ignore[misc, name-defined]
+        def __init__(self, poison_step: int | None = None) -> None:
+            super().__init__(poison_step)
+            self.body[1] = nn.BatchNorm3d(8)
+
+    monkeypatch.setattr(worker, "Net", WithBatchNorm)
+    worker.train(worker.run_config(str(tmp_path / "a")))
+    assert "set evaluation.precise_batchnorm_batches" in capsys.readouterr().out
+    worker.train(worker.run_config(str(tmp_path / "b"), evaluation={"precise_batchnorm_batches": 2}))
+    assert "precise_batchnorm_batches" not in capsys.readouterr().out
 
 
 def test_a_run_evaluates_with_precise_statistics(
