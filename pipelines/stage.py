@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -25,6 +26,7 @@ from cliplift.pipelines.classification import ClassificationTask
 from cliplift.pipelines.deepspeed_config import batch_split, deepspeed_config
 from cliplift.pipelines.distributed import Topology, barrier, start
 from cliplift.pipelines.engine import fit
+from cliplift.pipelines.folder_lock import sole_writer
 from cliplift.pipelines.forecast import ForecastTask, build_forecaster, forecaster_options
 from cliplift.pipelines.ranks import find_place
 from cliplift.pipelines.run_folder import RunFolder
@@ -48,14 +50,26 @@ def run_stage(run: TransferRun | ClassificationRun, *, command: Sequence[str]) -
     """Run transfer, pretrain or finetune on this process's share of the ranks.
 
     Raises:
-        ConfigError: the run cannot work as configured; the error names the key.
+        ConfigError: the run cannot work as configured, or another process writes to its folder; names the key.
     """
     started = time.monotonic()
-    stage = str(run.stage)
     check_model(run)
     topology = start(run.engine)
     agree_on_run(run, topology)
     folder = RunFolder.create(run.output, writes=topology.rank == 0)
+    with sole_writer(folder.path) if topology.is_main else contextlib.nullcontext():
+        return _run_in(folder, run, command=command, topology=topology, started=started)
+
+
+def _run_in(
+    folder: RunFolder,
+    run: TransferRun | ClassificationRun,
+    *,
+    command: Sequence[str],
+    topology: Topology,
+    started: float,
+) -> StageResult:
+    stage = str(run.stage)
     done = folder.result()
     if done is not None and run.checkpoint.resume == "auto":
         _say(

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,7 @@ import pytest
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS, ExportRun
 from cliplift.configs.sections import ConfigError
+from cliplift.pipelines.folder_lock import sole_writer
 from cliplift.pipelines.run_folder import RunFolder, write_text
 
 RUN = ExportRun(run="somewhere", output="out")
@@ -70,3 +76,44 @@ def test_writing_replaces_a_file_at_once(tmp_path: Path) -> None:
     write_text(tmp_path / "a.json", "new")
     assert (tmp_path / "a.json").read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from cliplift.pipelines.folder_lock import sole_writer
+
+with sole_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_is_gone(repository: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, cwd=repository, stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stdout is not None
+            assert first.stdout.readline() == "held\n"
+            with (
+                pytest.raises(ConfigError, match=rf"written by process {first.pid} on ") as caught,
+                sole_writer(tmp_path, wait_seconds=0.3),
+            ):
+                pass
+            assert caught.value.key == "output"
+        finally:
+            first.kill()
+    with sole_writer(tmp_path, wait_seconds=5):
+        assert (tmp_path / "run.lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_file_system_without_locks_is_said_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    with sole_writer(tmp_path):
+        pass
+    assert "cannot be locked (No locks available)" in caplog.text
