@@ -180,7 +180,7 @@ def check_model(run: TransferRun | ClassificationRun) -> None:
 
 def _loader(run: TransferRun | ClassificationRun, topology: Topology) -> TrainingLoader:
     micro_batch, _ = batch_split(run, world_size=topology.world_size)
-    loader = training_loader(
+    return training_loader(
         run.data,
         seed=run.seed,
         global_batch=run.engine.global_batch,
@@ -188,12 +188,6 @@ def _loader(run: TransferRun | ClassificationRun, topology: Topology) -> Trainin
         rank=topology.rank,
         world_size=topology.world_size,
     )
-    try:
-        require_splits(run, loader.splits)
-    except BaseException:
-        loader.close()
-        raise
-    return loader
 
 
 def require_splits(run: TransferRun | ClassificationRun, splits: Sequence[str]) -> None:
@@ -217,14 +211,18 @@ def require_splits(run: TransferRun | ClassificationRun, splits: Sequence[str]) 
 
 
 def _task(run: TransferRun | ClassificationRun, loader: TrainingLoader, topology: Topology) -> Any:
+    task: Any
     try:
         if isinstance(run, TransferRun):
-            return transfer.TransferTask(run, topology=topology)
-        if isinstance(run, PretrainRun) and run.objective == "forecast":
-            return ForecastTask(run, topology=topology)
-        return ClassificationTask(run, classes=loader.classes, topology=topology)
+            task = transfer.TransferTask(run, topology=topology)
+        elif isinstance(run, PretrainRun) and run.objective == "forecast":
+            task = ForecastTask(run, topology=topology)
+        else:
+            task = ClassificationTask(run, classes=loader.classes, topology=topology)
     except ModelError as error:
         raise ConfigError(str(error), key="model", value=run.model.name) from None
+    require_splits(run, loader.splits)
+    return task
 
 
 def _conclude(ended: _Ended, folder: RunFolder, topology: Topology) -> dict[str, float]:
