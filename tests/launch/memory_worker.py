@@ -12,12 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
 from cliplift.pipelines.deepspeed_config import batch_split, deepspeed_config
-from cliplift.pipelines.distributed import all_reduce_max, start
+from cliplift.pipelines.distributed import all_reduce_max, leave, start
 from cliplift.pipelines.optim import build_optimizer
 from cliplift.pipelines.stage_module import build_module, stage_inputs
 
@@ -76,7 +74,7 @@ def main() -> None:
     grown = all_reduce_max(float(status_bytes("VmHWM") - before), topology)
     if topology.is_main:
         print(json.dumps({"grown_bytes": int(grown), "baseline_bytes": before}))
-    torch.distributed.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":
