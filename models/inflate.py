@@ -109,16 +109,20 @@ def inflate(
         raise ModelError(
             f"{source}: no kernel fits {type(model).__name__}; these are not weights of its 2D counterpart"
         )
+    _log(report, source=source, kernels=kernels)
+    return report
+
+
+def _log(report: InflationReport, *, source: str, kernels: Kernels) -> None:
     logger.info(
         "%s: %d tensors copied, %d kernels inflated (%s); freshly initialised: %s; unused: %s",
         source,
-        len(copied),
-        len(inflated),
+        len(report.copied),
+        len(report.inflated),
         kernels,
         ", ".join(report.fresh) or "nothing",
         ", ".join(report.unused) or "nothing",
     )
-    return report
 
 
 def _is_flat_form(given: Tensor, target: Tensor) -> bool:

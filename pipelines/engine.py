@@ -25,7 +25,7 @@ from cliplift.pipelines.distributed import Topology, all_reduce_max, all_reduce_
 from cliplift.pipelines.guards import DivergedError, LossGuard, Verdict
 from cliplift.pipelines.optim import Schedule, peak_lr, total_steps
 from cliplift.pipelines.profiling import StepProfiler
-from cliplift.pipelines.run_state import RunState
+from cliplift.pipelines.run_state import RunState, run_identity
 from cliplift.pipelines.signals import caught_signals
 from cliplift.pipelines.throughput import peak_tflops
 from cliplift.pipelines.tracking import Tracker
@@ -79,7 +79,7 @@ class _Fit:
             task.module,
             run,
             schedule=self.schedule,
-            identity=_identity(run, loader, total_steps=self.total),
+            identity=run_identity(run, data_fingerprint=loader.fingerprint, total_steps=self.total),
             topology=topology,
             say=self._say,
         )
@@ -97,12 +97,9 @@ class _Fit:
         stacks = Path(self.run.output) / "stacks"
         for path in watchdog.stacks_of_last_hang(stacks) if self.topology.is_main else ():
             self._say(f"an earlier start hung and was ended; its stacks are in {path}")
-        if not self.run.evaluation.precise_batchnorm_batches:
-            lag = lagging_statistics(
-                self.engine.module.train(), forward_passes=self.total * self.accumulation
-            )
-            if lag is not None:
-                self._say(lag)
+        lag = lagging_statistics(self.engine.module.train(), forward_passes=self.total * self.accumulation)
+        if lag is not None and not self.run.evaluation.precise_batchnorm_batches:
+            self._say(lag)
         interrupted = False
         seconds = self.run.engine.hang_seconds
         with (
@@ -345,17 +342,6 @@ class _Fit:
     def _say(self, text: str) -> None:
         if self.topology.is_main:
             print(f"{self.run.name}: {text}", flush=True)
-
-
-def _identity(run: TrainingRun, loader: Loader, *, total_steps: int) -> dict[str, Any]:
-    """What must not change between stop and resume for the run to be the same run."""
-    return {
-        "data.shards": loader.fingerprint,
-        "seed": run.seed,
-        "engine.global_batch": run.engine.global_batch,
-        "optim.name": run.optim.name,
-        "schedule": total_steps,
-    }
 
 
 def _norm(value: Any) -> float | None:

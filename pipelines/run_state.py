@@ -142,3 +142,14 @@ class RunState:
         path = checkpoint.newest_usable(folder, say=self.say) if self.topology.is_main else None
         path = broadcast_object(path, self.topology)
         return None if path is None else checkpoint.load(path, topology=self.topology)
+
+
+def run_identity(run: TrainingRun, *, data_fingerprint: str, total_steps: int) -> dict[str, Any]:
+    """What must not change between stop and resume for the run to be the same run."""
+    return {
+        "data.shards": data_fingerprint,
+        "seed": run.seed,
+        "engine.global_batch": run.engine.global_batch,
+        "optim.name": run.optim.name,
+        "schedule": total_steps,
+    }
