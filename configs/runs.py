@@ -292,6 +292,11 @@ class ExplainRun(Section):
     class_name: str | None = Field(
         None, description="class to explain with grad_cam; None is the predicted one"
     )
+    layer: str | None = Field(
+        None,
+        description="submodule whose feature map grad_cam looks at, such as features.transition1; earlier ones have "
+        "finer cells; None is the last",
+    )
     views: ViewsConfig = ViewsConfig()
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes CUDA where a GPU is present"

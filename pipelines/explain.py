@@ -13,6 +13,7 @@ B clips, C channels, T frames, H W pixels, K classes; T' H' W' is the grid of th
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,30 +53,35 @@ class Explanation:
     probabilities: Tensor  # float32 (B,) of that class
 
 
-def grad_cam(model: nn.Module, clips: Tensor, *, classes: Tensor | None = None) -> Explanation:
-    """Grad-CAM at the output of ``model.forward_features``.
+def grad_cam(
+    model: nn.Module, clips: Tensor, *, classes: Tensor | None = None, layer: str | None = None
+) -> Explanation:
+    """Grad-CAM at the output of ``model.forward_features``, or of a submodule.
 
     Args:
         model: a classifier whose ``forward`` calls its ``forward_features``; it is put into eval mode for the call
             and left as it was. Works with frozen parameters and inside ``torch.no_grad()``.
         clips: (B, C, T, H, W), normalised as for training.
         classes: (B,) the class to explain for each clip; None takes the one the model predicts.
+        layer: name of a submodule with an output (B, C, T', H', W'), called once; an earlier one has finer cells and
+            less meaning. None is the last feature map, as in the paper.
 
     Raises:
         ExplainError: the model has no (B, C, T', H', W') feature map on the way to its logits (token models have
-            none), or a class does not exist.
+            none), or a class or the layer does not exist.
     """
     if clips.ndim != 5:
         raise ExplainError(f"clips must have the shape (B, C, T, H, W), got {tuple(clips.shape)}")
-    with _evaluating(model), _watched_features(model) as seen, torch.enable_grad():
+    watching = _watched_features(model) if layer is None else _watched_layer(model, layer)
+    with _evaluating(model), watching as seen, torch.enable_grad():
         logits = model(clips).float()
-        features = _feature_map(seen, model, clips)
+        features = _feature_map(seen, layer or type(model).__name__, clips)
         chosen = logits.argmax(dim=1) if classes is None else _checked(classes, logits)
         # Clips of a batch do not meet in eval mode: the gradient of the sum is each clip's own gradient.
         own = logits.gather(1, chosen[:, None]).sum()
         (gradient,) = torch.autograd.grad(own, features, allow_unused=True)
     if gradient is None:
-        raise ExplainError(f"the logits of {type(model).__name__} do not depend on its forward_features")
+        raise ExplainError(f"the logits of {type(model).__name__} do not depend on {layer or 'its features'}")
     weights = gradient.float().mean(dim=(2, 3, 4), keepdim=True)  # (B, C, 1, 1, 1)
     coarse = (weights * features.detach().float()).sum(dim=1).relu()  # (B, T', H', W')
     size = (int(clips.shape[2]), int(clips.shape[3]), int(clips.shape[4]))
@@ -194,14 +200,38 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _feature_map(seen: list[Tensor], model: nn.Module, clips: Tensor) -> Tensor:
-    name = type(model).__name__
-    if len(seen) != 1:
+@contextmanager
+def _watched_layer(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
+    """Collect what a submodule returns, cut off from what came before it."""
+    modules = dict(model.named_modules())
+    if not name or name not in modules:
+        near = difflib.get_close_matches(name, modules, n=3, cutoff=0.3)
         raise ExplainError(
-            f"{name} called forward_features {len(seen)} times; Grad-CAM needs exactly one call"
+            f"{type(model).__name__} has no layer {name!r}; near it: {', '.join(near) or 'none'}"
         )
+    seen: list[Tensor] = []
+
+    def watched(_: nn.Module, __: object, output: object) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise ExplainError(f"{name} does not return one tensor")
+        leaf = output.detach().requires_grad_(True)
+        seen.append(leaf)
+        return leaf.clone()
+
+    handle = modules[name].register_forward_hook(watched)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _feature_map(seen: list[Tensor], name: str, clips: Tensor) -> Tensor:
+    if len(seen) != 1:
+        raise ExplainError(f"{name} computed its features {len(seen)} times; Grad-CAM needs exactly one")
     features = seen[0]
-    if features.ndim != 5 or len(features) != len(clips):
+    # More cells than the clip has frames: another order of axes, such as (B, T, C, H, W) between a network's blocks.
+    shaped = features.ndim == 5 and len(features) == len(clips) and features.shape[2] <= clips.shape[2]
+    if not shaped:
         raise ExplainError(f"{name} has features {tuple(features.shape)}; Grad-CAM needs (B, C, T', H', W')")
     return features
 

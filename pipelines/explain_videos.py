@@ -43,6 +43,8 @@ def run_explain(run: ExplainRun) -> int:
     data = data_of(card, network, run.views)
     method = method_for(network, run.method)
     wanted = _wanted(run, classes, method)
+    if run.layer is not None and method != "grad_cam":
+        raise ConfigError("is for grad_cam alone", key="layer", value=run.layer, hint="leave it out")
     folder = Path(run.output)
     folder.mkdir(parents=True, exist_ok=True)
     records, failed = [], 0
@@ -55,7 +57,7 @@ def run_explain(run: ExplainRun) -> int:
             continue
         batch = batch.to(topology.device)
         clips = DeviceAugment(data.augment, network.input_spec, training=False)(batch)
-        found = explain_clips(network, clips, method=method, wanted=wanted)
+        found = explain_clips(network, clips, method=method, wanted=wanted, layer=run.layer)
         views = _written(folder / f"{number:05d}-{Path(video).stem}", batch, found, classes)
         records.append({"video": video, "views": views})
         print(json.dumps(records[-1], ensure_ascii=False), flush=True)
@@ -75,12 +77,12 @@ def method_for(network: nn.Module, asked: str) -> str:
 
 
 def explain_clips(
-    network: nn.Module, clips: Tensor, *, method: str, wanted: int | None = None
+    network: nn.Module, clips: Tensor, *, method: str, wanted: int | None = None, layer: str | None = None
 ) -> Explanation:
     """Heat (B, T, H, W) of clips (B, C, T, H, W) by one of the three methods; attention knows no classes."""
     if method == "grad_cam":
         chosen = None if wanted is None else torch.full((len(clips),), wanted, device=clips.device)
-        return grad_cam(network, clips, classes=chosen)
+        return grad_cam(network, clips, classes=chosen, layer=layer)
     with torch.no_grad():
         scores = network(clips).float().softmax(dim=1)
         coarse = (

@@ -117,6 +117,45 @@ def test_a_network_of_the_zoo_agrees_with_plain_autograd() -> None:
     torch.testing.assert_close(result.coarse, expected)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_earlier_layer_agrees_with_plain_autograd(frozen: bool) -> None:
+    torch.manual_seed(0)
+    model = create_model("t3d_tiny", num_classes=5, in_frames=8).eval()
+    clips = torch.randn(2, 3, 8, 64, 64)
+    kept: list[Tensor] = []
+
+    def keep(_: nn.Module, __: object, output: Tensor) -> None:
+        output.retain_grad()
+        kept.append(output)
+
+    handle = model.get_submodule("features.transition1").register_forward_hook(keep)
+    logits = model(clips)
+    (logits[0, 1] + logits[1, 4]).backward()
+    handle.remove()
+    (features,) = kept
+    assert features.grad is not None
+    expected = torch.einsum("bk,bkthw->bthw", features.grad.mean(dim=(2, 3, 4)), features).relu()
+    model.requires_grad_(not frozen)
+    result = grad_cam(model, clips, classes=torch.tensor([1, 4]), layer="features.transition1")
+    assert result.coarse.shape == (2, 2, 8, 8)
+    torch.testing.assert_close(result.coarse, expected.detach())
+    assert not model.get_submodule("features.transition1")._forward_hooks
+
+
+def test_a_layer_that_will_not_do_is_said() -> None:
+    model = create_model("t3d_tiny", num_classes=5, in_frames=8).eval()
+    clips = torch.randn(1, 3, 8, 64, 64)
+    with pytest.raises(
+        ExplainError, match=r"no layer 'features\.transition9'; near it: features\.transition"
+    ):
+        grad_cam(model, clips, layer="features.transition9")
+    with pytest.raises(ExplainError, match=r"classifier has features \(1, 5\)"):
+        grad_cam(model, clips, layer="classifier")
+    video = create_model("efficientnet_lite0_tam", num_classes=5).eval()  # (B, T, C, H, W) between its blocks
+    with pytest.raises(ExplainError, match=r"blocks.3 has features \(1, 8, 40"):
+        grad_cam(video, clips, layer="blocks.3")
+
+
 class Small(nn.Module):
     """Two 3D convolutions on gray clips: enough to tell a direction of motion."""
 
