@@ -160,6 +160,13 @@ def write_overlay(path: Path, frames: Frames, heat: Heat, *, fps: float) -> None
     temporary.replace(path)
 
 
+def _cut_off(features: Tensor, seen: list[Tensor]) -> Tensor:
+    """Note the features as a leaf of the graph; returns what the network goes on with."""
+    leaf = features.detach().requires_grad_(True)
+    seen.append(leaf)
+    return leaf.clone()  # what follows may work in place, which a leaf does not allow
+
+
 @contextmanager
 def _watched_features(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect what ``forward_features`` returns, cut off from what came before so that no backbone graph is kept."""
@@ -174,9 +181,7 @@ def _watched_features(model: nn.Module) -> Iterator[list[Tensor]]:
             features = original(x)
         if not isinstance(features, Tensor):
             raise ExplainError(f"{type(model).__name__} has several feature maps; Grad-CAM needs one")
-        leaf = features.detach().requires_grad_(True)
-        seen.append(leaf)
-        return leaf.clone()  # the head may work in place, which a leaf does not allow
+        return _cut_off(features, seen)
 
     object.__setattr__(model, "forward_features", watched)
     try:
@@ -214,9 +219,7 @@ def _watched_layer(model: nn.Module, name: str) -> Iterator[list[Tensor]]:
     def watched(_: nn.Module, __: object, output: object) -> Tensor:
         if not isinstance(output, Tensor):
             raise ExplainError(f"{name} does not return one tensor")
-        leaf = output.detach().requires_grad_(True)
-        seen.append(leaf)
-        return leaf.clone()
+        return _cut_off(output, seen)
 
     handle = modules[name].register_forward_hook(watched)
     try:

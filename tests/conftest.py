@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -32,11 +34,22 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tf_records() -> ModuleType:
+def load_module() -> Callable[[Path], ModuleType]:
+    """Import a file of the tests that is no test, under its own name; tests are not packages."""
+
+    def load(path: Path) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec
+        assert spec.loader
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tf_records(load_module: Callable[[Path], ModuleType]) -> ModuleType:
     """Writes records of YouTube-8M: ``record(example(id, labels))``."""
-    spec = importlib.util.spec_from_file_location("tf_records", ROOT / "tests/tf_records.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(ROOT / "tests/tf_records.py")

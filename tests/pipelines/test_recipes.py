@@ -94,6 +94,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "shards"
 
 
+def packed(place: Path, source: dict[str, str], **more: Any) -> Path:
+    """Shards of ``place/videos``, listed by ``source``."""
+    words = {"stage": "shard", "name": place.name, "output": str(place / "shards"), "workers": 1,
+             "source": source | {"root": str(place / "videos")}} | more  # fmt: skip
+    (place / "shard.yaml").write_text(json.dumps(words))
+    run_shard(load_run(place / "shard.yaml", RUNS).run)
+    return place / "shards"
+
+
 @pytest.fixture(scope="module")
 def tagged_shards(shards: Path, tf_records: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards with several labels a clip, out of YouTube-8M's kind of records."""
@@ -107,18 +116,8 @@ def tagged_shards(shards: Path, tf_records: ModuleType, tmp_path_factory: pytest
             (place / f"videos/{split}{number}.mp4").symlink_to(video)
             lines.append(tf_records.record(tf_records.example(f"{split}{number}", [number % 3, 2])))
         (place / f"{split}00.tfrecord").write_bytes(b"".join(lines))
-    words = {
-        "stage": "shard",
-        "name": "tagged",
-        "output": str(place / "shards"),
-        "source": {"kind": "youtube8m", "records": str(place), "vocabulary": str(place / "vocabulary.csv"),
-                   "root": str(place / "videos")},
-        "splits": {"rename": {"validate": "val"}},
-        "workers": 1,
-    }  # fmt: skip
-    (place / "shard.yaml").write_text(json.dumps(words))
-    run_shard(load_run(place / "shard.yaml", RUNS).run)
-    return place / "shards"
+    source = {"kind": "youtube8m", "records": str(place), "vocabulary": str(place / "vocabulary.csv")}
+    return packed(place, source, splits={"rename": {"validate": "val"}})
 
 
 @pytest.fixture(scope="module")
@@ -137,16 +136,7 @@ def folded_shards(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for fold in (1, 2, 3):
         for split, lines in lists.items():
             (place / f"{split}list0{fold}.txt").write_text("".join(lines))
-    words = {
-        "stage": "shard",
-        "name": "folded",
-        "output": str(place / "shards"),
-        "source": {"kind": "ucf101", "lists": str(place), "root": str(place / "videos")},
-        "workers": 1,
-    }
-    (place / "shard.yaml").write_text(json.dumps(words))
-    run_shard(load_run(place / "shard.yaml", RUNS).run)
-    return place / "shards"
+    return packed(place, {"kind": "ucf101", "lists": str(place)})
 
 
 # Published sizes of these need more memory or hours on a CPU than a test may take; their model is the recipe's own.
