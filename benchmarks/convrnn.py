@@ -20,7 +20,7 @@ import torch
 from floor import timed
 from torch import Tensor, nn
 
-from cliplift.models.conv_lstm import ConvLSTM
+from cliplift.models.convrnn.conv_lstm import ConvLSTM
 
 
 @dataclass(frozen=True, kw_only=True)

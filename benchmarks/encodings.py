@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cliplift.sharding.video import decode_frames
+from cliplift.sharding.video.decode import decode_frames
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from loading import data_config, loader_of, shards_of, usable_decoders, videos_of

@@ -43,13 +43,13 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from cliplift.configs.data import DataConfig
 from cliplift.configs.sharding import ShardRun
 from cliplift.configs.sources import VIDEO_SUFFIXES
-from cliplift.pipelines.clips import ClipLoader
-from cliplift.pipelines.crops import cut, training_box
-from cliplift.pipelines.processes import descendants_cpu_seconds
-from cliplift.sharding.build import run_shard
-from cliplift.sharding.pool import ENVIRONMENT
-from cliplift.sharding.synthetic import write_demo_videos
-from cliplift.sharding.video import VideoDecodeError, decode_frames
+from cliplift.pipelines.cost.processes import descendants_cpu_seconds
+from cliplift.pipelines.data.clips import ClipLoader
+from cliplift.pipelines.data.crops import cut, training_box
+from cliplift.sharding.build.pool import ENVIRONMENT
+from cliplift.sharding.build.run import run_shard
+from cliplift.sharding.demo.synthetic import write_demo_videos
+from cliplift.sharding.video.decode import VideoDecodeError, decode_frames
 
 BATCH = 8
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

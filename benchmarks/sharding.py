@@ -25,10 +25,10 @@ from pathlib import Path
 
 from cliplift.configs.sharding import TranscodeConfig
 from cliplift.configs.sources import VIDEO_SUFFIXES
-from cliplift.sharding.check import check_clip
-from cliplift.sharding.encode import encoder_options
-from cliplift.sharding.pool import ENVIRONMENT, Job, WorkerPool
-from cliplift.sharding.video import probe
+from cliplift.sharding.build.pool import ENVIRONMENT, Job, WorkerPool
+from cliplift.sharding.video.decode import probe
+from cliplift.sharding.video.encode import encoder_options
+from cliplift.sharding.video.full_decode import check_clip
 
 
 def with_ffmpeg(file: Path, scratch: Path, config: TranscodeConfig) -> None:

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from cliplift.configs.runs import PretrainRun
 from cliplift.models import create_model
-from cliplift.pipelines.classification import Classifier
-from cliplift.pipelines.clips import ClipBatch
-from cliplift.pipelines.distributed import Topology, start
-from cliplift.pipelines.engine import fit
-from cliplift.pipelines.optim import Schedule
-from cliplift.pipelines.tracking import Tracker
+from cliplift.pipelines.data.clips import ClipBatch
+from cliplift.pipelines.distributed.collectives import Topology, start
+from cliplift.pipelines.engine.loop import fit
+from cliplift.pipelines.engine.optim import Schedule
+from cliplift.pipelines.runs.tracking import Tracker
+from cliplift.pipelines.stages.classification import Classifier
 
 CLASSES, WARM_UP_STEPS = 8, 5
 Shape = tuple[int, int, int, int]  # B, T, H, W

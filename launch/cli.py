@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from cliplift.launch.commands import COMMANDS
+from cliplift.launch.commands.command import COMMANDS
 
 USER_ERROR = 2
 CHECK_FAILED = 1

@@ -1,6 +1,6 @@
 """Video models: clips (B, C, T, H, W) to features or logits. Needs torch and einops, nothing else of ours."""
 
-from cliplift.models.hub import from_pretrained, save_pretrained
+from cliplift.models.factory import from_pretrained, save_pretrained
 from cliplift.models.registry import (
     InputSpec,
     ModelError,

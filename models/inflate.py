@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from cliplift.models.hub import head_prefix
+from cliplift.models.factory import head_prefix
 from cliplift.models.registry import ModelError
 
 logger = logging.getLogger(__name__)

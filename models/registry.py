@@ -168,7 +168,7 @@ def create_model(
     frames = {} if in_frames is None else {"in_frames": in_frames}
     model = entry.build(num_classes=classes, **frames, **options)
     if pretrained is not None:
-        from cliplift.models.hub import load_pretrained
+        from cliplift.models.factory import load_pretrained
 
         load_pretrained(model, pretrained)
     return model
@@ -181,5 +181,5 @@ def _import_families() -> None:
 
     import cliplift.models as package
 
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)

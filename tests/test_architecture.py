@@ -25,10 +25,37 @@ FORBIDDEN_OUTSIDE = {
     "sharding": {"torch", "deepspeed"},
 }
 BANNED_NAMES = {"utils", "util", "helper", "helpers", "common", "misc", "base"}
+# Rooms and ground files of each folder, bottom to top. What stands on one floor imports only what stands on floors
+# below it, and its own room; a module named alone is a ground file.
+ROOMS: dict[str, list[set[str]]] = {
+    "configs": [{"sections"}, {"sources", "data", "training", "sharding"}, {"runs"}, {"load"}],
+    "models": [
+        {"registry", "streams"},
+        {"factory"},
+        {"state_dicts", "inflate", "layers", "measure"},
+        {"correspondence"},
+        {"image"},
+        {"conv3d", "timesformer", "convrnn"},
+        {"late_temporal", "per_frame"},
+    ],
+    "sharding": [{"storage", "manifest", "scratch"}, {"video", "sources"}, {"read", "demo"}, {"build"}],
+    "pipelines": [
+        {"distributed"},
+        {"data"},
+        {"runs"},
+        {"engine"},
+        {"evaluation"},
+        {"stages", "report"},
+        {"cost"},
+    ],
+    "launch": [{"jobs"}, {"check"}, {"commands"}, {"cli"}],
+}
+MAX_FILES_IN_A_ROOM = 12
+MAX_LINES = 500
 
 
 def modules(repository: Path, package: str) -> list[Path]:
-    return sorted((repository / package).glob("*.py"))
+    return sorted((repository / package).rglob("*.py"))
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -57,18 +84,53 @@ def test_imports_run_one_way(repository: Path, package: str) -> None:
             assert top not in FORBIDDEN_OUTSIDE.get(package, set()), f"{path} imports {name}"
 
 
+def room_of(path: Path, package: str, repository: Path) -> str:
+    return path.relative_to(repository / package).with_suffix("").parts[0]
+
+
 @pytest.mark.parametrize("package", PACKAGES)
-def test_packages_are_flat_and_well_named(repository: Path, package: str) -> None:
-    assert not list((repository / package).glob("*/__init__.py")), (
-        "nested packages would be missing from the wheel"
-    )
-    assert {path.stem for path in modules(repository, package)}.isdisjoint(BANNED_NAMES)
+def test_rooms_are_known_and_import_downwards(repository: Path, package: str) -> None:
+    floor = {room: level for level, rooms in enumerate(ROOMS[package]) for room in rooms}
+    for path in modules(repository, package):
+        room = room_of(path, package, repository)
+        if room == "__init__":
+            continue
+        assert room in floor, f"{path}: the room {room!r} is not in the table; add it, or move the file"
+        for name in imports(path):
+            words = name.split(".")
+            if words[:2] != ["cliplift", package] or len(words) < 3 or words[2] not in floor:
+                continue
+            assert words[2] == room or floor[words[2]] < floor[room], (
+                f"{path} imports {name}: {words[2]} does not stand below {room}"
+            )
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_rooms_are_small_and_well_named(repository: Path, package: str) -> None:
+    for path in modules(repository, package):
+        assert path.stem not in BANNED_NAMES, f"{path}: say what is in it"
+        assert len(path.read_text().splitlines()) <= MAX_LINES, (
+            f"{path} holds more than one idea; cut it in two"
+        )
+        assert len(path.relative_to(repository / package).parts) <= 2, (
+            f"{path}: rooms have no rooms of their own"
+        )
+    for room in (repository / package).glob("*/__init__.py"):
+        files = [path for path in room.parent.glob("*.py") if path.name != "__init__.py"]
+        assert len(files) <= MAX_FILES_IN_A_ROOM, f"{room.parent} has {len(files)} files"
+        assert ast.get_docstring(ast.parse(room.read_text())), (
+            f"{room}: say in one docstring what is in the room"
+        )
 
 
 def test_every_package_is_in_the_wheel(repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())
-    found = {f"cliplift.{path.parent.name}" for path in repository.glob("*/__init__.py")}
-    assert set(project["tool"]["setuptools"]["packages"]) == found == {f"cliplift.{p}" for p in PACKAGES}
+    found = {
+        "cliplift." + ".".join(path.parent.relative_to(repository).parts)
+        for package in PACKAGES
+        for path in (repository / package).rglob("__init__.py")
+    }
+    assert set(project["tool"]["setuptools"]["packages"]) == found
     for package in PACKAGES:
         assert (repository / package / "py.typed").is_file()
 
@@ -131,7 +193,7 @@ def test_models_need_no_engine(tmp_path: Path) -> None:
 
 def test_configs_and_sharding_need_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys, cliplift.configs.runs, cliplift.sharding.reader, cliplift.sharding.build, cliplift.launch.cli\n"
+        "import sys, cliplift.configs.runs, cliplift.sharding.read.reader, cliplift.sharding.build.run, cliplift.launch.cli\n"
         "assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules\n"
     )
     done = run_python(code, tmp_path)

@@ -10,7 +10,7 @@ import pytest
 
 from cliplift.configs.load import packaged_recipe
 from cliplift.launch.cli import build_parser
-from cliplift.launch.commands import COMMANDS
+from cliplift.launch.commands.command import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

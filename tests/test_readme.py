@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from cliplift.sharding.synthetic import write_demo_videos
+from cliplift.sharding.demo.synthetic import write_demo_videos
 
 RUN_HERE = ("cliplift", "torchrun", "deepspeed")
 

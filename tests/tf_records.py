@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from cliplift.sharding.tfrecord import masked_crc32c
+from cliplift.sharding.sources.tfrecord import masked_crc32c
 
 
 def varint(value: int) -> bytes:

@@ -196,8 +196,8 @@ def host_of(tmp_path: Path) -> Iterator[Callable[..., Host]]:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
     """Unlabelled demo clips for transfer."""
-    from cliplift.sharding.build import run_shard
-    from cliplift.sharding.synthetic import write_demo_videos
+    from cliplift.sharding.build.run import run_shard
+    from cliplift.sharding.demo.synthetic import write_demo_videos
 
     folder = tmp_path_factory.mktemp("cluster-data")
     write_demo_videos(

@@ -144,7 +144,7 @@ def submit(slurm: Slurm, *words: str, cwd: Path) -> dict[str, str]:
 def test_ranks_and_meeting_point_of_real_tasks(slurm: Slurm) -> None:
     """What ``find_place`` makes of the variables srun sets, and of those of the batch script around it."""
     code = (
-        "import os, cliplift.pipelines.ranks as r; p = r.find_place(os.environ);"
+        "import os, cliplift.pipelines.distributed.launchers as r; p = r.find_place(os.environ);"
         "print('place', p.rank, p.world_size, p.local_rank, p.launcher, p.master_address, p.master_port)"
     )
     script = slurm.folder / "places.sh"
@@ -212,7 +212,7 @@ def test_a_chain_from_videos_to_a_trained_student(
     slurm: Slurm, words: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     """shard (plan, an array of two parts, finalize, verify), then transfer: five jobs, each after the one before."""
-    from cliplift.sharding.synthetic import write_demo_videos
+    from cliplift.sharding.demo.synthetic import write_demo_videos
 
     write_demo_videos(
         tmp_path / "videos", seed=1, train_per_class=1, val_per_class=1, test_per_class=1, unlabelled=16,

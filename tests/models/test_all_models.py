@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cliplift.models import ModelError, VideoModel, create_model, list_models
-from cliplift.models.hub import from_pretrained, save_pretrained
+from cliplift.models.factory import from_pretrained, save_pretrained
 from cliplift.models.layers import checkpoint_blocks
 from cliplift.models.measure import input_shape
 from cliplift.models.registry import model_entry

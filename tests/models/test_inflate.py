@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from cliplift.models import ModelError, create_model
-from cliplift.models.densenet import DenseNet, DenseShape
-from cliplift.models.densenet3d import DenseNet3D, dense_shape_3d
+from cliplift.models.conv3d.densenet3d import DenseNet3D, dense_shape_3d
+from cliplift.models.conv3d.p3d import P3D
+from cliplift.models.image.densenet import DenseNet, DenseShape
 from cliplift.models.inflate import inflate, inflate_kernel
-from cliplift.models.p3d import P3D
 from cliplift.models.registry import InputSpec
 
 

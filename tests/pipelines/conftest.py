@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-WORKER = Path(__file__).with_name("training_worker.py")
+WORKER = Path(__file__).parent / "engine" / "training_worker.py"
 
 
 @pytest.fixture(scope="session")

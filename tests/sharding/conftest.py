@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from cliplift.configs.sharding import ShardRun
-from cliplift.sharding.build import run_shard
-from cliplift.sharding.synthetic import write_demo_videos
+from cliplift.sharding.build.run import run_shard
+from cliplift.sharding.demo.synthetic import write_demo_videos
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ import fsspec
 import pytest
 
 from cliplift.configs.sharding import ShardRun
-from cliplift.sharding.build import run_shard
+from cliplift.sharding.build.run import run_shard
+from cliplift.sharding.build.verify import verify
 from cliplift.sharding.scratch import scratch_folder, sweep
-from cliplift.sharding.verify import verify
 
 MakeRun = Callable[..., ShardRun]
 
@@ -47,7 +47,7 @@ def test_what_a_killed_build_left_is_removed_by_the_next(
 ) -> None:
     run = make_run(tmp_path / "out")
     script = (
-        "import sys; from cliplift.configs.sharding import ShardRun; from cliplift.sharding.build import run_shard; "
+        "import sys; from cliplift.configs.sharding import ShardRun; from cliplift.sharding.build.run import run_shard; "
         "run_shard(ShardRun.model_validate_json(sys.argv[1]))"
     )
     process = subprocess.Popen([sys.executable, "-c", script, run.model_dump_json()])

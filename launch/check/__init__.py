@@ -1,0 +1,1 @@
+"""`cliplift check` and `cliplift doctor`: does the run fit this machine?"""

@@ -1,0 +1,294 @@
+"""What a run costs: memory of a rank, hours, processor cores and bandwidth to feed it, disk for its checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from cliplift.configs.runs import ClassificationRun, TransferRun
+from cliplift.launch.check.findings import Finding
+from cliplift.launch.check.machine import ASSUMED_MFU, FP32_SHARE, Machine
+from cliplift.models.measure import measure_model
+from cliplift.models.registry import model_entry
+from cliplift.pipelines.cost.memory_plan import MemoryPlan, Sizes, moments_of, parts, plan_memory
+from cliplift.pipelines.data.clip_source import ClipSource
+from cliplift.pipelines.data.clips import ClipLoader, TooManyFailuresError
+from cliplift.pipelines.engine.deepspeed_config import batch_split
+from cliplift.pipelines.engine.optim import total_steps
+from cliplift.pipelines.stages.stage_module import build_module, stage_inputs
+from cliplift.sharding.read.reader import ShardReadError
+
+GIB = 2**30
+# Driver context, NCCL's buffers, cuDNN workspaces; and what the caching allocator cannot use for its fragments.
+GPU_RESERVE_BYTES, FRAGMENTS_SHARE = 2.0 * GIB, 0.05
+CPU_RESERVE_BYTES = 1.0 * GIB  # the interpreter with torch and DeepSpeed, measured at 0.7
+MEASURED_FLOPS = (
+    2e11  # a CPU step larger than this is not tried out: it would take longer than reading the table
+)
+DECODED_CLIPS = 8
+
+
+class Speed(NamedTuple):
+    """Clips a second of the whole run, and where the number is from."""
+
+    clips_per_second: float
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """A run on a machine, with what is known of its data."""
+
+    run: TransferRun | ClassificationRun
+    machine: Machine
+    classes: int
+    train: ClipSource | None
+    mfu: float | None
+
+    @property
+    def samples(self) -> int:
+        return 0 if self.train is None else len(self.train) * self.run.data.clips_per_sample
+
+    def planned(self, **engine: Any) -> tuple[MemoryPlan, Sizes]:
+        """The memory plan with other engine settings."""
+        run = self.run.model_copy(update={"engine": self.run.engine.model_copy(update=engine)})
+        classes = self.classes or 1
+        return plan_memory(
+            run, classes=classes, world_size=self.machine.world_size, on_gpu=self.machine.gpu is not None
+        )
+
+    def fits(self, plan: MemoryPlan) -> bool:
+        return plan.total + self.reserve_bytes <= self.machine.memory_per_rank
+
+    @property
+    def reserve_bytes(self) -> float:
+        if self.machine.gpu is None:
+            return CPU_RESERVE_BYTES
+        return GPU_RESERVE_BYTES + FRAGMENTS_SHARE * self.machine.memory_bytes
+
+
+def check_cost(cost: Cost) -> Iterator[Finding]:
+    """Rows on memory, time, feeding and disk."""
+    plan, sizes = cost.planned()
+    yield from _memory(cost, plan)
+    flops = training_flops(cost.run, classes=cost.classes)
+    speed = estimated_speed(cost, flops, plan)
+    yield from _time(cost, flops, speed)
+    if cost.train is not None:
+        yield from _feeding(cost, cost.train, speed)
+    yield from check_disk(cost, sizes)
+
+
+def _memory(cost: Cost, plan: MemoryPlan) -> Iterator[Finding]:
+    share = cost.run.engine.checkpoint_blocks_share
+    what = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts(plan) if size)
+    room = cost.machine.memory_per_rank / GIB
+    text = f"{plan.total / GIB:.2f} GiB ({what}) + {cost.reserve_bytes / GIB:.1f} reserve, of {room:.1f}"
+    kind = "GPU" if cost.machine.gpu else "rank"
+    if cost.fits(plan):
+        yield Finding("ok", f"memory a {kind}", text)
+    else:
+        yield Finding("fail", f"memory a {kind}", text, _less_memory(cost))
+    kept = f"{plan.saved_activations / GIB:.3f} GiB kept for backward at checkpoint_blocks_share={share:g}"
+    other = 0.0 if share else 1.0
+    try:
+        else_plan, _ = cost.planned(checkpoint_blocks_share=other)
+    except AttributeError:  # a model without named blocks
+        yield Finding("ok", "activations", kept)
+        return
+    alternative = (
+        f"{else_plan.saved_activations / GIB:.3f} at {other:g}, then {else_plan.total / GIB:.2f} in all"
+    )
+    yield Finding("ok", "activations", f"{kept}; {alternative}")
+
+
+def _less_memory(cost: Cost) -> str:
+    """The first of the usual ways that would fit: recompute, smaller micro-batches, both, partitioned weights."""
+    micro_batch, _ = batch_split(cost.run, world_size=cost.machine.world_size)
+    sizes = [n for n in range(micro_batch - 1, 0, -1) if micro_batch % n == 0]
+    ways: list[dict[str, Any]] = [{"checkpoint_blocks_share": 1.0}]
+    ways += [{"micro_batch": n} for n in sizes]
+    ways += [{"micro_batch": n, "checkpoint_blocks_share": 1.0} for n in sizes]
+    if cost.machine.world_size > 1 and cost.run.engine.zero_stage < 3:
+        ways.append({"micro_batch": 1, "checkpoint_blocks_share": 1.0, "zero_stage": 3})
+    for way in ways:
+        plan, _ = cost.planned(**way)
+        if cost.fits(plan):
+            settings = " ".join(f"engine.{key}={value:g}" for key, value in way.items())
+            return f"{settings} takes {plan.total / GIB:.2f}"
+    return "too large even with micro_batch=1, recomputation and ZeRO 3: use more GPUs or a smaller model"
+
+
+def training_flops(run: TransferRun | ClassificationRun, *, classes: int) -> float:
+    """Model FLOPs of one clip: forward, twice that for backward, and the teacher's forward passes."""
+    options = dict[str, Any](run.model.options)
+    measured = measure_model(
+        run.model.name,
+        num_classes=classes,
+        in_frames=run.data.sampling.frames,
+        crop=run.data.crop_pixels,
+        **options,
+    )
+    per_frame = run.data.sampling.frames if model_entry(run.model.name).dims == "2d" else 1
+    flops = 3 * 2e9 * measured.gmacs * per_frame
+    if isinstance(run, TransferRun):
+        side = run.teacher.resize_pixels or run.data.crop_pixels
+        teacher = measure_model(
+            run.teacher.name, num_classes=0, crop=side, **dict[str, Any](run.teacher.options)
+        )
+        flops += 2e9 * teacher.gmacs * (run.teacher.frames or run.data.sampling.frames)
+    return flops
+
+
+def estimated_speed(cost: Cost, flops: float, plan: MemoryPlan) -> Speed | None:
+    """From this run's own log where it has one, else from the peak and MFU, else by trying a step on this CPU."""
+    logged = logged_speed(Path(cost.run.output), world_size=cost.machine.world_size)
+    if logged is not None and cost.mfu is None:
+        return logged
+    peak = cost.machine.peak_tflops
+    if cost.run.track.peak_tflops is not None:
+        peak = cost.run.track.peak_tflops
+    if peak is not None:
+        if cost.run.engine.precision == "fp32":
+            peak *= FP32_SHARE
+        mfu = ASSUMED_MFU if cost.mfu is None else cost.mfu
+        rate = mfu * peak * 1e12 * cost.machine.world_size / flops
+        said = "assumed: measure yours and give --mfu" if cost.mfu is None else "given"
+        return Speed(rate, f"{100 * mfu:.0f} % MFU of {peak:.0f} TFLOPS, {said}")
+    if cost.machine.gpu is None and flops <= MEASURED_FLOPS and plan.total < cost.machine.memory_per_rank:
+        return Speed(
+            tried_speed(cost.run, cost.classes) * cost.machine.world_size, "one step tried on this CPU"
+        )
+    return None
+
+
+def logged_speed(folder: Path, *, world_size: int) -> Speed | None:
+    """The median of the run's own log, when it was made by as many ranks."""
+    log, record = folder / "metrics.jsonl", folder / "run.json"
+    if not (log.is_file() and record.is_file()):
+        return None
+    if json.loads(record.read_text(encoding="utf-8")).get("world_size") != world_size:
+        return None
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    rates = [line["speed/clips_per_second"] for line in lines if line.get("speed/clips_per_second")]
+    return Speed(median(rates), f"measured by {log}") if rates else None
+
+
+def tried_speed(run: TransferRun | ClassificationRun, classes: int) -> float:
+    """Clips a second of forward and backward of a micro-batch of two on this machine, the second of two tries."""
+    module, teacher = build_module(run, classes=classes)
+    width = 0 if teacher is None else int(getattr(teacher, "feature_dim", 0))
+    B = max(2, getattr(getattr(run, "correspondence", None), "negatives_per_clip", 0) + 1)
+    inputs = stage_inputs(run, classes=classes, teacher_dim=width, micro_batch=B, world_size=1)
+    autocast = run.engine.precision == "autocast_bf16"
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = module(inputs)["loss"]
+        loss.backward()
+        seconds = time.perf_counter() - began
+    return B / seconds
+
+
+def _time(cost: Cost, flops: float, speed: Speed | None) -> Iterator[Finding]:
+    schedule, G = cost.run.schedule, cost.run.engine.global_batch
+    steps = schedule.steps
+    if steps is None:
+        if not cost.samples // G:
+            return
+        steps = total_steps(schedule, steps_per_epoch=cost.samples // G)
+    epochs = f"{steps * G / cost.samples:.2f} epochs, " if cost.samples else ""
+    yield Finding("ok", "length", f"{steps} steps, {epochs}{steps * G} clips, {steps * G * flops:.3g} FLOPs")
+    if speed is None:
+        remedy = "give --mfu, or run a few steps: check reads the run's own log"
+        yield Finding("note", "time", "speed of this machine is not known", remedy)
+        return
+    hours = steps * G / speed.clips_per_second / 3600
+    text = f"{hours:.2f} h at {speed.clips_per_second:.1f} clips/s ({speed.source})"
+    yield Finding("ok", "time", text)
+
+
+def _feeding(cost: Cost, train: ClipSource, speed: Speed | None) -> Iterator[Finding]:
+    """Cores that decode as fast as the run computes, and the bytes that takes."""
+    try:
+        seconds = decode_seconds(cost.run)
+    except (ShardReadError, TooManyFailuresError) as error:
+        yield Finding("fail", "decoding", str(error), "run `cliplift verify --decode sample` on the shards")
+        return
+    clip = f"{1000 * seconds:.1f} ms a clip on one core here"
+    if speed is None:
+        yield Finding("ok", "decoding", clip)
+        return
+    machine, workers = cost.machine, cost.run.data.workers
+    per_node = speed.clips_per_second / machine.nodes
+    cores = per_node * seconds
+    text = f"{clip}: {cores:.1f} cores a node feed {per_node:.1f} clips/s"
+    kept = " (from the second epoch on from memory)" if cost.run.data.cache_decoded_mib else ""
+    wanted = max(1, math.ceil(cores / machine.ranks_per_node))
+    if cores > machine.cores_per_node:
+        share = machine.cores_per_node / cores
+        remedy = f"a node has {machine.cores_per_node}: decoding allows {100 * share:.0f} % of that speed"
+        yield Finding("note", "decoding", text + kept, remedy)
+    elif machine.gpu is not None and workers < wanted:
+        yield Finding("note", "decoding", text + kept, f"data.workers={wanted}, now {workers}")
+    else:
+        yield Finding("ok", "decoding", text + kept)
+    stored = sum(s.bytes / s.samples for one in train.sets for s in one.shards)
+    size = stored / sum(len(one.shards) for one in train.sets) / cost.run.data.clips_per_sample
+    remote = any("://" in url for url in cost.run.data.urls)
+    rate = f"{per_node * size / 2**20:.1f} MiB/s a node, {speed.clips_per_second * size / 2**20:.1f} in all"
+    yield Finding("ok", "object store" if remote else "disk reads", f"{rate} ({size / 1024:.0f} KiB a clip)")
+
+
+def decode_seconds(run: TransferRun | ClassificationRun) -> float:
+    """Median seconds to read, decode and cut one training clip in this process.
+
+    Raises:
+        ShardReadError: one of the clips tried cannot be read or decoded.
+    """
+    data = run.data.model_copy(
+        update={"cache_decoded_mib": 0, "workers": 0, "order": "global", "clips_per_sample": 1}
+    )
+    loader = ClipLoader(data, seed=run.seed, global_batch=1, micro_batch=1, rank=0, world_size=1)
+    spent = []
+    try:
+        began = time.perf_counter()
+        for batch in loader.micro_batches(start_step=0, stop_step=min(DECODED_CLIPS, loader.num_samples)):
+            if batch.failed:
+                raise ShardReadError(", ".join(data.urls), "a sample", batch.failed[0])
+            spent.append(time.perf_counter() - began)
+            began = time.perf_counter()
+    finally:
+        loader.close()
+    return median(spent)
+
+
+def check_disk(cost: Cost, sizes: Sizes) -> Iterator[Finding]:
+    run = cost.run
+    states = moments_of(run) + int(run.optim.average_decay > 0)
+    one = 4 * (sizes.parameters + states * sizes.trained) + sizes.buffer_bytes
+    kept = run.checkpoint.keep_last + 1  # a new one is whole before the oldest goes
+    best = run.checkpoint.keep_best and run.evaluation.every_steps is not None
+    needed = one * (kept + int(best))
+    folder = Path(run.output).absolute()
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    text = f"{needed / GIB:.2f} GiB ({one / GIB:.2f} a checkpoint, {kept + int(best)} at once), {free / GIB:.1f} free"
+    if needed <= free:
+        yield Finding("ok", "disk", text)
+        return
+    room = int(free // one) - 1 - int(best)
+    remedy = (
+        f"checkpoint.keep_last={room}" if room >= 1 else f"free {(needed - free) / GIB:.2f} GiB at {place}"
+    )
+    yield Finding("fail", "disk", text, remedy)

@@ -1,0 +1,1 @@
+"""One file a command of `cliplift`: summary, options and what it runs."""

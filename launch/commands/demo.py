@@ -1,0 +1,183 @@
+"""``cliplift demo``: the whole chain on clips made on the spot, ending in one table and one HTML report.
+
+Every step is an ordinary stage run from a packaged recipe, so each can be repeated by hand with the command that
+its ``run.json`` holds. A step that is already done is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cliplift.configs.load import load_run, packaged_recipe
+from cliplift.configs.runs import RUNS, DemoRun
+from cliplift.launch.commands.shard import build, summary
+from cliplift.pipelines.report.page import write_report
+from cliplift.pipelines.runs.run_folder import write_json
+from cliplift.pipelines.stages.run import StageResult, run_stage
+from cliplift.sharding.demo.synthetic import write_demo_videos
+
+METHODS = {
+    "3D from transfer": "finetune/demo",
+    "3D from scratch": "finetune/demo_scratch",
+    "2D teacher, averaged frames": "finetune/demo_frames",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a method and its test accuracy over the seeds."""
+
+    method: str
+    accuracies: tuple[float, ...]
+    folders: tuple[str, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+    @property
+    def sd(self) -> float | None:
+        """Sample standard deviation; None with a single seed."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+
+def run_demo(run: DemoRun) -> Path:
+    """Make videos, shard, transfer, finetune, test, report. Returns the report's path."""
+    root = Path(run.output)
+    root.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+    began = time.monotonic()
+
+    def timed(name: str, since: float) -> float:
+        now = time.monotonic()
+        seconds[name] = round(seconds.get(name, 0.0) + now - since, 1)
+        return now
+
+    _make_videos(run, root)
+    clock = timed("make videos", began)
+    for recipe in ("demo_actions", "demo_unlabelled"):
+        _shard(run, root, recipe)
+    clock = timed("shard", clock)
+    transfer = _train(
+        "transfer/demo",
+        root,
+        folder=root / "transfer",
+        overrides=[f"schedule.steps={run.transfer_steps}", f"data.shards={root / 'shards' / 'unlabelled'}"],
+    )
+    clock = timed("transfer", clock)
+    rows = []
+    for method, recipe in METHODS.items():
+        rows.append(_finetune(run, root, method, recipe))
+        clock = timed(method, clock)
+    facts = _facts(transfer, rows, seconds | {"total": round(time.monotonic() - began, 1)})
+    write_json(root / "demo.json", facts)
+    report = write_report(
+        runs=[transfer.folder, *(Path(f) for row in rows for f in row.folders)],
+        output=root / "report.html",
+        title="cliplift demo",
+        max_clips=16,
+        demo=facts,
+    )
+    print(table(facts, rows))
+    print(f"report: {report}")
+    return report
+
+
+def _make_videos(run: DemoRun, root: Path) -> None:
+    settings = run.model_dump(
+        include={"size_pixels", "train_per_class", "val_per_class", "test_per_class", "unlabelled"}
+    )
+    done = root / "videos" / "made.json"
+    if done.is_file() and json.loads(done.read_text())["settings"] == settings:
+        return
+    print(
+        f"making {run.unlabelled} unlabelled videos and the labelled clips in {root / 'videos'}", flush=True
+    )
+    write_demo_videos(root / "videos", seed=0, workers=run.workers, **settings)
+    write_json(done, {"settings": settings})
+
+
+def _shard(run: DemoRun, root: Path, recipe: str) -> None:
+    name = recipe.removeprefix("demo_")
+    source = {"actions": "labelled", "unlabelled": "unlabelled"}[name]
+    loaded = load_run(
+        recipe_path(f"shard/{recipe}"),
+        RUNS,
+        [
+            f"source.root={root / 'videos' / source}",
+            f"output={root / 'shards' / name}",
+            f"workers={run.workers}",
+        ],
+    )
+    print(summary(build(loaded.run, phase="all", part=None, retry_failed=False)), flush=True)
+
+
+def _train(recipe: str, root: Path, *, folder: Path, overrides: Sequence[str]) -> StageResult:
+    words = [f"output={folder}", *overrides]
+    loaded = load_run(recipe_path(recipe), RUNS, words)
+    print(f"{loaded.run.stage}: {loaded.run.name} -> {folder}", flush=True)
+    return run_stage(loaded.run, command=["cliplift", loaded.run.stage, recipe, *words])
+
+
+def _finetune(run: DemoRun, root: Path, method: str, recipe: str) -> Row:
+    results = []
+    for seed in run.seeds:
+        folder = root / f"{recipe.replace('/', '-')}-seed{seed}"
+        overrides = [
+            f"seed={seed}",
+            f"schedule.steps={run.frames_steps if recipe.endswith('frames') else run.finetune_steps}",
+            f"data.shards={root / 'shards' / 'actions'}",
+        ]
+        if method == "3D from transfer":
+            overrides.append(f"initialise_from={root / 'transfer'}")
+        results.append(_train(recipe, root, folder=folder, overrides=overrides))
+    return Row(method, tuple(r.metrics["accuracy"] for r in results), tuple(str(r.folder) for r in results))
+
+
+def _facts(transfer: StageResult, rows: Sequence[Row], seconds: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "transfer": dict(transfer.metrics),
+        "table": [
+            {
+                "method": r.method,
+                "mean": r.mean,
+                "sd": r.sd,
+                "values": list(r.accuracies),
+                "runs": list(r.folders),
+            }
+            for r in rows
+        ],
+        "seconds": dict(seconds),
+    }
+
+
+def table(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """The demo's one table, as text."""
+    matching = facts["transfer"]
+    chance = json.loads((Path(rows[0].folders[0]) / "result.json").read_text())["metrics"]["chance"]
+    lines = [
+        "",
+        f"{'transfer: matching accuracy, held-out videos':46s} {matching['matching_accuracy']:.3f}"
+        f"   (prior {matching['matching_prior']:.3f}, {int(matching['held_out_clips'])} clips)",
+        f"{'test accuracy':46s} {'mean':>5s}   sd      seeds",
+    ]
+    for row in rows:
+        sd = "  -  " if row.sd is None else f"{row.sd:.3f}"
+        lines.append(
+            f"  {row.method:44s} {row.mean:.3f}   {sd}   {' '.join(f'{a:.3f}' for a in row.accuracies)}"
+        )
+    lines += [f"  {'chance':44s} {chance:.3f}", f"time: {facts['seconds']['total']:.0f} s", ""]
+    return "\n".join(lines)
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a packaged recipe, such as ``transfer/demo``."""
+    path = packaged_recipe(name)
+    assert path is not None, name
+    return path

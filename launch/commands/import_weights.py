@@ -1,0 +1,151 @@
+"""``cliplift import-weights``: a foreign weights file becomes an export folder of a registered model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from cliplift.configs.load import COMMAND_LINE, RunLoader
+from cliplift.configs.sections import ConfigError
+from cliplift.models import create_model
+from cliplift.models.factory import (
+    CONFIG,
+    FLAT_PREFIX,
+    WEIGHTS,
+    LoadReport,
+    from_pretrained,
+    load_pretrained,
+    load_state,
+    read_state,
+    save_pretrained,
+)
+from cliplift.models.state_dicts import WeightMatch, match_weights
+
+CHECK_FAILED = 1
+LISTED = 40  # keys printed of each kind
+
+
+def run_import_weights(arguments: argparse.Namespace) -> int:
+    """Prints what fits, writes the folder, reads it back. Exit code 1 for a dry run of weights that do not fit."""
+    options = parsed_options(arguments.option)
+    if not arguments.dry_run:
+        _check_output(arguments.output)
+    if arguments.subject.startswith(FLAT_PREFIX):
+        return _import_inflated(arguments, options)
+    state = read_state(_build(arguments, options, classes=0, device="meta"), arguments.subject)
+    classes, match = _matched(arguments, options, state)
+    print(described(match, classes=classes, title=f"{arguments.subject} -> {arguments.model}"))
+    if arguments.dry_run:
+        return 0 if match.loads else CHECK_FAILED
+    model = _build(arguments, options, classes=classes)
+    report = load_state(model, state, source=arguments.subject)
+    _write(arguments, options, model, report)
+    return 0
+
+
+def parsed_options(words: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` words, their values read as YAML as in a config."""
+    options: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key.isidentifier():
+            raise ConfigError(
+                f"{word!r} is not an option", key="--option", file=COMMAND_LINE, hint="write key=value"
+            )
+        if key in options:
+            raise ConfigError(f"{key!r} is given twice", key="--option", file=COMMAND_LINE)
+        try:
+            options[key] = yaml.load(text, Loader=RunLoader)
+        except yaml.YAMLError:
+            raise ConfigError(f"{word!r} has no readable value", key="--option", file=COMMAND_LINE) from None
+    return options
+
+
+def described(match: WeightMatch, *, classes: int, title: str) -> str:
+    """The comparison as lines: counts, then the keys of every kind that does not fit."""
+    lines = [f"{title}: {len(match.matched)} tensors match"]
+    lines += [f"  note: {note}" for note in match.notes]
+    for what, keys in (
+        ("missing in the source", match.missing),
+        ("unknown to the model", match.unexpected),
+        ("of another shape", match.reshaped),
+    ):
+        if keys:
+            lines.append(f"  {len(keys)} {what}:")
+            lines += [f"    {key}" for key in keys[:LISTED]]
+            lines += [f"    and {len(keys) - LISTED} more"] if len(keys) > LISTED else []
+    return "\n".join([*lines, f"  {_head(match, classes)}"])
+
+
+def _head(match: WeightMatch, classes: int) -> str:
+    if classes == 0:
+        left = f"; left out: {', '.join(match.head_given)}" if match.head_given else ""
+        return f"no classifier: the model gives features{left}"
+    if match.head_fits:
+        return f"classifier: {classes} classes, from the source"
+    return f"classifier: {classes} classes, FRESHLY INITIALISED; the source has {', '.join(match.head_given) or 'none'}"
+
+
+def _matched(
+    arguments: argparse.Namespace, options: dict[str, Any], state: dict[str, Tensor]
+) -> tuple[int, WeightMatch]:
+    """The number of classes (asked for, else the source's own, else none) and the comparison with that many."""
+    classes: int | None = arguments.num_classes
+    if classes is None:
+        probe = _build(arguments, options, classes=None, device="meta")
+        classes = match_weights(probe, state).classes or 0
+    return classes, match_weights(_build(arguments, options, classes=classes, device="meta"), state)
+
+
+def _build(
+    arguments: argparse.Namespace, options: dict[str, Any], *, classes: int | None, device: str = "cpu"
+) -> nn.Module:
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    with torch.device(device):
+        return create_model(arguments.model, num_classes=classes, in_frames=arguments.in_frames, **given)
+
+
+def _import_inflated(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
+    """2D weights: the classifier is never carried over, so there is none unless ``--num-classes`` asks for one."""
+    model = _build(arguments, options, classes=arguments.num_classes or 0)
+    report = load_pretrained(model, arguments.subject)
+    print(f"{arguments.subject} -> {arguments.model}: {report.loaded} tensors loaded")
+    for note in report.notes:
+        print(f"  note: {note}")
+    if not arguments.dry_run:
+        _write(arguments, options, model, report)
+    return 0
+
+
+def _write(
+    arguments: argparse.Namespace, options: dict[str, Any], model: nn.Module, report: LoadReport
+) -> None:
+    """The export folder, read back through the public loader, which must give the same tensors."""
+    extra = {"imported_from": Path(arguments.subject).name, "notes": list(report.notes)}
+    folder = save_pretrained(model, arguments.output, name=arguments.model, options=options, extra=extra)
+    before, after = model.state_dict(), from_pretrained(folder).state_dict()
+    assert before.keys() == after.keys(), folder
+    assert all(torch.equal(before[k], after[k]) for k in before), folder
+    print(f"written: {folder} ({WEIGHTS}, {CONFIG})")
+
+
+def _check_output(output: str | None) -> None:
+    if output is None:
+        raise ConfigError(
+            "is needed", key="--output", file=COMMAND_LINE, hint="name the folder to write, or give --dry-run"
+        )
+    taken = [name for name in (WEIGHTS, CONFIG) if (Path(output) / name).exists()]
+    if taken or (Path(output).exists() and not Path(output).is_dir()):
+        raise ConfigError(
+            f"{output!r} holds {taken[0] if taken else 'a file'} already",
+            key="--output",
+            value=output,
+            file=COMMAND_LINE,
+            hint="name another folder",
+        )

@@ -1,0 +1,276 @@
+"""Kubernetes manifests: an Indexed Job with a headless service, or a Kubeflow PyTorchJob.
+
+A pod runs torchrun, which starts one rank a GPU; pod 0 is where all meet, under the name the headless service gives
+it. A stage that was stopped by a drained node has saved: its pod ends with a code that Kubernetes answers by
+starting the pod again, without counting it as a failure. Only a run that wrote its result has succeeded.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import shlex
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from cliplift.configs.sections import ConfigError
+from cliplift.launch.jobs.plan import Job, Resources
+
+PORT = 29500
+MOUNT = "/etc/cliplift"
+NOT_FINISHED = 75  # EX_TEMPFAIL of sysexits.h
+MAX_FAILURES = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class KubernetesOptions:
+    """How the cluster wants to be asked. ``volumes``: (claim, mount path)."""
+
+    image: str
+    namespace: str | None = None
+    volumes: tuple[tuple[str, str], ...] = ()
+    service_account: str | None = None
+    environment_from_secrets: tuple[str, ...] = ()
+    shared_memory_gib: int = 16
+    workdir: str | None = None
+    pytorchjob: bool = False
+
+
+def manifest(job: Job, resources: Resources, options: KubernetesOptions) -> str:
+    """All objects of one job as YAML documents, to be read before they are applied."""
+    objects: list[dict[str, Any]] = [_config_map(job, options)]
+    if job.phase is not None:
+        objects.append(_indexed_job(job, resources, options))
+    elif options.pytorchjob:
+        objects.append(_pytorch_job(job, resources, options))
+    else:
+        objects += [_service(job, options), _indexed_job(job, resources, options)]
+    return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=110)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines as blocks, so that the script in a manifest can be read; no anchors."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _represent)
+
+
+def _metadata(job: Job, options: KubernetesOptions, *, name: str | None = None) -> dict[str, Any]:
+    space = {"namespace": options.namespace} if options.namespace else {}
+    labels = {"app.kubernetes.io/name": "cliplift", "app.kubernetes.io/instance": job.name}
+    return {"name": name or job.name, **space, "labels": labels}
+
+
+def _config_map(job: Job, options: KubernetesOptions) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(job, options, name=f"{job.name}-config"),
+        "data": {"config.yaml": job.config, "run.sh": run_script(job, pytorchjob=options.pytorchjob)},
+    }
+
+
+def run_script(job: Job, *, pytorchjob: bool) -> str:
+    """What a pod runs: a shell script, mounted from the ConfigMap."""
+    stage = ["cliplift.launch.cli", job.stage, f"{MOUNT}/config.yaml", *job.words]
+    if job.phase is not None:
+        return f"#!/bin/bash\nset -euo pipefail\nexec python -m {shlex.join(stage)}\n"
+    if pytorchjob:
+        # The operator gives number, rank and meeting point of the nodes as PET_ variables, which torchrun reads.
+        launch = "torchrun"
+    else:
+        launch = (
+            f'torchrun --nnodes {job.nodes} --node-rank "${{JOB_COMPLETION_INDEX}}" '
+            f"--nproc-per-node {job.processes_per_node} --max-restarts 3 \\\n"
+            f'    --rdzv-backend c10d --rdzv-id {job.name} --rdzv-endpoint "{job.name}-0.{job.name}:{PORT}"'
+        )
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            "set -uo pipefail",
+            "# A restarted rank must not meet the addresses of the dead ones; a save may take longer than 30 s.",
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150",
+            f"{launch} \\\n    -m {shlex.join(stage)} &",
+            "launcher=$!",
+            "trap 'kill -TERM \"${launcher}\"' TERM",
+            "status=0",
+            'wait "${launcher}" || status=$?',
+            "# A trapped signal ends that wait before the launcher has ended.",
+            'while kill -0 "${launcher}" 2>/dev/null; do wait "${launcher}"; status=$?; done',
+            f"if [[ -f {shlex.quote(job.finished_file)} ]]; then exit 0; fi",
+            'if [[ "${status}" -eq 0 || "${status}" -gt 128 ]]; then',
+            '    echo "stopped before the end; the next start continues from the last checkpoint"',
+            f"    exit {NOT_FINISHED}",
+            "fi",
+            'exit "${status}"',
+            "",
+        ]
+    )
+
+
+def _service(job: Job, options: KubernetesOptions) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(job, options),
+        "spec": {
+            "clusterIP": "None",
+            # Ranks look each other up before any of them is ready.
+            "publishNotReadyAddresses": True,
+            "selector": {"job-name": job.name},
+            "ports": [{"name": "rendezvous", "port": PORT}],
+        },
+    }
+
+
+def _indexed_job(job: Job, resources: Resources, options: KubernetesOptions) -> dict[str, Any]:
+    completions = job.parts if job.phase is not None else job.nodes
+    pod = _pod(job, resources, options)
+    if job.phase is None:
+        pod["subdomain"] = job.name
+    ignored = [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
+    stopped = {"containerName": "cliplift", "operator": "In", "values": [NOT_FINISHED]}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(job, options),
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": completions,
+            "parallelism": completions,
+            "backoffLimit": MAX_FAILURES,
+            "podFailurePolicy": {"rules": [*ignored, {"action": "Ignore", "onExitCodes": stopped}]},
+            "template": {"metadata": {"labels": _metadata(job, options)["labels"]}, "spec": pod},
+        },
+    }
+
+
+def _pytorch_job(job: Job, resources: Resources, options: KubernetesOptions) -> dict[str, Any]:
+    pod = _pod(job, resources, options)
+    pod["containers"][0]["name"] = "pytorch"  # the name the operator looks for
+    del pod["restartPolicy"]
+
+    def replicas(count: int) -> dict[str, Any]:
+        # The container is started again in its pod, after code 75 as after a crash.
+        return {"replicas": count, "restartPolicy": "OnFailure", "template": {"spec": pod}}
+
+    specs = {"Master": replicas(1)} | ({"Worker": replicas(job.nodes - 1)} if job.nodes > 1 else {})
+    return {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": _metadata(job, options),
+        "spec": {
+            "nprocPerNode": str(job.processes_per_node),
+            "runPolicy": {"cleanPodPolicy": "None", "backoffLimit": MAX_FAILURES},
+            "pytorchReplicaSpecs": specs,
+        },
+    }
+
+
+def _pod(job: Job, resources: Resources, options: KubernetesOptions) -> dict[str, Any]:
+    volumes: list[dict[str, Any]] = [
+        {"name": "config", "configMap": {"name": f"{job.name}-config"}},
+        # Docker's 64 MiB of shared memory are too few for decoding workers.
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{options.shared_memory_gib}Gi"}},
+    ]
+    mounts: list[dict[str, Any]] = [
+        {"name": "config", "mountPath": MOUNT, "readOnly": True},
+        {"name": "shm", "mountPath": "/dev/shm"},
+    ]
+    for number, (claim, path) in enumerate(options.volumes):
+        volumes.append({"name": f"volume-{number}", "persistentVolumeClaim": {"claimName": claim}})
+        mounts.append({"name": f"volume-{number}", "mountPath": path})
+    account = {"serviceAccountName": options.service_account} if options.service_account else {}
+    return {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": resources.signal_seconds,
+        **account,
+        "containers": [_container(job, resources, options, mounts)],
+        "volumes": volumes,
+    }
+
+
+def _container(
+    job: Job, resources: Resources, options: KubernetesOptions, mounts: list[dict[str, Any]]
+) -> dict[str, Any]:
+    environment = [{"name": "PYTHONUNBUFFERED", "value": "1"}, {"name": "OMP_NUM_THREADS", "value": "1"}]
+    if job.phase == "build":
+        environment.append({"name": "JOB_COMPLETIONS", "value": str(job.parts)})  # --part auto reads I and N
+    secrets = [{"secretRef": {"name": name}} for name in options.environment_from_secrets]
+    asked: dict[str, Any] = {"cpu": str(resources.cpus)}
+    if resources.memory_gib:
+        asked["memory"] = f"{resources.memory_gib}Gi"
+    limits = {k: v for k, v in asked.items() if k == "memory"}
+    if job.gpus:
+        limits["nvidia.com/gpu"] = str(job.gpus)
+    return {
+        "name": "cliplift",
+        "image": options.image,
+        "command": ["/bin/bash", f"{MOUNT}/run.sh"],
+        **({"workingDir": options.workdir} if options.workdir else {}),
+        "env": environment,
+        **({"envFrom": secrets} if secrets else {}),
+        "resources": {"requests": asked, **({"limits": limits} if limits else {})},
+        "volumeMounts": mounts,
+    }
+
+
+def submit_script(jobs: list[Job], *, files: dict[str, str], namespace: str | None) -> str:
+    """A shell script that applies the manifests; with several jobs it waits for each before the next."""
+    kubectl = f"kubectl --namespace {shlex.quote(namespace)}" if namespace else "kubectl"
+    lines = ["#!/bin/bash", "set -euo pipefail"]
+    if len(jobs) > 1:
+        lines += [
+            "# Kubernetes knows no order between jobs: this script waits, and has to stay.",
+            "wait_for() {",
+            "    local state=''",
+            "    until [[ ${state} == *Complete* || ${state} == *Succeeded* || ${state} == *Failed* ]]; do",
+            "        sleep 15",
+            f'        state=$({kubectl} get "$1" -o jsonpath=\'{{.status.conditions[?(@.status=="True")].type}}\')',
+            "    done",
+            '    echo "$1: ${state}"',
+            "    [[ ${state} != *Failed* ]]",
+            "}",
+        ]
+    for number, job in enumerate(jobs, start=1):
+        lines.append(f"{kubectl} apply -f {shlex.quote(files[job.name])}")
+        if number < len(jobs):
+            lines.append(f"wait_for {kind_of(files, job)}/{job.name}")
+    return "\n".join(lines) + "\n"
+
+
+def kind_of(files: dict[str, str], job: Job) -> str:
+    """``pytorchjob`` for a training job written as one."""
+    return "pytorchjob" if job.phase is None and files[job.name].endswith(".pytorchjob.yaml") else "job"
+
+
+def check_output(job: Job, options: KubernetesOptions) -> None:
+    """Raise ConfigError where a job would write to a disk that dies with its pod."""
+    if "://" in job.output:
+        return
+    place = posixpath.normpath(posixpath.join(options.workdir or "/", job.output))
+    if not any(posixpath.commonpath([place, path]) == path.rstrip("/") for _, path in options.volumes):
+        raise ConfigError(
+            f"{place} of {job.name} is on no volume, so it is lost with its pod",
+            key="output",
+            value=job.output,
+            hint="mount one with --volume CLAIM:/path and put output or --workdir there",
+        )
+
+
+def volume(text: str) -> tuple[str, str]:
+    """``CLAIM:/path`` as its two parts."""
+    claim, colon, path = text.partition(":")
+    if not (claim and colon and path.startswith("/")):
+        raise ConfigError(
+            f"--volume {text!r} is not CLAIM:/path", file="command line", hint="such as data:/data"
+        )
+    return claim, path

@@ -1,0 +1,169 @@
+"""What a submission consists of: the jobs of one or several configs, in the order they depend on each other."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cliplift.configs.load import LoadedRun, dump_run, load_run, packaged_recipe
+from cliplift.configs.runs import RUNS
+from cliplift.configs.sections import ConfigError
+from cliplift.configs.sharding import ShardRun
+from cliplift.configs.training import TrainingRun
+
+SUBMITTED = ("shard", "transfer", "pretrain", "finetune", "evaluate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What every job is given. ``gpus`` are per node; 0 trains on CPUs with one process a node."""
+
+    nodes: int
+    gpus: int
+    cpus: int
+    memory_gib: int | None
+    time: str
+    parts: int
+    signal_seconds: int
+
+    @property
+    def processes_per_node(self) -> int:
+        return max(1, self.gpus)
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.processes_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One job: a stage, or one phase of sharding."""
+
+    name: str
+    stage: str
+    config: str  # the resolved YAML
+    config_file: str  # its name beside the scripts
+    output: str
+    nodes: int
+    processes_per_node: int
+    gpus: int
+    phase: str | None = None  # of sharding
+    parts: int = 1  # tasks of an array
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What follows ``cliplift`` and the config's path."""
+        if self.phase is None:
+            return ()
+        part = ("--part", "auto") if self.phase == "build" else ()
+        return ("--phase", self.phase, *part)
+
+    @property
+    def finished_file(self) -> str:
+        """The file that says that a training run is over, not merely stopped."""
+        return f"{self.output.rstrip('/')}/result.json"
+
+
+def plan_jobs(configs: Sequence[str], overrides: Sequence[str], resources: Resources) -> list[Job]:
+    """The jobs of these configs; each needs the ones before it to have succeeded.
+
+    Raises:
+        ConfigError: a config that cannot be submitted, a batch that does not fit the ranks, names that collide.
+    """
+    if overrides and len(configs) > 1:
+        raise ConfigError(
+            f"{overrides[0]!r} does not say which of {len(configs)} configs it is for",
+            file="command line",
+            hint="write it into that config's file",
+        )
+    jobs = [job for config in configs for job in _jobs_of(load(config, overrides), resources)]
+    names = [job.name for job in jobs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two configs are named {name!r}", key="name", value=name, hint="rename one")
+    return jobs
+
+
+def load(config: str, overrides: Sequence[str]) -> LoadedRun[Any]:
+    """A YAML file or a packaged recipe."""
+    path = Path(config) if Path(config).exists() else packaged_recipe(config) or Path(config)
+    return load_run(path, RUNS, overrides)
+
+
+def _jobs_of(loaded: LoadedRun[Any], resources: Resources) -> list[Job]:
+    run = loaded.run
+    stage = str(getattr(run, "stage", ""))
+    if stage not in SUBMITTED:
+        raise loaded.locate(
+            ConfigError(
+                "is not run on a cluster", key="stage", value=stage, hint=f"use {', '.join(SUBMITTED)}"
+            )
+        )
+    if isinstance(run, ShardRun):
+        return _shard_jobs(run, resources)
+    if isinstance(run, TrainingRun):
+        try:
+            _check_training(run, resources)
+        except ConfigError as error:
+            raise loaded.locate(error) from None
+    name = str(getattr(run, "name", None) or f"{stage}-{Path(str(getattr(run, 'run', stage))).name}")
+    return [
+        Job(
+            name=job_name(name),
+            stage=stage,
+            config=dump_run(run),
+            config_file=f"{job_name(name)}.yaml",
+            output=str(getattr(run, "output", "")),
+            nodes=resources.nodes,
+            processes_per_node=resources.processes_per_node,
+            gpus=resources.gpus,
+        )
+    ]
+
+
+def _check_training(run: TrainingRun, resources: Resources) -> None:
+    """Better now than after a night in the queue."""
+    from cliplift.pipelines.engine.deepspeed_config import batch_split
+
+    batch_split(run, world_size=resources.world_size)
+    if run.checkpoint.resume == "never":
+        raise ConfigError(
+            "would start afresh after every preemption",
+            key="checkpoint.resume",
+            value="never",
+            hint="use auto, with a new output where the run is to start from the beginning",
+        )
+
+
+def _shard_jobs(run: ShardRun, resources: Resources) -> list[Job]:
+    """plan, then an array that builds its parts, then finalize and verify."""
+    config = dump_run(run)
+    phases = (("plan", 1), ("build", resources.parts), ("finalize", 1), ("verify", 1))
+    return [
+        Job(
+            name=job_name(f"{run.name}-{phase}"),
+            stage="shard",
+            config=config,
+            config_file=f"{job_name(run.name)}.yaml",
+            output=run.output,
+            nodes=1,
+            processes_per_node=1,
+            gpus=0,
+            phase=phase,
+            parts=parts,
+        )
+        for phase, parts in phases
+    ]
+
+
+def job_name(text: str) -> str:
+    """A name every scheduler and DNS accepts: small letters, digits and dashes, at most 52 of them."""
+    name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:52].strip("-")
+    if not name:
+        raise ConfigError(
+            f"{text!r} cannot name a job", key="name", value=text, hint="use letters and digits"
+        )
+    return name if name[0].isalpha() else f"run-{name}"[:52].strip("-")

@@ -1,0 +1,1 @@
+"""3D convolutional networks: clips to features or logits."""

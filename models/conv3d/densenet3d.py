@@ -1,0 +1,118 @@
+"""DenseNet3D: DenseNet-BC with 3D convolutions.
+
+Paper: Diba et al., "Temporal 3D ConvNets: New Architecture and Transfer Learning for Video Classification",
+arXiv 1711.08200, Table 1, column DenseNet3D-121. Table 1 prints no channel counts; they are those of the authors'
+released code (MohsenFayyaz89/T3D, models/DenseNet3D.py), which are DenseNet-BC's: growth 32, bottleneck 4 x
+growth, 64 stem filters, transitions that halve the channels.
+
+Where paper and code disagree there is an option:
+
+* ``pool``: the stem's max pooling keeps T ("paper": Table 1 prints 16 frames before and after it; the printed
+  "stride 1" cannot also halve H and W, so it is read as (1, 2, 2)) or halves it ("official": the released code).
+* The released code pools 1x7x7 at the end and so takes 32x224x224 only; here the pool is global.
+
+The weights are named as in torchvision's 2D DenseNet, which is also the authors' naming once the dots inside their
+submodule names ("norm.1") are taken out; see :meth:`DenseNet3D.adapt_state_dict`.
+
+Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from torch import Tensor, nn
+
+from cliplift.models.image.densenet import BLOCKS, DenseNet, DenseShape
+from cliplift.models.registry import InputSpec, ModelError, register_model
+
+StemPool = Literal["paper", "official"]
+PAPER = "Diba et al. 2017"
+
+
+def dense_shape_3d(
+    blocks: tuple[int, ...],
+    *,
+    pool: StemPool,
+    stem_stride: int = 2,
+    stem_kernel: tuple[int, int, int] = (3, 7, 7),
+    growth: int = 32,
+    bottleneck: int = 4,
+    stem_channels: int = 64,
+) -> DenseShape:
+    """The sizes of a DenseNet3D or T3D; ``stem_stride`` is the first convolution's stride in time."""
+    if pool not in ("paper", "official"):
+        raise ModelError(
+            f"pool={pool!r} must be 'paper' (the stem's pooling keeps T) or 'official' (halves T)"
+        )
+    return DenseShape(
+        blocks=blocks,
+        growth=growth,
+        bottleneck=bottleneck,
+        stem_channels=stem_channels,
+        stem_kernel=stem_kernel,
+        stem_stride=(stem_stride, 2, 2),
+        pool_stride=(1 if pool == "paper" else 2, 2, 2),
+    )
+
+
+class DenseNet3D(DenseNet):
+    """3D DenseNet: (B, C, T, H, W) -> (B, K)."""
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """Public DenseNet3D weights under our names.
+
+        kenshohara/3D-ResNets-PyTorch calls the stem ``conv1``/``norm1`` and is otherwise the same network when
+        built with ``conv1_t_size=3, conv1_t_stride=2``; the authors' own dots are the 2D net's business.
+        """
+        state, notes = super().adapt_state_dict(state)
+        stem = re.compile(r"^features\.(conv|norm)1\.")
+        renamed = {stem.sub(r"features.\g<1>0.", key): value for key, value in state.items()}
+        if renamed.keys() != state.keys():
+            notes = [*notes, "renamed the stem's conv1/norm1 to conv0/norm0"]
+        return renamed, notes
+
+
+def _densenet3d(
+    depth: int, *, num_classes: int, in_frames: int, pool: StemPool, drop_rate: float, dropout: float
+) -> DenseNet3D:
+    spec = InputSpec(frames=in_frames, frame_stride=2, crop_height=224, crop_width=224)
+    shape = dense_shape_3d(BLOCKS[depth], pool=pool)
+    return DenseNet3D(shape, num_classes=num_classes, input_spec=spec, drop_rate=drop_rate, dropout=dropout)
+
+
+@register_model(paper=PAPER)
+def densenet3d_121(
+    *,
+    num_classes: int = 400,
+    in_frames: int = 32,
+    pool: StemPool = "official",
+    drop_rate: float = 0.0,
+    dropout: float = 0.0,
+) -> nn.Module:
+    """DenseNet3D-121, 11,658,896 parameters at 400 classes. Any T, H, W.
+
+    Args:
+        pool: "official", the released code, or "paper", Table 1 (twice the frames inside, 1.8 times the cost).
+        drop_rate: dropout on every dense layer's new maps (0.2 in the authors' "DropOut" variants).
+        dropout: before the classifier.
+    """
+    return _densenet3d(
+        121, num_classes=num_classes, in_frames=in_frames, pool=pool, drop_rate=drop_rate, dropout=dropout
+    )
+
+
+@register_model(paper=PAPER)
+def densenet3d_169(
+    *,
+    num_classes: int = 400,
+    in_frames: int = 32,
+    pool: StemPool = "official",
+    drop_rate: float = 0.0,
+    dropout: float = 0.0,
+) -> nn.Module:
+    """DenseNet3D-169, 19,214,992 parameters at 400 classes; options as :func:`densenet3d_121`."""
+    return _densenet3d(
+        169, num_classes=num_classes, in_frames=in_frames, pool=pool, drop_rate=drop_rate, dropout=dropout
+    )

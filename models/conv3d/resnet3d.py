@@ -1,0 +1,143 @@
+"""ResNet3D: the residual network with 3x3x3 kernels, optionally with T3D's temporal transition layers.
+
+Paper: Hara et al., "Can Spatiotemporal 3D CNNs Retrace the History of 2D CNNs and ImageNet?", arXiv 1711.09577,
+Table 1; weights named as in kenshohara/3D-ResNets-PyTorch. A comparison row of the T3D paper.
+
+``ttl=True`` puts a temporal transition layer after each of the first three stages, which is the T3D paper's claim that
+the layer is not tied to DenseNet (arXiv 1711.08200, section 3.1). It does not pool: ResNet's stages have strides.
+
+Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from cliplift.models.conv3d.t3d import TABLE_1_DEPTHS, TemporalTransition
+from cliplift.models.image.resnet import STAGE_WIDTHS, ResNet
+from cliplift.models.layers import Conv3d
+from cliplift.models.registry import InputSpec, ModelError, register_model
+
+PAPER = "Hara et al. 2018"
+
+
+def _resnet3d(
+    depth: int,
+    *,
+    num_classes: int,
+    in_frames: int,
+    stem_depth: int,
+    stem_stride: int,
+    stem_pool: bool,
+    ttl: bool,
+    ttl_width: int,
+    dropout: float,
+) -> ResNet:
+    if stem_depth < 1 or stem_depth % 2 == 0 or stem_stride < 1:
+        raise ModelError(f"stem_depth={stem_depth} must be odd and stem_stride={stem_stride} at least 1")
+
+    def transition(channels: int, index: int) -> nn.Module:
+        return TemporalTransition(channels, depths=TABLE_1_DEPTHS[index], width=ttl_width, pooling=False)
+
+    return ResNet(
+        depth,
+        stem=Conv3d(
+            3,
+            STAGE_WIDTHS[0],
+            (stem_depth, 7, 7),
+            stride=(stem_stride, 2, 2),
+            padding=(stem_depth // 2, 3, 3),
+            bias=False,
+        ),
+        pool=nn.MaxPool3d(3, stride=2, padding=1) if stem_pool else nn.Identity(),
+        num_classes=num_classes,
+        input_spec=InputSpec(frames=in_frames, frame_stride=2, crop_height=112, crop_width=112),
+        between=transition if ttl else None,
+        dropout=dropout,
+    )
+
+
+@register_model(paper=PAPER)
+def resnet3d_18(
+    *,
+    num_classes: int = 400,
+    in_frames: int = 16,
+    stem_depth: int = 7,
+    stem_stride: int = 1,
+    stem_pool: bool = True,
+    ttl: bool = False,
+    ttl_width: int = 128,
+    dropout: float = 0.0,
+) -> nn.Module:
+    """ResNet3D-18, 33,371,472 parameters at 400 classes with ``stem_depth=3``. Any T, H, W.
+
+    Args:
+        stem_depth: frames under the first kernel (7; torchvision's r3d_18 has 3 and no pooling).
+        stem_stride: its stride in time.
+        stem_pool: the max pooling 3x3x3, stride 2, after it.
+        ttl: temporal transition layers after the first three stages, ``ttl_width`` channels a branch.
+        dropout: before the classifier.
+    """
+    return _resnet3d(
+        18,
+        num_classes=num_classes,
+        in_frames=in_frames,
+        stem_depth=stem_depth,
+        stem_stride=stem_stride,
+        stem_pool=stem_pool,
+        ttl=ttl,
+        ttl_width=ttl_width,
+        dropout=dropout,
+    )
+
+
+@register_model(paper=PAPER)
+def resnet3d_34(
+    *,
+    num_classes: int = 400,
+    in_frames: int = 16,
+    stem_depth: int = 7,
+    stem_stride: int = 1,
+    stem_pool: bool = True,
+    ttl: bool = False,
+    ttl_width: int = 128,
+    dropout: float = 0.0,
+) -> nn.Module:
+    """ResNet3D-34; options as :func:`resnet3d_18`."""
+    return _resnet3d(
+        34,
+        num_classes=num_classes,
+        in_frames=in_frames,
+        stem_depth=stem_depth,
+        stem_stride=stem_stride,
+        stem_pool=stem_pool,
+        ttl=ttl,
+        ttl_width=ttl_width,
+        dropout=dropout,
+    )
+
+
+@register_model(paper=PAPER)
+def resnet3d_50(
+    *,
+    num_classes: int = 400,
+    in_frames: int = 16,
+    stem_depth: int = 7,
+    stem_stride: int = 1,
+    stem_pool: bool = True,
+    ttl: bool = False,
+    ttl_width: int = 128,
+    dropout: float = 0.0,
+) -> nn.Module:
+    """ResNet3D-50; options as :func:`resnet3d_18`."""
+    return _resnet3d(
+        50,
+        num_classes=num_classes,
+        in_frames=in_frames,
+        stem_depth=stem_depth,
+        stem_stride=stem_stride,
+        stem_pool=stem_pool,
+        ttl=ttl,
+        ttl_width=ttl_width,
+        dropout=dropout,
+    )

@@ -1,0 +1,248 @@
+"""T3D: DenseNet3D whose transitions look at several temporal depths at once (temporal transition layer, TTL).
+
+Paper: Diba et al., "Temporal 3D ConvNets: New Architecture and Transfer Learning for Video Classification",
+arXiv 1711.08200, Table 1 and Fig. 1. The authors' models/T3D.py (MohsenFayyaz89/T3D, withdrawn in 2018) never ran:
+its convolutions have no padding, so the branches of a TTL cannot be concatenated. This file follows the paper:
+
+* depths T1, T2, T3 of {1, 3, 6} in TTL 1 and {1, 3, 4} in TTL 2 and 3 (Table 1; the withdrawn file has 1, 3, 4
+  everywhere);
+* "same" padding, an even depth's extra frame behind (neither source says);
+* 128 channels a branch (the withdrawn file; the paper prints none);
+* ``fusion=False``: concatenation, then pooling (Table 1, Fig. 1). ``fusion=True`` adds the withdrawn file's
+  BN-ReLU-1x1x1 convolution, 384 -> 384, in between;
+* ``pool="paper"``: the stem's pooling keeps T, as Table 1 prints. "official" is the DenseNet3D code's.
+
+The initialisation is not published; convolutions are Kaiming-normal as in torchvision's DenseNet.
+
+Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cliplift.models.conv3d.densenet3d import PAPER, DenseNet3D, StemPool, dense_shape_3d
+from cliplift.models.image.densenet import BLOCKS, DenseShape
+from cliplift.models.layers import SameConv3d, halve
+from cliplift.models.registry import InputSpec, ModelError, register_model
+
+Depths = Sequence[tuple[int, ...]]
+TABLE_1_DEPTHS: Depths = ((1, 3, 6), (1, 3, 4), (1, 3, 4))
+
+
+class TemporalBranch(nn.Module):
+    """BN-ReLU-convolution of one temporal depth; depth 1 is 1x1x1, the others are depth x 3 x 3 (Table 1)."""
+
+    def __init__(self, in_channels: int, out_channels: int, depth: int) -> None:
+        super().__init__()
+        space = 1 if depth == 1 else 3
+        self.norm = nn.BatchNorm3d(in_channels)
+        self.conv = SameConv3d(in_channels, out_channels, (depth, space, space))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, C', T, H, W)."""
+        y: Tensor = self.conv(F.relu(self.norm(x), inplace=True))
+        return y
+
+
+class TemporalTransition(nn.Module):
+    """The temporal transition layer: parallel branches of several depths, concatenated, then 2x2x2 pooling.
+
+    Usable after any stage of a 3D network. ``pooling=False`` leaves T, H and W alone, for backbones whose next
+    stage has its own stride.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        depths: Sequence[int] = (1, 3, 6),
+        width: int = 128,
+        fusion: bool = False,
+        pooling: bool = True,
+    ) -> None:
+        super().__init__()
+        if not depths or min(depths) < 1 or width < 1:
+            raise ModelError(
+                f"temporal transition: depths={tuple(depths)} and width={width} must be positive"
+            )
+        self.branches = nn.ModuleList(TemporalBranch(in_channels, width, depth) for depth in depths)
+        self.out_channels = width * len(depths)
+        self.fusion: nn.Module | None = (
+            TemporalBranch(self.out_channels, self.out_channels, 1) if fusion else None
+        )
+        self.pooling = pooling
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, len(depths) * width, T/2, H/2, W/2)."""
+        x = torch.cat([branch(x) for branch in self.branches], dim=1)
+        if self.fusion is not None:
+            x = self.fusion(x)
+        return halve(x) if self.pooling else x
+
+
+class T3D(DenseNet3D):
+    """DenseNet3D with temporal transition layers. ``widths`` gives the branch width of each of them."""
+
+    def __init__(
+        self,
+        shape: DenseShape,
+        *,
+        depths: Depths,
+        widths: Sequence[int],
+        fusion: bool,
+        num_classes: int,
+        input_spec: InputSpec,
+        drop_rate: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        gaps = len(shape.blocks) - 1
+        if len(depths) != gaps or len(widths) != gaps:
+            raise ModelError(
+                f"{len(shape.blocks)} dense blocks have {gaps} temporal transitions between them, "
+                f"got depths={tuple(depths)} and widths={tuple(widths)}"
+            )
+
+        def transition(channels: int, index: int) -> nn.Module:
+            return TemporalTransition(channels, depths=depths[index], width=widths[index], fusion=fusion)
+
+        super().__init__(
+            shape,
+            num_classes=num_classes,
+            input_spec=input_spec,
+            drop_rate=drop_rate,
+            dropout=dropout,
+            transition=transition,
+        )
+
+
+@register_model(paper=PAPER)
+def t3d_121(
+    *,
+    num_classes: int = 400,
+    in_frames: int = 32,
+    pool: StemPool = "paper",
+    stem_stride: int = 2,
+    ttl_width: int = 128,
+    fusion: bool = False,
+    drop_rate: float = 0.0,
+    dropout: float = 0.0,
+) -> nn.Module:
+    """T3D-121, 29,876,880 parameters at 400 classes (30,321,552 with ``fusion``). Any T, H, W.
+
+    Args:
+        pool: "paper", Table 1 (the stem's pooling keeps T), or "official", the DenseNet3D code (halves it).
+        stem_stride: temporal stride of the first convolution; 1 for clips of 8 or 16 frames.
+        ttl_width: channels of each branch of a temporal transition.
+        fusion: the withdrawn code's 1x1x1 convolution after the concatenation.
+        drop_rate: dropout on every dense layer's new maps.
+        dropout: before the classifier.
+    """
+    return _t3d(
+        121,
+        num_classes=num_classes,
+        in_frames=in_frames,
+        pool=pool,
+        stem_stride=stem_stride,
+        ttl_width=ttl_width,
+        fusion=fusion,
+        drop_rate=drop_rate,
+        dropout=dropout,
+    )
+
+
+@register_model(paper=PAPER)
+def t3d_169(
+    *,
+    num_classes: int = 400,
+    in_frames: int = 32,
+    pool: StemPool = "paper",
+    stem_stride: int = 2,
+    ttl_width: int = 128,
+    fusion: bool = False,
+    drop_rate: float = 0.0,
+    dropout: float = 0.0,
+) -> nn.Module:
+    """T3D-169, 38,519,184 parameters at 400 classes (38,963,856 with ``fusion``); options as :func:`t3d_121`."""
+    return _t3d(
+        169,
+        num_classes=num_classes,
+        in_frames=in_frames,
+        pool=pool,
+        stem_stride=stem_stride,
+        ttl_width=ttl_width,
+        fusion=fusion,
+        drop_rate=drop_rate,
+        dropout=dropout,
+    )
+
+
+def _t3d(
+    depth: int,
+    *,
+    num_classes: int,
+    in_frames: int,
+    pool: StemPool,
+    stem_stride: int,
+    ttl_width: int,
+    fusion: bool,
+    drop_rate: float,
+    dropout: float,
+) -> T3D:
+    return T3D(
+        dense_shape_3d(BLOCKS[depth], pool=pool, stem_stride=stem_stride),
+        depths=TABLE_1_DEPTHS,
+        widths=(ttl_width,) * 3,
+        fusion=fusion,
+        num_classes=num_classes,
+        input_spec=InputSpec(frames=in_frames, frame_stride=2, crop_height=224, crop_width=224),
+        drop_rate=drop_rate,
+        dropout=dropout,
+    )
+
+
+@register_model(paper=f"{PAPER}, reduced")
+def t3d_tiny(
+    *,
+    num_classes: int = 400,
+    in_frames: int = 8,
+    crop: int = 64,
+    blocks: tuple[int, int, int, int] = (1, 2, 2, 2),
+    growth: int = 16,
+    bottleneck: int = 2,
+    stem_channels: int = 16,
+    stem_kernel: tuple[int, int, int] = (3, 3, 3),
+    stem_stride: int = 2,
+    ttl_widths: tuple[int, int, int] = (8, 24, 64),
+    fusion: bool = False,
+    pool: StemPool = "paper",
+    drop_rate: float = 0.0,
+    dropout: float = 0.0,
+) -> nn.Module:
+    """The same network at laptop size: clips of 8 to 16 frames at 64 to 112 pixels. Not a model of the paper.
+
+    Narrow where the maps are large (the first temporal transition sees 16 times the positions of the second) and
+    wide where they are small, so that a CPU trains it.
+    """
+    return T3D(
+        dense_shape_3d(
+            blocks,
+            growth=growth,
+            bottleneck=bottleneck,
+            stem_channels=stem_channels,
+            stem_kernel=stem_kernel,
+            stem_stride=stem_stride,
+            pool=pool,
+        ),
+        depths=TABLE_1_DEPTHS,
+        widths=ttl_widths,
+        fusion=fusion,
+        num_classes=num_classes,
+        input_spec=InputSpec(frames=in_frames, frame_stride=2, crop_height=crop, crop_width=crop),
+        drop_rate=drop_rate,
+        dropout=dropout,
+    )

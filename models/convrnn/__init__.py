@@ -1,0 +1,1 @@
+"""Convolutional recurrent networks and the forecaster built from them."""

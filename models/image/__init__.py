@@ -1,0 +1,1 @@
+"""2D image networks: the teachers and frame encoders."""

@@ -1,0 +1,1 @@
+"""TimeSformer and its five schemes of space-time attention."""

@@ -1,0 +1,1 @@
+"""What a run will cost: memory, step time, loading speed."""

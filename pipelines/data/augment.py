@@ -1,0 +1,165 @@
+"""What happens to clips on the device: uint8 (B, T, H, W, C) to normalised float (B, C, T, H, W).
+
+The draws come with the batch, a function of (seed, epoch, sample), so that it does not matter where or when they are
+used. Columns of ``ClipBatch.draws`` in use are named below; the last three belong to the transfer stage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cliplift.configs.data import AugmentConfig
+from cliplift.models.registry import InputSpec
+from cliplift.models.streams import FLOW_CHANNELS
+from cliplift.pipelines.data.batch import FLIP, ClipBatch
+from cliplift.pipelines.data.rand_augment import rand_augmented
+
+BRIGHTNESS, CONTRAST, SATURATION, GRAY, ERASE = range(FLIP + 1, FLIP + 6)
+ERASE_AREA, ERASE_RATIO, ERASE_TOP, ERASE_LEFT, MIX_KIND, MIX_AMOUNT, RAND_AUGMENT = range(6, 13)
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+TARGET_LUMA = 0.45
+
+
+class DeviceAugment:
+    """RandAugment, flip, colour, erasing and normalisation of a batch; the same draw for all frames of a clip.
+
+    Args:
+        augment: the config section. In evaluation only ``normalize_brightness`` is applied of it.
+        input_spec: mean and standard deviation the model expects.
+        training: whether to augment.
+    """
+
+    def __init__(self, augment: AugmentConfig, input_spec: Any, *, training: bool) -> None:
+        assert isinstance(input_spec, InputSpec)
+        self.augment, self.training = augment, training
+        self._mean = torch.tensor(input_spec.mean).view(1, -1, 1, 1, 1)
+        self._std = torch.tensor(input_spec.std).view(1, -1, 1, 1, 1)
+
+    def __call__(self, batch: ClipBatch) -> Tensor:
+        """(B, T, H, W, C) uint8 -> (B, C, T, H, W) float32."""
+        clips = batch.clips
+        if self.training and self.augment.rand_augment_ops:
+            seeds = (batch.draws[:, RAND_AUGMENT].double() * 2**24).long().tolist()
+            clips = rand_augmented(clips, seeds, self.augment)
+        x = clips.permute(0, 4, 1, 2, 3).float().div_(255.0)
+        if self.augment.normalize_brightness:
+            x = normalized_brightness(x)
+        if self.training:
+            x = self._augmented(x, batch.draws)
+        mean, std = self._mean.to(x.device), self._std.to(x.device)
+        x = (x - mean) / std
+        return self._erased(x, batch.draws) if self.training and self.augment.erase_probability else x
+
+    def _augmented(self, x: Tensor, draws: Tensor) -> Tensor:
+        config = self.augment
+        if config.flip:
+            mirrored = draws[:, FLIP] < 0.5
+            x = torch.where(mirrored.view(-1, 1, 1, 1, 1), mirror(x), x)
+        if config.brightness:
+            x = x * _factor(draws[:, BRIGHTNESS], config.brightness)
+        if config.contrast:
+            mean = luma(x).mean(dim=(1, 2, 3, 4), keepdim=True)
+            x = mean + (x - mean) * _factor(draws[:, CONTRAST], config.contrast)
+        if config.saturation:
+            gray = luma(x)
+            x = gray + (x - gray) * _factor(draws[:, SATURATION], config.saturation)
+        if config.grayscale_probability:
+            chosen = (draws[:, GRAY] < config.grayscale_probability).view(-1, 1, 1, 1, 1)
+            x = torch.where(chosen, luma(x).expand_as(x), x)
+        if config.brightness or config.contrast or config.saturation:
+            x = x.clamp(0.0, 1.0)
+        return x
+
+    def _erased(self, x: Tensor, draws: Tensor) -> Tensor:
+        """One box of a clip set to the mean colour (zero after normalisation), the same in all frames."""
+        B, _, _, H, W = x.shape
+        area = 0.02 + (1 / 3 - 0.02) * draws[:, ERASE_AREA]
+        ratio = torch.exp((2 * draws[:, ERASE_RATIO] - 1) * torch.log(torch.tensor(1 / 0.3)).item())
+        h = (torch.sqrt(area * ratio) * H).clamp(1, H - 1)
+        w = (torch.sqrt(area / ratio) * W).clamp(1, W - 1)
+        top, left = draws[:, ERASE_TOP] * (H - h), draws[:, ERASE_LEFT] * (W - w)
+        rows = torch.arange(H, device=x.device).view(1, H, 1)
+        columns = torch.arange(W, device=x.device).view(1, 1, W)
+
+        def between(at: Tensor, low: Tensor, size: Tensor) -> Tensor:
+            return (at >= low.view(B, 1, 1)) & (at < (low + size).view(B, 1, 1))
+
+        inside = between(rows, top, h) & between(columns, left, w)
+        chosen = (draws[:, ERASE] < self.augment.erase_probability).view(B, 1, 1)
+        return x.masked_fill((inside & chosen).view(B, 1, 1, H, W), 0.0)
+
+
+def mirror(x: Tensor) -> Tensor:
+    """(B, C, T, H, W) in [0, 1] with left and right exchanged; in flow (C = 2), motion along x is turned round too."""
+    mirrored = x.flip(-1)
+    if x.shape[1] == FLOW_CHANNELS:
+        mirrored[:, 0] = 1.0 - mirrored[:, 0]
+    return mirrored
+
+
+def luma(x: Tensor) -> Tensor:
+    """(B, 3, T, H, W) -> (B, 1, T, H, W)."""
+    return LUMA[0] * x[:, 0:1] + LUMA[1] * x[:, 1:2] + LUMA[2] * x[:, 2:3]
+
+
+def normalized_brightness(x: Tensor) -> Tensor:
+    """Scale each clip to mean luma 0.45, for footage shot in the dark; black clips stay black."""
+    mean = luma(x).mean(dim=(1, 2, 3, 4), keepdim=True)
+    return (x * (TARGET_LUMA / mean.clamp_min(1e-3))).clamp(0.0, 1.0)
+
+
+def _factor(draw: Tensor, strength: float) -> Tensor:
+    """Uniform in [1 - strength, 1 + strength], shaped to multiply clips."""
+    return (1.0 + strength * (2.0 * draw - 1.0)).view(-1, 1, 1, 1, 1)
+
+
+def mix_clips(
+    clips: Tensor, labels: Tensor, *, num_classes: int, augment: AugmentConfig, draws: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899) of a batch with itself reversed.
+
+    Args:
+        clips: (B, C, T, H, W).
+        labels: (B,).
+        num_classes: K.
+        augment: which of the two, and their Beta parameters; with both, each is used for half of the batches.
+        draws: the batch's draws; the first clip's decide, as one amount is drawn a batch.
+
+    Returns:
+        Mixed clips and soft targets (B, K).
+    """
+    targets = F.one_hot(labels, num_classes).float()
+    cut = augment.cutmix_alpha > 0 and (augment.mixup_alpha == 0 or bool(draws[0, MIX_KIND] < 0.5))
+    alpha = augment.cutmix_alpha if cut else augment.mixup_alpha
+    seed = int(float(draws[0, MIX_AMOUNT]) * 2**24)
+    share = _beta(alpha, seed)
+    other = clips.flip(0)
+    if not cut:
+        return share * clips + (1 - share) * other, share * targets + (1 - share) * targets.flip(0)
+    H, W = clips.shape[-2:]
+    top, left, h, w = _cutmix_box(H, W, share, seed)
+    mixed = clips.clone()
+    mixed[..., top : top + h, left : left + w] = other[..., top : top + h, left : left + w]
+    kept = 1 - h * w / (H * W)
+    return mixed, kept * targets + (1 - kept) * targets.flip(0)
+
+
+def _beta(alpha: float, seed: int) -> float:
+    return float(np.random.default_rng(seed).beta(alpha, alpha))
+
+
+def _cutmix_box(H: int, W: int, share: float, seed: int) -> tuple[int, int, int, int]:
+    """A box of area 1 - share around a random centre, clipped to the picture."""
+    rng = np.random.default_rng([seed, 1])
+    side = (1 - share) ** 0.5
+    h, w = int(H * side), int(W * side)
+    y, x = int(rng.integers(H)), int(rng.integers(W))
+    top, bottom = max(0, y - h // 2), min(H, y + (h + 1) // 2)
+    left, right = max(0, x - w // 2), min(W, x + (w + 1) // 2)
+    return top, left, bottom - top, right - left

@@ -1,0 +1,319 @@
+"""Samples of one or several shard datasets as clips: read, decode only the frames needed, cut, in uint8."""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cliplift.configs.data import DataConfig
+from cliplift.configs.sections import ConfigError
+from cliplift.configs.sharding import FlowConfig, TranscodeConfig
+from cliplift.pipelines.data.batch import FLIP, NUM_DRAWS, ClipBatch, Costs, merged
+from cliplift.pipelines.data.crops import cut, view_boxes
+from cliplift.pipelines.data.decoded_videos import decoded_videos
+from cliplift.pipelines.data.sampling import Ints, view_frames
+from cliplift.pipelines.data.training_plan import TrainingPlan, mirrored_labels, training_plan
+from cliplift.sharding.read.read_ahead import ReadAhead
+from cliplift.sharding.read.reader import ClipShape, SampleFacts, ShardDataset
+from cliplift.sharding.read.subsets import Subset
+from cliplift.sharding.video.decode import Frames, decode_frames
+from cliplift.sharding.video.flow import decode_flow, flow_member
+from cliplift.sharding.video.transcode import transcode_span
+
+__all__ = ["NUM_DRAWS", "ClipBatch", "ClipSource", "TrainingPlan", "clips_of_video", "merged"]
+
+FOREIGN = TranscodeConfig(min_frames=1, max_seconds=3600.0)
+
+
+class ClipSource:
+    """The samples of a split over all shard datasets of a config; picklable, opens files per process.
+
+    Raises:
+        ConfigError: the datasets disagree about their classes, or one has no such split.
+    """
+
+    def __init__(self, data: DataConfig, *, split: str | None, seed: int = 0) -> None:
+        self.data, self.seed = data, seed
+        self.sets = [
+            ShardDataset(
+                url,
+                split=stored_split(data, split),
+                fold=data.fold,
+                subset=subset_of(data, split),
+                cache_folder=data.cache_folder,
+                cache_gib=data.cache_gib,
+            )
+            for url in data.urls
+        ]
+        self.classes = self.sets[0].classes
+        self.splits = tuple(n for n in self.sets[0].splits if all(n in one.splits for one in self.sets))
+        for url, other in zip(data.urls, self.sets, strict=True):
+            if other.classes != self.classes:
+                raise ConfigError(
+                    f"{url} has other classes than {data.urls[0]}", key="data.shards", value=url,
+                    hint="build both with the same class list",
+                )  # fmt: skip
+        _refuse_second_validation(data, self.sets)
+        _require_flow(data, self.sets)
+        self.starts = np.cumsum([0, *(len(s) for s in self.sets)]).tolist()
+        self.fingerprint = "+".join(s.fingerprint for s in self.sets)
+        self.labels = np.concatenate([s.labels for s in self.sets]).astype(np.int64)
+        self.video_index = self._video_numbers()
+        self.shard_ranges = tuple(
+            (a + start, b + start)
+            for start, one in zip(self.starts, self.sets, strict=False)
+            for a, b in one.shard_ranges
+        )
+        self.label_sets = self._label_sets()
+        self._mirrored = mirrored_labels(data.augment, self.classes)
+        self._cache = decoded_videos(data.cache_decoded_mib)
+        self._ahead: ReadAhead | None = None
+
+    def _video_numbers(self) -> Ints:
+        """The number of every sample's source video, counted over all datasets in order of appearance."""
+        numbers: dict[tuple[str, str], int] = {}
+        found = []
+        for one in self.sets:
+            videos, codes = one.encoded("video_id")
+            own = [numbers.setdefault((one.url, video), len(numbers)) for video in videos]
+            found.append(np.array(own, dtype=np.int64)[codes])
+        return np.concatenate(found)
+
+    def _label_sets(self) -> list[tuple[int, ...]] | None:
+        """Label numbers of every sample where any sample has several; None for single-label data."""
+        if max(one.most_labels for one in self.sets) <= 1:
+            return None
+        return [tuple(labels) for one in self.sets for labels in one.column("labels")]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_ahead": None}
+
+    def _place(self, index: int) -> tuple[ShardDataset, int]:
+        number = bisect.bisect_right(self.starts, index) - 1
+        return self.sets[number], index - int(self.starts[number])
+
+    def facts(self, index: int) -> SampleFacts:
+        one, inside = self._place(index)
+        return one.facts(inside)
+
+    def shape(self, index: int) -> ClipShape:
+        one, inside = self._place(index)
+        return one.shape(inside)
+
+    @property
+    def _member(self) -> str:
+        """The member of a sample that is decoded."""
+        return "flow" if self.data.modality == "flow" else "mp4"
+
+    def url_of(self, index: int) -> str:
+        """The dataset a sample belongs to."""
+        return self._place(index)[0].url
+
+    def name_of(self, index: int) -> str:
+        """The dataset and key of a sample, for messages."""
+        one, inside = self._place(index)
+        return f"{one.url} {one.key(inside)}"
+
+    def read(self, index: int) -> bytes:
+        """The stored video of a sample, or of its flow. Raises ShardReadError."""
+        one, inside = self._place(index)
+        return one.read_flow(inside) if self.data.modality == "flow" else one.read(inside)
+
+    def expect(self, indices: Iterable[int]) -> None:
+        """Say which samples will be read next, in order, so that their bytes are on the way before they are needed."""
+        if not self.data.read_ahead:
+            return
+        remote = []
+        for index in indices:
+            one, inside = self._place(index)
+            if self._kept(index) is None and not one.announce(inside, self._member):
+                remote.append(index)
+        if remote and self._ahead is None:
+            self._ahead = ReadAhead(self.read, self.data.read_ahead)
+        if self._ahead is not None:
+            self._ahead.plan(remote)
+
+    def plan(self, index: int, epoch: int) -> TrainingPlan:
+        """The draws of a sample's training clips: a function of (seed, epoch, sample, number of the clip) alone."""
+        return training_plan(self.data, self.shape(index), self.seed, epoch, index)
+
+    def training_clips(self, index: int, epoch: int) -> ClipBatch:
+        """The augmented clips of one sample, ``clips_per_sample`` of them from one decode."""
+        plan = self.plan(index, epoch)
+        frames, costs = self._frames(index, plan.frames)
+        began = time.perf_counter()
+        clips = [
+            cut(part, box, pixels=self.data.crop_pixels) for part, box in zip(frames, plan.boxes, strict=True)
+        ]
+        costs += Costs(cut_seconds=time.perf_counter() - began)
+        mirrored = plan.draws[:, FLIP] < 0.5 if self.data.augment.flip else np.zeros(len(clips), dtype=bool)
+        return self._batch(index, clips, plan.draws, costs, mirrored=mirrored.tolist())
+
+    def test_views(self, index: int) -> ClipBatch:
+        """All views of one sample, clips x crops, crops innermost."""
+        shape, views = self.shape(index), self.data.views
+        numbers = view_frames(
+            self.data.sampling,
+            num_frames=shape.num_frames,
+            fps=shape.fps,
+            clips=views.clips,
+            from_start=views.position == "from_start",
+            every_frames=views.every_frames,
+        )
+        frames, costs = self._frames(index, numbers)
+        began = time.perf_counter()
+        boxes = view_boxes(self.data, height=shape.height, width=shape.width, crops=views.crops)
+        cuts = [cut(part, box, pixels=self.data.crop_pixels) for part in frames for box in boxes]
+        costs += Costs(cut_seconds=time.perf_counter() - began)
+        draws = np.full((len(cuts), NUM_DRAWS), 0.5, dtype=np.float32)
+        return self._batch(index, cuts, draws, costs, mirrored=[False] * len(cuts))
+
+    def _frames(self, index: int, clips: Sequence[Ints]) -> tuple[list[Frames], Costs]:
+        """The frames (T, H, W, C) of each clip, each decoded once; from memory where the whole video is kept there."""
+        video = self._kept(index)
+        if video is not None:
+            return [video[numbers] for numbers in clips], Costs()
+        began = time.perf_counter()
+        data = self._ahead.take(index) if self._ahead is not None else self.read(index)
+        read = time.perf_counter()
+        if self._cache is not None:
+            wanted = np.arange(self.shape(index).num_frames)
+        else:
+            wanted = np.unique(np.concatenate(clips))
+        decode = decode_flow if self.data.modality == "flow" else decode_frames
+        decoded = decode(data, wanted.tolist(), decoder=self.data.decoder)
+        costs = Costs(
+            read_seconds=read - began, decode_seconds=time.perf_counter() - read, read_bytes=len(data)
+        )
+        if self._cache is not None:
+            self._cache.put(self._cache_key(index), decoded)
+        if len(clips) == 1 and np.array_equal(clips[0], wanted):
+            return [decoded], costs
+        return [decoded[np.searchsorted(wanted, numbers)] for numbers in clips], costs
+
+    def _kept(self, index: int) -> Frames | None:
+        return None if self._cache is None else self._cache.get(self._cache_key(index))
+
+    def _cache_key(self, index: int) -> tuple[str, str]:
+        one, inside = self._place(index)
+        return one.url, f"{one.key(inside)}.{self._member}"
+
+    def _batch(
+        self,
+        index: int,
+        clips: Sequence[Tensor],
+        draws: npt.NDArray[np.float32],
+        costs: Costs,
+        *,
+        mirrored: Sequence[bool],
+    ) -> ClipBatch:
+        B = len(clips)
+        targets = None
+        if self.label_sets is not None:
+            targets = torch.zeros(B, len(self.classes))
+            for row, swap in enumerate(mirrored):
+                targets[row, [self._seen(label, swap) for label in self.label_sets[index]]] = 1.0
+        return ClipBatch(
+            clips=clips[0].unsqueeze(0) if B == 1 else torch.stack(list(clips)),
+            labels=torch.tensor([self._seen(int(self.labels[index]), swap) for swap in mirrored]),
+            sample_index=torch.full((B,), index),
+            video_index=torch.full((B,), int(self.video_index[index])),
+            views=torch.arange(B),
+            draws=torch.from_numpy(draws),
+            targets=targets,
+            costs=costs,
+        )
+
+    def _seen(self, label: int, mirrored: bool) -> int:
+        """The class a clip shows: another one where mirroring turns left into right."""
+        return self._mirrored.get(label, label) if mirrored else label
+
+    def close(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+        for one in self.sets:
+            one.close()
+
+
+def stored_split(data: DataConfig, split: str | None) -> str | None:
+    """The shards' split that a split of the run is read from: training's, where validation is carved from it."""
+    return data.split if data.val_share and split == data.val_split else split
+
+
+def _refuse_second_validation(data: DataConfig, sets: Sequence[ShardDataset]) -> None:
+    for one in sets:
+        if data.val_share and data.val_split in one.splits:
+            raise ConfigError(
+                f"{one.url} has a split {data.val_split!r} of its own",
+                key="data.val_share",
+                value=data.val_share,
+                hint="use 0, or another name as data.val_split",
+            )
+
+
+def _require_flow(data: DataConfig, sets: Sequence[ShardDataset]) -> None:
+    for url, one in zip(data.urls, sets, strict=True):
+        if data.modality == "flow" and not one.has_flow:
+            raise ConfigError(
+                f"{url} holds no optical flow",
+                key="data.modality",
+                value=data.modality,
+                hint="build the shards with `flow: {}`, or use rgb",
+            )
+
+
+def subset_of(data: DataConfig, split: str | None) -> Subset | None:
+    """The part of the stored split a split of the run is; None for all of it."""
+    if split == data.val_split and data.val_share:
+        return Subset(held_out_share=data.val_share, held_out=True, seed=data.subset_seed)
+    if split == data.split and (data.val_share or data.label_share < 1):
+        return Subset(held_out_share=data.val_share, label_share=data.label_share, seed=data.subset_seed)
+    return None
+
+
+def clips_of_video(
+    path: Path, data: DataConfig, *, start_seconds: float = 0.0, end_seconds: float | None = None
+) -> ClipBatch:
+    """All test views of a local video file that is in no shard, or of a span of it.
+
+    The file is first brought to the form shards have (upright, square pixels, constant rate), so that the network
+    sees what it was trained on; flow is computed with the default method and range. Raises VideoDecodeError.
+    """
+    stored = transcode_span(path, start_seconds=start_seconds, end_seconds=end_seconds, config=FOREIGN)
+    if data.modality == "flow":
+        member = flow_member(stored.data, FlowConfig(), FOREIGN)
+        frames = decode_flow(member, range(stored.checked.frames), decoder=data.decoder)
+    else:
+        frames = decode_frames(stored.data, range(stored.checked.frames), decoder=data.decoder)
+    fps = float(stored.checked.fps)
+    clips = view_frames(
+        data.sampling,
+        num_frames=len(frames),
+        fps=fps,
+        clips=data.views.clips,
+        from_start=data.views.position == "from_start",
+        every_frames=data.views.every_frames,
+    )
+    boxes = view_boxes(data, height=frames.shape[1], width=frames.shape[2], crops=data.views.crops)
+    cuts = [cut(frames[numbers], box, pixels=data.crop_pixels) for numbers in clips for box in boxes]
+    B = len(cuts)
+    return ClipBatch(
+        clips=torch.stack(cuts),
+        labels=torch.full((B,), -1),
+        sample_index=torch.zeros(B, dtype=torch.int64),
+        video_index=torch.zeros(B, dtype=torch.int64),
+        views=torch.arange(B),
+        draws=torch.full((B, NUM_DRAWS), 0.5),
+    )

@@ -1,0 +1,265 @@
+"""Loaders: training batches as a pure function of (seed, epoch, position), test samples exactly once.
+
+The main process computes which samples a micro-batch holds; worker processes only fetch them. So the number of
+workers, ranks, or accumulation steps cannot change what an optimizer step sees, and the whole state of the loader is
+the step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from torch.utils.data import Dataset
+
+from cliplift.configs.data import DataConfig
+from cliplift.configs.sections import ConfigError
+from cliplift.pipelines.data.balanced import BalancedOrder
+from cliplift.pipelines.data.batch import ClipBatch, merged
+from cliplift.pipelines.data.clip_source import ClipSource, clips_of_video
+from cliplift.pipelines.data.eval_loader import EvalLoader
+from cliplift.pipelines.data.order import (
+    Draw,
+    GlobalOrder,
+    Mixture,
+    Order,
+    WindowedOrder,
+    mix,
+    rank_positions,
+)
+from cliplift.pipelines.data.workers import WorkerError, batches_from_workers
+from cliplift.sharding.read.reader import ShardReadError
+from cliplift.sharding.video.decode import VideoDecodeError
+
+__all__ = [
+    "ClipBatch",
+    "ClipLoader",
+    "EvalLoader",
+    "TooManyFailuresError",
+    "WorkerError",
+    "clips_of_video",
+]
+
+log = logging.getLogger(__name__)
+
+MAX_SUBSTITUTES = 100
+
+
+class TooManyFailuresError(ValueError):
+    """More samples were unreadable than the config tolerates."""
+
+
+class FailureCount:
+    """Unreadable samples so far, and when they are too many."""
+
+    def __init__(self, data: DataConfig) -> None:
+        self.data = data
+        self._read = self._failed = self._in_row = 0
+
+    def count(self, batch: ClipBatch) -> None:
+        """Add a batch. Raises TooManyFailuresError above ``max_failed_in_row`` or ``max_failed_share``."""
+        self._read += len(batch.labels) // self.data.clips_per_sample
+        self._failed += len(batch.failed)
+        self._in_row = self._in_row + len(batch.failed) if batch.failed else 0
+        for message in batch.failed:
+            log.warning("another sample stands in for %s", message)
+        too_many = self._read >= 100 and self._failed > self.data.max_failed_share * self._read
+        if self._in_row > self.data.max_failed_in_row or too_many:
+            read_from = self.data.sequential.tars if self.data.sequential else self.data.urls
+            raise TooManyFailuresError(
+                f"{self._failed} of {self._read} samples could not be read (the last: {batch.failed[-1]}); "
+                f"run `cliplift verify` on {', '.join(read_from)}, or raise data.max_failed_share"
+            )
+
+
+class Request(NamedTuple):
+    """A micro-batch to fetch: where in which epoch, and what the same process will be asked for next."""
+
+    epoch: int
+    positions: tuple[int, ...]
+    next_epoch: int = 0
+    next_positions: tuple[int, ...] = ()
+
+
+class _Training(Dataset[ClipBatch | TooManyFailuresError]):
+    """Micro-batches by request; lives in the worker processes."""
+
+    def __init__(self, source: ClipSource, order: Order | BalancedOrder) -> None:
+        self.source, self.order = source, order
+
+    def __getitem__(self, request: Request) -> ClipBatch | TooManyFailuresError:
+        draws = [self.order.draw(request.epoch, position) for position in request.positions]
+        ahead = [self.order.draw(request.next_epoch, position) for position in request.next_positions]
+        self.source.expect(draw.sample for draw in (*draws, *ahead))
+        clips, failed = [], []
+        try:
+            for position, draw in zip(request.positions, draws, strict=True):
+                clip, messages = self._clip(request.epoch, position, draw)
+                clips.append(clip)
+                failed += messages
+        except TooManyFailuresError as error:
+            return error  # raised by the main process, whose traceback is the one that helps
+        return merged(clips, failed=failed)
+
+    def _clip(self, epoch: int, position: int, draw: Draw) -> tuple[ClipBatch, list[str]]:
+        """The sample drawn, or the first readable one of a fixed series of its neighbours."""
+        failed: list[str] = []
+        near = self.order.near(position)
+        for attempt in range(1, MAX_SUBSTITUTES + 1):
+            try:
+                return self.source.training_clips(*draw), failed
+            except (ShardReadError, VideoDecodeError) as error:
+                failed.append(f"{self.source.name_of(draw.sample)}: {error}")
+            at = near[mix(self.source.seed, epoch, position, attempt) % len(near)]
+            draw = self.order.draw(epoch, at)
+        raise TooManyFailuresError(
+            f"{MAX_SUBSTITUTES} samples in a row cannot be read; the last: {failed[-1]}"
+        )
+
+
+class ClipLoader:
+    """Training batches of one rank.
+
+    Args:
+        data: the data section of a run.
+        seed: of the order and of every augmentation draw.
+        global_batch: G, clips of an optimizer step over all ranks.
+        micro_batch: clips of one forward pass on this rank.
+        rank, world_size: this process among the ranks.
+
+    With ``data.clips_per_sample`` R above 1, a step reads G / R positions, and each gives R clips side by side.
+
+    Raises:
+        ConfigError: the split has fewer samples than a global batch, R does not divide the micro-batch, or the
+            datasets do not fit together.
+    """
+
+    def __init__(
+        self, data: DataConfig, *, seed: int, global_batch: int, micro_batch: int, rank: int, world_size: int
+    ) -> None:
+        self.data, self.global_batch, self.micro_batch = data, global_batch, micro_batch
+        self.rank, self.world_size = rank, world_size
+        if data.sequential is not None:
+            raise ConfigError("is not read by this stage", key="data.sequential", hint="remove it")
+        if micro_batch % data.clips_per_sample:
+            raise ConfigError(
+                f"{data.clips_per_sample} does not divide the {micro_batch} clips of a micro-batch",
+                key="data.clips_per_sample",
+                value=data.clips_per_sample,
+                hint="change it, engine.micro_batch or engine.global_batch",
+            )
+        self.samples_per_step = global_batch // data.clips_per_sample
+        self.dataset = ClipSource(data, split=data.split, seed=seed)
+        self.classes, self.splits = self.dataset.classes, self.dataset.splits
+        self.num_samples = len(self.dataset)
+        self.steps_per_epoch = self.num_samples // self.samples_per_step
+        if not self.steps_per_epoch:
+            most = self.num_samples * data.clips_per_sample
+            raise ConfigError(
+                f"{global_batch} clips are more than the {most} of split {data.split!r}",
+                key="engine.global_batch",
+                value=global_batch,
+                hint=f"use at most {most}",
+            )
+        self.order = order_of(self.dataset)
+        self.fingerprint = sequence_identity(self.dataset)
+        self._failures = FailureCount(data)
+
+    def requests(self, *, start_step: int, stop_step: int) -> Iterator[Request]:
+        """The micro-batches of optimizer steps [start, stop); the tail of an epoch below G samples is left out."""
+        samples = self.micro_batch // self.data.clips_per_sample
+        for step in range(start_step, stop_step):
+            epoch, inside = divmod(step, self.steps_per_epoch)
+            mine = rank_positions(
+                step=inside, global_batch=self.samples_per_step, rank=self.rank, world_size=self.world_size
+            )
+            for start in range(0, len(mine), samples):
+                yield Request(epoch, tuple(mine[start : start + samples]))
+
+    def micro_batches(self, *, start_step: int, stop_step: int) -> Iterator[ClipBatch]:
+        """Micro-batches of optimizer steps [start, stop), over as many epochs as that takes.
+
+        Raises:
+            TooManyFailuresError: more samples failed, in a row or as a share, than the config tolerates.
+            WorkerError: the worker processes died or were silent for ``data.worker_timeout_seconds``.
+        """
+        dataset = _Training(self.dataset, self.order)
+        workers = self.data.workers
+        requests = with_next(
+            self.requests(start_step=start_step, stop_step=stop_step),
+            distance=max(1, workers),
+            most=self.data.read_ahead,
+        )
+        batches: Iterator[ClipBatch | TooManyFailuresError]
+        if workers == 0:
+            batches = (dataset[request] for request in requests)
+        else:
+            batches = batches_from_workers(
+                dataset, requests, data=self.data, workers=workers, describe=self._describe
+            )
+        for batch in batches:
+            if isinstance(batch, TooManyFailuresError):
+                raise batch
+            self._failures.count(batch)
+            yield batch
+
+    def _describe(self, request: Request) -> str:
+        names = [
+            self.dataset.name_of(self.order.draw(request.epoch, at).sample) for at in request.positions[:3]
+        ]
+        more = len(request.positions) - len(names)
+        return ", ".join(names) + (f" and {more} more" if more else "")
+
+    def close(self) -> None:
+        self.dataset.close()
+
+
+def order_of(source: ClipSource) -> Order | BalancedOrder:
+    """The order of a source's samples that its config asks for."""
+    data, seed = source.data, source.seed
+    if data.class_balanced:
+        return BalancedOrder(source.labels, seed)
+    if data.weights is None:
+        return _plain_order(data, source.shard_ranges, len(source), seed)
+    parts = [
+        _plain_order(data, one.shard_ranges, len(one), mix(seed, number))
+        for number, one in enumerate(source.sets)
+    ]
+    return Mixture(parts, data.weights, seed)
+
+
+def _plain_order(
+    data: DataConfig, shard_ranges: Iterable[tuple[int, int]], num_samples: int, seed: int
+) -> GlobalOrder | WindowedOrder:
+    if data.order == "global":
+        return GlobalOrder(num_samples, seed)
+    return WindowedOrder(list(shard_ranges), seed, data.streams, data.window_samples)
+
+
+def sequence_identity(source: ClipSource) -> str:
+    """Everything but seed and batch that decides which sample comes when: what a resumed run must not change."""
+    data = source.data
+    order = (
+        f"windowed, {data.streams} streams of {data.window_samples}" if data.order == "windowed" else "global"
+    )
+    order = "class-balanced" if data.class_balanced else order
+    weights = "" if data.weights is None else f", weights {':'.join(f'{w:g}' for w in data.weights)}"
+    repeated = f", {data.clips_per_sample} clips a sample" if data.clips_per_sample > 1 else ""
+    return f"{source.fingerprint} ({order}{weights}{repeated})"
+
+
+def with_next(requests: Iterator[Request], *, distance: int, most: int) -> Iterator[Request]:
+    """Each request with the first positions of the one ``distance`` later, which the same process will get.
+
+    PyTorch deals requests to workers in turn. Were it to deal them otherwise, reading would be slower, not different.
+    """
+    waiting: deque[Request] = deque()
+    for request in requests:
+        waiting.append(request)
+        if len(waiting) > distance:
+            yield waiting.popleft()._replace(
+                next_epoch=request.epoch, next_positions=request.positions[:most]
+            )
+    yield from waiting

@@ -1,0 +1,249 @@
+"""Training from plain WebDataset tars without an index, through stock ``webdataset``. Not exact.
+
+What is lost against :class:`cliplift.pipelines.data.clips.ClipLoader`: the order depends on ranks, workers and chance, tars
+are drawn with replacement (so a sample may come twice before another comes once), a resumed run goes on with other
+samples, and what webdataset cannot read behind a damaged place of a tar is left out without being counted. What is
+kept: every rank always gets equal batches, the number of steps is the config's, undecodable videos are counted, silent
+workers are an error. ``cliplift index`` makes the same tars readable exactly.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+import webdataset
+from torch.utils.data import Dataset, get_worker_info
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from cliplift.configs.data import DataConfig
+from cliplift.configs.sections import ConfigError
+from cliplift.configs.shard_sets import SequentialConfig
+from cliplift.pipelines.data.batch import FLIP, ClipBatch, merged
+from cliplift.pipelines.data.clips import MAX_SUBSTITUTES, FailureCount, TooManyFailuresError
+from cliplift.pipelines.data.crops import cut
+from cliplift.pipelines.data.training_plan import mirrored_labels, training_plan
+from cliplift.pipelines.data.workers import batches_from_workers
+from cliplift.sharding.read.reader import ClipShape, ShardDataset
+from cliplift.sharding.storage import StorageError
+from cliplift.sharding.video.decode import VideoDecodeError, decode_frames, probe
+
+
+class SequentialLoader:
+    """Training batches of one rank from a stream of tars; stands in for ``ClipLoader``.
+
+    Args:
+        data: the data section of a run, with ``sequential``; ``shards`` gives the classes.
+        seed, global_batch, micro_batch, rank, world_size: as for ``ClipLoader``.
+
+    Raises:
+        ConfigError: an epoch holds fewer samples than a global batch, or clips cannot be dealt evenly.
+    """
+
+    def __init__(
+        self, data: DataConfig, *, seed: int, global_batch: int, micro_batch: int, rank: int, world_size: int
+    ) -> None:
+        assert data.sequential is not None
+        if micro_batch % data.clips_per_sample:
+            raise ConfigError(
+                f"{data.clips_per_sample} does not divide the {micro_batch} clips of a micro-batch",
+                key="data.clips_per_sample",
+                value=data.clips_per_sample,
+            )
+        self.data, self.world_size = data, world_size
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        indexed = ShardDataset(data.urls[0], fold=data.fold)
+        self.classes, self.splits = indexed.classes, indexed.splits
+        self.num_samples = data.sequential.samples_per_epoch
+        self.steps_per_epoch = self.num_samples * data.clips_per_sample // global_batch
+        if not self.steps_per_epoch:
+            raise ConfigError(
+                f"{self.num_samples} samples are fewer than a global batch of {global_batch} clips needs",
+                key="data.sequential.samples_per_epoch",
+                value=self.num_samples,
+            )
+        tars = "+".join(data.sequential.tars)
+        self.fingerprint = f"stream of {tars}, {self.num_samples} samples an epoch, not exact"
+        self._stream = _Stream(
+            data, self.classes, seed=seed, rank=rank, samples=micro_batch // data.clips_per_sample
+        )
+        self._failures = FailureCount(data)
+
+    def micro_batches(self, *, start_step: int, stop_step: int) -> Iterator[ClipBatch]:
+        """As many micro-batches as optimizer steps [start, stop) need; which samples they hold is not said."""
+        count = (stop_step - start_step) * self.global_batch // (self.micro_batch * self.world_size)
+        # A run that goes on at a later step draws other samples than it began with.
+        requests = range(start_step, start_step + count)
+        batches: Iterator[ClipBatch | TooManyFailuresError]
+        if self.data.workers == 0:
+            batches = (self._stream[request] for request in requests)
+        else:
+            batches = batches_from_workers(
+                self._stream,
+                requests,
+                data=self.data,
+                workers=self.data.workers,
+                describe=lambda number: f"number {number} of the stream {self.fingerprint}",
+            )
+        for batch in batches:
+            if isinstance(batch, TooManyFailuresError):
+                raise batch
+            self._failures.count(batch)
+            yield batch
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class _Stream(Dataset[ClipBatch | TooManyFailuresError]):
+    """The next clips of this process's own stream, whatever the request; lives in the worker processes."""
+
+    def __init__(
+        self, data: DataConfig, classes: Sequence[str], *, seed: int, rank: int, samples: int
+    ) -> None:
+        assert data.sequential is not None
+        self.data, self.config, self.classes = data, data.sequential, tuple(classes)
+        self.seed, self.rank, self.samples = seed, rank, samples
+        self._numbers = {name: number for number, name in enumerate(classes)}
+        self._mirrored = mirrored_labels(data.augment, classes)
+        self._videos: Iterator[tuple[int, Mapping[str, Any]]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_videos": None}
+
+    def __getitem__(self, request: int) -> ClipBatch | TooManyFailuresError:
+        if self._videos is None:
+            worker = get_worker_info()
+            words = (self.seed, self.rank, worker.id if worker else 0, request)
+            self._videos = enumerate(raw_samples(self.config, seed=zlib.crc32(repr(words).encode())))
+        try:
+            return self._batch(self._videos)
+        except (TooManyFailuresError, StorageError) as error:
+            return TooManyFailuresError(str(error))
+
+    def _batch(self, videos: Iterator[tuple[int, Mapping[str, Any]]]) -> ClipBatch:
+        clips: list[ClipBatch] = []
+        failed: list[str] = []
+        for number, video in videos:
+            try:
+                clips.append(self._clips(number, video))
+            except (VideoDecodeError, SampleError) as error:
+                failed.append(f"{video.get('__url__')} {video.get('__key__')}: {error}")
+            if len(clips) == self.samples:
+                return merged(clips, failed=failed)
+            if len(failed) > MAX_SUBSTITUTES:
+                break
+        last = failed[-1] if failed else "the tars hold no sample"
+        raise TooManyFailuresError(
+            f"{len(failed)} samples of {', '.join(self.config.tars)} cannot be read; the last: {last}"
+        )
+
+    def _clips(self, number: int, video: Mapping[str, Any]) -> ClipBatch:
+        """The training clips of one raw sample. Raises SampleError, VideoDecodeError."""
+        data = video.get(self.config.video_key)
+        if data is None:
+            raise SampleError(f"has no .{self.config.video_key} member")
+        label = label_of(video, self.config.label_key, self._numbers)
+        plan = training_plan(self.data, shape_of(data), self.seed, self.rank, number)
+        wanted = np.unique(np.concatenate(plan.frames))
+        decoded = decode_frames(data, wanted.tolist(), decoder=self.data.decoder)
+        cuts = [
+            cut(decoded[np.searchsorted(wanted, frames)], box, pixels=self.data.crop_pixels)
+            for frames, box in zip(plan.frames, plan.boxes, strict=True)
+        ]
+        mirrored = (plan.draws[:, FLIP] < 0.5) & self.data.augment.flip
+        name = zlib.crc32(f"{video.get('__url__')} {video['__key__']}".encode())
+        B = len(cuts)
+        return ClipBatch(
+            clips=torch.stack(cuts),
+            labels=torch.tensor([self._mirrored.get(label, label) if m else label for m in mirrored]),
+            sample_index=torch.full((B,), name),
+            video_index=torch.full((B,), name),
+            views=torch.arange(B),
+            draws=torch.from_numpy(plan.draws),
+        )
+
+    def close(self) -> None:
+        self._videos = None
+
+
+class SampleError(ValueError):
+    """A sample of a tar lacks something."""
+
+
+def raw_samples(config: SequentialConfig, *, seed: int) -> Iterator[Mapping[str, Any]]:
+    """Samples as webdataset makes them, without end: key, address of the tar, and the bytes of each member.
+
+    Raises:
+        StorageError: a tar cannot be opened.
+        TooManyFailuresError: no tar holds a sample that can be read.
+    """
+    tars = [tar for pattern in config.tars for tar in expand_urls(pattern)]
+    opened = _OpenedTars(limit=max(100, 3 * len(tars)))
+    skip = webdataset.warn_and_continue
+    stream = webdataset.DataPipeline(
+        webdataset.ResampledShards(tars, seed=seed),
+        opened,
+        partial(tar_file_expander, handler=skip),
+        partial(group_by_keys, handler=skip),
+        opened.noted,
+        webdataset.shuffle(config.shuffle_samples, initial=config.shuffle_samples, seed=seed),
+    )
+    yield from stream
+
+
+class _OpenedTars:
+    """Opens tars through fsspec: no shell commands, which webdataset's own addresses may contain."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.fruitless = limit, 0
+
+    def noted(self, samples: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+        """Samples as they come out of the tars."""
+        for sample in samples:
+            self.fruitless = 0
+            yield sample
+
+    def __call__(self, tars: Iterable[Mapping[str, str]]) -> Iterator[dict[str, Any]]:
+        for tar in tars:
+            self.fruitless += 1
+            if self.fruitless > self.limit:
+                raise TooManyFailuresError(f"no sample in {self.limit} tars; the last: {tar['url']}")
+            try:
+                with fsspec.open(tar["url"], "rb") as stream:
+                    yield {"url": tar["url"], "stream": stream}
+            except OSError as error:
+                raise StorageError(f"{tar['url']}: cannot be opened: {error}") from error
+
+
+def label_of(video: Mapping[str, Any], key: str, numbers: Mapping[str, int]) -> int:
+    """The label of a raw sample, from its JSON (a class name or a number) or its ``cls`` member; -1 has none."""
+    if "cls" in video:
+        found: Any = int(video["cls"])
+    else:
+        found = json.loads(video.get("json", b"{}")).get(key)
+    if found is None:
+        return -1
+    if isinstance(found, str) and found in numbers:
+        return numbers[found]
+    if isinstance(found, int) and 0 <= found < max(1, len(numbers)):
+        return found
+    raise SampleError(f"its label {found!r} is not one of the {len(numbers)} classes of data.shards")
+
+
+def shape_of(data: bytes) -> ClipShape:
+    """Size and length of a video, from its container. Raises VideoDecodeError."""
+    facts = probe(data)
+    frames = facts.frames
+    if frames is None and facts.duration_seconds and facts.fps:
+        frames = int(facts.duration_seconds * facts.fps)
+    if not frames or facts.fps is None:
+        raise VideoDecodeError("its container states no length")
+    return ClipShape(num_frames=frames, fps=float(facts.fps), height=facts.height, width=facts.width)

@@ -1,0 +1,81 @@
+"""Test views of video files that are in no shard: whole, or in windows sliding over a long one."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+
+from cliplift.configs.data import DataConfig
+from cliplift.configs.sections import ConfigError
+from cliplift.pipelines.data.batch import ClipBatch
+from cliplift.pipelines.data.clip_source import clips_of_video
+from cliplift.sharding.video.decode import VideoDecodeError, probe
+
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"}
+)
+
+
+def video_names(names: tuple[str, ...]) -> Iterator[str]:
+    """Files as given, folders expanded to the videos below them in sorted order."""
+    if not names:
+        raise ConfigError("names no video", key="videos", hint="give files or folders after the run")
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+            if not inside:
+                raise ConfigError(f"{name!r} holds no video file", key="videos", value=name)
+            yield from map(str, inside)
+        else:
+            yield name
+
+
+@contextlib.contextmanager
+def local_copy(video: str) -> Iterator[Path]:
+    """A local file as it is; anything behind a URL as a temporary copy."""
+    if "://" not in video:
+        yield Path(video)
+        return
+    with tempfile.NamedTemporaryFile(suffix=Path(video).suffix) as copy:
+        with fsspec.open(video, "rb") as file:
+            shutil.copyfileobj(file, copy)
+        copy.flush()
+        yield Path(copy.name)
+
+
+def views_of_video(video: str, data: DataConfig) -> ClipBatch:
+    """All test views of a file or URL. Raises VideoDecodeError."""
+    with local_copy(video) as path:
+        return clips_of_video(path, data)
+
+
+def sliding_windows(
+    path: Path, data: DataConfig, *, window_seconds: float, stride_seconds: float
+) -> Iterator[tuple[float, float, ClipBatch]]:
+    """(start, end, views) of windows over a local file, in seconds; only one window is decoded at a time.
+
+    The last window ends at the end of the video; a video shorter than a window is one window. Raises VideoDecodeError.
+    """
+    duration = probe(path).duration_seconds
+    if duration is None:
+        raise VideoDecodeError(
+            f"{path}: its container does not say how long it is, which sliding windows need"
+        )
+    starts = np.arange(0.0, max(duration - window_seconds, 0.0) + 1e-6, stride_seconds).tolist()
+    if starts[-1] + window_seconds < duration - 1e-6:
+        starts.append(duration - window_seconds)
+    for start in starts:
+        end = min(start + window_seconds, duration)
+        last = end >= duration - 1e-6
+        yield (
+            start,
+            end,
+            clips_of_video(path, data, start_seconds=start, end_seconds=None if last else end),
+        )

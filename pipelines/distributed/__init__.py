@@ -1,0 +1,1 @@
+"""Ranks: who they are, how they talk, and that they agree."""

@@ -1,0 +1,160 @@
+"""Parameter groups, optimizers and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from cliplift.configs.sections import ConfigError
+from cliplift.configs.training import OptimConfig, ScheduleConfig
+from cliplift.pipelines.engine.lamb import Lamb
+
+
+def peak_lr(optim: OptimConfig, *, global_batch: int) -> float:
+    """The learning rate after the linear scaling rule: lr * global_batch / lr_reference_batch."""
+    if optim.lr_reference_batch is None:
+        return optim.lr
+    return optim.lr * global_batch / optim.lr_reference_batch
+
+
+def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Trainable parameters by (weight decay, lr factor), each group with the names of its parameters.
+
+    Normalisation weights and biases are told by their shape (one dimension). Groups are in order of first
+    appearance, so that equal configs give equal groups.
+    """
+    factors = _block_factors(module, optim)
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        decay = optim.weight_decay if parameter.ndim > 1 or optim.decay_norm_and_bias else 0.0
+        factor = factors.get(name, 1.0)
+        group = groups.setdefault(
+            (decay, factor), {"params": [], "names": [], "weight_decay": decay, "lr_factor": factor}
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    if not groups:
+        raise ConfigError("leaves no parameter to train", key="model.frozen", hint="freeze less")
+    return list(groups.values())
+
+
+def _block_factors(module: nn.Module, optim: OptimConfig) -> dict[str, float]:
+    """lr factor of the network's parameters under layer-wise decay, as in BEiT (arXiv:2106.08254) and VideoMAE.
+
+    With n blocks the stem gets decay**(n + 1), block i (from 0) decay**(n - i), and what comes after the last block
+    1, like everything outside the network: the head is the part that starts from random weights. A parameter
+    between two blocks goes with the one before it.
+    """
+    if optim.layer_decay == 1.0:
+        return {}
+    prefix, network = network_with_blocks(module, key="optim.layer_decay")
+    blocks = list(network.checkpoint_blocks())
+    names = [name for name, _ in network.named_parameters()]
+    inside = [next((i for i, b in enumerate(blocks) if name.startswith(f"{b}.")), None) for name in names]
+    last = max((at for at, number in enumerate(inside) if number is not None), default=-1)
+    factors, layer = {}, 0
+    for at, (name, number) in enumerate(zip(names, inside, strict=True)):
+        layer = layer if number is None else number + 1
+        factors[prefix + name] = 1.0 if at > last else optim.layer_decay ** (len(blocks) + 1 - layer)
+    return factors
+
+
+def network_with_blocks(module: nn.Module, *, key: str) -> tuple[str, Any]:
+    """(parameter-name prefix, network) of the trained network inside a stage's module that names its blocks.
+
+    Raises:
+        ConfigError: none does; names ``key``, the setting that needs blocks.
+    """
+    for name, child in module.named_modules():
+        trained = any(p.requires_grad for p in child.parameters())
+        if trained and callable(getattr(child, "checkpoint_blocks", None)):
+            return (f"{name}." if name else ""), child
+    raise ConfigError("needs a model that names its blocks", key=key, hint="leave it at its default")
+
+
+def build_optimizer(
+    module: nn.Module, optim: OptimConfig, *, global_batch: int, device: torch.device
+) -> Optimizer:
+    """A torch optimizer (never DeepSpeed's own, which need a compiler); every group's lr is set by the schedule."""
+    lr = peak_lr(optim, global_batch=global_batch)
+    groups: Iterable[dict[str, Any]] = [
+        g | {"lr": lr * g["lr_factor"]} for g in parameter_groups(module, optim)
+    ]
+    if optim.name == "sgd":
+        nesterov = optim.nesterov and optim.momentum > 0
+        return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, nesterov=nesterov)
+    if optim.name == "lamb":
+        return Lamb(groups, lr=lr, betas=optim.betas, eps=optim.eps)
+    # One kernel over all parameters, on a GPU and on a CPU.
+    fused = device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr=lr, betas=optim.betas, eps=optim.eps, fused=fused)
+
+
+class Schedule:
+    """Learning-rate factor at each optimizer step, a pure function of the step (plateau: and of its drops)."""
+
+    def __init__(self, schedule: ScheduleConfig, *, total_steps: int) -> None:
+        self.config, self.total_steps = schedule, total_steps
+        self.warmup_steps = round(schedule.warmup_share * total_steps)
+        self.drops = 0
+        self._best: float | None = None
+        self._waited = 0
+
+    def factor(self, step: int) -> float:
+        """The factor the ``step``-th update (from 0) is made with."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        config, final = self.config, self.config.final_lr_share
+        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        if config.name == "cosine":
+            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+        if config.name == "step":
+            return config.factor ** sum(step >= round(m * self.total_steps) for m in config.milestones)
+        if config.name == "plateau":
+            return config.factor**self.drops
+        if config.name == "warmup_constant_cooldown":
+            cooldown_steps = round(config.cooldown_share * self.total_steps)
+            left = (self.total_steps - step) / max(1, cooldown_steps)
+            return final + (1 - final) * min(1.0, left)
+        return 1.0
+
+    def observe(self, metric: float) -> bool:
+        """Tell the plateau schedule an evaluation's metric (higher is better). True when the lr drops."""
+        if self.config.name != "plateau":
+            return False
+        if self._best is None or metric > self._best:
+            self._best, self._waited = metric, 0
+            return False
+        self._waited += 1
+        if self._waited < self.config.patience_evaluations:
+            return False
+        self.drops, self._waited = self.drops + 1, 0
+        return True
+
+    def state(self) -> dict[str, float | None]:
+        return {"drops": self.drops, "best": self._best, "waited": self._waited}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.drops, self._best, self._waited = int(state["drops"]), state["best"], int(state["waited"])
+
+    def apply(self, optimizer: Optimizer, step: int, lr: float) -> float:
+        """Set every group's lr for one update; returns the factor-free peak times the schedule."""
+        now = lr * self.factor(step)
+        for group in optimizer.param_groups:
+            group["lr"] = now * group["lr_factor"]
+        return now
+
+
+def total_steps(schedule: ScheduleConfig, *, steps_per_epoch: int) -> int:
+    """Length of a run in optimizer steps."""
+    if schedule.steps is not None:
+        return schedule.steps
+    assert schedule.epochs is not None
+    return max(1, math.ceil(schedule.epochs * steps_per_epoch))

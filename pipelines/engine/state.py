@@ -1,0 +1,155 @@
+"""The state of a run, in memory and on disk: weights, their average, optimizer, schedule, and where it is.
+
+One object so that saving, resuming, rewinding and taking the result see the same set of things.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cliplift.configs.training import TrainingRun
+from cliplift.pipelines.distributed.collectives import Topology, broadcast_object
+from cliplift.pipelines.engine import checkpoint
+from cliplift.pipelines.engine.deepspeed_engine import build_engine, resumable
+from cliplift.pipelines.engine.ema import WeightAverage
+from cliplift.pipelines.engine.optim import Schedule
+from cliplift.pipelines.engine.zero_state import (
+    gathered_optimizer,
+    gathered_parameters,
+    put_parameters,
+    restore_optimizer,
+)
+
+CHECKPOINTS = "checkpoints"
+BEST = "best"
+
+
+class RunState:
+    """A run's engine and everything a checkpoint holds of it. Methods are collective.
+
+    ``step`` counts optimizer steps; ``step + data_offset`` is the data position in steps: rewinds pass over the data
+    that led to a bad step. ``skipped`` counts updates left out, ``best`` is the best validation metric so far and
+    ``metrics`` are those of the last evaluation.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        run: TrainingRun,
+        *,
+        schedule: Schedule,
+        identity: Mapping[str, Any],
+        topology: Topology,
+        say: Callable[[str], None],
+    ) -> None:
+        self.run, self.schedule, self.identity = run, schedule, identity
+        self.topology, self.say = topology, say
+        self.folder = Path(run.output) / CHECKPOINTS
+        self.step, self.data_offset, self.skipped, self.rewinds = 0, 0, 0, 0
+        self.best: float | None = None
+        self.metrics: dict[str, float] = {}
+        self.saver = checkpoint.Saver(topology, asynchronous=run.checkpoint.asynchronous)
+        saved = resumable(self.folder, run, identity=identity, topology=topology, say=say)
+        self.engine = build_engine(module, run, folder=self.folder, saved=saved, topology=topology)
+        decay = run.optim.average_decay
+        self.average = WeightAverage(self.engine, decay=decay) if decay else None
+        if saved is not None:
+            self._continue(saved)
+            say(f"continues from step {self.step}")
+
+    @property
+    def data_step(self) -> int:
+        """The data position, in optimizer steps."""
+        return self.step + self.data_offset
+
+    def save(self, tracker_id: str | None, *, best: bool = False) -> None:
+        """A checkpoint of this step; ``best`` keeps it apart from the last ones, alone."""
+        average = self.average
+        snapshot = checkpoint.Snapshot(
+            parameters=gathered_parameters(self.engine),
+            optimizer=gathered_optimizer(self.engine),
+            buffers=dict(self.engine.module.named_buffers()),
+            random_state=checkpoint.random_state(self.topology.device),
+            average={} if average is None else average.gathered(),
+            state={
+                "step": self.step,
+                "data_offset": self.data_offset,
+                "skipped_steps": self.skipped,
+                "rewinds": self.rewinds,
+                "average_updates": 0 if average is None else average.updates,
+                "best": self.best,
+                "metrics": self.metrics,
+                "schedule": self.schedule.state(),
+                "identity": dict(self.identity),
+                "tracker_id": tracker_id,
+            },
+        )
+        folder = self.folder / BEST if best else self.folder
+        self.saver.save(folder, snapshot, keep_last=1 if best else self.run.checkpoint.keep_last)
+
+    def _continue(self, saved: checkpoint.Snapshot) -> None:
+        """Everything of a checkpoint but weights and optimizer state."""
+        checkpoint.set_random_state(saved.random_state, self.topology.device)
+        state = saved.state
+        self.schedule.load(state["schedule"])
+        self.step, self.skipped = state["step"], state["skipped_steps"]
+        self.data_offset, self.rewinds = state["data_offset"], state["rewinds"]
+        self.best, self.metrics = state["best"], dict(state["metrics"])
+        if self.average is not None and saved.average:
+            self.average.restore(saved.average, updates=state["average_updates"])
+
+    def rewind(self) -> bool:
+        """Back to the newest checkpoint; the data up to and with this step's is left out from then on.
+
+        False where there is no checkpoint yet.
+        """
+        self.saver.wait()
+        saved = self._newest(self.folder)
+        if saved is None:
+            return False
+        next_data, skipped, rewinds = self.data_step + 1, self.skipped, self.rewinds + 1
+        put_parameters(self.engine, saved.parameters)
+        checkpoint.load_buffers(self.engine.module, saved.buffers)
+        restore_optimizer(self.engine, saved.optimizer)
+        self._continue(saved)
+        self.skipped, self.rewinds = skipped, rewinds
+        self.data_offset = next_data - self.step
+        return True
+
+    def take_result(self, *, refresh_statistics: Callable[[], None]) -> None:
+        """Put what the run is for into the module: the best evaluated weights, or the last; averaged, if they are.
+
+        ``refresh_statistics`` re-estimates BatchNorm under averaged weights; without an average, the statistics kept
+        are those of the evaluation.
+        """
+        best = self._newest(self.folder / BEST) if self.run.checkpoint.keep_best else None
+        if best is not None and best.state["step"] != self.step:
+            self.say(f"takes the best weights, of step {best.state['step']}")
+            put_parameters(self.engine, {**best.parameters, **best.average})
+            checkpoint.load_buffers(self.engine.module, {**best.buffers, **best.average})
+            self.metrics = dict(best.state["metrics"])
+        elif self.average is not None:
+            self.average.take()
+        if self.average is not None:
+            refresh_statistics()
+
+    def _newest(self, folder: Path) -> checkpoint.Snapshot | None:
+        """Rank 0 chooses for all."""
+        path = checkpoint.newest_usable(folder, say=self.say) if self.topology.is_main else None
+        path = broadcast_object(path, self.topology)
+        return None if path is None else checkpoint.load(path, topology=self.topology)
+
+
+def run_identity(run: TrainingRun, *, data_fingerprint: str, total_steps: int) -> dict[str, Any]:
+    """What must not change between stop and resume for the run to be the same run."""
+    return {
+        "data.shards": data_fingerprint,
+        "seed": run.seed,
+        "engine.global_batch": run.engine.global_batch,
+        "optim.name": run.optim.name,
+        "schedule": total_steps,
+    }

@@ -1,0 +1,1 @@
+"""Trained networks applied: metrics, predictions, explanations, exports."""

@@ -1,0 +1,268 @@
+"""Evaluation: every sample of a split exactly once over all ranks, its views averaged, exact counts.
+
+The result does not depend on the number of ranks or the batch size: samples are dealt to ranks without padding,
+gathered, and put back in dataset order before any number is computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from cliplift.configs.data import DataConfig
+from cliplift.configs.load import load_run
+from cliplift.configs.runs import RUNS, EvaluateRun
+from cliplift.configs.sections import ConfigError
+from cliplift.configs.training import EngineConfig
+from cliplift.models.factory import from_pretrained, read_config
+from cliplift.pipelines.data.augment import DeviceAugment
+from cliplift.pipelines.data.clips import EvalLoader
+from cliplift.pipelines.distributed.agreement import agree_on_run
+from cliplift.pipelines.distributed.collectives import Topology, gather_objects, start
+from cliplift.pipelines.engine import watchdog
+from cliplift.pipelines.evaluation.features import FEATURES, FeatureSums
+from cliplift.pipelines.evaluation.metrics import (
+    bootstrap_interval,
+    confusion_matrix,
+    expected_calibration_error,
+    global_average_precision,
+    mean_average_precision,
+    mean_class_accuracy,
+    top_k_accuracy,
+)
+from cliplift.pipelines.runs.run_folder import CONFIG, WEIGHTS, RunFolder
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Averaged class probabilities of N samples, in dataset order."""
+
+    keys: tuple[str, ...]
+    video_ids: tuple[str, ...]
+    shard_urls: tuple[str, ...]
+    sample_index: npt.NDArray[np.int64]  # (N,)
+    labels: npt.NDArray[np.int64]  # (N,), -1 where unlabelled
+    targets: npt.NDArray[np.float32] | None  # (N, K) for multi-label data
+    probabilities: npt.NDArray[np.float32]  # (N, K)
+    classes: tuple[str, ...]
+    logits: npt.NDArray[np.float32] | None = None  # (N, K) means over the views, where logits were averaged
+    features: npt.NDArray[np.float16] | None = (
+        None  # (N, D) at the classifier's input, averaged over the views
+    )
+
+    def write(self, path: Path) -> None:
+        """One Parquet row a sample: key, video, label, predicted class, probabilities, and logits if there are any."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.table(
+            {
+                "key": pa.array(self.keys, pa.string()),
+                "video_id": pa.array(self.video_ids, pa.string()),
+                "shard_url": pa.array(self.shard_urls, pa.string()),
+                "sample_index": pa.array(self.sample_index),
+                "label": pa.array(self.labels.astype(np.int32)),
+                "predicted": pa.array(self.probabilities.argmax(axis=1).astype(np.int32)),
+                "probabilities": pa.array(list(self.probabilities), pa.list_(pa.float32())),
+            }
+        )
+        if self.logits is not None:
+            table = table.append_column("logits", pa.array(list(self.logits), pa.list_(pa.float32())))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path)
+        if self.features is not None:
+            np.save(path.with_name(FEATURES), self.features)
+
+
+@torch.no_grad()
+def classify_split(
+    network: nn.Module,
+    data: DataConfig,
+    *,
+    split: str,
+    batch: int,
+    topology: Topology,
+    max_samples: int | None = None,
+    multi_label: bool = False,
+    keep_features: bool = False,
+) -> Predictions:
+    """Class probabilities of every sample of a split, averaged over its views; complete on every rank.
+
+    ``keep_features`` also keeps what the classifier saw, where the network names its classifier.
+    """
+    loader = EvalLoader(
+        data,
+        split=split,
+        batch=batch,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        max_samples=max_samples,
+    )
+    views = DeviceAugment(data.augment, network.input_spec, training=False)
+    was_training = network.training
+    network.eval()
+    sums: dict[int, tuple[Tensor, int, int, Any]] = {}
+    inside = FeatureSums(network) if keep_features else None
+    for on_host in loader:
+        moved = on_host.to(topology.device)
+        scores = network(views(moved)).float()
+        if inside is not None:
+            inside.add(on_host.sample_index.tolist())
+        if data.views.average == "probabilities":
+            scores = scores.sigmoid() if multi_label else scores.softmax(dim=1)
+        watchdog.beat()
+        for row, sample in enumerate(on_host.sample_index.tolist()):
+            target = None if on_host.targets is None else on_host.targets[row].numpy()
+            total, count, label, target = sums.get(sample, (0.0, 0, int(on_host.labels[row]), target))
+            sums[sample] = (total + scores[row].double().cpu(), count + 1, label, target)
+    for on_host in loader.fillers():
+        network(views(on_host.to(topology.device)))
+    network.train(was_training)
+    features = None if inside is None else inside.gathered(topology)
+    rows = [(sample, total / count, label, target) for sample, (total, count, label, target) in sums.items()]
+    ordered = sorted(gather_objects(rows, topology), key=lambda r: r[0])
+    found = _predictions(ordered, loader, logits=data.views.average == "logits", multi_label=multi_label)
+    return replace(found, features=features)
+
+
+def _predictions(
+    rows: Sequence[tuple[int, Tensor, int, Any]], loader: EvalLoader, *, logits: bool, multi_label: bool
+) -> Predictions:
+    """``rows``: sample, its mean over the views (logits or probabilities), label, target."""
+    means = torch.stack([row[1] for row in rows])
+    probabilities = means
+    if logits:
+        probabilities = means.sigmoid() if multi_label else means.softmax(dim=1)
+    facts = [loader.dataset.facts(row[0]) for row in rows]
+    with_targets = rows[0][3] is not None
+    return Predictions(
+        keys=tuple(f.key for f in facts),
+        video_ids=tuple(f.video_id for f in facts),
+        shard_urls=tuple(loader.dataset.url_of(row[0]) for row in rows),
+        sample_index=np.array([row[0] for row in rows], dtype=np.int64),
+        labels=np.array([row[2] for row in rows], dtype=np.int64),
+        targets=np.stack([row[3] for row in rows]) if with_targets else None,
+        probabilities=probabilities.numpy().astype(np.float32),
+        classes=tuple(loader.classes),
+        logits=means.numpy().astype(np.float32) if logits else None,
+    )
+
+
+def classification_metrics(predictions: Predictions) -> dict[str, float]:
+    """Top-1, top-5 (where there are more than five classes), per-class mean, calibration; mAP for multi-label."""
+    if predictions.targets is not None:
+        return {
+            "mean_average_precision": mean_average_precision(predictions.probabilities, predictions.targets),
+            "global_average_precision": global_average_precision(
+                predictions.probabilities, predictions.targets
+            ),
+            "samples": float(len(predictions.keys)),
+        }
+    scores, labels = predictions.probabilities, predictions.labels
+    unlabelled = int((labels < 0).sum())
+    if unlabelled:
+        raise ConfigError(
+            f"has {unlabelled} of {len(labels)} samples without a label, so there is no accuracy of it",
+            key="split",
+            hint="evaluate a labelled split; `cliplift predict` classifies unlabelled videos",
+        )
+    K = scores.shape[1]
+    confusion = confusion_matrix(scores.argmax(axis=1), labels, num_classes=K)
+    right = (scores.argmax(axis=1) == labels).astype(np.float64)
+    low, high = bootstrap_interval(right, seed=0, groups=np.array(predictions.video_ids))
+    metrics = {
+        "accuracy": top_k_accuracy(scores, labels, k=1),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "mean_class_accuracy": mean_class_accuracy(confusion),
+        "calibration_error": expected_calibration_error(scores, labels),
+        "chance": 1.0 / K,
+        "samples": float(len(labels)),
+    }
+    if K > 5:
+        metrics["top5_accuracy"] = top_k_accuracy(scores, labels, k=5)
+    return metrics
+
+
+def load_finished(folder: str) -> tuple[nn.Module, DataConfig | None, Mapping[str, Any]]:
+    """The network of a run or export folder, the run's data section (None for an export), and its card."""
+    path = Path(folder)
+    weights = path / WEIGHTS if (path / WEIGHTS).is_dir() else path
+    if not (weights / "model.safetensors").is_file():
+        raise ConfigError(
+            f"{folder!r} holds no weights",
+            key="run",
+            value=folder,
+            hint="give the folder of a finished run, or an export folder",
+        )
+    network, card = from_pretrained(weights), read_config(weights).get("extra", {})
+    if not network.num_classes:
+        raise ConfigError(
+            f"{folder!r} has no classifier: it is a {card.get('stage', 'feature')} model",
+            key="run",
+            value=folder,
+            hint="finetune it first, with initialise_from",
+        )
+    config = path / CONFIG
+    data = load_run(config, RUNS).run.data if config.is_file() else None
+    return network, data, card
+
+
+def run_evaluate(run: EvaluateRun, *, command: Sequence[str]) -> dict[str, float]:
+    """``cliplift evaluate``: predictions.parquet, result.json and the numbers printed."""
+    started = time.monotonic()
+    topology = start(EngineConfig(device=run.device, zero_stage=0))
+    agree_on_run(run, topology)
+    network, own_data, card = load_finished(run.run)
+    data = run.data or own_data
+    if data is None:
+        raise ConfigError("is missing", key="data", hint="an export folder carries no data section: give one")
+    if run.views is not None:
+        data = data.model_copy(update={"views": run.views})
+    folder = RunFolder.create(run.output, writes=topology.rank == 0)
+    folder.write_start(
+        run, stage="evaluate", name=Path(run.run).name, command=command, world_size=topology.world_size
+    )
+    network = network.to(topology.device)
+    predictions = classify_split(
+        network,
+        data,
+        split=run.split,
+        batch=run.batch,
+        topology=topology,
+        multi_label=card.get("task") == "multi_label",
+        keep_features=True,
+    )
+    _check_classes(card, predictions, run)
+    metrics = classification_metrics(predictions)
+    if topology.rank == 0:
+        predictions.write(folder.predictions)
+        print("\n".join(f"{name:24s} {value:.4f}" for name, value in metrics.items()))
+    folder.write_result(
+        stage="evaluate",
+        metrics=metrics,
+        seconds=time.monotonic() - started,
+        classes=predictions.classes,
+        split=run.split,
+        evaluated=run.run,
+    )
+    return metrics
+
+
+def _check_classes(card: Mapping[str, Any], predictions: Predictions, run: EvaluateRun) -> None:
+    trained = tuple(card.get("classes", ()))
+    if trained and predictions.classes and trained != predictions.classes:
+        raise ConfigError(
+            f"the shards' {len(predictions.classes)} classes are not the {len(trained)} the model was trained on",
+            key="data.shards",
+            value=run.run,
+            hint="evaluate on shards built with the same class list",
+        )

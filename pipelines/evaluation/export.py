@@ -1,0 +1,69 @@
+"""Export: a run's weights as ``model.safetensors`` + ``config.json`` + a model card filled from the run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cliplift.configs.runs import ExportRun
+from cliplift.configs.sections import ConfigError
+from cliplift.models.factory import from_pretrained
+from cliplift.pipelines.runs.run_folder import CONFIG, RunFolder, write_text
+
+
+def run_export(run: ExportRun) -> Path:
+    """``cliplift export``: write and read back; raises ConfigError when the run has no weights yet."""
+    source = RunFolder(Path(run.run))
+    if not (source.weights / "model.safetensors").is_file():
+        raise ConfigError(
+            f"{run.run!r} has no weights", key="run", value=run.run, hint="give the folder of a finished run"
+        )
+    output = RunFolder.create(run.output, writes=True).path
+    for file in sorted(source.weights.iterdir()):
+        shutil.copyfile(file, output / file.name)
+    if (source.path / CONFIG).is_file():
+        shutil.copyfile(source.path / CONFIG, output / "run.yaml")
+    write_text(output / "README.md", model_card(source))
+    _check_equal(source.weights, output)
+    return output
+
+
+def model_card(source: RunFolder) -> str:
+    """A model card with the numbers of the run's own result.json, and nothing else."""
+    record, result = source.start_record() or {}, source.result() or {}
+    metrics: dict[str, Any] = result.get("metrics", {})
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items() if value is not None)
+    classes = ", ".join(result.get("classes", [])) or "none (features only)"
+    return f"""---
+library_name: cliplift
+pipeline_tag: video-classification
+---
+
+# {record.get("name", source.path.name)}
+
+{result.get("model", "model")}, stage `{result.get("stage", "?")}`, trained with `{record.get("command_line", "?")}`
+(cliplift {record.get("cliplift_version", "?")}, torch {record.get("torch_version", "?")}).
+The full config is in `run.yaml`.
+
+```python
+from cliplift.models import from_pretrained
+
+model = from_pretrained("PATH OF THIS FOLDER")
+```
+
+Classes: {classes}
+
+| metric | value |
+| --- | --- |
+{rows}
+"""
+
+
+def _check_equal(weights: Path, output: Path) -> None:
+    """An export is read back through the public loader and must hold the same tensors."""
+    before, after = from_pretrained(str(weights)).state_dict(), from_pretrained(str(output)).state_dict()
+    assert before.keys() == after.keys(), output
+    assert all(torch.equal(before[k], after[k]) for k in before), output

@@ -1,0 +1,128 @@
+"""Class probabilities for video files: any container FFmpeg reads, any length, no shards needed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from cliplift.configs.data import AugmentConfig, DataConfig, SamplingConfig, ViewsConfig
+from cliplift.configs.runs import PredictRun
+from cliplift.configs.training import EngineConfig
+from cliplift.models.streams import FLOW_CHANNELS
+from cliplift.pipelines.data.augment import DeviceAugment
+from cliplift.pipelines.data.batch import ClipBatch
+from cliplift.pipelines.data.clip_source import clips_of_video
+from cliplift.pipelines.data.video_files import local_copy, sliding_windows, video_names
+from cliplift.pipelines.distributed.collectives import start
+from cliplift.pipelines.evaluation.evaluate import load_finished
+from cliplift.sharding.video.decode import VideoDecodeError
+
+
+def run_predict(run: PredictRun) -> int:
+    """``cliplift predict``: one line a video on stdout, JSON lines in ``output``. Returns how many videos failed."""
+    topology = start(EngineConfig(device=run.device, zero_stage=0))
+    network, _, card = load_finished(run.run)
+    network = network.to(topology.device).eval()
+    classes = class_names(card, network)
+    data = data_of(card, network, run.views)
+    failed, records = 0, []
+    for video in video_names(run.videos):
+        try:
+            probabilities, windows = _classified(network, video, data, run, topology.device)
+        except (VideoDecodeError, OSError) as error:
+            print(f"cliplift: {video}: cannot be read: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        record = _record(video, probabilities, classes, run.top)
+        print(f"{video}  {_line(record)}", flush=True)
+        if windows:
+            parts = [(begin, end, _record(video, one, classes, run.top)) for begin, end, one in windows]
+            record["windows"] = [
+                {"start_seconds": round(begin, 3), "end_seconds": round(end, 3), "top": part["top"]}
+                for begin, end, part in parts
+            ]
+            for begin, end, part in parts:
+                print(f"  {begin:8.2f} s to {end:8.2f} s  {_line(part)}", flush=True)
+        records.append(record)
+    if run.output is not None:
+        with fsspec.open(run.output, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return failed
+
+
+@torch.no_grad()
+def classify(network: nn.Module, batch: ClipBatch, data: DataConfig) -> npt.NDArray[np.float32]:
+    """(K,) class probabilities averaged over a batch's views."""
+    scores = network(DeviceAugment(data.augment, network.input_spec, training=False)(batch)).float()
+    if data.views.average == "probabilities":
+        mean = scores.softmax(dim=1).mean(dim=0)
+    else:
+        mean = scores.mean(dim=0).softmax(dim=0)
+    probabilities: npt.NDArray[np.float32] = mean.cpu().numpy()
+    return probabilities
+
+
+def class_names(card: Mapping[str, Any], network: nn.Module) -> tuple[str, ...]:
+    """The classes of a model's card, or numbered ones where it names none."""
+    named = tuple(card.get("classes", ()))
+    return named or tuple(f"class {k}" for k in range(int(network.num_classes)))  # type: ignore[arg-type]
+
+
+def data_of(card: Mapping[str, Any], network: nn.Module, views: ViewsConfig) -> DataConfig:
+    """The sampling and crop the model was trained with, from its card; its InputSpec where the card is silent."""
+    spec = network.input_spec
+    sampling = card.get("sampling") or {"frames": spec.frames, "stride": spec.frame_stride}  # type: ignore[union-attr]
+    return DataConfig.model_validate(
+        {
+            "shards": ["unused:"],
+            "modality": "flow" if spec.channels == FLOW_CHANNELS else "rgb",  # type: ignore[union-attr]
+            "sampling": SamplingConfig.model_validate(sampling),
+            "views": views,
+            "crop_pixels": card.get("crop_pixels", spec.crop_height),  # type: ignore[union-attr]
+            "resize_short_side_pixels": card.get("resize_short_side_pixels"),
+            "augment": AugmentConfig(normalize_brightness=card.get("normalize_brightness", False)),
+            # Foreign files: PyAV reads every container correctly where decord is silently wrong on some.
+            "decoder": "pyav",
+        }
+    )
+
+
+def _classified(
+    network: nn.Module, video: str, data: DataConfig, run: PredictRun, device: torch.device
+) -> tuple[npt.NDArray[np.float32], list[tuple[float, float, npt.NDArray[np.float32]]]]:
+    """A video's probabilities, and with ``window_seconds`` those of its windows, whose mean the former then are."""
+    with local_copy(video) as path:
+        if run.window_seconds is None:
+            return classify(network, clips_of_video(path, data).to(device), data), []
+        windows = [
+            (start, end, classify(network, batch.to(device), data))
+            for start, end, batch in sliding_windows(
+                path,
+                data,
+                window_seconds=run.window_seconds,
+                stride_seconds=run.window_stride_seconds or run.window_seconds / 2,
+            )
+        ]
+        return np.mean([one for _, _, one in windows], axis=0), windows
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return "  ".join(f"{c['class']} {c['probability']:.3f}" for c in record["top"])
+
+
+def _record(
+    video: str, probabilities: npt.NDArray[np.float32], classes: tuple[str, ...], top: int
+) -> dict[str, Any]:
+    best = np.argsort(-probabilities, kind="stable")[:top]
+    return {
+        "video": video,
+        "top": [{"class": classes[k], "probability": round(float(probabilities[k]), 6)} for k in best],
+    }

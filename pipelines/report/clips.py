@@ -1,0 +1,183 @@
+"""The clips a report shows: which ones, their predictions, and the bytes of each as a data URL."""
+
+from __future__ import annotations
+
+import base64
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cliplift.pipelines.runs.records import PredictionTable, RunRecord
+
+log = logging.getLogger(__name__)
+
+MAX_CLIP_BYTES = 2 * 1024**2
+MAX_PAGE_BYTES = 24 * 1024**2
+TOP = 3
+
+
+class _Facts(Protocol):
+    @property
+    def key(self) -> str: ...
+
+
+class ShardReader(Protocol):
+    """What is needed of a shard dataset: samples by number, their keys, their mp4 bytes."""
+
+    def __len__(self) -> int: ...
+
+    def facts(self, i: int, /) -> _Facts: ...
+
+    def read(self, i: int, /) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class Guess:
+    """One class and its probability in a prediction."""
+
+    name: str
+    probability: float
+    correct: bool
+
+
+@dataclass(frozen=True)
+class SampleClip:
+    """One clip with its true class, its best guesses and its bytes."""
+
+    key: str
+    video_id: str
+    truth: str
+    right: bool
+    guesses: tuple[Guess, ...]
+    source: str  # data:video/mp4;base64,...
+
+
+@dataclass(frozen=True)
+class SampleClips:
+    """The clips shown and, in sentences, what could not be shown."""
+
+    clips: tuple[SampleClip, ...]
+    notes: tuple[str, ...]
+
+
+class OpenShards(Protocol):
+    """How a shard dataset is opened: the samples of one split and fold, in the order predictions count them."""
+
+    def __call__(self, url: str, *, split: str | None, fold: int | None) -> ShardReader: ...
+
+
+def open_shard_dataset(url: str, *, split: str | None, fold: int | None) -> ShardReader:
+    """A shard dataset by folder or URL."""
+    from cliplift.sharding.read.reader import ShardDataset
+
+    return ShardDataset(url, split=split, fold=fold)
+
+
+def choose_samples(predictions: PredictionTable, *, count: int) -> list[int]:
+    """Rows to show: up to half are mistakes, the surest first; the rest are right, in dataset order.
+
+    Both are taken in turn from every true class, so that no class fills the page.
+    """
+    wrong = predictions.labelled & (predictions.predicted != predictions.labels)
+    right = predictions.labelled & ~wrong
+    surest = np.argsort(-predictions.probabilities.max(axis=1), kind="stable")
+    wrong_rows = _in_turn([int(row) for row in surest if wrong[row]], predictions.labels)
+    right_rows = _in_turn([int(row) for row in np.flatnonzero(right)], predictions.labels)
+    mistakes = min(len(wrong_rows), max(count // 2, count - len(right_rows)))
+    return wrong_rows[:mistakes] + right_rows[: count - mistakes]
+
+
+def _in_turn(rows: Sequence[int], labels: npt.NDArray[np.int64]) -> list[int]:
+    """The rows dealt class by class: first of every class, second of every class, ..."""
+    turns: dict[int, int] = {}
+    keyed = []
+    for place, row in enumerate(rows):
+        label = int(labels[row])
+        turns[label] = turns.get(label, -1) + 1
+        keyed.append((turns[label], place, row))
+    return [row for _, _, row in sorted(keyed)]
+
+
+def sample_clips(run: RunRecord, *, count: int, open_shards: OpenShards = open_shard_dataset) -> SampleClips:
+    """Read the chosen clips of a run from its shards.
+
+    A clip that is too large or cannot be read is left out and said so in ``notes``: a report about a run must not
+    need the run's data to be still in place.
+    """
+    predictions, classes = run.predictions, run.classes()
+    if predictions is None or count == 0:
+        return SampleClips((), ())
+    shards = ShardsByUrl(open_shards, split=_tested_split(run), fold=run.setting("data.fold"))
+    clips: list[SampleClip] = []
+    notes: list[str] = []
+    total = 0
+    for row in choose_samples(predictions, count=count):
+        key = predictions.keys[row]
+        try:
+            data = shards.read(predictions.shard_urls[row], key, int(predictions.sample_index[row]))
+        except (ValueError, OSError) as error:  # moved, deleted or damaged shards
+            log.warning("%s: clip %s is left out of the report: %s", run.name, key, error)
+            notes.append(f"Clip {key} could not be read: {error}")
+            continue
+        if len(data) > MAX_CLIP_BYTES or total + len(data) > MAX_PAGE_BYTES:
+            notes.append(f"Clip {key} was left out for its size, {len(data) / 1024**2:.1f} MiB.")
+            continue
+        total += len(data)
+        clips.append(_clip(predictions, row, classes, data))
+    return SampleClips(tuple(clips), tuple(dict.fromkeys(notes)))
+
+
+def _tested_split(run: RunRecord) -> str | None:
+    """The split a run's predictions are of: finetune names it ``test_split``, evaluate ``split``."""
+    split = run.setting("test_split") or run.setting("split")
+    return None if split is None else str(split)
+
+
+def _clip(predictions: PredictionTable, row: int, classes: Sequence[str], data: bytes) -> SampleClip:
+    label, predicted = int(predictions.labels[row]), int(predictions.predicted[row])
+    probabilities = predictions.probabilities[row]
+    best = np.argsort(-probabilities, kind="stable")[:TOP]
+    return SampleClip(
+        key=predictions.keys[row],
+        video_id=predictions.video_ids[row],
+        truth=classes[label],
+        right=label == predicted,
+        guesses=tuple(Guess(classes[k], float(probabilities[k]), int(k) == label) for k in best),
+        source=f"data:video/mp4;base64,{base64.b64encode(data).decode('ascii')}",
+    )
+
+
+class ShardsByUrl:
+    """Datasets by URL, each opened once, or failing once, and searched by key where the numbers have moved."""
+
+    def __init__(self, open_shards: OpenShards, *, split: str | None, fold: int | None) -> None:
+        self._open, self._split, self._fold = open_shards, split, fold
+        self._datasets: dict[str, ShardReader] = {}
+        self._failed: dict[str, Exception] = {}
+        self._places: dict[str, dict[str, int]] = {}
+
+    def read(self, url: str, key: str, expected: int) -> bytes:
+        """mp4 bytes of the sample ``key``; ``expected`` is where it probably is."""
+        dataset = self._dataset(url)
+        if expected < len(dataset) and dataset.facts(expected).key == key:
+            return dataset.read(expected)
+        if url not in self._places:
+            self._places[url] = {dataset.facts(i).key: i for i in range(len(dataset))}
+        if key not in self._places[url]:
+            raise ValueError(f"{url} holds no sample {key!r}; the shards were built again since the run")
+        return dataset.read(self._places[url][key])
+
+    def _dataset(self, url: str) -> ShardReader:
+        if url in self._failed:
+            raise self._failed[url]
+        if url not in self._datasets:
+            try:
+                self._datasets[url] = self._open(url, split=self._split, fold=self._fold)
+            except (ValueError, OSError) as error:
+                self._failed[url] = error
+                raise
+        return self._datasets[url]

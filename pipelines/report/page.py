@@ -1,0 +1,298 @@
+"""``cliplift report``: one self-contained HTML page about one or several runs.
+
+The page needs no network and runs no script: charts are inline SVG, clips are data URLs, and its content security
+policy forbids everything else. All text from runs (class names, paths, configs) is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from cliplift.configs.runs import ReportRun
+from cliplift.configs.sections import ConfigError
+from cliplift.pipelines.report.charts import value_strip
+from cliplift.pipelines.report.clips import OpenShards, SampleClips, open_shard_dataset, sample_clips
+from cliplift.pipelines.report.feature_map import embedding
+from cliplift.pipelines.report.sections import (
+    Confusions,
+    confusions,
+    curves,
+    lineage,
+)
+from cliplift.pipelines.report.tables import duration, percent, result_tables
+from cliplift.pipelines.runs.records import RunGroup, RunRecord, group_runs, read_run
+from cliplift.pipelines.runs.run_folder import RUN, write_text
+
+DEMO = "demo.json"
+_ENVIRONMENT = {
+    "cliplift_version": "cliplift",
+    "torch_version": "torch",
+    "deepspeed_version": "deepspeed",
+    "python": "Python",
+    "git_commit": "git commit",
+    "world_size": "processes",
+}
+
+
+def run_report(run: ReportRun) -> Path:
+    """The report a config asks for. Returns the path of the HTML file.
+
+    Raises:
+        ConfigError: a folder holds no run, a file of a run is damaged, or the output cannot be written.
+    """
+    folders: list[Path] = []
+    demo: Mapping[str, Any] | None = None
+    for name in run.runs:
+        found, table = find_runs(Path(name))
+        folders += [folder for folder in found if folder not in folders]
+        demo = demo or table
+    return write_report(
+        runs=folders, output=Path(run.output), title=run.title, max_clips=run.max_clips, demo=demo
+    )
+
+
+def find_runs(folder: Path) -> tuple[list[Path], dict[str, Any] | None]:
+    """The run folders meant by a folder: itself, or the runs inside it, with the demo's table where it holds one.
+
+    Raises:
+        ConfigError: there is no run in it.
+    """
+    if (folder / RUN).is_file():
+        return [folder], None
+    inside = sorted(path.parent for path in folder.glob(f"*/{RUN}")) if folder.is_dir() else []
+    if not inside:
+        raise ConfigError(
+            f"{str(folder)!r} {'holds no run' if folder.is_dir() else 'is not a folder'}",
+            key="runs",
+            value=str(folder),
+            hint=f"give the output folder of a run (it holds {RUN}) or a folder of runs",
+        )
+    demo_file = folder / DEMO
+    if not demo_file.is_file():
+        return inside, None
+    try:
+        demo = json.loads(demo_file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{demo_file} is not JSON: {error.msg}", key="runs", value=str(folder)) from None
+    for row in demo["table"]:  # a demo folder may have been moved since: its runs moved with it
+        row["runs"] = [p if Path(p).is_dir() else str(folder / Path(p).name) for p in row["runs"]]
+    return inside, demo
+
+
+def write_report(
+    *,
+    runs: Sequence[Path],
+    output: Path,
+    title: str | None,
+    max_clips: int,
+    demo: Mapping[str, Any] | None = None,
+    open_shards: OpenShards = open_shard_dataset,
+) -> Path:
+    """Write the page about the runs.
+
+    Args:
+        runs: run folders, finished or not; runs that differ only in name, seed and output are shown as one kind.
+        output: the HTML file; its folder is made.
+        title: page title; None is made from the runs.
+        max_clips: sample clips embedded, at most.
+        demo: what the demo measured: ``table`` (method, mean, sd, values, runs), ``transfer``, ``seconds``.
+        open_shards: how the clips' shard datasets are opened.
+
+    Raises:
+        ConfigError: a folder holds no run, a file of a run is damaged, or the output cannot be written.
+    """
+    if not runs:
+        raise ConfigError("names no run", key="runs", hint="give at least one run folder")
+    records = [read_run(Path(folder)) for folder in runs]
+    labels = _demo_labels(demo)
+    order = {folder: at for at, folder in enumerate(labels)}
+    records.sort(
+        key=lambda record: order.get(record.folder.resolve(), len(order))
+    )  # the demo's table comes first
+    groups = group_runs(records, labels)
+    found = [c for c in map(confusions, groups) if c is not None]
+    shown = _most_telling(found)
+    clips = (
+        SampleClips((), ())
+        if shown is None
+        else sample_clips(shown, count=max_clips, open_shards=open_shards)
+    )
+    best = max(found, key=lambda c: c.accuracy, default=None)
+    html = _render(
+        title=title or _title(groups),
+        summary=_summary(groups, demo),
+        demo=_demo_rows(demo, groups),
+        tables=result_tables(groups),
+        groups=groups,
+        curves=curves(groups),
+        confusions=sorted(found, key=lambda c: c is not best),
+        clips=clips,
+        clips_of=shown,
+        embedding=None if shown is None else embedding(shown),
+        lineage=[(group, lineage(group, groups)) for group in groups],
+        timing=_timing(records, demo),
+        environment=_environment(records),
+        records=[(record, _command(record)) for record in records],
+        now=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        version=version("cliplift"),
+    )
+    _write(Path(output), html)
+    return Path(output)
+
+
+def _render(**context: Any) -> str:
+    here = files("cliplift.pipelines.report")
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"percent": percent, "duration": duration}
+    template = environment.from_string(here.joinpath("report.html").read_text(encoding="utf-8"))
+    css = Markup(here.joinpath("report.css").read_text(encoding="utf-8"))
+    return template.render(css=css, **context)
+
+
+def _write(output: Path, html: str) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, html)
+    except OSError as error:
+        raise ConfigError(
+            f"{str(output)!r} cannot be written: {error.strerror}",
+            key="output",
+            value=str(output),
+            hint="choose another file",
+        ) from error
+
+
+def _title(groups: Sequence[RunGroup]) -> str:
+    names = [group.label for group in groups]
+    return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _demo_labels(demo: Mapping[str, Any] | None) -> dict[Path, str]:
+    rows = demo["table"] if demo else []
+    return {Path(folder).resolve(): str(row["method"]) for row in rows for folder in row.get("runs", ())}
+
+
+def _most_telling(found: Sequence[Confusions]) -> RunRecord | None:
+    """The run whose clips are shown: of the best kind of run, its best run."""
+    if not found:
+        return None
+    best = max(found, key=lambda c: c.accuracy)
+    with_clips = [run for run in best.group.runs if run.predictions is not None]
+    return max(with_clips, key=lambda run: run.metrics.get("accuracy", 0.0))
+
+
+def _summary(groups: Sequence[RunGroup], demo: Mapping[str, Any] | None) -> str:
+    """One sentence with what came out, whatever it is."""
+    parts = [part for part in (_classification_result(groups, demo), _matching_result(groups)) if part]
+    if not parts:
+        unfinished = sum(run.result is None for group in groups for run in group.runs)
+        parts = [
+            f"{unfinished} of the runs below have not finished" if unfinished else "No result was recorded"
+        ]
+    sentence = "; ".join(parts)
+    return f"{sentence[0].upper()}{sentence[1:]}."
+
+
+def _classification_result(groups: Sequence[RunGroup], demo: Mapping[str, Any] | None) -> str:
+    tested = [group for group in groups if group.values("accuracy")]
+    if not tested:
+        return ""
+    order = {label: at for at, label in enumerate(_methods(demo))}
+    tested.sort(key=lambda g: (order.get(g.label, len(order)), -statistics.fmean(g.values("accuracy"))))
+    words = [f"{group.label} {_spread(group.values('accuracy'))}" for group in tested[:4]]
+    first = tested[0].runs[0].metrics
+    samples = f" on {first['samples']:.0f} clips" if "samples" in first else ""
+    chance = f" (chance {percent(first['chance'])})" if "chance" in first else ""
+    return f"accuracy{samples}{chance}: {', '.join(words)}"
+
+
+def _matching_result(groups: Sequence[RunGroup]) -> str:
+    matched = [group for group in groups if group.values("matching_accuracy")]
+    if not matched:
+        return ""
+    group = matched[0]
+    metrics = group.runs[0].metrics
+    sigmas = metrics.get("above_chance_sigmas")
+    verdict = " which is not above chance" if sigmas is not None and sigmas <= 3 else ""
+    prior = f" against a prior of {percent(metrics['matching_prior'])}" if "matching_prior" in metrics else ""
+    return (
+        f"transfer matches frames to clips of held-out videos with {_spread(group.values('matching_accuracy'))}"
+        f"{prior}{',' if verdict else ''}{verdict}"
+    )
+
+
+def _spread(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return percent(values[0])
+    return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f} %"
+
+
+def _methods(demo: Mapping[str, Any] | None) -> list[str]:
+    return [str(row["method"]) for row in demo["table"]] if demo else []
+
+
+def _demo_rows(demo: Mapping[str, Any] | None, groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
+    """The demo's table with a strip chart a row; a missing number is an empty cell."""
+    by_label = {group.label: group for group in groups}
+    rows = []
+    for at, row in enumerate(demo["table"] if demo else []):
+        group = by_label.get(str(row["method"]))
+        chance = next(iter(group.values("chance")), None) if group else None
+        colour = group.colour if group else at
+        mean, sd, values = row.get("mean"), row.get("sd"), list(row.get("values", ()))
+        rows.append(
+            {
+                "method": str(row["method"]),
+                "colour": colour,
+                "mean": "" if mean is None else percent(mean),
+                "sd": "" if sd is None else f"± {100 * sd:.1f}",
+                "each": ", ".join(f"{100 * value:.1f}" for value in values),
+                "strip": value_strip(values, mean=mean, sd=sd, chance=chance, colour=colour),
+            }
+        )
+    return rows
+
+
+def _timing(records: Sequence[RunRecord], demo: Mapping[str, Any] | None) -> list[tuple[str, float, float]]:
+    """(what, seconds, share of the longest)."""
+    known = {record.name: record.seconds for record in records if record.seconds is not None}
+    if len(known) < len(records):
+        known = {record.folder.name: record.seconds for record in records if record.seconds is not None}
+    if demo and demo.get("seconds"):
+        known = {str(name): float(value) for name, value in demo["seconds"].items()}
+    longest = max(known.values(), default=0.0) or 1.0
+    return [(name, seconds, seconds / longest) for name, seconds in known.items()]
+
+
+def _environment(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
+    """(what, value); runs that differ show all their values."""
+    rows = []
+    for key, title in _ENVIRONMENT.items():
+        values = dict.fromkeys(str(r.start[key]) for r in records if r.start.get(key) is not None)
+        if values:
+            rows.append((title, ", ".join(values)))
+    return rows
+
+
+def _command(record: RunRecord) -> str:
+    line = record.start.get("command_line")
+    command = record.start.get("command") or ()
+    return str(line) if line else shlex.join(os.fspath(word) for word in command)

@@ -1,0 +1,237 @@
+"""Where numbers go: a JSONL file always, W&B from rank 0, a progress line for people.
+
+One W&B id per run folder, kept in ``wandb.json``: a restarted run continues the same W&B run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import secrets
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from cliplift.configs.sections import ConfigError
+from cliplift.configs.training import TrainingRun
+from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.runs.run_folder import RunFolder, write_json
+from cliplift.pipelines.engine.task import ClipTable
+from cliplift.sharding.manifest import DATASET_FILE
+from cliplift.sharding.build.tracking import wandb_mode
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LINES = 10.0
+USERS_DATA_FOLDER = os.environ.get("WANDB_DATA_DIR")
+
+
+class Tracker:
+    """Logs of one run. Every method does nothing on ranks other than 0."""
+
+    def __init__(self, run: TrainingRun, *, stage: str, folder: Path, topology: Topology) -> None:
+        self.run, self.stage, self.folder = run, stage, folder
+        self.active = topology.is_main
+        self._wandb: Any = None
+        self._bar: tqdm[Any] | None = None
+        self._lines: TextIO | None = None
+        self._last_line = 0.0
+        self._row_offset = 0
+        self._board: Any = None
+        if self.active:
+            self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._board = _tensorboard(folder / "tensorboard") if run.track.tensorboard else None
+            self._wandb = self._start_wandb()
+
+    @property
+    def run_id(self) -> str | None:
+        """The W&B id, the same over restarts; None without W&B."""
+        return None if self._wandb is None else str(self._wandb.id)
+
+    @property
+    def shows_clips(self) -> bool:
+        """Whether tables of clips have anywhere to go."""
+        return self._wandb is not None and self.run.track.clip_table_rows > 0
+
+    def resume_at(self, step: int, *, data_offset: int = 0) -> None:
+        """Drop the JSONL lines written after the checkpoint a run goes on from.
+
+        W&B rows cannot be dropped and must count up, so after a rewind their row number, not their ``step``, is
+        moved by the data passed over.
+        """
+        self._row_offset = data_offset
+        if not self.active:
+            return
+        assert self._lines is not None
+        self._lines.close()
+        path = self.folder / "metrics.jsonl"
+        kept = [
+            line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line, step) <= step
+        ]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._lines = path.open("a", encoding="utf-8")
+
+    def start(self, *, step: int, total: int) -> None:
+        if self.active and sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=step, desc=self.run.name, unit="step", dynamic_ncols=True)
+
+    def log(self, step: int, numbers: Mapping[str, float | None]) -> None:
+        """One JSONL line and one W&B step. A number that is not known is left out, not written as zero."""
+        if not self.active:
+            return
+        known = {key: value for key, value in numbers.items() if value is not None}
+        assert self._lines is not None
+        # A diverged run logs NaN losses; JSON has no NaN, so they become null there.
+        finite = {key: value if math.isfinite(value) else None for key, value in known.items()}
+        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+        self._lines.flush()
+        if self._wandb is not None:
+            self._wandb.log({**known, "step": step}, step=step + self._row_offset)
+        if self._board is not None:
+            for key, value in known.items():
+                self._board.add_scalar(key, value, step)
+
+    def progress(self, step: int, total: int, text: str) -> None:
+        """The progress line: rewritten on a terminal, every ten seconds in a log."""
+        if not self.active:
+            return
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(text)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= SECONDS_BETWEEN_LINES or step == total:
+            self._last_line = now
+            print(f"{self.run.name}: step {step}/{total}  {text}", file=sys.stderr, flush=True)
+
+    def log_clips(self, step: int, clips: ClipTable | None) -> None:
+        """A W&B table; an mp4's bytes become a playable cell."""
+        if self._wandb is None or clips is None or not clips[1]:
+            return
+        import io
+
+        import wandb
+
+        columns, rows = clips
+        table = wandb.Table(columns=list(columns))
+        for row in rows:
+            table.add_data(
+                *(wandb.Video(io.BytesIO(v), format="mp4") if isinstance(v, bytes) else v for v in row)
+            )
+        self._wandb.log({"clips": table, "step": step}, step=step + self._row_offset)
+
+    def artifacts(self, *, shards: Sequence[str], fingerprint: str, weights: Path) -> None:
+        """Lineage in W&B: the data this run used and the weights it made, by reference, nothing uploaded."""
+        if self._wandb is None or not self.run.track.artifacts:
+            return
+        import wandb
+
+        self._wandb.config.update({"data_fingerprint": fingerprint}, allow_val_change=True)
+        used = wandb.Artifact(f"data-{fingerprint[:16]}", type="dataset", metadata={"shards": list(shards)})
+        for url in shards:
+            # The index stands for the shards it lists; a folder would be walked file by file.
+            index = f"{url.rstrip('/')}/{DATASET_FILE}"
+            used.add_reference(_as_uri(index), name=index.strip("/").replace("/", "_"), checksum=False)
+        if not self._wandb.offline:  # offline, W&B has no way to say that a run used something
+            self._wandb.use_artifact(used)
+        made = wandb.Artifact(f"weights-{self._wandb.id}", type="model", metadata={"stage": self.stage})
+        made.add_reference(_as_uri(str(weights)), name="weights", checksum=False)
+        self._wandb.log_artifact(made)
+
+    def summary(self, metrics: Mapping[str, float]) -> None:
+        """The run's final numbers."""
+        if self._wandb is not None:
+            self._wandb.summary.update(dict(metrics))
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+        if self._lines is not None:
+            self._lines.close()
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+        self.active = False
+
+    def _start_wandb(self) -> Any:
+        mode = wandb_mode(self.run.track.wandb, os.environ)
+        if mode == "disabled":
+            return None
+        os.environ.setdefault("WANDB_SILENT", "true")
+        # Tables' clips wait here for `wandb sync`: in the run's folder, so that it can be synced from elsewhere.
+        os.environ["WANDB_DATA_DIR"] = USERS_DATA_FOLDER or str((self.folder / "wandb").absolute())
+        import wandb
+
+        known = self.folder / "wandb.json"
+        again = known.is_file() and self.run.checkpoint.resume == "auto"
+        run_id = json.loads(known.read_text())["id"] if again else secrets.token_hex(4)
+        write_json(known, {"id": run_id})
+        track = self.run.track
+        started = wandb.init(
+            id=run_id,
+            resume="allow",
+            mode=mode,
+            dir=str(self.folder),
+            project=track.project,
+            name=self.run.name,
+            group=track.group or self.run.name,
+            job_type=self.stage,
+            tags=list(track.tags),
+            notes=track.notes or None,
+            config=self.run.model_dump(mode="json") | {"environment": _environment(self.folder)},
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                x_disable_stats=True,
+                x_disable_meta=True,
+                disable_git=True,
+                save_code=False,
+            ),
+        )
+        started.define_metric("*", step_metric="step")
+        return started
+
+
+def _environment(folder: Path) -> dict[str, Any]:
+    """Versions and git commit of the run's start record; W&B's own probing would also take remotes and diffs."""
+    record = RunFolder(folder, writes=False).start_record() or {}
+    return {
+        key: value
+        for key, value in record.items()
+        if key.endswith("_version") or key in ("python", "git_commit")
+    }
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ConfigError(
+            f"needs the package tensorboard ({error})",
+            key="track.tensorboard",
+            value=True,
+            hint="pip install 'cliplift[tensorboard]'",
+        ) from error
+    return SummaryWriter(str(folder))
+
+
+def _as_uri(url: str) -> str:
+    return url if "://" in url else Path(url).absolute().as_uri()
+
+
+def _step_of(line: str, otherwise: int) -> int:
+    """Step of a JSONL line; a half-written last line counts as after every step and is dropped."""
+    try:
+        return int(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):
+        return otherwise + 1

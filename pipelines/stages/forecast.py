@@ -1,0 +1,158 @@
+"""Pretraining without labels: read the first frames of a clip, predict the others.
+
+Objective ``forecast`` of the pretrain stage (Shi et al., arXiv 1506.04214, section 4.1, on any video): every model that
+offers a forecaster can be trained, on any shards. Whether anything was learned is told by the baseline that needs no
+learning, the last frame read, held still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cliplift.configs.data import ViewsConfig
+from cliplift.configs.runs import ForecastConfig, PretrainRun
+from cliplift.configs.sections import ConfigError
+from cliplift.models import create_model, list_models, model_options
+from cliplift.models.convrnn.forecaster import EncoderForecaster, forecast_error
+from cliplift.pipelines.data.augment import DeviceAugment
+from cliplift.pipelines.data.clips import ClipBatch, EvalLoader
+from cliplift.pipelines.distributed.collectives import Topology, gather_objects
+from cliplift.pipelines.engine.task import ClipTable
+from cliplift.pipelines.engine.throughput import training_flops
+from cliplift.pipelines.stages.classification import initialise_from
+
+OPTION = "forecaster"  # what a model that can predict frames is built with
+
+
+class Forecasting(nn.Module):
+    """The network and its loss: what is trained."""
+
+    def __init__(self, network: EncoderForecaster, config: ForecastConfig) -> None:
+        super().__init__()
+        self.network, self.config = network, config
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``clips`` (B, C, T, H, W) in [0, 1] -> the loss, and the squared error beside that of the last frame."""
+        errors = self.errors(inputs["clips"])
+        return {
+            name: error.mean() if name == "loss" else error.mean().detach() for name, error in errors.items()
+        }
+
+    def errors(self, clips: Tensor) -> dict[str, Tensor]:
+        """Of every clip (B,): ``loss``, ``mse`` of the predicted pixels, ``mse_copy_last`` of the last frame read."""
+        read = self.config.input_frames
+        logits = self.network.forecast_logits(clips[:, :, :read], clips.shape[2] - read)
+        pixels = self.network.pixels(clips)
+        future, last = pixels[:, :, read:].float(), pixels[:, :, read - 1 : read].float()
+        return {
+            "loss": forecast_error(logits, future, loss=self.config.loss),
+            "mse": forecast_error(logits.detach(), future, loss="mse"),
+            "mse_copy_last": (last - future).square().flatten(1).mean(dim=1),
+        }
+
+
+class ForecastTask:
+    """Forecasting as the engine's training task. ``skill`` is 1 - mse / mse_copy_last: 0 holds still, 1 is perfect."""
+
+    best_metric = "skill"
+
+    def __init__(self, run: PretrainRun, *, topology: Topology) -> None:
+        self.run, self.topology = run, topology
+        network = build_forecaster(run, pretrained=run.model.pretrained)
+        if run.initialise_from is not None:
+            initialise_from(network, run.initialise_from)
+        self.network = network
+        self.module = Forecasting(network, run.forecast)
+        self.clip_frames = run.data.sampling.frames
+        self._views = {
+            training: DeviceAugment(run.data.augment, network.input_spec, training=training)
+            for training in (True, False)
+        }
+        self._last: list[tuple[str, float, float]] = []
+
+    def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
+        return {"clips": self._views[training](batch.to(self.topology.device))}
+
+    @torch.no_grad()
+    def evaluate(self, *, topology: Topology) -> dict[str, float]:
+        """Errors on the validation split, every clip once, over all ranks; the same for any number of them."""
+        loader = EvalLoader(
+            self.run.data.model_copy(update={"views": ViewsConfig()}),
+            split=self.run.data.val_split,
+            batch=self.run.evaluation.batch,
+            rank=topology.rank,
+            world_size=topology.world_size,
+            max_samples=self.run.evaluation.max_samples,
+        )
+        rows: list[tuple[int, dict[str, float]]] = []
+        for batch in loader:
+            errors = self.module.errors(self.inputs(batch, training=False, step=0)["clips"])
+            for row, sample in enumerate(batch.sample_index.tolist()):
+                rows.append((sample, {name: float(error[row]) for name, error in errors.items()}))
+        for batch in loader.fillers():
+            self.module.errors(self.inputs(batch, training=False, step=0)["clips"])
+        everything = sorted(gather_objects(rows, topology), key=lambda row: row[0])
+        self._last = [
+            (loader.dataset.facts(sample).key, errors["mse"], errors["mse_copy_last"])
+            for sample, errors in everything
+        ]
+        return forecast_metrics([errors for _, errors in everything])
+
+    def clip_table(self, rows: int) -> ClipTable | None:
+        """Clips of the last evaluation, those first that were forecast worst against their last frame."""
+        if not self._last:
+            return None
+        worst = sorted(self._last, key=lambda clip: clip[2] - clip[1])
+        return ("key", "mse", "mse_copy_last"), worst[:rows]
+
+    @cached_property
+    def flops_per_clip(self) -> float | None:
+        """Operations of a training step on one clip, counted on the meta device."""
+        side, read = self.run.data.crop_pixels, self.run.forecast.input_frames
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network = build_forecaster(self.run, pretrained=None)
+            network.forecast_logits(torch.empty(1, 3, read, side, side), self.clip_frames - read)
+        return training_flops(float(counter.get_total_flops()))
+
+
+def forecast_metrics(clips: list[dict[str, float]]) -> dict[str, float]:
+    """Means over clips. ``skill`` is missing where no clip moves: there is nothing to be better than."""
+    metrics = {name: sum(clip[name] for clip in clips) / len(clips) for name in clips[0]}
+    if metrics["mse_copy_last"] > 0:
+        metrics["skill"] = 1.0 - metrics["mse"] / metrics["mse_copy_last"]
+    return metrics | {"samples": float(len(clips))}
+
+
+def forecaster_options(run: PretrainRun) -> dict[str, Any]:
+    """The architecture options of the run's network, forecaster included."""
+    return dict(run.model.options) | {OPTION: True}
+
+
+def build_forecaster(run: PretrainRun, *, pretrained: str | None) -> EncoderForecaster:
+    """The run's network with its forecaster and without a classifier.
+
+    Raises:
+        ConfigError: the model cannot predict frames.
+    """
+    if OPTION not in model_options(run.model.name):
+        able = [name for name in list_models() if OPTION in model_options(name)]
+        raise ConfigError(
+            f"{run.model.name!r} cannot predict frames",
+            key="model.name",
+            value=run.model.name,
+            hint=f"objective forecast takes {', '.join(able)}",
+        )
+    network = create_model(
+        run.model.name,
+        num_classes=0,
+        in_frames=run.forecast.input_frames,
+        pretrained=pretrained,
+        **forecaster_options(run),
+    )
+    return cast(EncoderForecaster, network)

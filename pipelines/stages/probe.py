@@ -1,0 +1,123 @@
+"""Frozen features judged on labelled data: k-NN and a linear probe.
+
+k-NN as in instance discrimination (arXiv:1805.01978, section 3.4) and DINO: cosine similarity, the k nearest training
+clips vote for their class with weight exp(similarity / temperature). Linear probe: multinomial logistic regression on
+standardised features, fitted to convergence by L-BFGS, so that no learning rate decides the number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cliplift.configs.data import DataConfig, ViewsConfig
+from cliplift.configs.runs import ProbeConfig, TransferRun
+from cliplift.configs.sections import ConfigError
+from cliplift.pipelines.data.augment import DeviceAugment
+from cliplift.pipelines.data.clips import EvalLoader
+from cliplift.pipelines.distributed.collectives import Topology, gather_objects
+
+
+@torch.no_grad()
+def probe(
+    student: nn.Module, run: TransferRun, config: ProbeConfig, *, topology: Topology
+) -> dict[str, float]:
+    """``probe_knn_accuracy``, ``probe_linear_accuracy`` and ``probe_chance`` of a student's features.
+
+    Raises:
+        ConfigError: the labelled data hold unlabelled clips or one class.
+    """
+    data = run.data.model_copy(
+        update={
+            "shards": config.shards,
+            "split": config.split,
+            "val_split": config.test_split,
+            "fold": config.fold,
+            "val_share": 0.0,
+            "label_share": 1.0,
+            "sequential": None,
+            "views": ViewsConfig(),
+        }
+    )
+    train, train_labels = features_of(student, data, config.split, run=run, topology=topology)
+    test, test_labels = features_of(student, data, config.test_split, run=run, topology=topology)
+    classes = int(train_labels.max()) + 1
+    known = len(set(train_labels.tolist()))
+    if int(torch.cat([train_labels, test_labels]).min()) < 0 or known < 2:
+        raise ConfigError(
+            "needs labelled clips of two classes or more",
+            key="probe.shards",
+            value=config.shards[0],
+            hint="shard a labelled source",
+        )
+    found = {
+        "probe_knn_accuracy": knn_accuracy(
+            train, train_labels, test, test_labels, k=config.neighbours, temperature=config.temperature
+        ),
+        "probe_chance": 1.0 / known,
+    }
+    if config.linear_steps:
+        weights, bias = fit_linear(
+            train, train_labels, classes=classes, l2=config.linear_l2, steps=config.linear_steps
+        )
+        guesses = (test @ weights.T + bias).argmax(dim=1)
+        found["probe_linear_accuracy"] = float((guesses == test_labels).double().mean())
+    return found
+
+
+def features_of(
+    student: nn.Module, data: DataConfig, split: str, *, run: TransferRun, topology: Topology
+) -> tuple[Tensor, Tensor]:
+    """Features (N, D) in fp64 and labels (N,) of a split, in dataset order, the same on every rank."""
+    loader = EvalLoader(
+        data, split=split, batch=run.evaluation.batch, rank=topology.rank, world_size=topology.world_size
+    )
+    views = DeviceAugment(data.augment, student.input_spec, training=False)
+    rows: list[tuple[int, int, Any]] = []
+    for batch in loader:
+        found = student(views(batch.to(topology.device))).float().cpu()
+        on_host = zip(batch.sample_index.tolist(), batch.labels.tolist(), found.unbind(), strict=True)
+        rows += [(sample, label, feature.clone()) for sample, label, feature in on_host]
+    for batch in loader.fillers():
+        student(views(batch.to(topology.device)))
+    everything = sorted(gather_objects(rows, topology), key=lambda row: row[0])
+    return torch.stack([row[2] for row in everything]).double(), torch.tensor([row[1] for row in everything])
+
+
+def knn_accuracy(
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, k: int, temperature: float
+) -> float:
+    """Share of test rows (M, D) whose k nearest training rows (N, D) vote for the right class."""
+    similarity = F.normalize(test, dim=1) @ F.normalize(train, dim=1).T  # (M, N)
+    nearest, at = similarity.topk(min(k, len(train)), dim=1)
+    votes = torch.zeros(len(test), int(train_labels.max()) + 1, dtype=train.dtype)
+    votes.scatter_add_(1, train_labels[at], (nearest / temperature).exp())
+    return float((votes.argmax(dim=1) == test_labels).double().mean())
+
+
+@torch.enable_grad()
+def fit_linear(
+    train: Tensor, labels: Tensor, *, classes: int, l2: float, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Weights (K, D) and bias (K,) on the features as they are, minimising mean cross-entropy + l2 / 2 |w|^2.
+
+    The penalty is on the weights of standardised features; they are folded back into the raw ones.
+    """
+    mean, spread = train.mean(dim=0), train.std(dim=0, unbiased=False).clamp_min(1e-6)
+    scaled = (train - mean) / spread
+    weights = torch.zeros(classes, train.shape[1], dtype=train.dtype, requires_grad=True)
+    bias = torch.zeros(classes, dtype=train.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights, bias], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(scaled @ weights.T + bias, labels) + 0.5 * l2 * weights.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    folded = weights.detach() / spread
+    return folded, bias.detach() - folded @ mean

@@ -1,0 +1,213 @@
+"""Clips that another video already gave: found over all shards, reported, or removed from the finished shards.
+
+What is kept depends on the clips alone, not on the order of the work: evaluation splits go before ``train``, then the
+order of the plan. A clip is compared with the kept ones only, so doing it again changes nothing. Windows of one video
+are never each other's duplicates.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from cliplift.sharding.video.picture_hash import alike, bands
+from cliplift.sharding.build.finalize import BuildError, load_indexes
+from cliplift.sharding.manifest import (
+    DUPLICATE,
+    DUPLICATES_FILE,
+    MEMBERS,
+    Refused,
+    Sample,
+    ShardIndex,
+    canonical,
+    index_file,
+)
+from cliplift.sharding.build.plan import Plan
+from cliplift.sharding.scratch import local_copy
+from cliplift.sharding.storage import Store
+from cliplift.sharding.build.writer import ShardWriter
+
+Action = Literal["report", "remove_exact", "remove"]
+Kind = Literal["exact", "look"]
+REASONS: dict[Kind, str] = {"exact": "same content as", "look": "looks like"}
+OTHER_SPLIT, OTHER_LABEL = ", in another split", ", under another label"
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Sample number ``number`` repeats number ``of``, counted over all shards."""
+
+    number: int
+    of: int
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class DuplicateCounts:
+    """What ``build.json`` says of duplicates."""
+
+    action: Action
+    exact: int = 0
+    look: int = 0
+    removed: int = 0
+    across_splits: int = 0
+    across_labels: int = 0
+
+
+def find_duplicates(samples: Sequence[Sample], looks: Sequence[Sequence[int]]) -> list[Duplicate]:
+    """Every sample that repeats a kept one of another video, by content or by look.
+
+    Args:
+        samples: all samples, in plan order.
+        looks: picture hashes of their key frames; an empty one is compared by content only.
+    """
+    order = sorted(range(len(samples)), key=lambda i: (samples[i].split == "train", i))
+    by_content: dict[Any, list[int]] = defaultdict(list)
+    by_look: dict[tuple[int, int], list[int]] = defaultdict(list)
+    found = []
+    for number in order:
+        sample, look = samples[number], looks[number]
+        contents = _contents(sample)
+        same = {other for content in contents for other in by_content[content]}
+        like = {other for band in bands(look) for other in by_look[band]}
+        first = _first(samples, number, same)
+        kind: Kind = "exact"
+        if first is None:
+            kind = "look"
+            first = _first(samples, number, {other for other in like if alike(looks[other], look)})
+        if first is not None:
+            found.append(Duplicate(number, first, kind))
+            continue
+        for content in contents:
+            by_content[content].append(number)
+        for band in bands(look):
+            by_look[band].append(number)
+    return sorted(found, key=lambda duplicate: duplicate.number)
+
+
+def _contents(sample: Sample) -> tuple[Any, ...]:
+    """What tells that two clips are the same: one file under two names, or streams that encode to the same bytes."""
+    return (
+        (sample.source_sha256, sample.start_seconds, sample.end_seconds),
+        (sample.mp4_crc32, sample.mp4_bytes, sample.num_frames),
+    )
+
+
+def _first(samples: Sequence[Sample], number: int, others: set[int]) -> int | None:
+    strangers = [other for other in others if samples[other].video_id != samples[number].video_id]
+    return min(strangers, default=None)
+
+
+def settle_duplicates(plan: Plan, store: Store, action: Action) -> DuplicateCounts:
+    """Find duplicates in finished shards; list them in ``duplicates.jsonl``, or remove them.
+
+    A shard that loses clips is written again without them, bytes of the others unchanged; the ledger names each
+    removed clip and the one that stays.
+
+    Raises:
+        BuildError: a shard is missing, or a member is damaged.
+    """
+    indexes = load_indexes(plan, store)
+    samples = [sample for index in indexes for sample in index.samples]
+    looks = [look for index in indexes for look in index.looks or ((),) * len(index.samples)]
+    found = find_duplicates(samples, looks)
+    gone = [d for d in found if action == "remove" or (action == "remove_exact" and d.kind == "exact")]
+    told = [_describe(samples[d.number], samples[d.of], d.kind) for d in found]
+    # Those removed by an earlier call are in the ledger, in the same words.
+    before = [r.reason for index in indexes for r in index.refused if r.stage == DUPLICATE]
+    removed = set(gone)
+    stay = [d for d in found if d not in removed]
+    store.write(
+        DUPLICATES_FILE, b"".join(_row(samples[d.number], samples[d.of], d.kind) + b"\n" for d in stay)
+    )
+    for index, numbers in _by_shard(indexes, gone):
+        _rewrite(index, numbers, samples, store)
+    words = [*told, *before]
+    return DuplicateCounts(
+        action=action,
+        exact=sum(w.startswith(REASONS["exact"]) for w in words),
+        look=sum(w.startswith(REASONS["look"]) for w in words),
+        removed=len(gone) + len(before),
+        across_splits=sum(OTHER_SPLIT in w.rpartition(")")[2] for w in words),
+        across_labels=sum(OTHER_LABEL in w.rpartition(")")[2] for w in words),
+    )
+
+
+def _describe(sample: Sample, of: Sample, kind: Kind) -> str:
+    split = OTHER_SPLIT if (sample.split, sample.folds) != (of.split, of.folds) else ""
+    label = OTHER_LABEL if (sample.label, sample.labels) != (of.label, of.labels) else ""
+    return f"{REASONS[kind]} {of.source} ({of.key}){split}{label}"
+
+
+def _row(sample: Sample, of: Sample, kind: Kind) -> bytes:
+    return canonical(
+        {
+            "key": sample.key,
+            "source": sample.source,
+            "split": sample.split,
+            "kind": kind,
+            "of": of.key,
+            "detail": _describe(sample, of, kind),
+        }
+    )
+
+
+def _by_shard(
+    indexes: Sequence[ShardIndex], found: Sequence[Duplicate]
+) -> Iterator[tuple[ShardIndex, dict[int, Duplicate]]]:
+    """Shards that lose samples, and which, counted within the shard."""
+    start = 0
+    by_number = {duplicate.number: duplicate for duplicate in found}
+    for index in indexes:
+        mine = {i: by_number[start + i] for i in range(len(index.samples)) if start + i in by_number}
+        start += len(index.samples)
+        if mine:
+            yield index, mine
+
+
+def _rewrite(
+    index: ShardIndex, removed: dict[int, Duplicate], samples: Sequence[Sample], store: Store
+) -> None:
+    with local_copy(store, index.tar) as path, path.open("rb") as file:
+        # The commit mark goes first: killed in between, the shard is built again from its sources.
+        store.remove(index_file(index.tar))
+        writer = ShardWriter(store, index.tar, shard=index.shard, split=index.split, plan_id=index.plan_id)
+        try:
+            for refused in index.refused:
+                writer.refuse(refused)
+            for i, sample in enumerate(index.samples):
+                if i in removed:
+                    writer.refuse(_removed(sample, samples[removed[i].of], removed[i].kind))
+                    continue
+                row = {
+                    k: v for k, v in vars(sample).items() if not k.startswith(tuple(f"{m}_" for m in MEMBERS))
+                }
+                writer.add_members(
+                    mp4=_member(file, sample, "mp4", index.tar),
+                    payload=_member(file, sample, "json", index.tar),
+                    flow=_member(file, sample, "flow", index.tar),
+                    look=index.looks[i] if index.looks else (),
+                    **row,
+                )
+            writer.commit()
+        except BaseException:
+            writer.abandon()
+            raise
+
+
+def _removed(sample: Sample, of: Sample, kind: Kind) -> Refused:
+    clip = int(sample.key.rsplit("-", maxsplit=1)[-1])
+    reason = _describe(sample, of, kind)
+    return Refused(video_id=sample.video_id, source=sample.source, clip=clip, stage=DUPLICATE, reason=reason)
+
+
+def _member(file: Any, sample: Sample, kind: str, tar: str) -> bytes:
+    facts = asdict(sample)
+    file.seek(facts[f"{kind}_offset"])
+    data: bytes = file.read(facts[f"{kind}_bytes"])
+    if zlib.crc32(data) != facts[f"{kind}_crc32"]:
+        raise BuildError(f"{tar}, {sample.key}.{kind}: crc32 differs; build again")
+    return data

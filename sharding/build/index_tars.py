@@ -1,0 +1,216 @@
+"""Index WebDataset tars that were written by others, so that they can be read by number, checked and verified.
+
+The tars are not changed. Each video is decoded in full in an isolated process: only clips whose frames are all there
+and evenly spaced in time are taken, the others are in the ledger.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cliplift.configs.sections import ConfigError
+from cliplift.configs.sharding import TranscodeConfig, WholeCut
+from cliplift.sharding.build.finalize import describe
+from cliplift.sharding.manifest import (
+    DATASET_FILE,
+    FOREIGN,
+    NO_LABEL,
+    REFUSED_FILE,
+    SAMPLES_FILE,
+    Dataset,
+    Refused,
+    Sample,
+    ShardIndex,
+    canonical,
+    digest,
+    dump_dataset,
+    dump_index,
+    index_file,
+)
+from cliplift.sharding.build.pool import Job, WorkerPool
+from cliplift.sharding.sources.lists import number_labels
+from cliplift.sharding.scratch import local_copy
+from cliplift.sharding.storage import Store, join, open_store
+from cliplift.sharding.sources.tars import TarVideo, member_bytes, tar_videos
+
+
+@dataclass(frozen=True)
+class _Found:
+    """One sample of a foreign tar: its video member, its json member, and what they say."""
+
+    sample: Sample
+    label: str | None
+
+
+def index_tars(
+    url: str,
+    *,
+    name: str,
+    label_key: str = "label",
+    classes: tuple[str, ...] = (),
+    workers: int = 0,
+    clip_timeout_seconds: float = 60.0,
+) -> Dataset:
+    """Write an index beside every tar below ``url``, then the dataset's table and manifest.
+
+    Args:
+        url: folder or URL of the tars; the folder a tar lies in is its split, ``train`` where there is none.
+        name: name of the dataset.
+        label_key: key of the json member that holds the class; a ``.cls`` member goes before it.
+        classes: class names in label order; empty sorts the values found.
+        workers: processes that decode; 0 is one per core.
+        clip_timeout_seconds: a clip not decoded in this time is refused.
+
+    Raises:
+        ConfigError: there is no tar, or no video in the tars.
+    """
+    store = open_store(url)
+    tars = [file for file in store.list() if file.endswith(".tar")]
+    if not tars:
+        raise ConfigError("holds no .tar", key="url", value=url)
+    scanned = [_scan(store, tar, label_key) for tar in tars]
+    names, labels = number_labels([f.label for found, *_ in scanned for f in found], classes, key="classes")
+    numbers = iter(labels)
+    checked = _check(url, tars, scanned, workers=workers, timeout=clip_timeout_seconds)
+    indexes = []
+    for shard, (tar, (found, size, sha256)) in enumerate(zip(tars, scanned, strict=True)):
+        split = PurePosixPath(tar).parent.name or "train"
+        samples, refused = [], []
+        for item in found:
+            sample = replace(item.sample, split=split, label=next(numbers))
+            facts, reason = next(checked)
+            if reason:
+                refused.append(Refused(sample.video_id, tar, clip=0, stage="decode", reason=reason))
+            else:
+                samples.append(replace(sample, **facts))
+        indexes.append(
+            ShardIndex(
+                shard=shard,
+                split=split,
+                tar=tar,
+                tar_bytes=size,
+                tar_sha256=sha256,
+                plan_id=FOREIGN + sha256,
+                samples=tuple(samples),
+                refused=tuple(refused),
+            )
+        )
+    return _write(indexes, store, name=name, classes=names)
+
+
+def _write(indexes: list[ShardIndex], store: Store, *, name: str, classes: tuple[str, ...]) -> Dataset:
+    if not any(index.samples for index in indexes):
+        raise ConfigError("the tars hold no video that decodes", key="url", value=store.url)
+    plan_id = FOREIGN + digest(canonical([index.tar_sha256 for index in indexes]))
+    indexes = [replace(index, plan_id=plan_id) for index in indexes]
+    dataset, table = describe(
+        indexes,
+        name=name,
+        classes=classes,
+        folds=0,
+        missing=0,
+        plan_id=plan_id,
+        settings={"indexed": store.url},
+    )
+    for index in indexes:
+        store.write(index_file(index.tar), dump_index(index))
+    ledger = [canonical({"shard": i.shard, **vars(r)}) + b"\n" for i in indexes for r in i.refused]
+    store.write(REFUSED_FILE, b"".join(ledger))
+    store.write(SAMPLES_FILE, table)
+    store.write(DATASET_FILE, dump_dataset(dataset))
+    return dataset
+
+
+def _scan(store: Store, tar: str, label_key: str) -> tuple[list[_Found], int, str]:
+    """One pass over a tar: its samples (runs of members with one key), its size and its sha256."""
+    with local_copy(store, tar) as path:
+        return _scan_file(path, label_key)
+
+
+def _scan_file(path: Path, label_key: str) -> tuple[list[_Found], int, str]:
+    with path.open("rb") as raw:
+        sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
+    with tarfile.open(path, "r:") as archive:
+        found = [
+            _found(video, member_bytes(archive, video.member))
+            for video in tar_videos(archive, label_key=label_key)
+        ]
+    return found, path.stat().st_size, sha256
+
+
+def _found(video: TarVideo, data: bytes) -> _Found:
+    sample = Sample(
+        key=video.key,
+        mp4_offset=video.member.offset_data,
+        mp4_bytes=len(data),
+        mp4_crc32=zlib.crc32(data),
+        json_offset=video.json_member.offset_data if video.json_member else 0,
+        json_bytes=len(video.json_data),
+        json_crc32=zlib.crc32(video.json_data),
+        video_id=video.source,
+        source=video.source,
+        split="",
+        label=NO_LABEL,
+        labels=(),
+        folds=(),
+        group=None,
+        start_seconds=0.0,
+        end_seconds=0.0,
+        num_frames=0,
+        fps=0.0,
+        width=0,
+        height=0,
+        keyframes=(),
+        source_sha256=hashlib.sha256(data).hexdigest(),
+    )
+    return _Found(sample, video.label)
+
+
+def _check(
+    url: str, tars: list[str], scanned: list[tuple[list[_Found], int, str]], *, workers: int, timeout: float
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Decode every video in full; per sample its facts, or the reason why it is refused."""
+    hello = {
+        "cut": WholeCut().model_dump(),
+        "transcode": TranscodeConfig().model_dump(mode="json"),
+        "memory_mib": None,
+    }
+    jobs = [
+        Job(
+            message={
+                "check": True,
+                "url": join(url, tar),
+                "offset": f.sample.mp4_offset,
+                "bytes": f.sample.mp4_bytes,
+            },
+            tag=None,
+        )
+        for tar, (found, _, _) in zip(tars, scanned, strict=True)
+        for f in found
+    ]
+    count = max(1, min(workers or len(os.sched_getaffinity(0)), len(jobs)))
+    with WorkerPool(workers=count, hello=hello, clip_timeout_seconds=timeout, attempts=1) as pool:
+        for _, result in pool.run(jobs):
+            if result.refused:
+                yield {}, result.refused[0][2]
+                continue
+            facts, _ = result.clips[0]
+            fps = facts["fps"][0] / facts["fps"][1]
+            yield (
+                {
+                    "num_frames": facts["num_frames"],
+                    "width": facts["width"],
+                    "height": facts["height"],
+                    "keyframes": tuple(facts["keyframes"]),
+                    "fps": fps,
+                    "end_seconds": round(facts["num_frames"] / fps, 6),
+                },
+                "",
+            )

@@ -1,0 +1,252 @@
+"""Verify a shard dataset: every byte against its checksum, index against tar, clips against a full decode."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+import zlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cliplift.sharding.manifest import (
+    DATASET_FILE,
+    FOREIGN,
+    MEMBERS,
+    SAMPLES_FILE,
+    Dataset,
+    ManifestError,
+    Sample,
+    ShardFacts,
+    ShardIndex,
+    digest,
+    index_file,
+    load_index,
+    rows_from_parquet,
+)
+from cliplift.sharding.read.reader import read_dataset
+from cliplift.sharding.build.redecode import DecodeExtent, Problem, decode_clips
+from cliplift.sharding.scratch import local_copy
+from cliplift.sharding.storage import TEMPORARY_SUFFIX, StorageError, Store, open_store
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The result of :func:`verify`; ``ok`` is False when any error was found."""
+
+    url: str
+    problems: tuple[Problem, ...]
+    shards: int
+    samples: int
+    decoded: int
+    labels: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return not any(problem.error for problem in self.problems)
+
+    def summary(self) -> str:
+        """A few lines for a terminal."""
+        lines = [f"{self.url}: {self.shards} shards, {self.samples} samples, {self.decoded} decoded in full"]
+        lines += [
+            f"  {'ERROR' if p.error else 'warning'} {p.kind}: {p.file}: {p.detail}" for p in self.problems
+        ]
+        return "\n".join([*lines, "ok" if self.ok else "FAILED"])
+
+
+def verify(
+    url: str, *, decode: DecodeExtent = "sample", workers: int = 0, clip_timeout_seconds: float = 60.0
+) -> VerifyReport:
+    """Check a dataset without changing it.
+
+    Args:
+        url: folder or URL of a finalized dataset.
+        decode: which clips are decoded in full, in isolated processes.
+        workers: processes that decode; 0 is one per core.
+        clip_timeout_seconds: a clip not decoded in this time is an error.
+
+    Raises:
+        ConfigError: there is no dataset at ``url``.
+        ManifestError: ``dataset.json`` is damaged, so nothing else can be trusted.
+    """
+    store = open_store(url)
+    dataset = read_dataset(store)
+    problems: list[Problem] = []
+    rows = _table(dataset, store, problems)
+    indexed: list[Sample] = []
+    for shard in dataset.shards:
+        found = _shard(dataset, shard, store)
+        problems += found[1]
+        indexed += found[0].samples if found[0] else ()
+    if rows is not None and rows != indexed:
+        problems.append(Problem("table", SAMPLES_FILE, "differs from the shards' indexes: finalize again"))
+    problems += _orphans(dataset, store)
+    problems += _duplicates(indexed)
+    decoded = 0
+    if decode != "none":
+        damaged, decoded = decode_clips(
+            dataset, indexed, url, extent=decode, workers=workers, timeout=clip_timeout_seconds
+        )
+        problems += damaged
+    return VerifyReport(
+        url=url,
+        problems=tuple(problems),
+        shards=len(dataset.shards),
+        samples=dataset.samples,
+        decoded=decoded,
+        labels=_balance(dataset, indexed),
+    )
+
+
+def _table(dataset: Dataset, store: Store, problems: list[Problem]) -> list[Sample] | None:
+    try:
+        data = store.read(SAMPLES_FILE)
+        if digest(data) != dataset.samples_sha256:
+            problems.append(Problem("checksum", SAMPLES_FILE, f"sha256 differs from {DATASET_FILE}"))
+        return rows_from_parquet(data, Sample, file=SAMPLES_FILE)
+    except FileNotFoundError:
+        problems.append(Problem("missing", SAMPLES_FILE, "does not exist"))
+    except ManifestError as error:
+        problems.append(Problem("damaged", SAMPLES_FILE, str(error)))
+    return None
+
+
+def _shard(dataset: Dataset, shard: ShardFacts, store: Store) -> tuple[ShardIndex | None, list[Problem]]:
+    """Check one shard: index, size, checksum, and every member the index names."""
+    name = index_file(shard.file)
+    try:
+        index = load_index(store.read(name), file=name)
+    except FileNotFoundError:
+        return None, [Problem("missing", name, "the shard has no index: it was never finished")]
+    except ManifestError as error:
+        return None, [Problem("damaged", name, str(error))]
+    problems = []
+    if (
+        index.plan_id != dataset.plan_id
+        or len(index.samples) != shard.samples
+        or index.tar_sha256 != shard.sha256
+    ):
+        problems.append(Problem("mismatch", name, f"does not describe the shard that {DATASET_FILE} lists"))
+    try:
+        with local_copy(store, shard.file) as path:
+            size = path.stat().st_size
+            if size != index.tar_bytes:
+                problems.append(
+                    Problem("size", shard.file, f"{index.tar_bytes} bytes expected, {size} found")
+                )
+            if file_sha256(path) != index.tar_sha256:
+                problems.append(Problem("checksum", shard.file, "sha256 differs from its index"))
+                problems += _damaged_members(index, path)
+            problems += _tar_agrees(index, path)
+    except FileNotFoundError:
+        problems.append(
+            Problem(
+                "missing", shard.file, f"the tar does not exist; its {len(index.samples)} samples are lost"
+            )
+        )
+    except StorageError as error:
+        problems.append(Problem("read", shard.file, str(error)))
+    return index, problems
+
+
+def _damaged_members(index: ShardIndex, path: Path) -> Iterator[Problem]:
+    """Which samples of a damaged tar are lost; the others can still be read by offset."""
+    with path.open("rb") as file:
+        for sample in index.samples:
+            for kind in _kinds(sample):
+                offset, length = getattr(sample, f"{kind}_offset"), getattr(sample, f"{kind}_bytes")
+                data = os.pread(file.fileno(), length, offset)
+                if len(data) != length:
+                    yield Problem(
+                        "lost",
+                        index.tar,
+                        f"{sample.key}.{MEMBERS[kind]}: {length} bytes expected, {len(data)} found",
+                    )
+                elif zlib.crc32(data) != getattr(sample, f"{kind}_crc32"):
+                    yield Problem("lost", index.tar, f"{sample.key}.{MEMBERS[kind]}: crc32 differs")
+
+
+def _kinds(sample: Sample) -> list[str]:
+    return [kind for kind in MEMBERS if kind != "flow" or sample.flow_bytes]
+
+
+def _tar_agrees(index: ShardIndex, path: Path) -> Iterator[Problem]:
+    """Read the tar's own headers: they must name the members where the index says they are."""
+    expected = [
+        (f"{s.key}.{MEMBERS[kind]}", getattr(s, f"{kind}_offset"), getattr(s, f"{kind}_bytes"))
+        for s in index.samples
+        for kind in _kinds(s)
+    ]
+    try:
+        with tarfile.open(path, "r:") as tar:
+            found = [(m.name, m.offset_data, m.size) for m in tar]
+    except (tarfile.TarError, OSError) as error:
+        yield Problem("headers", index.tar, f"the tar's headers are damaged: {error}")
+        return
+    if index.plan_id.startswith(FOREIGN):  # other people's tars hold other members and names as well
+        places = {(offset, size) for _, offset, size in found}
+        absent = [name for name, offset, size in expected if size and (offset, size) not in places]
+        if absent:
+            yield Problem("headers", index.tar, f"{absent[0]} is not where the index says")
+        return
+    if found != expected:
+        at = next(
+            (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
+            min(len(found), len(expected)),
+        )
+        yield Problem(
+            "headers",
+            index.tar,
+            f"{len(expected)} members expected, {len(found)} found; they differ from member {at} on",
+        )
+
+
+def _orphans(dataset: Dataset, store: Store) -> Iterator[Problem]:
+    known = {shard.file for shard in dataset.shards}
+    known |= {index_file(file) for file in known}
+    for name in store.list():
+        if name.endswith(TEMPORARY_SUFFIX):
+            yield Problem("orphan", name, "left by an interrupted build; remove it", error=False)
+        elif name.endswith((".tar", ".index.json")) and name not in known:
+            yield Problem("orphan", name, f"is not in {DATASET_FILE}", error=False)
+
+
+def _duplicates(samples: Sequence[Sample]) -> Iterator[Problem]:
+    """The same bytes of source video under several names; across splits or groups it spoils every number measured."""
+    seen: dict[tuple[str, float], list[Sample]] = defaultdict(list)
+    for sample in samples:
+        seen[sample.source_sha256, sample.start_seconds].append(sample)
+    for same in seen.values():
+        names = sorted({s.source for s in same})
+        if len(names) < 2:
+            continue
+        detail = f"has the same content as {', '.join(names[1:4])}"
+        if len({s.split for s in same}) > 1 or len({s.folds for s in same}) > 1:
+            yield Problem("leak", names[0], f"{detail}, in another split")
+        elif len({s.label for s in same}) > 1:
+            yield Problem("duplicate", names[0], f"{detail}, under another label", error=False)
+        else:
+            yield Problem("duplicate", names[0], detail, error=False)
+    groups: dict[str, set[str]] = defaultdict(set)
+    for sample in samples:
+        if sample.group is not None:
+            groups[sample.group].add("/".join(sample.folds) or sample.split)
+    for group, splits in sorted(groups.items()):
+        if len(splits) > 1:
+            yield Problem("leak", f"group {group}", f"stands in the splits {', '.join(sorted(splits))}")
+
+
+def _balance(dataset: Dataset, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for sample in samples:
+        for label in sample.labels or ((sample.label,) if sample.label >= 0 else ()):
+            counts[sample.split][dataset.classes[label]] += 1
+    return {split: dict(sorted(counter.items())) for split, counter in sorted(counts.items())}
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

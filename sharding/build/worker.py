@@ -1,0 +1,226 @@
+"""The child process that touches untrusted video: ``python -m cliplift.sharding.build.worker FD``.
+
+It speaks length-prefixed JSON with an optional payload over an inherited socket. It may crash, hang or run out of
+memory; its parent (:mod:`cliplift.sharding.build.pool`) replaces it. Messages in:
+
+* first ``{"cut", "transcode", "flow", "memory_mib"}``: the settings,
+* then tasks: ``{"url", "start", "end", "first_clip"}`` to cut a video, or
+  ``{"check", "url", "offset", "bytes"}`` to decode a stored clip in full.
+
+Messages out, per task: ``{"clips": n, "sha256"}``, then for every clip ``{"clip": i, ...facts}`` with the mp4 as
+payload (its last ``flow_bytes`` are the clip's optical flow) or ``{"refused": i, "stage", "reason"}``, then
+``{"done": true}``. ``{"working": true}`` in between asks for more time: a long video is searched for its shots. Before
+an unexpected end: ``{"fatal": reason}``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from cliplift.configs.sharding import Cut, FlowConfig, TranscodeConfig
+from cliplift.sharding.video.full_decode import check_clip
+from cliplift.sharding.video.cuts import spans
+from cliplift.sharding.video.flow import flow_member
+from cliplift.sharding.storage import StorageError, open_store
+from cliplift.sharding.sources.tars import inside_tar
+from cliplift.sharding.video.transcode import cut_span
+from cliplift.sharding.video.decode import VideoDecodeError
+
+HEADER = struct.Struct("!II")
+PR_SET_PDEATHSIG = 1
+CHUNK_BYTES = 1 << 20
+
+
+def send(link: socket.socket, message: dict[str, Any], payload: bytes = b"") -> None:
+    """Send one message."""
+    head = json.dumps(message, ensure_ascii=True).encode()
+    link.sendall(HEADER.pack(len(head), len(payload)) + head)
+    if payload:
+        link.sendall(payload)
+
+
+def receive(link: socket.socket) -> tuple[dict[str, Any], bytes]:
+    """Receive one message; ``EOFError`` when the other side is gone."""
+    head_bytes, payload_bytes = HEADER.unpack(_exactly(link, HEADER.size))
+    head = json.loads(_exactly(link, head_bytes))
+    return head, _exactly(link, payload_bytes)
+
+
+def _exactly(link: socket.socket, count: int) -> bytes:
+    parts = bytearray()
+    while len(parts) < count:
+        part = link.recv(min(CHUNK_BYTES, count - len(parts)))
+        if not part:
+            raise EOFError
+        parts += part
+    return bytes(parts)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is stored of a clip: its video, and its optical flow if that is wanted."""
+
+    transcode: TranscodeConfig
+    flow: FlowConfig | None
+
+
+def _serve(link: socket.socket) -> None:
+    settings, _ = receive(link)
+    cut: Any = TypeAdapter(Cut).validate_python(settings["cut"])
+    transcode = TranscodeConfig.model_validate(settings["transcode"])
+    flow = None if settings.get("flow") is None else FlowConfig.model_validate(settings["flow"])
+    if settings["memory_mib"] is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (settings["memory_mib"] << 20,) * 2)
+    # The parent made this folder for us alone and removes it, however we end.
+    scratch = Path(tempfile.gettempdir())
+    while True:
+        try:
+            task, _ = receive(link)
+        except EOFError:
+            return
+        if "check" in task:
+            _check(link, task)
+        else:
+            _do(link, task, cut, Stored(transcode, flow), scratch)
+        send(link, {"done": True})
+
+
+def _do(link: socket.socket, task: dict[str, Any], cut: Any, stored: Stored, scratch: Path) -> None:
+    copy: Path | None = None
+    try:
+        path, copy = _local(task["url"], scratch)
+        sha256 = _sha256(path)
+        clips = spans(
+            cut,
+            path,
+            start=task["start"] or 0.0,
+            end=task["end"],
+            alive=lambda: send(link, {"working": True}),
+        )
+    except (VideoDecodeError, OSError, StorageError, MemoryError) as error:
+        stage = "probe" if isinstance(error, VideoDecodeError) else "read"
+        send(link, {"refused": 0, "stage": stage, "reason": _reason(error)})
+        return
+    else:
+        send(link, {"clips": len(clips), "sha256": sha256})
+        for number in range(task["first_clip"], len(clips)):
+            _one_clip(link, path, number, clips[number], stored)
+    finally:
+        if copy is not None:
+            copy.unlink(missing_ok=True)
+
+
+def _one_clip(
+    link: socket.socket, path: Path, number: int, span: tuple[float, float | None], stored: Stored
+) -> None:
+    stage = "transcode"
+    try:
+        clip = cut_span(path, start_seconds=span[0], end_seconds=span[1], config=stored.transcode)
+        stage = "flow"
+        flow = b"" if stored.flow is None else flow_member(clip.data, stored.flow, stored.transcode)
+    except (VideoDecodeError, OSError, MemoryError) as error:
+        send(link, {"refused": number, "stage": stage, "reason": _reason(error)})
+        return
+    checked = clip.checked
+    facts = {
+        "clip": number,
+        "start_seconds": clip.start_seconds,
+        "end_seconds": clip.end_seconds,
+        "num_frames": checked.frames,
+        "fps": [checked.fps.numerator, checked.fps.denominator],
+        "width": checked.width,
+        "height": checked.height,
+        "keyframes": list(checked.keyframes),
+        "look": list(checked.look),
+        "source_facts": clip.source,
+        "not_copied": clip.not_copied,
+        "flow_bytes": len(flow),
+    }
+    send(link, facts, clip.data + flow)
+
+
+def _check(link: socket.socket, task: dict[str, Any]) -> None:
+    folder, _, name = task["url"].rpartition("/")
+    try:
+        checked = check_clip(open_store(folder).read_range(name, task["offset"], task["bytes"]), look=True)
+    except (VideoDecodeError, OSError, StorageError, MemoryError) as error:
+        send(link, {"refused": 0, "stage": "decode", "reason": _reason(error)})
+        return
+    found = {
+        "num_frames": checked.frames,
+        "width": checked.width,
+        "height": checked.height,
+        "fps": [checked.fps.numerator, checked.fps.denominator],
+        "look": list(checked.look),
+    }
+    send(link, {"clip": 0, **found, "keyframes": list(checked.keyframes)})
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == 12:
+        return "out of memory"
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, VideoDecodeError):
+        return str(error)
+    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
+
+
+def _local(url: str, scratch: Path) -> tuple[Path, Path | None]:
+    """A local file with the video, and the copy to remove afterwards if it had to be fetched."""
+    within = inside_tar(url)
+    folder, _, name = (within[0] if within else url).rpartition("/")
+    store = open_store(folder or ("/" if url.startswith("/") else "."))
+    copy = scratch / "source"
+    if within is not None:
+        data = store.read_range(name, within[1], within[2])
+        if len(data) != within[2]:
+            raise StorageError(f"{within[0]}: {within[2]} bytes expected at {within[1]}, {len(data)} found")
+        copy.write_bytes(data)
+        return copy, copy
+    path = store.local_path(name)
+    if path is not None:
+        return path, None
+    store.fetch(name, copy)
+    return copy, copy
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main() -> None:
+    """Serve the parent on the socket whose descriptor is the only argument."""
+    # A worker stuck in a decoder must not outlive its parent.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.environ["AV_LOG_FORCE_NOCOLOR"] = "1"
+    with socket.socket(fileno=int(sys.argv[1])) as link:
+        try:
+            _serve(link)
+        except Exception as error:
+            # A mistake of ours: the ledger must say which, and the parent replaces the worker.
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            reason = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
+            send(link, {"fatal": reason})
+            raise
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The made videos of the demo."""

@@ -1,0 +1,1 @@
+"""Shards opened for reading: bytes by offset, datasets and subsets, the contact sheet."""

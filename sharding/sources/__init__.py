@@ -1,0 +1,1 @@
+"""Raw collections: lists, folders, foreign tars and TFRecords, read as one stream of videos."""

@@ -1,0 +1,211 @@
+"""Lists of raw videos: a folder of classes, or a CSV / Parquet list; with their labels, splits and groups."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any
+
+from cliplift.configs.sections import ConfigError
+from cliplift.configs.sharding import ShardRun
+from cliplift.configs.sources import (
+    CsvSource,
+    FolderSource,
+    Hmdb51Source,
+    KineticsSource,
+    Source,
+    SplitConfig,
+    TarsSource,
+    Ucf101Source,
+)
+from cliplift.sharding.manifest import SourceVideo, canonical, digest
+from cliplift.sharding.sources.lists import UNASSIGNED, Listing, SourceError, number_labels, read_rows
+from cliplift.sharding.sources.public_datasets import read_hmdb51, read_kinetics, read_ucf101, read_youtube8m
+from cliplift.sharding.sources.tars import read_tars
+from cliplift.sharding.storage import Store, join, open_store
+
+
+def read_source(run: ShardRun) -> Listing:
+    """List the videos of a run's source, with splits assigned.
+
+    Raises:
+        ConfigError: the source does not exist or holds no video.
+        SourceError: a row is wrong, naming file, line and column.
+    """
+    listing = _list(run.source)
+    if not listing.videos:
+        raise ConfigError(
+            "no video was found", key="source", value=listing.root, hint=f"{len(listing.missing)} are missing"
+        )
+    _unique_ids(listing.videos)
+    return replace(listing, videos=tuple(assign_splits(listing.videos, run.splits, folds=listing.folds)))
+
+
+def _list(source: Source) -> Listing:
+    if isinstance(source, FolderSource):
+        return _read_folder(source)
+    if isinstance(source, CsvSource):
+        return _read_csv(source)
+    if isinstance(source, KineticsSource):
+        return read_kinetics(source)
+    if isinstance(source, Ucf101Source):
+        return read_ucf101(source)
+    if isinstance(source, TarsSource):
+        return read_tars(source)
+    return read_hmdb51(source) if isinstance(source, Hmdb51Source) else read_youtube8m(source)
+
+
+def _unique_ids(videos: Sequence[SourceVideo]) -> None:
+    seen: set[tuple[str, float | None, float | None]] = set()
+    for video in videos:
+        name = (video.source, video.start_seconds, video.end_seconds)
+        if name in seen:
+            raise SourceError(f"{video.source} is listed twice; remove one of its rows")
+        seen.add(name)
+
+
+def assign_splits(videos: Iterable[SourceVideo], config: SplitConfig, *, folds: int) -> Iterator[SourceVideo]:
+    """Give every video its group and its split; a group never straddles two assigned splits."""
+    pattern = re.compile(config.group_pattern) if config.group_pattern else None
+    named = {group: split for split, groups in config.groups.items() for group in groups}
+    used: set[str] = set()
+    for video in videos:
+        group = video.group
+        if pattern is not None:
+            match = pattern.search(video.source)
+            if match is None:
+                raise ConfigError(
+                    f"does not match {video.source!r}", key="splits.group_pattern", value=config.group_pattern
+                )
+            group = match.group(1)
+        split = config.rename.get(video.split, video.split)
+        if folds:
+            split = "all"
+        elif group is not None and group in named:
+            used.add(group)
+            split = named[group]
+        elif split == UNASSIGNED:
+            split = _by_hash(group if group is not None else video.video_id, config)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", split):
+            raise ConfigError(
+                f"{split!r} cannot name a split",
+                key="splits.rename",
+                value=split,
+                hint="give it another name with splits.rename",
+            )
+        yield replace(video, group=group, split=split)
+    if unknown := sorted(set(named) - used):
+        raise ConfigError(f"no video belongs to group {unknown[0]!r}", key="splits.groups", value=unknown[0])
+
+
+def _by_hash(group: str, config: SplitConfig) -> str:
+    draw = int(digest(f"{config.seed}:{group}".encode())[:13], 16) / 16**13
+    reached = 0.0
+    for split, share in config.shares.items():
+        reached += share
+        if draw < reached:
+            return split
+    return next(split for split, share in reversed(config.shares.items()) if share > 0)
+
+
+def _read_folder(source: FolderSource) -> Listing:
+    store = open_store(source.root)
+    files = [f for f in store.list() if PurePosixPath(f).suffix.lower() in source.suffixes and _visible(f)]
+    if not files:
+        raise ConfigError(
+            "holds no video",
+            key="source.root",
+            value=source.root,
+            hint=f"looked for {' '.join(source.suffixes)}",
+        )
+    depth = {"split/class": 2, "class": 1, "flat": 0}[source.layout]
+    names: list[str | None] = []
+    videos = []
+    for file in files:
+        parts = file.split("/")
+        if len(parts) <= depth:
+            raise ConfigError(
+                f"{file!r} does not lie in {source.layout} folders", key="source.layout", value=source.layout
+            )
+        names.append(parts[depth - 1] if depth else None)
+        split = parts[0] if depth == 2 else UNASSIGNED
+        videos.append(
+            SourceVideo(video_id=str(PurePosixPath(file).with_suffix("")), source=file, split=split)
+        )
+    classes, labels = number_labels(names, source.classes, key="source.classes")
+    return Listing(
+        tuple(replace(v, label=n) for v, n in zip(videos, labels, strict=True)), classes, source.root
+    )
+
+
+def _visible(file: str) -> bool:
+    return not any(part.startswith(".") for part in file.split("/"))
+
+
+def _read_csv(source: CsvSource) -> Listing:
+    root = source.root or source.file.rpartition("/")[0] or "."
+    wanted = (source.path_column, source.label_column, source.split_column, source.group_column,
+              source.id_column, source.start_column, source.end_column)  # fmt: skip
+    names: list[str | None] = []
+    videos: list[SourceVideo] = []
+    for row in read_rows(source.file, delimiter=source.delimiter, needed=[c for c in wanted if c]):
+        path = row.text(source.path_column)
+        start, end = row.seconds(source.start_column), row.seconds(source.end_column)
+        if end is not None and end <= (start or 0.0):
+            raise SourceError(
+                f"{row.file}, line {row.line}, column {source.end_column!r}: {end:g} is not after the start"
+            )
+        names.append(row.text(source.label_column) if source.label_column else None)
+        videos.append(
+            SourceVideo(
+                video_id=row.text(source.id_column)
+                if source.id_column
+                else str(PurePosixPath(path).with_suffix("")),
+                source=path,
+                split=row.text(source.split_column) if source.split_column else UNASSIGNED,
+                group=row.text(source.group_column) if source.group_column else None,
+                start_seconds=start,
+                end_seconds=end,
+            )
+        )
+    classes, labels = number_labels(names, source.classes, key="source.classes")
+    labelled = [replace(v, label=n) for v, n in zip(videos, labels, strict=True)]
+    present, missing = split_missing(labelled, root)
+    return Listing(tuple(present), classes, root, missing=tuple(missing))
+
+
+def split_missing(videos: Sequence[SourceVideo], root: str) -> tuple[list[SourceVideo], list[SourceVideo]]:
+    """Listed videos that exist below the root, and those that do not. URLs are tried when they are read."""
+    store: Store = open_store(root)
+    below: set[str] | None = None
+    present: list[SourceVideo] = []
+    missing: list[SourceVideo] = []
+    for video in videos:
+        if "://" in video.source:
+            exists = True
+        elif video.source.startswith("/"):
+            exists = open_store("/").size(video.source.lstrip("/")) is not None
+        elif store.local_path("") is not None:
+            exists = store.size(video.source) is not None
+        else:
+            below = set(store.list()) if below is None else below
+            exists = video.source in below
+        (present if exists else missing).append(video)
+    return present, missing
+
+
+def video_url(root: str, video: SourceVideo) -> str:
+    """Where a video of the plan is read from."""
+    return join(root, video.source)
+
+
+def listing_digest(videos: Sequence[SourceVideo]) -> str:
+    """sha256 of the rows of a plan."""
+    return digest(canonical([_plain(v) for v in videos]))
+
+
+def _plain(video: SourceVideo) -> list[Any]:
+    return [video.video_id, video.source, video.split, video.label, video.labels, video.folds,
+            video.group, video.start_seconds, video.end_seconds]  # fmt: skip

@@ -1,0 +1,1 @@
+"""One video: decoding, regular frame rates, encoding, cutting, checking."""

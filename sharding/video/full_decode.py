@@ -1,0 +1,91 @@
+"""The full decode that every written clip must pass before its shard is sealed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+from av.error import FFmpegError
+
+from cliplift.sharding.video.decode import (
+    VideoDecodeError,
+    decoded_frames,
+    frame_rate,
+    open_container,
+    plain_reason,
+    video_stream,
+)
+from cliplift.sharding.video.picture_hash import picture_hash
+
+
+@dataclass(frozen=True)
+class CheckedClip:
+    """What a full decode of a clip proved."""
+
+    frames: int
+    width: int
+    height: int
+    fps: Fraction
+    keyframes: tuple[int, ...]
+    interlaced: bool = False
+    look: tuple[int, ...] = ()
+
+
+def check_clip(data: bytes, *, look: bool = False) -> CheckedClip:
+    """Decode a stored clip in full: every frame present, undamaged, of one size, at evenly spaced rising times.
+
+    Args:
+        data: bytes of the mp4.
+        look: also hash the picture of every key frame, to find near-duplicates.
+
+    Raises:
+        VideoDecodeError: with the first thing that is wrong.
+    """
+    keyframes: list[int] = []
+    pictures: list[int] = []
+    size: tuple[int, int] | None = None
+    number = 0
+    interlaced = False
+    with open_container(data) as container:
+        stream = video_stream(container)
+        stream.codec_context.thread_count = 1
+        rate = frame_rate(stream)
+        if rate is None or stream.time_base is None:
+            raise VideoDecodeError("the clip states no frame rate")
+        step = 1 / (rate * stream.time_base)
+        start: int | None = None
+        try:
+            for frame in decoded_frames(container, stream):
+                if frame.pts is None or frame.is_corrupt:
+                    raise VideoDecodeError(f"frame {number} is damaged")
+                start = frame.pts if start is None else start
+                if abs(frame.pts - start - number * step) > step / 2:
+                    raise VideoDecodeError(
+                        f"frame {number} has time stamp {frame.pts}: frames are lost or repeated"
+                    )
+                if size is not None and size != (frame.width, frame.height):
+                    raise VideoDecodeError(f"frame {number} changes the size of the picture")
+                size = (frame.width, frame.height)
+                interlaced |= bool(frame.interlaced_frame)
+                if frame.key_frame:
+                    keyframes.append(number)
+                    if look:
+                        pictures.append(picture_hash(frame))
+                number += 1
+        except FFmpegError as error:
+            raise VideoDecodeError(f"frame {number}: {plain_reason(error)}") from error
+        claimed = stream.frames
+    if size is None:
+        raise VideoDecodeError("the clip has no frame")
+    if claimed and claimed != number:
+        raise VideoDecodeError(f"the container claims {claimed} frames, {number} decode")
+    width, height = size
+    return CheckedClip(
+        number,
+        width,
+        height,
+        fps=rate,
+        keyframes=tuple(keyframes),
+        interlaced=interlaced,
+        look=tuple(pictures),
+    )

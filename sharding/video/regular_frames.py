@@ -1,0 +1,218 @@
+"""Decoded frames of a raw video made regular: whole pictures, upright, square pixels, constant rate."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from typing import Any
+
+import av.error
+import av.filter
+
+from cliplift.configs.sharding import TranscodeConfig
+from cliplift.sharding.video.decode import VideoDecodeError, decoded_frames
+
+# Containers whose seeks land where they say (measured); the others are decoded from the start.
+SEEKABLE = ("mov", "matroska", "webm")
+SEEK_MARGIN_SECONDS = 1.0
+ASPECT_TOLERANCE = 0.01
+# A frame half-way between two slots (60 -> 30 frames/s) goes to the later one, also when its time stamp is rounded
+# to milliseconds: otherwise slots would take now the one, now the other of two neighbours.
+ROUND_UP = 0.52
+SLOT_SLACK = 0.1  # the last frame does not make a slot of its own when a tenth of it or less is left
+
+TimedFrame = tuple[float, Any]
+
+
+def timed_frames(
+    container: Any, stream: Any, *, start_seconds: float, source_fps: Fraction
+) -> Iterator[TimedFrame]:
+    """Decoded frames and their times after the first frame of the video, seconds."""
+    origin: float | None = None
+    if (
+        start_seconds > SEEK_MARGIN_SECONDS
+        and stream.start_time is not None
+        and container.format.name.split(",")[0] in SEEKABLE
+    ):
+        origin = float(stream.start_time * stream.time_base)
+        container.seek(
+            stream.start_time + int((start_seconds - SEEK_MARGIN_SECONDS) / stream.time_base), stream=stream
+        )
+    previous = -float(1 / source_fps)
+    first = True
+    for frame in decoded_frames(container, stream):
+        if frame.is_corrupt:
+            raise VideoDecodeError(f"decode: damaged frame after {max(previous, 0):.2f} s")
+        stamp = None if frame.pts is None else float(frame.pts * frame.time_base)
+        if origin is None:
+            origin = stamp or 0.0
+        elif first and stamp is not None and stamp - origin > start_seconds:
+            raise VideoDecodeError("decode: the seek landed behind the start of the clip")
+        first = False
+        time = previous + float(1 / source_fps) if stamp is None else stamp - origin
+        yield time, frame
+        previous = time
+
+
+def progressive_frames(
+    timed: Iterable[TimedFrame], config: TranscodeConfig, *, time_base: Fraction
+) -> Iterator[TimedFrame]:
+    """Weave the two fields of interlaced frames into whole pictures; progressive frames pass untouched."""
+    graph: Any = None
+    layout: tuple[int, int, str] | None = None
+    times: deque[float] = deque()  # the filter answers one frame late
+    for time, frame in timed:
+        shape = (frame.width, frame.height, frame.format.name)
+        if graph is not None and shape != layout:
+            yield from zip(times, _drained(graph), strict=False)
+            times.clear()
+            graph = None
+        wanted = config.deinterlace == "always" or (
+            config.deinterlace == "flagged" and frame.interlaced_frame
+        )
+        if graph is None and not wanted:
+            yield time, frame
+            continue
+        if graph is None:
+            extent = "all" if config.deinterlace == "always" else "interlaced"
+            graph, layout = _graph(frame, time_base, [("bwdif", f"mode=send_frame:deint={extent}")]), shape
+        times.append(time)
+        graph.push(frame)
+        try:
+            done = graph.pull()
+        except av.error.BlockingIOError:
+            continue
+        yield times.popleft(), done
+    if graph is not None:
+        yield from zip(times, _drained(graph), strict=False)
+
+
+def _drained(graph: Any) -> Iterator[Any]:
+    graph.push(None)
+    while True:
+        try:
+            yield graph.pull()
+        except (av.error.EOFError, av.error.BlockingIOError):
+            return
+
+
+def _graph(frame: Any, time_base: Fraction, steps: list[tuple[str, str]]) -> Any:
+    """A single-threaded chain of filters for frames like this one."""
+    graph = av.filter.Graph()
+    graph.threads = 1
+    nodes = [
+        graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format.name, time_base=time_base
+        )
+    ]
+    nodes += [graph.add(name, options) if options else graph.add(name) for name, options in steps]
+    graph.link_nodes(*nodes, graph.add("buffersink")).configure()
+    return graph
+
+
+def constant_rate(
+    timed: Iterable[TimedFrame],
+    *,
+    start: float,
+    end: float | None,
+    source_fps: Fraction,
+    fps: Fraction,
+    config: TranscodeConfig,
+) -> Iterator[Any]:
+    """Frames at a constant rate: slot k shows the last frame whose time rounds to k or earlier.
+
+    Raises:
+        VideoDecodeError: the span is longer than ``config.max_seconds``.
+    """
+    rate = float(fps)
+    last_slot = math.inf if end is None else round((end - start) * rate)
+    limit = config.max_seconds * rate
+    held: Any = None
+    held_until = 0.0  # in slots
+    slot = 0
+    for time, frame in timed:
+        at = math.floor((time - start) * rate + ROUND_UP)
+        if at > limit:
+            raise VideoDecodeError(f"too long: more than {config.max_seconds:g} s; cut it into windows")
+        while held is not None and slot < min(at, last_slot):
+            yield held
+            slot += 1
+        if slot >= last_slot:
+            return
+        held, held_until = frame, (time - start + 1 / float(source_fps)) * rate
+    while held is not None and slot < min(held_until - SLOT_SLACK, last_slot):
+        yield held
+        slot += 1
+
+
+def target_rate(source: Fraction, config: TranscodeConfig) -> Fraction:
+    """Frame rate of the stored clip: the source's over the smallest whole number that brings it under the cap."""
+    if config.fps is not None:
+        return Fraction(config.fps).limit_denominator(1001)
+    return source / max(1, math.ceil(source / Fraction(config.max_fps).limit_denominator(1001)))
+
+
+def target_size(width: int, height: int, short_side: int) -> tuple[int, int]:
+    """Even size with the given short side and the same shape; a smaller picture keeps its size, made even."""
+    scale = min(1.0, short_side / min(width, height))
+    return (max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2)))
+
+
+class Upright:
+    """Brings frames to one size, upright, progressive, with square pixels, as yuv420p in BT.601 limited range."""
+
+    def __init__(
+        self, config: TranscodeConfig, time_base: Fraction, *, sample_aspect: Fraction | None
+    ) -> None:
+        self.config, self.time_base = config, time_base
+        self.aspect = Fraction(sample_aspect) if sample_aspect else Fraction(1)
+        self.rotation = 0
+        self.emitted = 0
+        self._layout: tuple[Any, ...] | None = None
+        self._graph: Any = None
+        self._size: tuple[int, int] | None = None
+
+    def frames(self, frames: Iterable[Any]) -> Iterator[Any]:
+        previous: tuple[Any, Any] | None = None
+        for frame in frames:
+            if previous is not None and previous[0] is frame:
+                upright = previous[1]
+            else:
+                upright = self._one(frame)
+                previous = (frame, upright)
+            self.emitted += 1
+            yield upright
+
+    def _one(self, frame: Any) -> Any:
+        layout = (frame.width, frame.height, frame.format.name, frame.rotation % 360,
+                  frame.colorspace, frame.color_range)  # fmt: skip
+        if layout != self._layout:
+            self._layout, self._graph = layout, self._build(frame)
+        self._graph.push(frame)
+        return self._graph.pull()
+
+    def _build(self, frame: Any) -> Any:
+        rotation = frame.rotation % 360
+        if rotation % 90:
+            raise VideoDecodeError(f"rotated by {rotation} degrees")
+        width, height = max(1, round(frame.width * self.aspect)), frame.height
+        if rotation in (90, 270):
+            width, height = height, width
+        if self._size is None:
+            self._size = target_size(width, height, self.config.short_side_pixels)
+            self.rotation = rotation
+        shape = self._size[0] / self._size[1]
+        if abs(width / height / shape - 1) > max(ASPECT_TOLERANCE, 2 / min(self._size)):
+            raise VideoDecodeError("the picture changes its shape inside the clip")
+        # The display matrix counts counter-clockwise, transpose=cclock turns the picture the same way.
+        turn = {
+            0: [],
+            90: [("transpose", "cclock")],
+            180: [("hflip", ""), ("vflip", "")],
+            270: [("transpose", "clock")],
+        }
+        scale = f"{self._size[0]}:{self._size[1]}:flags=bicubic:out_color_matrix=bt601:out_range=tv"
+        steps = [*turn[rotation], ("scale", scale), ("format", "pix_fmts=yuv420p"), ("setsar", "1")]
+        return _graph(frame, self.time_base, steps)

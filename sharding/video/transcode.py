@@ -1,0 +1,180 @@
+"""One clip of a raw video -> a stored clip: closed GOPs, constant frame rate, upright square pixels.
+
+One decode and one encode. Rotation is applied, interlaced frames are woven into whole ones, colours become BT.601
+limited range (what every decoder assumes of an untagged small video), sound is dropped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+from av.error import FFmpegError
+
+from cliplift.configs.sharding import TranscodeConfig
+from cliplift.sharding.video.decode import (
+    Frames,
+    VideoDecodeError,
+    claimed_seconds,
+    frame_rate,
+    open_container,
+    video_stream,
+)
+from cliplift.sharding.video.encode import encode
+from cliplift.sharding.video.full_decode import CheckedClip, check_clip
+from cliplift.sharding.video.regular_frames import (
+    Upright,
+    constant_rate,
+    progressive_frames,
+    target_rate,
+    timed_frames,
+)
+from cliplift.sharding.video.remux import NotCopiedError, copy_span
+
+FALLBACK_FPS = Fraction(25)
+
+
+@dataclass(frozen=True)
+class EncodedClip:
+    """A stored clip and what its full decode proved."""
+
+    data: bytes
+    checked: CheckedClip
+    start_seconds: float
+    end_seconds: float
+    source: dict[str, Any] = field(default_factory=dict)
+    not_copied: str | None = None
+
+
+def cut_span(
+    path: str | Path, *, start_seconds: float, end_seconds: float | None, config: TranscodeConfig
+) -> EncodedClip:
+    """Cut one span of a video file as ``config.mode`` says; arguments and errors as of :func:`transcode_span`.
+
+    A copied clip says so in its source facts; one that could not be copied is encoded and says why.
+    """
+    if config.mode == "encode":
+        return transcode_span(path, start_seconds=start_seconds, end_seconds=end_seconds, config=config)
+    try:
+        with open_container(path) as container:
+            stream = video_stream(container)
+            copy = copy_span(
+                container, stream, start_seconds=start_seconds, end_seconds=end_seconds, config=config
+            )
+            facts = _source_facts(container, stream) | {"rotation": 0, "copied": True}
+    except NotCopiedError as reason:
+        clip = transcode_span(path, start_seconds=start_seconds, end_seconds=end_seconds, config=config)
+        return replace(clip, not_copied=str(reason))
+    return _accepted(
+        copy.data,
+        copy.checked,
+        facts,
+        start=start_seconds,
+        end=end_seconds,
+        fps=copy.checked.fps,
+        config=config,
+    )
+
+
+def transcode_span(
+    path: str | Path, *, start_seconds: float, end_seconds: float | None, config: TranscodeConfig
+) -> EncodedClip:
+    """Cut and encode one span of a video file, then decode the result in full.
+
+    Args:
+        path: local video file.
+        start_seconds: start of the span after the first frame of the video, seconds.
+        end_seconds: end of the span, seconds; None is the end of the video.
+        config: how to encode.
+
+    Raises:
+        VideoDecodeError: the span cannot be read whole, or the written clip does not decode.
+    """
+    with open_container(path) as container:
+        stream = video_stream(container)
+        stream.codec_context.thread_count = 1
+        source_fps = frame_rate(stream) or FALLBACK_FPS
+        fps = target_rate(source_fps, config)
+        timed = timed_frames(container, stream, start_seconds=start_seconds, source_fps=source_fps)
+        timed = progressive_frames(timed, config, time_base=stream.time_base)
+        chosen = constant_rate(
+            timed, start=start_seconds, end=end_seconds, source_fps=source_fps, fps=fps, config=config
+        )
+        upright = Upright(config, stream.time_base, sample_aspect=stream.sample_aspect_ratio)
+        try:
+            data = encode(upright.frames(chosen), fps=fps, config=config)
+        except FFmpegError as error:
+            raise VideoDecodeError(f"decode: {error.strerror}") from error
+        facts = _source_facts(container, stream) | {"rotation": upright.rotation}
+    checked = check_clip(data, look=True)
+    if checked.frames != upright.emitted:
+        raise VideoDecodeError(f"check: {upright.emitted} frames were encoded, {checked.frames} decode")
+    return _accepted(data, checked, facts, start=start_seconds, end=end_seconds, fps=fps, config=config)
+
+
+def _source_facts(container: Any, stream: Any) -> dict[str, Any]:
+    return {
+        "width": stream.codec_context.width,
+        "height": stream.codec_context.height,
+        "fps": round(float(frame_rate(stream) or FALLBACK_FPS), 6),
+        "codec": stream.codec_context.name,
+        "pix_fmt": stream.codec_context.pix_fmt,
+        "container": container.format.name,
+        "duration_seconds": claimed_seconds(container, stream),
+    }
+
+
+def _accepted(
+    data: bytes,
+    checked: CheckedClip,
+    facts: dict[str, Any],
+    *,
+    start: float,
+    end: float | None,
+    fps: Fraction,
+    config: TranscodeConfig,
+) -> EncodedClip:
+    """A clip that decodes, if it is as long as it should be."""
+    _refuse_short(checked, fps=fps, start=start, end=end, claimed=facts["duration_seconds"], config=config)
+    return EncodedClip(
+        data,
+        checked,
+        start_seconds=start,
+        end_seconds=round(start + float(checked.frames / fps), 6),
+        source=facts,
+    )
+
+
+def _refuse_short(
+    checked: CheckedClip,
+    *,
+    fps: Fraction,
+    start: float,
+    end: float | None,
+    claimed: float | None,
+    config: TranscodeConfig,
+) -> None:
+    if checked.frames < config.min_frames:
+        raise VideoDecodeError(f"too short: {checked.frames} frames, {config.min_frames} needed")
+    limits = [limit for limit in (end, claimed) if limit is not None]
+    if not limits:
+        return
+    expected = min(limits) - start
+    missing = expected - float(checked.frames / fps)
+    # Half a second of slack: the last frame's length and rounded durations are not losses.
+    if missing > max(0.5, config.max_missing_share * expected):
+        raise VideoDecodeError(f"truncated: {expected:.2f} s claimed, {expected - missing:.2f} s decode")
+
+
+def encode_array(frames: Frames, *, fps: Fraction, config: TranscodeConfig) -> bytes:
+    """Encode uint8 RGB frames (T, H, W, 3) of even size as a stored clip."""
+    pictures = (
+        av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+            format="yuv420p", dst_colorspace=5, dst_color_range=1
+        )
+        for frame in frames
+    )
+    return encode(pictures, fps=fps, config=config)

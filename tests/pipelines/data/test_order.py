@@ -1,0 +1,183 @@
+"""The order of samples is a bijection, cheap at any size, and knows nothing of ranks."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cliplift.pipelines.data.order import (
+    BLOCK,
+    GlobalOrder,
+    Mixture,
+    WindowedOrder,
+    mix,
+    quotas,
+    rank_positions,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 700), seed=st.integers(0, 2**40), epoch=st.integers(0, 50))
+def test_global_is_a_bijection(n: int, seed: int, epoch: int) -> None:
+    order = GlobalOrder(n, seed)
+    assert sorted(order.sample(epoch, p) for p in range(n)) == list(range(n))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    seed=st.integers(0, 2**40),
+    epoch=st.integers(0, 5),
+    streams=st.integers(1, 9),
+    window=st.integers(1, 64),
+)
+def test_windowed_is_a_bijection(sizes: list[int], seed: int, epoch: int, streams: int, window: int) -> None:
+    starts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    order = WindowedOrder(tuple(itertools.pairwise(starts)), seed, streams, window)
+    found = [order.sample(epoch, p) for p in range(order.num_samples)]
+    assert sorted(found) == list(range(sum(sizes)))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    ranges = tuple((i * 20, i * 20 + 20) for i in range(10))
+    for a, b in (
+        (GlobalOrder(200, 0), GlobalOrder(200, 1)),
+        (WindowedOrder(ranges, 0, 4, 32), WindowedOrder(ranges, 1, 4, 32)),
+    ):
+        one = [a.sample(0, p) for p in range(200)]
+        assert one != [a.sample(1, p) for p in range(200)]
+        assert one != [b.sample(0, p) for p in range(200)]
+        assert one == [a.sample(0, p) for p in range(200)]
+
+
+def test_global_positions_are_well_spread() -> None:
+    """Neighbouring positions are as far apart as chance has them: a third of N on average."""
+    n = 10_007
+    order = GlobalOrder(n, 3)
+    found = [order.sample(0, p) for p in range(n)]
+    distance = sum(abs(a - b) for a, b in itertools.pairwise(found)) / n
+    assert abs(distance / n - 1 / 3) < 0.02
+
+
+def test_windowed_reads_stay_near_each_other() -> None:
+    """While the first window of every stream is read, at most two shards a stream are open."""
+    ranges = tuple((i * 100, i * 100 + 100) for i in range(40))
+    order = WindowedOrder(ranges, 0, 4, 100)
+    shards = {order.sample(0, p) // 100 for p in range(400)}
+    assert len(shards) <= 8
+
+
+def test_a_billion_samples_cost_nothing() -> None:
+    order = GlobalOrder(10**9, 7)
+    tracemalloc.start()
+    began = time.perf_counter()
+    first = [order.sample(2, p) for p in range(1024)]
+    seconds = time.perf_counter() - began
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(first)) == 1024
+    assert max(first) > 9 * 10**8
+    assert seconds < 1.0
+    assert peak < 10 * 2**20
+
+
+def test_ranks_share_a_batch_without_overlap() -> None:
+    for world in (1, 2, 3, 4, 6, 12):
+        parts = [
+            list(rank_positions(step=5, global_batch=12, rank=r, world_size=world)) for r in range(world)
+        ]
+        assert sorted(p for part in parts for p in part) == list(range(60, 72))
+        assert {len(part) for part in parts} == {12 // world}
+
+
+def test_mix_is_the_same_everywhere() -> None:
+    """Fixed values: another machine or version must draw the same samples for a resumed run."""
+    assert mix(0, 0) != mix(0, 1) != mix(1, 0)
+    assert 0 <= mix(-5, 2**80) < 2**64
+    bits = [sum((mix(a) >> b) & 1 for a in range(4096)) for b in range(64)]
+    assert all(abs(count - 2048) < 5 * 32 for count in bits), "each bit is set half of the time"
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 300), min_size=1, max_size=5),
+    weights=st.lists(st.floats(0.01, 50), min_size=5, max_size=5),
+    seed=st.integers(0, 2**40),
+    start=st.integers(0, 10**7),
+)
+def test_a_mixture_gives_every_part_its_share_and_walks_each_through(
+    sizes: list[int], weights: list[float], seed: int, start: int
+) -> None:
+    kept = [max(w, 0.01 * sum(weights)) for w in weights[: len(sizes)]]
+    parts = [
+        GlobalOrder(n, seed + i) if i % 2 else WindowedOrder([(0, n)], seed, 2, 16)
+        for i, n in enumerate(sizes)
+    ]
+    mixture = Mixture(parts, kept, seed)
+    N, offsets = sum(sizes), [0, *itertools.accumulate(sizes)]
+    assert mixture.num_samples == N
+    first = start // BLOCK * BLOCK  # a whole block, somewhere far into the run
+    block = [mixture.draw(*divmod(at, N)) for at in range(first, first + BLOCK)]
+    assert block[7] == Mixture(parts, kept, seed).draw(*divmod(first + 7, N)), (
+        "a function of the position alone"
+    )
+    for number, weight in enumerate(kept):
+        drawn = [d for d in block if offsets[number] <= d.sample < offsets[number + 1]]
+        assert abs(len(drawn) - BLOCK * weight / sum(kept)) <= 1
+        # In each pass over a part no sample comes twice, and a pass ends before the next begins.
+        assert len(set(drawn)) == len(drawn)
+        assert [d.epoch for d in drawn] == sorted(d.epoch for d in drawn)
+        whole = {d.epoch for d in drawn} - {drawn[0].epoch, drawn[-1].epoch}
+        for one in whole:
+            seen = sorted(d.sample - offsets[number] for d in drawn if d.epoch == one)
+            assert seen == list(range(sizes[number]))
+
+
+def test_a_mixture_is_even_and_meets_no_rhythm_of_the_ranks() -> None:
+    mixture = Mixture([GlobalOrder(5000, 0), GlobalOrder(5000, 1)], [1.0, 1.0], 3)
+    first = np.array([mixture.draw(0, p).sample < 5000 for p in range(8000)])
+    for ranks in (1, 2, 4, 8):
+        for rank in range(ranks):
+            assert abs(first[rank::ranks].mean() - 0.5) < 0.06
+    assert np.abs(np.cumsum(first - 0.5)).max() < 12, "any stretch has its share, give or take a few"
+
+
+def test_quotas_add_up() -> None:
+    assert quotas([1, 1, 1]).tolist() == [334, 333, 333]
+    assert quotas([0.001, 0.999]).tolist() == [1, 999]
+    with pytest.raises(ValueError, match="less than 1/1000"):
+        quotas([1.0, 10_000.0])
+
+
+@pytest.mark.parametrize("kind", ["global", "windowed", "mixture"])
+def test_a_thousand_million_samples_cost_nothing(kind: str) -> None:
+    """In a process of its own, so that the memory is the order's: first batch below a second and 300 MB."""
+    script = f"""
+import time
+import numpy as np
+from cliplift.pipelines.data.order import GlobalOrder, Mixture, WindowedOrder
+n, kind = 10**9, {kind!r}
+ranges = np.stack([np.arange(0, n, 500), np.arange(500, n + 1, 500)], axis=1)
+began = time.process_time()
+windowed, whole = WindowedOrder(ranges, 0, 8, 256), GlobalOrder(n, 0)
+order = dict(windowed=windowed, mixture=Mixture([windowed, whole], [3, 1], 0))
+order["global"] = whole
+batch = [order[kind].draw(0, position).sample for position in range(256)]
+assert len(set(batch)) == 256 and max(batch) < 2 * n
+seconds = time.process_time() - began
+# Not ru_maxrss: a new process inherits that of the one it was forked from.
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(seconds, int(peak.split()[1]) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    seconds, mib = map(float, done.stdout.split())
+    assert seconds < 1.0
+    assert mib < 300

@@ -1,0 +1,52 @@
+"""Features kept while evaluating, and their map in the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cliplift.models import create_model
+from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.evaluation.features import FEATURES, FeatureSums, plane, read_features
+from cliplift.pipelines.report.charts import scatter
+
+ONE = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def test_features_are_the_classifiers_input_averaged_over_views() -> None:
+    torch.manual_seed(0)
+    model = create_model("t3d_tiny", num_classes=3).eval()
+    clips = torch.randn(4, 3, 8, 64, 64)
+    sums = FeatureSums(model)
+    with torch.no_grad():
+        model(clips)
+        sums.add([7, 7, 2, 2])  # two views of samples 7 and 2
+        model.reset_classifier(0)  # type: ignore[operator]
+        expected = model(clips)
+    found = sums.gathered(ONE)
+    assert found is not None
+    means = torch.stack([expected[2:].mean(dim=0), expected[:2].mean(dim=0)]).numpy()
+    assert np.allclose(found.astype(np.float32), means, atol=2e-3 * np.abs(means).max())
+
+
+def test_clusters_stay_together_in_the_plane() -> None:
+    """Nearest neighbours in the plane are of the same cluster, and the map is the same every time."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), 25)
+    features = rng.normal(size=(4, 32))[labels] * 6 + rng.normal(size=(100, 32))
+    points = plane(features)
+    distances = ((points[:, None] - points[None]) ** 2).sum(-1) + np.eye(100) * 1e9
+    assert (labels[distances.argmin(axis=1)] == labels).mean() == 1.0
+    assert np.array_equal(points, plane(features))
+    svg = scatter(points, labels.tolist(), ["a<b", "b", "c", "d"], title="t")
+    assert svg.count("<circle") == 100
+    assert "a&lt;b" in svg
+
+
+def test_features_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
+    np.save(tmp_path / FEATURES, np.zeros((6, 3), np.float16))
+    assert read_features(tmp_path, rows=6) is not None
+    assert read_features(tmp_path, rows=7) is None
+    assert read_features(tmp_path / "none", rows=6) is None
