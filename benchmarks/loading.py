@@ -43,9 +43,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from cliplift.configs.data import DataConfig
 from cliplift.configs.sharding import ShardRun
 from cliplift.configs.sources import VIDEO_SUFFIXES
-from cliplift.pipelines.cost.processes import descendants_cpu_seconds
-from cliplift.pipelines.data.clips import ClipLoader
-from cliplift.pipelines.data.crops import cut, training_box
+from cliplift.pipelines.cost.loading_speed import descendants_cpu_seconds
+from cliplift.pipelines.data.clip_plan import cut, training_box
+from cliplift.pipelines.data.loader import ClipLoader
 from cliplift.sharding.build.pool import ENVIRONMENT
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos

@@ -20,9 +20,9 @@ from cliplift.launch.check.machine import ASSUMED_MFU, FP32_SHARE, Machine
 from cliplift.models.measure import measure_model
 from cliplift.models.registry import model_entry
 from cliplift.pipelines.cost.memory_plan import MemoryPlan, Sizes, moments_of, parts, plan_memory
-from cliplift.pipelines.data.clip_source import ClipSource
-from cliplift.pipelines.data.clips import ClipLoader, TooManyFailuresError
-from cliplift.pipelines.engine.deepspeed_config import batch_split
+from cliplift.pipelines.data.loader import ClipLoader, TooManyFailuresError
+from cliplift.pipelines.data.source import ClipSource
+from cliplift.pipelines.engine.deepspeed_setup import batch_split
 from cliplift.pipelines.engine.optim import total_steps
 from cliplift.pipelines.stages.stage_module import build_module, stage_inputs
 from cliplift.sharding.read.reader import ShardReadError

@@ -23,9 +23,9 @@ from cliplift.launch.check.findings import Finding, exit_code, table
 from cliplift.launch.check.machine import Machine, choose_machine
 from cliplift.launch.jobs.plan import load
 from cliplift.models.registry import ModelError
-from cliplift.pipelines.data.clip_source import ClipSource
-from cliplift.pipelines.data.clips import ClipLoader
-from cliplift.pipelines.engine.deepspeed_config import batch_split
+from cliplift.pipelines.data.loader import ClipLoader
+from cliplift.pipelines.data.source import ClipSource
+from cliplift.pipelines.engine.deepspeed_setup import batch_split
 from cliplift.pipelines.stages.repeats import repeated
 from cliplift.sharding.manifest import Dataset, ManifestError, dataset_fingerprint
 from cliplift.sharding.read.reader import read_dataset

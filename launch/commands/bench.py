@@ -1,15 +1,103 @@
-"""``cliplift bench data|train CONFIG``: how fast a run's loader, or its training step, is on this machine."""
+"""``cliplift bench data|train CONFIG``: how fast a run's loader, or its training step, is on this machine.
+
+``cliplift bench data CONFIG``: clips a second of the run's loader, where its time goes, and cores for GPUs.
+
+``cliplift bench train CONFIG``: where a training step's time goes, on the run's own data or a synthetic batch.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
 from cliplift.configs.load import LoadedRun, load_run, packaged_recipe
-from cliplift.configs.runs import RUNS
+from cliplift.configs.runs import RUNS, ClassificationRun, TransferRun
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import TrainingRun
+
+
+def bench_data(
+    loaded: LoadedRun[Any],
+    *,
+    batches: int,
+    warm_up: int,
+    gpus: int,
+    clips_per_second_per_gpu: float | None,
+    output: str | None,
+) -> int:
+    """Measure the loader of one rank, print the numbers, and write ``output`` as JSON where given."""
+    import torch
+
+    from cliplift.pipelines.cost.loading_speed import measure_loading
+    from cliplift.pipelines.engine.deepspeed_setup import batch_split
+
+    run = loaded.run
+    torch.set_num_threads(max(1, torch.get_num_threads() if run.data.workers == 0 else 1))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        micro_batch, _ = batch_split(run, world_size=gpus)
+        speed = measure_loading(
+            run.data,
+            seed=run.seed,
+            micro_batch=micro_batch,
+            batches=batches,
+            warm_up=warm_up,
+            device=device,
+        )
+    except ConfigError as error:
+        raise loaded.locate(error) from None
+    print(
+        f"{run.name}: {', '.join(run.data.urls)}, {run.data.decoder}, {run.data.sampling.frames} frames of "
+        f"{run.data.crop_pixels} pixels, {micro_batch} clips a batch"
+    )
+    print(speed.table())
+    facts = json.loads(speed.json())
+    if clips_per_second_per_gpu is not None:
+        cores = speed.cores_for(gpus=gpus, clips_per_second_per_gpu=clips_per_second_per_gpu)
+        print(
+            f"{gpus} GPUs that take {clips_per_second_per_gpu:g} clips/s each need {cores} cores to decode: "
+            f"data.workers={-(-cores // gpus)} a rank"
+        )
+        facts |= {"gpus": gpus, "clips_per_second_per_gpu": clips_per_second_per_gpu, "cores": cores}
+    else:
+        print("with --gpus N --appetite CLIPS_PER_SECOND it says how many cores feed N GPUs")
+    if output is not None:
+        Path(output).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def bench_train(
+    loaded: LoadedRun[TransferRun | ClassificationRun],
+    *,
+    steps: int,
+    warm_up: int,
+    synthetic: bool,
+    output: str | None,
+) -> int:
+    """Time a run's steps, print a table, and write ``output`` as JSON where given."""
+    from cliplift.configs.sections import ConfigError
+    from cliplift.pipelines.cost.step_timing import time_steps
+    from cliplift.pipelines.distributed.collectives import leave
+
+    try:
+        timing, topology = time_steps(loaded.run, steps=steps, warm_up=warm_up, synthetic=synthetic)
+    except ConfigError as error:
+        raise loaded.locate(error) from None
+    if topology.is_main:
+        data = "a synthetic batch" if synthetic else "the run's data"
+        engine = loaded.run.engine
+        print(
+            f"{loaded.run.name}: {loaded.run.model.name}, {topology.world_size} x {topology.device.type}, "
+            f"ZeRO {engine.zero_stage}, {engine.precision}, {engine.global_batch} clips a step, {data}"
+        )
+        print(timing.table())
+        if output is not None:
+            Path(output).write_text(timing.json() + "\n", encoding="utf-8")
+    leave(0)
+    return 0
+
 
 SUBJECTS = ("data", "train")
 
@@ -24,8 +112,6 @@ def run_bench(arguments: argparse.Namespace) -> int:
         )
     loaded = _loaded(list(arguments.rest))
     if arguments.subject == "data":
-        from cliplift.launch.commands.bench_data import bench_data
-
         return bench_data(
             loaded,
             batches=arguments.steps,
@@ -34,7 +120,6 @@ def run_bench(arguments: argparse.Namespace) -> int:
             clips_per_second_per_gpu=arguments.appetite,
             output=arguments.output,
         )
-    from cliplift.launch.commands.bench_train import bench_train
 
     return bench_train(
         loaded,

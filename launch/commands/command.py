@@ -106,7 +106,7 @@ COMMANDS: dict[str, Command] = {
         subject="SOURCE",
         subject_help="weights file (.safetensors, .pth, .pyth, .bin), export folder, or 2d: and a 2D network's file",
         rest="",
-        handled_by="commands.import_weights",
+        handled_by="commands.models",
     ),
     "models": Command(
         summary="list the models, with parameters and GMACs measured",

@@ -18,7 +18,7 @@ from cliplift.configs.load import load_run, packaged_recipe
 from cliplift.configs.runs import RUNS, DemoRun
 from cliplift.launch.commands.shard import build, summary
 from cliplift.pipelines.report.page import write_report
-from cliplift.pipelines.runs.run_folder import write_json
+from cliplift.pipelines.runs.folder import write_json
 from cliplift.pipelines.stages.run import StageResult, run_stage
 from cliplift.sharding.demo.synthetic import write_demo_videos
 

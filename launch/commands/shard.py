@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
-from cliplift.sharding.build.progress import Progress
 from cliplift.sharding.build.run import PHASES, BuildReport, Phase, run_shard
 from cliplift.sharding.build.tracking import BuildTracker
+from cliplift.sharding.build.unit import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
 

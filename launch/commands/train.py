@@ -183,7 +183,7 @@ def run_export(arguments: argparse.Namespace) -> int:
 
 def run_models(arguments: argparse.Namespace) -> int:
     _prepare_environment()
-    from cliplift.launch.commands.zoo import zoo_table
+    from cliplift.launch.commands.models import zoo_table
 
     print(zoo_table(arguments.subject or "*", markdown=arguments.markdown))
     return 0

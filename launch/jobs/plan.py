@@ -126,7 +126,7 @@ def _jobs_of(loaded: LoadedRun[Any], resources: Resources) -> list[Job]:
 
 def _check_training(run: TrainingRun, resources: Resources) -> None:
     """Better now than after a night in the queue."""
-    from cliplift.pipelines.engine.deepspeed_config import batch_split
+    from cliplift.pipelines.engine.deepspeed_setup import batch_split
 
     batch_split(run, world_size=resources.world_size)
     if run.checkpoint.resume == "never":

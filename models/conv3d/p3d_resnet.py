@@ -1,8 +1,8 @@
 """P3D-ResNet, the P3D author's later network: pseudo-3D in all four stages, T reduced in the stem only.
 
 Source: ZhaofanQiu/Optimization-Planning-for-3D-ConvNets (Qiu et al., ICML 2021), model/p3d_resnet.py, after P3D,
-arXiv 1711.10305. Not the 2017 network of :mod:`cliplift.models.conv3d.p3d`: strides are on the 1x3x3 (torchvision's layout),
-and with S = 1x3x3, T = 3x1x1 the middle of the bottleneck is
+arXiv 1711.10305. Not the 2017 network of :mod:`cliplift.models.conv3d.p3d`: strides are on the 1x3x3
+(torchvision's layout), and with S = 1x3x3, T = 3x1x1 the middle of the bottleneck is
 
     A   ReLU(BN(T(S(x))))                   one BN after both
     B   ReLU(BN(S(x) + T(x)))               one BN on the sum

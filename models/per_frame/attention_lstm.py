@@ -1,8 +1,9 @@
 """An LSTM over the frames whose last state asks all of its states: dot-product attention over encoder states.
 
 The encoder reads the clip; its last state q queries all states k_j = v_j = h_j (:func:`dot_product_attention
-<cliplift.models.per_frame.attention.dot_product_attention>`); the answer stands beside q before the classifier. The plainest
-way to let a classification see more than the last state, and the point where attention over time can be watched.
+<cliplift.models.per_frame.attention.dot_product_attention>`); the answer stands beside q before the classifier. The
+plainest way to let a classification see more than the last state, and the point where attention over time can be
+watched.
 
 Shape letters: B clips, C channels, T frames, D encoder width, W hidden width, K classes.
 """

@@ -23,7 +23,7 @@ from cliplift.pipelines.cost.activation_memory import (
     measure_activations,
     storage_bytes,
 )
-from cliplift.pipelines.engine.deepspeed_config import batch_split, deepspeed_config
+from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_config
 from cliplift.pipelines.stages.stage_module import HALF, build_module, stage_inputs
 
 DEEPSPEED_BUCKET = 500_000_000  # elements: the default of reduce_bucket_size

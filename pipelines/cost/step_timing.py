@@ -16,11 +16,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from cliplift.configs.runs import ClassificationRun, TransferRun
-from cliplift.pipelines.data.clips import ClipBatch
+from cliplift.pipelines.data.loader import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology, all_reduce_mean
-from cliplift.pipelines.engine.deepspeed_config import batch_split
-from cliplift.pipelines.engine.deepspeed_engine import build_engine
-from cliplift.pipelines.engine.throughput import peak_tflops
+from cliplift.pipelines.engine.deepspeed_setup import batch_split, build_engine
+from cliplift.pipelines.engine.telemetry import peak_tflops
 from cliplift.pipelines.stages.run import prepare
 
 PROFILED_STEPS = 3

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from cliplift.configs.data import DataConfig
 from cliplift.pipelines.data.batch import ClipBatch, merged
-from cliplift.pipelines.data.clip_source import ClipSource
+from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.data.workers import batches_from_workers
 
 

@@ -7,6 +7,8 @@ Two orders, both bijections of the N samples of an epoch, and a weighted mixture
 * ``global``: a seeded permutation of all samples, computed point by point in O(1) memory (a Feistel network with
   cycle walking, Black and Rogaway 2002), so that 10^9 samples cost nothing.
 * ``Mixture``: several of these side by side, each with its share of the positions.
+
+Class-balanced order: every class as often as every other, whatever the dataset's counts.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from cliplift.configs.sections import ConfigError
 
 Ints = npt.NDArray[np.int64]
 
@@ -250,3 +254,50 @@ Order = GlobalOrder | WindowedOrder | Mixture
 def rank_positions(*, step: int, global_batch: int, rank: int, world_size: int) -> range:
     """Positions that a rank reads in optimizer step ``step``: those of the global batch that are rank mod ranks."""
     return range(step * global_batch + rank, (step + 1) * global_batch, world_size)
+
+
+class BalancedOrder:
+    """Rounds of all K classes, each round in an order of its own; within a class, its samples in permuted passes.
+
+    A pure function of (seed, epoch, position) like the other orders. Rounds count on from epoch to epoch, so a rare
+    class starts its next pass only after all its samples came. Reads are spread over all shards: shards that are
+    remote are better cached.
+
+    Args:
+        labels: (N,) class of every sample.
+        seed: of all permutations.
+
+    Raises:
+        ConfigError: a sample has no class.
+    """
+
+    def __init__(self, labels: npt.ArrayLike, seed: int) -> None:
+        found = np.asarray(labels, dtype=np.int64)
+        if (found < 0).any():
+            raise ConfigError(
+                f"needs a class for every sample, and {int((found < 0).sum())} have none",
+                key="data.class_balanced",
+                value=True,
+                hint="use false",
+            )
+        self.num_samples, self.seed = len(found), seed
+        self.members: list[Ints] = [np.flatnonzero(found == k) for k in np.unique(found)]
+        self.within = [GlobalOrder(len(rows), mix(seed, k)) for k, rows in enumerate(self.members)]
+        self._rounds: OrderedDict[int, Ints] = OrderedDict()
+
+    def draw(self, epoch: int, position: int) -> Draw:
+        turn, inside = divmod(epoch * self.num_samples + position, len(self.members))
+        k = int(self._dealt(turn)[inside])
+        passes, at = divmod(turn, len(self.members[k]))
+        return Draw(int(self.members[k][self.within[k].sample(passes, at)]), passes)
+
+    def near(self, position: int) -> range:
+        """Positions that may stand in for this one."""
+        return range(self.num_samples)
+
+    def _dealt(self, turn: int) -> Ints:
+        if turn not in self._rounds:
+            while len(self._rounds) > 3:
+                self._rounds.popitem(last=False)
+            self._rounds[turn] = generator(self.seed, turn, 5).permutation(len(self.members))
+        return self._rounds[turn]

@@ -1,7 +1,7 @@
 """Training from plain WebDataset tars without an index, through stock ``webdataset``. Not exact.
 
-What is lost against :class:`cliplift.pipelines.data.clips.ClipLoader`: the order depends on ranks, workers and chance, tars
-are drawn with replacement (so a sample may come twice before another comes once), a resumed run goes on with other
+What is lost against :class:`cliplift.pipelines.data.clips.ClipLoader`: the order depends on ranks, workers and chance,
+tars are drawn with replacement (so a sample may come twice before another comes once), a resumed run goes on with other
 samples, and what webdataset cannot read behind a damaged place of a tar is left out without being counted. What is
 kept: every rank always gets equal batches, the number of steps is the config's, undecodable videos are counted, silent
 workers are an error. ``cliplift index`` makes the same tars readable exactly.
@@ -23,13 +23,11 @@ from torch.utils.data import Dataset, get_worker_info
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from cliplift.configs.data import DataConfig
+from cliplift.configs.data import DataConfig, SequentialConfig
 from cliplift.configs.sections import ConfigError
-from cliplift.configs.shard_sets import SequentialConfig
 from cliplift.pipelines.data.batch import FLIP, ClipBatch, merged
-from cliplift.pipelines.data.clips import MAX_SUBSTITUTES, FailureCount, TooManyFailuresError
-from cliplift.pipelines.data.crops import cut
-from cliplift.pipelines.data.training_plan import mirrored_labels, training_plan
+from cliplift.pipelines.data.clip_plan import cut, mirrored_labels, training_plan
+from cliplift.pipelines.data.loader import MAX_SUBSTITUTES, FailureCount, TooManyFailuresError
 from cliplift.pipelines.data.workers import batches_from_workers
 from cliplift.sharding.read.reader import ClipShape, ShardDataset
 from cliplift.sharding.storage import StorageError

@@ -14,7 +14,7 @@ import numpy as np
 from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.data.batch import ClipBatch
-from cliplift.pipelines.data.clip_source import clips_of_video
+from cliplift.pipelines.data.source import clips_of_video
 from cliplift.sharding.video.decode import VideoDecodeError, probe
 
 VIDEO_SUFFIXES = frozenset(

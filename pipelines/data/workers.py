@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cliplift.configs.data import DataConfig
 
-PRELOADED = ["cliplift.pipelines.data.clips"]
+PRELOADED = ["cliplift.pipelines.data.loader"]
 POLL_SECONDS = 2.0
 
 R = TypeVar("R")

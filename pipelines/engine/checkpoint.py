@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.distributed.collectives import Topology, gather_objects
-from cliplift.pipelines.runs.run_folder import write_json
+from cliplift.pipelines.runs.folder import write_json
 
 log = logging.getLogger(__name__)
 

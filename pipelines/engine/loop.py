@@ -17,19 +17,23 @@ import torch
 from torch import Tensor
 
 from cliplift.configs.training import TrainingRun
-from cliplift.pipelines.data.clips import ClipBatch
+from cliplift.pipelines.data.loader import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology, all_reduce_max, all_reduce_mean
-from cliplift.pipelines.engine import watchdog
 from cliplift.pipelines.engine.batchnorm import estimate_statistics, lagging_statistics
-from cliplift.pipelines.engine.deepspeed_config import batch_split
-from cliplift.pipelines.engine.guards import DivergedError, LossGuard, Verdict
+from cliplift.pipelines.engine.deepspeed_setup import batch_split
+from cliplift.pipelines.engine.faults import (
+    DivergedError,
+    LossGuard,
+    Verdict,
+    beat,
+    caught_signals,
+    stacks_of_last_hang,
+    watched,
+)
 from cliplift.pipelines.engine.optim import Schedule, peak_lr, total_steps
-from cliplift.pipelines.engine.profiling import StepProfiler
-from cliplift.pipelines.engine.signals import caught_signals
 from cliplift.pipelines.engine.state import RunState, run_identity
 from cliplift.pipelines.engine.task import FitResult, Loader, TrainingTask
-from cliplift.pipelines.engine.throughput import peak_tflops
-from cliplift.pipelines.engine.training_window import TrainingWindow
+from cliplift.pipelines.engine.telemetry import StepProfiler, TrainingWindow, peak_tflops
 from cliplift.pipelines.runs.tracking import Tracker
 
 SAID = {
@@ -95,7 +99,7 @@ class _Fit:
         started, first_step = time.monotonic(), self.state.step
         self.tracker.start(step=self.state.step, total=self.total)
         stacks = Path(self.run.output) / "stacks"
-        for path in watchdog.stacks_of_last_hang(stacks) if self.topology.is_main else ():
+        for path in stacks_of_last_hang(stacks) if self.topology.is_main else ():
             self._say(f"an earlier start hung and was ended; its stacks are in {path}")
         lag = lagging_statistics(self.engine.module.train(), forward_passes=self.total * self.accumulation)
         if lag is not None and not self.run.evaluation.precise_batchnorm_batches:
@@ -104,7 +108,7 @@ class _Fit:
         seconds = self.run.engine.hang_seconds
         with (
             caught_signals() as self.caught,
-            watchdog.watched(seconds=seconds, folder=stacks, rank=self.topology.rank),
+            watched(seconds=seconds, folder=stacks, rank=self.topology.rank),
         ):
             while self.state.step < self.total and not interrupted:
                 interrupted = self._advance()
@@ -129,7 +133,7 @@ class _Fit:
         self.profiler.before(self.state.step + 1)
         stepped = self._train_step()
         self._say_profile(self.profiler.after(self.state.step))
-        watchdog.beat()
+        beat()
         if not stepped:
             return False  # rewound: what was due after that step is due again
         last = self.state.step == self.total

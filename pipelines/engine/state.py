@@ -14,7 +14,7 @@ from torch import nn
 from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.distributed.collectives import Topology, broadcast_object
 from cliplift.pipelines.engine import checkpoint
-from cliplift.pipelines.engine.deepspeed_engine import build_engine, resumable
+from cliplift.pipelines.engine.deepspeed_setup import build_engine, resumable
 from cliplift.pipelines.engine.ema import WeightAverage
 from cliplift.pipelines.engine.optim import Schedule
 from cliplift.pipelines.engine.zero_state import (

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from cliplift.pipelines.data.clips import ClipBatch
+from cliplift.pipelines.data.loader import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.zero_state import gathered_parameters
-
-# Column names, and rows of as many cells.
-ClipTable = tuple[Sequence[str], Sequence[Sequence[Any]]]
+from cliplift.pipelines.runs.tracking import ClipTable
 
 
 class Loader(Protocol):

@@ -24,10 +24,10 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig
 from cliplift.models.factory import from_pretrained, read_config
 from cliplift.pipelines.data.augment import DeviceAugment
-from cliplift.pipelines.data.clips import EvalLoader
+from cliplift.pipelines.data.loader import EvalLoader
 from cliplift.pipelines.distributed.agreement import agree_on_run
 from cliplift.pipelines.distributed.collectives import Topology, gather_objects, start
-from cliplift.pipelines.engine import watchdog
+from cliplift.pipelines.engine.faults import beat
 from cliplift.pipelines.evaluation.features import FEATURES, FeatureSums
 from cliplift.pipelines.evaluation.metrics import (
     bootstrap_interval,
@@ -38,7 +38,7 @@ from cliplift.pipelines.evaluation.metrics import (
     mean_class_accuracy,
     top_k_accuracy,
 )
-from cliplift.pipelines.runs.run_folder import CONFIG, WEIGHTS, RunFolder
+from cliplift.pipelines.runs.folder import CONFIG, WEIGHTS, RunFolder
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def classify_split(
             inside.add(on_host.sample_index.tolist())
         if data.views.average == "probabilities":
             scores = scores.sigmoid() if multi_label else scores.softmax(dim=1)
-        watchdog.beat()
+        beat()
         for row, sample in enumerate(on_host.sample_index.tolist()):
             target = None if on_host.targets is None else on_host.targets[row].numpy()
             total, count, label, target = sums.get(sample, (0.0, 0, int(on_host.labels[row]), target))

@@ -24,7 +24,7 @@ from cliplift.pipelines.distributed.collectives import start
 from cliplift.pipelines.evaluation.evaluate import load_finished
 from cliplift.pipelines.evaluation.grad_cam import Explanation, grad_cam, write_overlay
 from cliplift.pipelines.evaluation.predict import class_names, data_of
-from cliplift.pipelines.runs.run_folder import write_json
+from cliplift.pipelines.runs.folder import write_json
 from cliplift.sharding.video.decode import VideoDecodeError
 
 OVERLAY_FPS = 8.0

@@ -11,7 +11,7 @@ import torch
 from cliplift.configs.runs import ExportRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models.factory import from_pretrained
-from cliplift.pipelines.runs.run_folder import CONFIG, RunFolder, write_text
+from cliplift.pipelines.runs.folder import CONFIG, RunFolder, write_text
 
 
 def run_export(run: ExportRun) -> Path:

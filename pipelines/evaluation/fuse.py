@@ -27,8 +27,8 @@ from cliplift.configs.runs import FuseRun
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.evaluation.evaluate import Predictions, classification_metrics
 from cliplift.pipelines.evaluation.metrics import top_k_accuracy
+from cliplift.pipelines.runs.folder import PREDICTIONS, RunFolder
 from cliplift.pipelines.runs.records import PredictionTable, read_predictions
-from cliplift.pipelines.runs.run_folder import PREDICTIONS, RunFolder
 
 Scores = npt.NDArray[np.float64]
 LOGITS = "logits"  # the optional column of predictions.parquet

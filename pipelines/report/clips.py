@@ -6,11 +6,11 @@ import base64
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from cliplift.pipelines.evaluation.clip_tables import OpenShards, ShardsByUrl, open_shard_dataset
 from cliplift.pipelines.runs.records import PredictionTable, RunRecord
 
 log = logging.getLogger(__name__)
@@ -18,21 +18,6 @@ log = logging.getLogger(__name__)
 MAX_CLIP_BYTES = 2 * 1024**2
 MAX_PAGE_BYTES = 24 * 1024**2
 TOP = 3
-
-
-class _Facts(Protocol):
-    @property
-    def key(self) -> str: ...
-
-
-class ShardReader(Protocol):
-    """What is needed of a shard dataset: samples by number, their keys, their mp4 bytes."""
-
-    def __len__(self) -> int: ...
-
-    def facts(self, i: int, /) -> _Facts: ...
-
-    def read(self, i: int, /) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -62,19 +47,6 @@ class SampleClips:
 
     clips: tuple[SampleClip, ...]
     notes: tuple[str, ...]
-
-
-class OpenShards(Protocol):
-    """How a shard dataset is opened: the samples of one split and fold, in the order predictions count them."""
-
-    def __call__(self, url: str, *, split: str | None, fold: int | None) -> ShardReader: ...
-
-
-def open_shard_dataset(url: str, *, split: str | None, fold: int | None) -> ShardReader:
-    """A shard dataset by folder or URL."""
-    from cliplift.sharding.read.reader import ShardDataset
-
-    return ShardDataset(url, split=split, fold=fold)
 
 
 def choose_samples(predictions: PredictionTable, *, count: int) -> list[int]:
@@ -149,35 +121,3 @@ def _clip(predictions: PredictionTable, row: int, classes: Sequence[str], data: 
         guesses=tuple(Guess(classes[k], float(probabilities[k]), int(k) == label) for k in best),
         source=f"data:video/mp4;base64,{base64.b64encode(data).decode('ascii')}",
     )
-
-
-class ShardsByUrl:
-    """Datasets by URL, each opened once, or failing once, and searched by key where the numbers have moved."""
-
-    def __init__(self, open_shards: OpenShards, *, split: str | None, fold: int | None) -> None:
-        self._open, self._split, self._fold = open_shards, split, fold
-        self._datasets: dict[str, ShardReader] = {}
-        self._failed: dict[str, Exception] = {}
-        self._places: dict[str, dict[str, int]] = {}
-
-    def read(self, url: str, key: str, expected: int) -> bytes:
-        """mp4 bytes of the sample ``key``; ``expected`` is where it probably is."""
-        dataset = self._dataset(url)
-        if expected < len(dataset) and dataset.facts(expected).key == key:
-            return dataset.read(expected)
-        if url not in self._places:
-            self._places[url] = {dataset.facts(i).key: i for i in range(len(dataset))}
-        if key not in self._places[url]:
-            raise ValueError(f"{url} holds no sample {key!r}; the shards were built again since the run")
-        return dataset.read(self._places[url][key])
-
-    def _dataset(self, url: str) -> ShardReader:
-        if url in self._failed:
-            raise self._failed[url]
-        if url not in self._datasets:
-            try:
-                self._datasets[url] = self._open(url, split=self._split, fold=self._fold)
-            except (ValueError, OSError) as error:
-                self._failed[url] = error
-                raise
-        return self._datasets[url]

@@ -32,8 +32,8 @@ from cliplift.pipelines.report.sections import (
     lineage,
 )
 from cliplift.pipelines.report.tables import duration, percent, result_tables
+from cliplift.pipelines.runs.folder import RUN, write_text
 from cliplift.pipelines.runs.records import RunGroup, RunRecord, group_runs, read_run
-from cliplift.pipelines.runs.run_folder import RUN, write_text
 
 DEMO = "demo.json"
 _ENVIRONMENT = {

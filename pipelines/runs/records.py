@@ -18,7 +18,7 @@ import numpy.typing as npt
 import yaml
 
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.runs.run_folder import CONFIG, PREDICTIONS, RESULT, RUN
+from cliplift.pipelines.runs.folder import CONFIG, PREDICTIONS, RESULT, RUN
 
 HISTORY = "metrics.jsonl"
 TRANSFER = "transfer"

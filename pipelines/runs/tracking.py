@@ -21,12 +21,14 @@ from tqdm import tqdm
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.distributed.collectives import Topology
-from cliplift.pipelines.runs.run_folder import RunFolder, write_json
-from cliplift.pipelines.engine.task import ClipTable
+from cliplift.pipelines.runs.folder import RunFolder, write_json
 from cliplift.sharding.manifest import DATASET_FILE
 from cliplift.sharding.build.tracking import wandb_mode
 
 log = logging.getLogger(__name__)
+
+# Column names, and rows of as many cells.
+ClipTable = tuple[Sequence[str], Sequence[Sequence[Any]]]
 
 SECONDS_BETWEEN_LINES = 10.0
 USERS_DATA_FOLDER = os.environ.get("WANDB_DATA_DIR")

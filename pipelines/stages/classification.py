@@ -16,14 +16,14 @@ from cliplift.configs.runs import ClassificationRun, FinetuneRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model
 from cliplift.pipelines.data.augment import DeviceAugment, mix_clips
-from cliplift.pipelines.data.clip_source import stored_split
-from cliplift.pipelines.data.clips import ClipBatch
+from cliplift.pipelines.data.loader import ClipBatch
+from cliplift.pipelines.data.source import stored_split
 from cliplift.pipelines.distributed.collectives import Topology
-from cliplift.pipelines.engine.task import ClipTable
-from cliplift.pipelines.engine.throughput import forward_flops, training_flops
+from cliplift.pipelines.engine.telemetry import forward_flops, training_flops
 from cliplift.pipelines.evaluation.clip_tables import prediction_table
 from cliplift.pipelines.evaluation.evaluate import Predictions, classification_metrics, classify_split
-from cliplift.pipelines.runs.run_folder import WEIGHTS
+from cliplift.pipelines.runs.folder import WEIGHTS
+from cliplift.pipelines.runs.tracking import ClipTable
 
 log = logging.getLogger(__name__)
 

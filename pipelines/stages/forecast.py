@@ -21,10 +21,10 @@ from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model, list_models, model_options
 from cliplift.models.convrnn.forecaster import EncoderForecaster, forecast_error
 from cliplift.pipelines.data.augment import DeviceAugment
-from cliplift.pipelines.data.clips import ClipBatch, EvalLoader
+from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology, gather_objects
-from cliplift.pipelines.engine.task import ClipTable
-from cliplift.pipelines.engine.throughput import training_flops
+from cliplift.pipelines.engine.telemetry import training_flops
+from cliplift.pipelines.runs.tracking import ClipTable
 from cliplift.pipelines.stages.classification import initialise_from
 
 OPTION = "forecaster"  # what a model that can predict frames is built with

@@ -1,16 +1,118 @@
-"""How well frames are matched to clips, on held-out videos."""
+"""How well frames are matched to clips, on held-out videos.
+
+Which frames a clip is paired with: its own, and those of other videos (or of other times).
+
+What transfer trains: the student with the matching head, and its losses.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from cliplift.configs.runs import CorrespondenceConfig
+from cliplift.configs.sections import ConfigError
+from cliplift.models.correspondence import CorrespondenceHead
 from cliplift.pipelines.evaluation.metrics import area_under_curve, retrieval_recall
-from cliplift.pipelines.stages.pairs import draw_pairs
-from cliplift.pipelines.stages.supervision import SupervisionTransfer
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """For clip i, column 0 of ``frames`` is its own frames' row, the others are rows it does not belong to."""
+
+    frames: Tensor  # int64 (B, 1 + k), k negatives of both kinds
+
+    @property
+    def targets(self) -> Tensor:
+        """1 for the positive column, 0 for the negatives: int64 (B, 1 + k)."""
+        targets = torch.zeros_like(self.frames)
+        targets[:, 0] = 1
+        return targets
+
+
+def draw_pairs(
+    *, videos: Tensor, rows: Tensor, negatives: int, seed: int, step: int, same_video: int = 0
+) -> Pairs:
+    """Choose the frames each clip is paired with, from the whole global batch.
+
+    Args:
+        videos: int64 (G,) source video of every clip of the global batch.
+        rows: int64 (B,) this rank's rows in it.
+        negatives: k, frames of other videos per clip.
+        same_video: further negatives per clip: frames of its own video at another time, which are harder.
+        seed, step: the choice is a function of these and ``videos`` alone, the same on every rank.
+
+    Raises:
+        ConfigError: a clip has fewer than k clips of other videos, or ``same_video`` others of its own, in the batch.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    scores = torch.rand(len(videos), len(videos), generator=generator).to(videos.device)[rows]
+    same = videos[rows, None] == videos[None, :]
+    available = int((~same).sum(dim=1).min())
+    if available < negatives:
+        raise ConfigError(
+            f"a batch of {len(videos)} clips holds only {available} of other videos than one of its clips",
+            key="correspondence.negatives_per_clip",
+            value=negatives,
+            hint="use a larger engine.global_batch, or shards with more source videos",
+        )
+    chosen = [rows[:, None], scores.masked_fill(same, -1.0).topk(negatives, dim=1).indices]
+    if same_video:
+        others = same & (torch.arange(len(videos), device=videos.device)[None, :] != rows[:, None])
+        if int(others.sum(dim=1).min()) < same_video:
+            raise ConfigError(
+                f"a batch of {len(videos)} clips has a clip with fewer than {same_video} others of its own video",
+                key="correspondence.same_video_negatives",
+                value=same_video,
+                hint=f"set data.clips_per_sample to {same_video + 1} or more",
+            )
+        chosen.append(scores.masked_fill(~others, -1.0).topk(same_video, dim=1).indices)
+    return Pairs(torch.cat(chosen, dim=1))
+
+
+class SupervisionTransfer(nn.Module):
+    """Student and matching head: what is trained.
+
+    ``forward(inputs)`` takes clips (B, C, T, H, W), frame_features (G, D) of the global batch, and the pairs
+    (B, 1 + k); returns the loss and the matching accuracy of the batch.
+    """
+
+    def __init__(self, student: nn.Module, head: CorrespondenceHead, config: CorrespondenceConfig) -> None:
+        super().__init__()
+        self.student, self.head, self.config = student, head, config
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        clip_features = self.student(inputs["clips"])  # (B, D)
+        if self.config.objective == "infonce":
+            return self._contrast(clip_features, inputs)
+        logits = self.head.pair_logits(
+            clip_features, inputs["frame_features"], inputs["pairs"]
+        )  # (B, 1 + k, 2)
+        targets = inputs["targets"]
+        # One positive against k negatives: weighted so that both classes count the same in the loss.
+        negatives = targets.shape[1] - 1
+        weight = logits.new_tensor([1.0 / negatives, 1.0])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), weight=weight.float())
+        accuracy = (logits.argmax(dim=-1) == targets).float().mean()
+        return {"loss": loss, "matching_accuracy": accuracy.detach()}
+
+    def _contrast(self, clip_features: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """InfoNCE over all frames of the global batch; frames of the same video are negatives only where asked for."""
+        clips = F.normalize(self.head.student_projection(clip_features).float(), dim=-1)
+        frames = F.normalize(self.head.teacher_projection(inputs["frame_features"]).float(), dim=-1)
+        logits = clips @ frames.T / self.config.temperature  # (B, G)
+        own = inputs["pairs"][:, 0]
+        if not self.config.same_video_negatives:
+            same = inputs["clip_videos"][:, None] == inputs["frame_videos"][None, :]
+            same[torch.arange(len(own)), own] = False
+            logits = logits.masked_fill(same, -math.inf)
+        loss = F.cross_entropy(logits, own)
+        return {"loss": loss, "matching_accuracy": (logits.argmax(dim=1) == own).float().mean().detach()}
 
 
 @torch.no_grad()

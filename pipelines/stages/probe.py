@@ -17,7 +17,7 @@ from cliplift.configs.data import DataConfig, ViewsConfig
 from cliplift.configs.runs import ProbeConfig, TransferRun
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.data.augment import DeviceAugment
-from cliplift.pipelines.data.clips import EvalLoader
+from cliplift.pipelines.data.loader import EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology, gather_objects
 
 

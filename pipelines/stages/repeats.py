@@ -10,7 +10,7 @@ from pathlib import Path
 from cliplift.configs.runs import FinetuneRun
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.distributed.collectives import start
-from cliplift.pipelines.runs.run_folder import RunFolder
+from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.stages.run import StageResult, run_stage
 from cliplift.sharding.read.reader import fold_count
 

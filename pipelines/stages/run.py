@@ -20,15 +20,14 @@ from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model
 from cliplift.models.factory import save_pretrained
 from cliplift.models.registry import ModelError, model_entry
-from cliplift.pipelines.data.training_loader import TrainingLoader, training_loader
+from cliplift.pipelines.data.loader import TrainingLoader, training_loader
 from cliplift.pipelines.distributed.agreement import agree_on_run, agreed_data
 from cliplift.pipelines.distributed.collectives import Topology, barrier, start
 from cliplift.pipelines.distributed.launchers import find_place
-from cliplift.pipelines.engine.deepspeed_config import batch_split, deepspeed_config
+from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_config
 from cliplift.pipelines.engine.loop import fit
 from cliplift.pipelines.engine.task import FitResult
-from cliplift.pipelines.runs.folder_lock import sole_writer
-from cliplift.pipelines.runs.run_folder import RunFolder
+from cliplift.pipelines.runs.folder import RunFolder, sole_writer
 from cliplift.pipelines.runs.tracking import Tracker
 from cliplift.pipelines.stages import transfer
 from cliplift.pipelines.stages.classification import ClassificationTask

@@ -14,7 +14,7 @@ from cliplift.models.layers import checkpoint_blocks
 from cliplift.models.registry import model_entry
 from cliplift.pipelines.stages.classification import Classifier, freeze_all_but_head
 from cliplift.pipelines.stages.forecast import Forecasting, build_forecaster
-from cliplift.pipelines.stages.supervision import SupervisionTransfer
+from cliplift.pipelines.stages.matching import SupervisionTransfer
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

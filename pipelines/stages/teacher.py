@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cliplift.configs.data import DataConfig, ViewsConfig
-from cliplift.pipelines.data.clips import ClipBatch, EvalLoader
+from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology, barrier, gather_objects
 
 FILE = "teacher_features.safetensors"

@@ -30,14 +30,12 @@ from cliplift.models import create_model
 from cliplift.models.correspondence import CorrespondenceHead
 from cliplift.models.registry import InputSpec, model_entry
 from cliplift.pipelines.data.augment import DeviceAugment
-from cliplift.pipelines.data.clips import ClipBatch, EvalLoader
+from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology, all_gather_tensor, gather_objects
-from cliplift.pipelines.engine.throughput import forward_flops, training_flops
+from cliplift.pipelines.engine.telemetry import forward_flops, training_flops
 from cliplift.pipelines.stages.classification import freeze_named
-from cliplift.pipelines.stages.matching import matching_metrics
-from cliplift.pipelines.stages.pairs import draw_pairs
+from cliplift.pipelines.stages.matching import SupervisionTransfer, draw_pairs, matching_metrics
 from cliplift.pipelines.stages.probe import probe
-from cliplift.pipelines.stages.supervision import SupervisionTransfer
 from cliplift.pipelines.stages.teacher import cached_features
 
 log = logging.getLogger(__name__)

@@ -20,9 +20,9 @@ from cliplift.sharding.video.encode import require_encoder
 from cliplift.sharding.build.finalize import BuildError
 from cliplift.sharding.video.flow import require_flow
 from cliplift.sharding.build.plan import Plan, PlannedShard
-from cliplift.sharding.build.progress import Progress
+from cliplift.sharding.build.unit import Progress
 from cliplift.sharding.storage import open_store
-from cliplift.sharding.build.units import BuiltShard, build_shards, local_workers
+from cliplift.sharding.build.unit import BuiltShard, build_shards, local_workers
 
 KNOCK_SECONDS = 10.0
 TASKS_AHEAD = 4  # tasks handed to Ray for each that can run, so that no node waits for the driver

@@ -29,10 +29,10 @@ from cliplift.sharding.manifest import (
     load_index,
 )
 from cliplift.sharding.build.plan import Plan, PlannedShard, plan_once
-from cliplift.sharding.build.progress import Progress
+from cliplift.sharding.build.unit import Progress
 from cliplift.sharding.build.ray_engine import build_on_ray
 from cliplift.sharding.storage import Store, open_store
-from cliplift.sharding.build.units import BuiltShard, build_shards, local_workers
+from cliplift.sharding.build.unit import BuiltShard, build_shards, local_workers
 from cliplift.sharding.build.verify import VerifyReport, file_sha256, verify
 
 Phase = Literal["plan", "build", "finalize", "verify"]

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.build.run import BuildReport
 from cliplift.sharding.manifest import canonical, dump_dataset
-from cliplift.sharding.build.progress import Progress
+from cliplift.sharding.build.unit import Progress
 from cliplift.sharding.storage import open_store
 
 Mode = Literal["online", "offline", "disabled"]

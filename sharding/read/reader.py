@@ -28,8 +28,7 @@ from cliplift.sharding.manifest import (
     load_dataset,
     read_table,
 )
-from cliplift.sharding.read.cache import ShardCache
-from cliplift.sharding.read.open_files import OpenFiles
+from cliplift.sharding.read.fetch import OpenFiles, ShardCache
 from cliplift.sharding.read.subsets import Subset
 from cliplift.sharding.storage import StorageError, Store, open_store
 

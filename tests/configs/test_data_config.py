@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from cliplift.configs.data import WeightedShards
 from cliplift.configs.load import dump_run, load_run
 from cliplift.configs.runs import RUNS
 from cliplift.configs.sections import ConfigError
-from cliplift.configs.shard_sets import WeightedShards
 
 
 def load(repository: Path, *words: str):  # type: ignore[no-untyped-def]

@@ -47,7 +47,8 @@ def test_what_a_killed_build_left_is_removed_by_the_next(
 ) -> None:
     run = make_run(tmp_path / "out")
     script = (
-        "import sys; from cliplift.configs.sharding import ShardRun; from cliplift.sharding.build.run import run_shard; "
+        "import sys; from cliplift.configs.sharding import ShardRun; "
+        "from cliplift.sharding.build.run import run_shard; "
         "run_shard(ShardRun.model_validate_json(sys.argv[1]))"
     )
     process = subprocess.Popen([sys.executable, "-c", script, run.model_dump_json()])

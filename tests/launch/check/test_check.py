@@ -22,7 +22,7 @@ from cliplift.launch.check.fit import Known, check, check_fit, check_tracking, u
 from cliplift.launch.check.machine import Machine, choose_machine
 from cliplift.launch.cli import main
 from cliplift.pipelines.cost.memory_plan import Sizes
-from cliplift.pipelines.data.clip_source import ClipSource
+from cliplift.pipelines.data.source import ClipSource
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
 

@@ -13,8 +13,14 @@ from torch.nn import functional as F
 from cliplift.models import InputSpec, ModelError, create_model
 from cliplift.models.factory import load_pretrained
 from cliplift.models.layers import PooledClassifier
-from cliplift.models.per_frame.snippets import PooledFrames, expanded, windows
-from cliplift.models.per_frame.snippets_lstm import SnippetsLSTM, combined, step_gains
+from cliplift.models.per_frame.snippets import (
+    PooledFrames,
+    SnippetsLSTM,
+    combined,
+    expanded,
+    step_gains,
+    windows,
+)
 
 D, GRID, WIDTH, K = 4, 2, 5, 3
 

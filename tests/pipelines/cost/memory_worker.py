@@ -15,7 +15,7 @@ from typing import Any
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
 from cliplift.pipelines.distributed.collectives import all_reduce_max, leave, start
-from cliplift.pipelines.engine.deepspeed_config import batch_split, deepspeed_config
+from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_config
 from cliplift.pipelines.engine.optim import build_optimizer
 from cliplift.pipelines.stages.stage_module import build_module, stage_inputs
 

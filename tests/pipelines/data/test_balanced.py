@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.data.balanced import BalancedOrder
+from cliplift.pipelines.data.order import BalancedOrder
 
 LABELS = [0] * 50 + [3] * 7 + [1] * 23  # 80 samples of three classes, one number unused
 

@@ -13,14 +13,14 @@ from cliplift.configs.data import DataConfig
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.data.clips import (
+from cliplift.pipelines.data.clip_plan import Box, cut, training_box, view_boxes
+from cliplift.pipelines.data.loader import (
     ClipBatch,
     ClipLoader,
     EvalLoader,
     TooManyFailuresError,
     clips_of_video,
 )
-from cliplift.pipelines.data.crops import Box, cut, training_box, view_boxes
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
 from cliplift.sharding.read.reader import ShardDataset, ShardReadError

@@ -16,8 +16,8 @@ from cliplift.configs.sharding import FlowConfig, ShardRun
 from cliplift.models import create_model
 from cliplift.models.registry import InputSpec
 from cliplift.pipelines.data.augment import DeviceAugment, mirror
-from cliplift.pipelines.data.clip_source import ClipSource, clips_of_video
-from cliplift.pipelines.data.crops import Box, cut
+from cliplift.pipelines.data.clip_plan import Box, cut
+from cliplift.pipelines.data.source import ClipSource, clips_of_video
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.evaluation.evaluate import classify_split
 from cliplift.sharding.build.run import run_shard

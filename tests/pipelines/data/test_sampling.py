@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cliplift.configs.data import SamplingConfig
-from cliplift.pipelines.data.sampling import training_frames, view_frames
+from cliplift.pipelines.data.clip_plan import training_frames, view_frames
 
 
 def draw(value: float, frames: int = 16) -> np.ndarray:

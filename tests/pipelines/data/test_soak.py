@@ -14,8 +14,8 @@ import pytest
 from cliplift.configs.data import DataConfig
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
-from cliplift.pipelines.cost.processes import open_files, resident_mib
-from cliplift.pipelines.data.clips import ClipLoader
+from cliplift.pipelines.cost.loading_speed import open_files, resident_mib
+from cliplift.pipelines.data.loader import ClipLoader
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from cliplift.configs.training import EngineConfig
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.batchnorm import estimate_statistics, lagging_statistics
-from cliplift.pipelines.engine.deepspeed_config import deepspeed_config
-from cliplift.pipelines.engine.guards import DivergedError, LossGuard
-from cliplift.pipelines.engine.lamb import Lamb
+from cliplift.pipelines.engine.deepspeed_setup import deepspeed_config
+from cliplift.pipelines.engine.faults import DivergedError, LossGuard
+from cliplift.pipelines.engine.optim import Lamb
 
 WORKER = Path(__file__).with_name("training_worker.py")
 ONE = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))

@@ -15,8 +15,8 @@ import pytest
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS, ExportRun
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.runs.folder_lock import sole_writer
-from cliplift.pipelines.runs.run_folder import RunFolder, write_text
+from cliplift.pipelines.runs.folder import sole_writer
+from cliplift.pipelines.runs.folder import RunFolder, write_text
 
 RUN = ExportRun(run="somewhere", output="out")
 
@@ -81,7 +81,7 @@ def test_writing_replaces_a_file_at_once(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from cliplift.pipelines.runs.folder_lock import sole_writer
+from cliplift.pipelines.runs.folder import sole_writer
 
 with sole_writer(Path(sys.argv[1])):
     print("held", flush=True)

@@ -13,7 +13,7 @@ from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model, from_pretrained
-from cliplift.pipelines.data.clips import EvalLoader
+from cliplift.pipelines.data.loader import EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.stages.classification import initialise_from
 from cliplift.pipelines.stages.forecast import ForecastTask, forecast_metrics

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.stages.pairs import draw_pairs
+from cliplift.pipelines.stages.matching import draw_pairs
 from cliplift.pipelines.stages.probe import fit_linear, knn_accuracy
 
 

@@ -15,8 +15,7 @@ from cliplift.configs.runs import RUNS
 from cliplift.configs.sections import ConfigError
 from cliplift.launch.cli import main
 from cliplift.models import create_model
-from cliplift.pipelines.data.crops import training_box, view_boxes
-from cliplift.pipelines.data.sampling import view_frames
+from cliplift.pipelines.data.clip_plan import training_box, view_boxes, view_frames
 
 SIZES = ("base", "hr", "large")
 NAMES = [f"timesformer_{size}_k400{kind}" for size in SIZES for kind in ("", "_released")]

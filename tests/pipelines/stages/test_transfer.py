@@ -13,9 +13,7 @@ from torch import nn
 from cliplift.configs.runs import CorrespondenceConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.models.correspondence import CorrespondenceHead
-from cliplift.pipelines.stages.matching import matching_metrics
-from cliplift.pipelines.stages.pairs import draw_pairs
-from cliplift.pipelines.stages.supervision import SupervisionTransfer
+from cliplift.pipelines.stages.matching import SupervisionTransfer, draw_pairs, matching_metrics
 from cliplift.pipelines.stages.transfer import recropped
 
 

@@ -22,7 +22,7 @@ from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.build.finalize import BuildError
 from cliplift.sharding.manifest import BUILD_FILE, DATASET_FILE, PLAN_FILE, REFUSED_FILE
-from cliplift.sharding.build.progress import Progress
+from cliplift.sharding.build.unit import Progress
 from cliplift.sharding.read.reader import ShardDataset
 from cliplift.sharding.build.verify import verify
 

@@ -289,7 +289,8 @@ def test_a_build_killed_in_the_middle_of_an_upload(
     s3.share, s3.kinds, s3.only = 1.0, ("slow upload",), ".tar"
     s3.uploading.clear()
     script = (
-        "import sys; from cliplift.configs.sharding import ShardRun; from cliplift.sharding.build.run import run_shard; "
+        "import sys; from cliplift.configs.sharding import ShardRun; "
+        "from cliplift.sharding.build.run import run_shard; "
         "run_shard(ShardRun.model_validate_json(sys.argv[1]))"
     )
     process = subprocess.Popen(

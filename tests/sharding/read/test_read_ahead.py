@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cliplift.sharding.read.read_ahead import ReadAhead
+from cliplift.sharding.read.fetch import ReadAhead
 
 
 class SlowStore:

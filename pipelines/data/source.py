@@ -1,9 +1,13 @@
-"""Samples of one or several shard datasets as clips: read, decode only the frames needed, cut, in uint8."""
+"""Samples of one or several shard datasets as clips: read, decode only the frames needed, cut, in uint8.
+
+Whole decoded videos kept in memory, for small datasets that are read many times.
+"""
 
 from __future__ import annotations
 
 import bisect
 import time
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,16 +21,54 @@ from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import FlowConfig, TranscodeConfig
 from cliplift.pipelines.data.batch import FLIP, NUM_DRAWS, ClipBatch, Costs, merged
-from cliplift.pipelines.data.crops import cut, view_boxes
-from cliplift.pipelines.data.decoded_videos import decoded_videos
-from cliplift.pipelines.data.sampling import Ints, view_frames
-from cliplift.pipelines.data.training_plan import TrainingPlan, mirrored_labels, training_plan
-from cliplift.sharding.read.read_ahead import ReadAhead
+from cliplift.pipelines.data.clip_plan import (
+    Ints,
+    TrainingPlan,
+    cut,
+    mirrored_labels,
+    training_plan,
+    view_boxes,
+    view_frames,
+)
+from cliplift.sharding.read.fetch import ReadAhead
 from cliplift.sharding.read.reader import ClipShape, SampleFacts, ShardDataset
 from cliplift.sharding.read.subsets import Subset
 from cliplift.sharding.video.decode import Frames, decode_frames
 from cliplift.sharding.video.flow import decode_flow, flow_member
 from cliplift.sharding.video.transcode import transcode_span
+
+
+class DecodedVideos:
+    """Decoded videos of this process up to a size, the least recently used dropped first."""
+
+    def __init__(self) -> None:
+        self.videos: OrderedDict[tuple[str, str], Frames] = OrderedDict()
+        self.bytes, self.limit = 0, 0
+
+    def get(self, key: tuple[str, str]) -> Frames | None:
+        video = self.videos.get(key)
+        if video is not None:
+            self.videos.move_to_end(key)
+        return video
+
+    def put(self, key: tuple[str, str], video: Frames) -> None:
+        self.videos[key] = video
+        self.bytes += video.nbytes
+        while self.bytes > self.limit:
+            _, oldest = self.videos.popitem(last=False)
+            self.bytes -= oldest.nbytes
+
+
+_DECODED = DecodedVideos()
+
+
+def decoded_videos(limit_mib: int) -> DecodedVideos | None:
+    """The process's cache, shared by all its loaders, or None where the config keeps nothing."""
+    if not limit_mib:
+        return None
+    _DECODED.limit = max(_DECODED.limit, limit_mib * 2**20)
+    return _DECODED
+
 
 __all__ = ["NUM_DRAWS", "ClipBatch", "ClipSource", "TrainingPlan", "clips_of_video", "merged"]
 

@@ -3,6 +3,8 @@
 The main process computes which samples a micro-batch holds; worker processes only fetch them. So the number of
 workers, ranks, or accumulation steps cannot change what an optimizer step sees, and the whole state of the loader is
 the step.
+
+Which loader a run trains from.
 """
 
 from __future__ import annotations
@@ -10,17 +12,16 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch.utils.data import Dataset
 
 from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.data.balanced import BalancedOrder
 from cliplift.pipelines.data.batch import ClipBatch, merged
-from cliplift.pipelines.data.clip_source import ClipSource, clips_of_video
 from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.data.order import (
+    BalancedOrder,
     Draw,
     GlobalOrder,
     Mixture,
@@ -29,6 +30,7 @@ from cliplift.pipelines.data.order import (
     mix,
     rank_positions,
 )
+from cliplift.pipelines.data.source import ClipSource, clips_of_video
 from cliplift.pipelines.data.workers import WorkerError, batches_from_workers
 from cliplift.sharding.read.reader import ShardReadError
 from cliplift.sharding.video.decode import VideoDecodeError
@@ -263,3 +265,35 @@ def with_next(requests: Iterator[Request], *, distance: int, most: int) -> Itera
                 next_epoch=request.epoch, next_positions=request.positions[:most]
             )
     yield from waiting
+
+
+class TrainingLoader(Protocol):
+    """What training needs of a loader: steps of equal batches on every rank, and what they are drawn from."""
+
+    data: DataConfig
+    classes: tuple[str, ...]
+    splits: tuple[str, ...]  # of the shards, whichever is trained on
+    fingerprint: str
+    num_samples: int
+    steps_per_epoch: int
+
+    def micro_batches(self, *, start_step: int, stop_step: int) -> Iterator[ClipBatch]: ...
+    def close(self) -> None: ...
+
+
+def training_loader(
+    data: DataConfig, *, seed: int, global_batch: int, micro_batch: int, rank: int, world_size: int
+) -> TrainingLoader:
+    """The loader that the config asks for: exact over indexed shards, or a stream of tars."""
+    options = {
+        "seed": seed,
+        "global_batch": global_batch,
+        "micro_batch": micro_batch,
+        "rank": rank,
+        "world_size": world_size,
+    }
+    if data.sequential is None:
+        return ClipLoader(data, **options)
+    from cliplift.pipelines.data.sequential import SequentialLoader
+
+    return SequentialLoader(data, **options)
