@@ -3,8 +3,8 @@
 Paper: Donahue et al., "Long-term Recurrent Convolutional Networks for Visual Recognition and Description", arXiv
 1411.4389, section 4. Code: LisaAnne/lisa-caffe-public, examples/LRCN_activity_recognition. One LSTM without
 peepholes, 256 units for RGB and 1024 for flow, on fc6 of :mod:`caffenet_hybrid <cliplift.models.image.caffenet>`;
-dropout 0.9 on fc6 and 0.5 on the LSTM's outputs; cross-entropy averaged over all steps; class probabilities averaged over all
-steps at test time. The state is zero at the first frame of every clip.
+dropout 0.9 on fc6 and 0.5 on the outputs of the LSTM; cross-entropy averaged over all steps; class probabilities
+averaged over all steps at test time. The state is zero at the first frame of every clip.
 
 ``single_frame`` is the paper's baseline: the same without the LSTM. The paper trains it first and starts LRCN from it,
 which here is ``initialise_from`` the finished run.
