@@ -3,13 +3,17 @@ PYTHON ?= python3
 # Installed first and pinned, because plain `torch` may draw gigabytes of CUDA packages. Override it on a GPU
 # machine: `make demo TORCH=torch` takes the newest CUDA build, TORCH= leaves the choice to the dependencies.
 TORCH ?= torch==2.13.0
+TORCHCODEC ?= torchcodec==0.13.*
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Test processes side by side. Tests that measure something or start many processes share one of them.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint types check wheel clean
+.PHONY: help install demo test extras test-slow test-cluster lint types check wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,16 +35,27 @@ $(VENV)/dev.stamp: $(VENV)/torch.stamp pyproject.toml
 	@mkdir -p build/types && ln -sfn ../.. build/types/cliplift
 	@touch $@ $(VENV)/teachers.stamp
 
+# Each torchcodec is built for one torch: 0.13 for 2.13.
+$(VENV)/extras.stamp: $(VENV)/dev.stamp
+	@echo "installing the extras ray, shots, flow and decoders"
+	$(PIP) install -e '.[dev,ray,shots,flow,decoders]' $(TORCH) $(TORCHCODEC)
+	@touch $@
+
 install: $(VENV)/teachers.stamp ## make .venv with cliplift and the 2D teacher
 
 demo: $(VENV)/teachers.stamp ## raw clips to a finetuned, evaluated model and a report, on a CPU in minutes
 	$(BIN)/cliplift demo $(DEMO)
 
 test: $(VENV)/dev.stamp ## the fast tests (real videos, real DeepSpeed processes), at most ten minutes
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
-test-slow: $(VENV)/dev.stamp ## the tests that take minutes each
-	$(BIN)/python -m pytest -m slow
+extras: $(VENV)/extras.stamp ## install what the optional parts need (Ray, shot detection, optical flow, torchcodec)
+
+test-slow: $(VENV)/dev.stamp ## the tests that take minutes each; needs `make extras` for those of optional parts
+	$(PYTEST) -m "slow and not gpu and not cluster"
+
+test-cluster: $(VENV)/dev.stamp ## two hosts in network namespaces and a real Slurm; needs root
+	$(BIN)/python -m pytest -m cluster
 
 lint: $(VENV)/dev.stamp ## ruff: style and imports
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
