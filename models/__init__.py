@@ -1,26 +1,27 @@
-"""Video models: clips (B, C, T, H, W) to features or logits. Needs torch and einops, nothing else of ours."""
+"""Video models: clips (B, C, T, H, W) to features or logits. Needs torch, einops and safetensors, nothing else of ours.
 
-from cliplift.models.factory import from_pretrained, save_pretrained
-from cliplift.models.registry import (
-    InputSpec,
-    ModelError,
-    UnknownModelError,
-    VideoModel,
-    create_model,
-    list_models,
-    model_options,
-    register_model,
-)
+In reading order: ``protocol`` (what a model offers), ``registry`` (names, options, variants), ``state_dicts`` and
+``streams`` (weights by name; RGB and flow), ``layers`` and ``inflate`` (shared layers; 2D weights in 3D networks),
+``factory`` (``create_model``, export folders, the Hub), ``measure`` (parameters and products), ``correspondence`` (the
+transfer's head); then the networks by room: ``image``; ``conv3d``, ``timesformer``, ``convrnn``; ``per_frame`` and
+``late_temporal``, which are built on the others.
+"""
+
+from cliplift.models.factory import create_model, from_pretrained, save_pretrained
+from cliplift.models.protocol import InputSpec, ModelError, UnknownModelError, VideoModel, VideoNetwork
+from cliplift.models.registry import list_models, model_options, register_model, variant
 
 __all__ = [
     "InputSpec",
     "ModelError",
     "UnknownModelError",
     "VideoModel",
+    "VideoNetwork",
     "create_model",
     "from_pretrained",
     "list_models",
     "model_options",
     "register_model",
     "save_pretrained",
+    "variant",
 ]

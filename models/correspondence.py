@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.layers import ReluLinear
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError
 
 Projection = Literal["auto", "linear", "none"]
 MATCH, NO_MATCH = 1, 0  # which of the two logits says what

@@ -1,56 +1,92 @@
-"""Weights in and out: export folders (``model.safetensors`` + ``config.json``), public state dicts, the Hub.
+"""Models made, saved, published and read back: ``create_model``, export folders, the Hub.
 
-Nothing read here is executed: safetensors, JSON, and ``torch.load(weights_only=True)``.
-
-A model may help with three optional attributes: ``head_name`` (the submodule holding the classifier),
-``adapt_state_dict(state) -> (state, notes)`` (renames public keys, resizes position embeddings and says so) and
-``published_weights`` (tags such as "imagenet" -> a function giving a state dict).
+An export folder is ``model.safetensors`` + ``config.json``. Nothing read here is executed: safetensors, JSON, and
+``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import nn
 
-from cliplift.models.registry import ModelError, create_model
-
-logger = logging.getLogger(__name__)
+from cliplift.models.inflate import inflate
+from cliplift.models.protocol import ModelError, VideoModel, VideoNetwork
+from cliplift.models.registry import model_entry, model_options
+from cliplift.models.state_dicts import WEIGHTS, LoadReport, head_prefix, load_state, read_state
 
 FORMAT = 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CONFIG = "config.json"
 FLAT_PREFIX = "2d:"
-HEAD_NAMES = ("classifier", "fc", "head")
-WRAPPER_KEYS = (
-    "state_dict",
-    "model_state_dict",
-    "model_state",
-    "model",
-    "module",
-)  # where public checkpoints keep the weights
+MEMBERS = (
+    "feature_dim",
+    "num_classes",
+    "input_spec",
+    "forward_features",
+    "forward",
+    "reset_classifier",
+    "checkpoint_blocks",
+)
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What :func:`load_pretrained` did beside copying: key names, and the notes that were logged."""
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    in_frames: int | None = None,
+    pretrained: str | None = None,
+    **options: Any,
+) -> VideoNetwork:
+    """Build a registered model.
 
-    loaded: int
-    head_skipped: tuple[str, ...] = ()
-    head_fresh: tuple[str, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    Args:
+        name: a name from :func:`list_models`.
+        num_classes: K of the classifier; 0 for features only; None for the published K.
+        in_frames: clip length T; None for the model's own. Models that take any T only record it.
+        pretrained: path of a local ``.safetensors`` file, a cliplift export folder, or a ``.pt``/``.pth`` state
+            dict (read with ``weights_only=True``); a tag of the model's published weights such as "imagenet"; or
+            "2d:" and one of these, to inflate 2D weights. Heads of another K are replaced, and that is logged.
+        options: architecture options of that model (:func:`model_options`).
+
+    Raises:
+        UnknownModelError: no such name; the message names the nearest ones.
+        ModelError: an unknown option, one with an impossible value, or weights that do not fit.
+    """
+    entry = model_entry(name)
+    known = model_options(name)
+    for option in options:
+        if option not in known:
+            nearest = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"it takes {sorted(known)}."
+            raise ModelError(f"model {name!r} has no option {option!r}: {hint}")
+    classes = entry.default_classes if num_classes is None else num_classes
+    if classes < 0:
+        raise ModelError(f"model {name!r}: num_classes={classes} must be 0 (features) or more")
+    frames = {} if in_frames is None else {"in_frames": in_frames}
+    model = _checked(entry.build(num_classes=classes, **frames, **options), name)
+    if pretrained is not None:
+        load_pretrained(model, pretrained)
+    return model
+
+
+def _checked(model: nn.Module, name: str) -> VideoNetwork:
+    """The model, if it offers all of :class:`VideoModel`; a plug-in's may not."""
+    if not isinstance(model, VideoModel):
+        missing = [member for member in MEMBERS if not hasattr(model, member)]
+        raise ModelError(
+            f"model {name!r}: {type(model).__name__} lacks {', '.join(missing)}; see cliplift.models.protocol"
+        )
+    return cast(VideoNetwork, model)
 
 
 def save_pretrained(
-    model: nn.Module,
+    model: VideoNetwork,
     folder: str | Path,
     *,
     name: str,
@@ -72,15 +108,14 @@ def save_pretrained(
         ModelError: options or extra hold something JSON cannot.
     """
     target = Path(folder)
-    described = cast(Any, model)
     config = {
         "format": FORMAT,
         "name": name,
-        "num_classes": described.num_classes,
-        "in_frames": described.input_spec.frames,
+        "num_classes": model.num_classes,
+        "in_frames": model.input_spec.frames,
         "options": dict(options or {}),
-        "feature_dim": described.feature_dim,
-        "input": dataclasses.asdict(described.input_spec),
+        "feature_dim": model.feature_dim,
+        "input": dataclasses.asdict(model.input_spec),
         "extra": dict(extra or {}),
     }
     try:
@@ -112,7 +147,7 @@ def read_config(source: str | Path) -> dict[str, Any]:
 
 def from_pretrained(
     source: str | Path, *, num_classes: int | None = None, revision: str | None = None
-) -> nn.Module:
+) -> VideoNetwork:
     """Build a model from an export folder or a Hub id (``owner/name``), with its weights, in eval mode.
 
     Args:
@@ -151,59 +186,6 @@ def load_pretrained(model: nn.Module, source: str | Path) -> LoadReport:
     return load_state(model, read_state(model, source), source=str(source))
 
 
-def read_state(model: nn.Module, source: str | Path) -> dict[str, Tensor]:
-    """The tensors of a weights source, under the names they have there."""
-    published = cast(Mapping[str, Any], getattr(model, "published_weights", {}))
-    if str(source) in published:
-        return cast(dict[str, Tensor], published[str(source)]())
-    path = Path(source)
-    if path.is_dir():
-        path = path / WEIGHTS
-    if not path.is_file():
-        tags = f" (tags of this model: {sorted(published)})" if published else ""
-        raise ModelError(f"pretrained={str(source)!r}: no such file or export folder{tags}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
-    except (
-        Exception
-    ) as error:  # pickle, zip and torch each raise their own; the file is the user's either way
-        raise ModelError(f"{path}: torch.load(weights_only=True) refused it ({error})") from error
-    return _unwrapped(content, path)
-
-
-def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> LoadReport:
-    """:func:`load_pretrained` for tensors already in memory; ``source`` names them in messages."""
-    given, notes = adapted_state(model, dict(state))
-    own = model.state_dict()
-    head = head_prefix(model)
-    in_head = [k for k in (*given, *own) if head and k.startswith(head)]
-    fits = all(k in given and k in own and given[k].shape == own[k].shape for k in in_head)
-    skipped = () if fits else tuple(k for k in given if k in in_head)
-    fresh = () if fits else tuple(k for k in own if k in in_head)
-    body = {k: v for k, v in given.items() if k not in skipped}
-    _refuse_strangers(own, body, fresh, source)
-    model.load_state_dict(body, strict=False)
-    if skipped or fresh:
-        notes.append(
-            f"head not loaded: left out of the source {_shapes(given, skipped)}; "
-            f"freshly initialised {_shapes(own, fresh)}"
-        )
-    for note in notes:
-        logger.info("%s: %s", source, note)
-    return LoadReport(loaded=len(body), head_skipped=skipped, head_fresh=fresh, notes=tuple(notes))
-
-
-def head_prefix(model: nn.Module) -> str:
-    """``"classifier."`` or the like: what the classifier's keys begin with; empty when the model has no such part."""
-    named = getattr(model, "head_name", None)
-    names = (named,) if isinstance(named, str) else tuple(n for n in HEAD_NAMES if hasattr(model, n))
-    return f"{names[0]}." if names else ""
-
-
 def push(folder: str | Path, repo_id: str, *, private: bool = True, message: str = "Upload model") -> str:
     """Upload an export folder to the Hub (extra ``hub``; uses the login of ``huggingface_hub``). Returns the URL."""
     read_config(folder)
@@ -217,8 +199,6 @@ def push(folder: str | Path, repo_id: str, *, private: bool = True, message: str
 
 
 def _load_inflated(model: nn.Module, source: str) -> LoadReport:
-    from cliplift.models.inflate import inflate  # inflate needs head_prefix from here
-
     report = inflate(model, read_state(model, source), source=source)
     head = head_prefix(model)
     return LoadReport(
@@ -227,54 +207,6 @@ def _load_inflated(model: nn.Module, source: str) -> LoadReport:
         head_fresh=tuple(k for k in report.fresh if head and k.startswith(head)),
         notes=(f"inflated {len(report.inflated)} kernels from 2D", *(f"fresh: {k}" for k in report.fresh)),
     )
-
-
-def adapted_state(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors under the model's own names, as far as it knows theirs, and a note for every change."""
-    notes: list[str] = []
-    if state and all(key.startswith("module.") for key in state):  # saved from DistributedDataParallel
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-        notes.append("took the prefix 'module.' off the keys")
-    adapt = getattr(model, "adapt_state_dict", None)
-    if adapt is not None:
-        state, more = adapt(state)
-        notes += more
-    return state, notes
-
-
-def _refuse_strangers(
-    own: Mapping[str, Tensor], body: Mapping[str, Tensor], fresh: tuple[str, ...], source: str
-) -> None:
-    unexpected = [k for k in body if k not in own]
-    missing = [k for k in own if k not in body and k not in fresh and not k.endswith("num_batches_tracked")]
-    shapes = [
-        f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}"
-        for k, v in body.items()
-        if k in own and v.shape != own[k].shape
-    ]
-    problems = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if keys
-    ]
-    if problems:
-        raise ModelError(
-            f"{source}: not the weights of this model: {'; '.join(problems)}. Check the model's name and options."
-        )
-
-
-def _shapes(state: Mapping[str, Tensor], keys: tuple[str, ...]) -> str:
-    return ", ".join(f"{key} {tuple(state[key].shape)}" for key in keys) or "nothing"
-
-
-def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:
-    for key in WRAPPER_KEYS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise ModelError(f"{path}: holds no state dict (a mapping of names to tensors)")
-    return cast(dict[str, Tensor], content)
 
 
 def _download(repo_id: str, revision: str | None) -> Path:

@@ -17,12 +17,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
-from cliplift.models.factory import head_prefix
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError, adapt_2d_state, adapt_state_dict
+from cliplift.models.state_dicts import head_prefix
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +83,7 @@ def inflate(
     Raises:
         ModelError: nothing fits, so these are not weights of the 2D counterpart.
     """
-    state = dict(state_2d)
-    for translate in ("adapt_2d_state", "adapt_state_dict"):
-        method: Any = getattr(model, translate, None)
-        if method is not None:
-            translated = method(state)
-            state = translated[0] if isinstance(translated, tuple) else translated
+    state, _ = adapt_state_dict(model, adapt_2d_state(model, dict(state_2d)))
     own, head = model.state_dict(), head_prefix(model)
     copied, inflated, fresh = [], [], []
     for key, target in own.items():

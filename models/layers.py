@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from cliplift.models.registry import InputSpec, ModelError
+from cliplift.models.protocol import InputSpec, ModelError, VideoNetwork
 
 # Every layer initialises itself inside its constructor (reset_parameters), not in a pass over the finished model:
 # under ``deepspeed.zero.Init`` the weights are partitioned away as soon as a constructor returns.
@@ -74,7 +74,7 @@ BATCH_NORMS: Mapping[int, Callable[[int], nn.Module]] = {2: nn.BatchNorm2d, 3: n
 MAX_POOLS: Mapping[int, Callable[..., nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
 
-class PooledClassifier(nn.Module):
+class PooledClassifier(VideoNetwork):
     """A trunk (:meth:`forward_features`), global average pooling over all positions, dropout, a linear head.
 
     Global pooling instead of the papers' fixed windows: for the published input both are the same sum, and any
@@ -94,10 +94,6 @@ class PooledClassifier(nn.Module):
         self.num_classes = num_classes
         self.input_spec = input_spec
         self.head_dropout = nn.Dropout(dropout)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, D, T', H', W')."""
-        raise NotImplementedError
 
     def forward_pooled(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, D): the feature map averaged over time and space."""
@@ -124,10 +120,6 @@ class PooledClassifier(nn.Module):
         reference = next(self.parameters(), torch.empty(0))
         head = LinearHead(self.feature_dim, num_classes) if num_classes else nn.Identity()
         setattr(self, self.head_name, head.to(device=reference.device, dtype=reference.dtype))
-
-    def checkpoint_blocks(self) -> list[str]:
-        """Names of the submodules, in forward order, that activation checkpointing may wrap."""
-        raise NotImplementedError
 
 
 def same_padding(kernel: int) -> tuple[int, int]:
@@ -187,7 +179,7 @@ def halve(x: Tensor) -> Tensor:
     return (x[:, :, 0:even:2] + x[:, :, 1:even:2]) * 0.5
 
 
-def checkpoint_blocks(model: nn.Module, fraction: float = 1.0) -> list[str]:
+def checkpoint_blocks(model: VideoNetwork, fraction: float = 1.0) -> list[str]:
     """Recompute the activations of the first ``fraction`` of a model's blocks in the backward pass.
 
     The first blocks, because in convolutional nets they hold the largest maps. Only the forward of the named
@@ -206,7 +198,7 @@ def checkpoint_blocks(model: nn.Module, fraction: float = 1.0) -> list[str]:
     """
     if not 0 <= fraction <= 1:
         raise ModelError(f"activation checkpointing: fraction={fraction} must be in [0, 1]")
-    names = cast(Sequence[str], cast(Any, model).checkpoint_blocks())
+    names = model.checkpoint_blocks()
     wrapped = list(names[: math.ceil(fraction * len(names))])
     for name in names:
         block = model.get_submodule(name)
@@ -216,7 +208,8 @@ def checkpoint_blocks(model: nn.Module, fraction: float = 1.0) -> list[str]:
     return wrapped
 
 
-def _recomputed(block: nn.Module, *inputs: Any) -> Any:
+def _recomputed(block: nn.Module, *inputs: object) -> object:
+    """The block's own forward, whose activations the backward pass computes again."""
     run = functools.partial(type(block).forward, block)
     if not torch.is_grad_enabled():
         return run(*inputs)

@@ -5,15 +5,16 @@ Nothing is computed and no memory is used for tensors, so the largest model take
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cliplift.models.registry import VideoModel, create_model, model_entry
+from cliplift.models.factory import create_model
+from cliplift.models.protocol import VideoModel
+from cliplift.models.registry import model_entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,22 +55,21 @@ def measure_model(
     entry = model_entry(name)
     with torch.device("meta"):
         model = create_model(name, num_classes=num_classes, in_frames=in_frames, **options).eval()
-        video = cast(VideoModel, model)
-        shape = input_shape(video, dims=entry.dims, crop=crop)
+        shape = input_shape(model, dims=entry.dims, crop=crop)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(torch.empty(shape))
         with torch.no_grad():
-            features = video.forward_features(torch.empty(shape))
+            features = model.forward_features(torch.empty(shape))
     return ModelMeasure(
         name=name,
         paper=entry.paper,
         dims=entry.dims,
-        num_classes=video.num_classes,
+        num_classes=model.num_classes,
         parameters=sum(p.numel() for p in model.parameters()),
         gmacs=counter.get_total_flops() / 2e9,
         input_shape=shape[1:],
         feature_shape=_shape(features),
-        feature_dim=video.feature_dim,
+        feature_dim=model.feature_dim,
     )
 
 
@@ -78,24 +78,6 @@ def input_shape(model: VideoModel, *, dims: str, crop: int | None = None, batch:
     spec = model.input_spec
     time = () if dims == "2d" else (spec.frames,)
     return (batch, spec.channels, *time, crop or spec.crop_height, crop or spec.crop_width)
-
-
-def markdown_table(rows: Iterable[ModelMeasure]) -> str:
-    """The rows as a Markdown table."""
-    lines = [
-        "| model | paper | input C(xT)xHxW | parameters | GMAC | features | K |",
-        "| --- | --- | --- | ---: | ---: | --- | ---: |",
-    ]
-    for row in rows:
-        lines.append(
-            f"| `{row.name}` | {row.paper} | {_times(row.input_shape)} | {row.parameters:,} | {row.gmacs:.2f} "
-            f"| {_times(row.feature_shape)} → {row.feature_dim} | {row.num_classes} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return "×".join(str(size) for size in shape)
 
 
 def _shape(features: Tensor | tuple[Tensor, ...]) -> tuple[int, ...]:

@@ -1,17 +1,154 @@
-"""Which tensors of a weights source fit a model, told before anything is copied.
+"""State dicts: read from files, brought to a model's names, compared with it, and copied into it.
 
-:func:`cliplift.models.factory.load_state` refuses weights that do not fit and names the first keys; this names all.
+Nothing read here is executed: safetensors, and ``torch.load(weights_only=True)``. A model may help with the hooks of
+:mod:`cliplift.models.protocol`: ``NamesHead``, ``AdaptsStateDict`` and ``PublishesWeights``.
+
+:func:`load_state` refuses weights that do not fit and names the first keys; :func:`match_weights` names them all.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import cast
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cliplift.models.factory import adapted_state, head_prefix
+from cliplift.models.protocol import ModelError, NamesHead, VideoNetwork, adapt_state_dict, published_weights
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+HEAD_NAMES = ("classifier", "fc", "head")  # where a model does not name its head
+# where public checkpoints keep the weights
+WRAPPER_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "module")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading did beside copying: key names, and the notes that were logged."""
+
+    loaded: int
+    head_skipped: tuple[str, ...] = ()
+    head_fresh: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def read_state(model: nn.Module, source: str | Path) -> dict[str, Tensor]:
+    """The tensors of a weights source, under the names they have there."""
+    published = published_weights(model)
+    if str(source) in published:
+        return published[str(source)]()
+    path = Path(source)
+    if path.is_dir():
+        path = path / WEIGHTS
+    if not path.is_file():
+        tags = f" (tags of this model: {sorted(published)})" if published else ""
+        raise ModelError(f"pretrained={str(source)!r}: no such file or export folder{tags}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
+    except (
+        Exception
+    ) as error:  # pickle, zip and torch each raise their own; the file is the user's either way
+        raise ModelError(f"{path}: torch.load(weights_only=True) refused it ({error})") from error
+    return _unwrapped(content, path)
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> LoadReport:
+    """Copy tensors into a model by name, as :func:`~cliplift.models.factory.load_pretrained` says.
+
+    ``source`` names them in messages. Raises ModelError where they are not this model's.
+    """
+    given, notes = adapted_state(model, dict(state))
+    own = model.state_dict()
+    head = head_prefix(model)
+    in_head = [k for k in (*given, *own) if head and k.startswith(head)]
+    fits = all(k in given and k in own and given[k].shape == own[k].shape for k in in_head)
+    skipped = () if fits else tuple(k for k in given if k in in_head)
+    fresh = () if fits else tuple(k for k in own if k in in_head)
+    body = {k: v for k, v in given.items() if k not in skipped}
+    _refuse_strangers(own, body, fresh, source)
+    model.load_state_dict(body, strict=False)
+    if skipped or fresh:
+        notes.append(
+            f"head not loaded: left out of the source {_shapes(given, skipped)}; "
+            f"freshly initialised {_shapes(own, fresh)}"
+        )
+    for note in notes:
+        logger.info("%s: %s", source, note)
+    return LoadReport(loaded=len(body), head_skipped=skipped, head_fresh=fresh, notes=tuple(notes))
+
+
+def head_prefix(model: nn.Module) -> str:
+    """``"classifier."`` or the like: what the classifier's keys begin with; empty when the model has no such part."""
+    if isinstance(model, NamesHead):
+        return f"{model.head_name}."
+    return next((f"{name}." for name in HEAD_NAMES if hasattr(model, name)), "")
+
+
+def adapted_state(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under the model's own names, as far as it knows theirs, and a note for every change."""
+    notes: list[str] = []
+    if state and all(key.startswith("module.") for key in state):  # saved from DistributedDataParallel
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+        notes.append("took the prefix 'module.' off the keys")
+    state, more = adapt_state_dict(model, state)
+    return state, notes + more
+
+
+def rename_key(key: str, prefixes: Mapping[str, str]) -> str:
+    """The key with the first of ``prefixes`` (old -> new) that it begins with exchanged; else as it is."""
+    start = next((old for old in prefixes if key.startswith(old)), None)
+    return key if start is None else prefixes[start] + key.removeprefix(start)
+
+
+def rename_prefixes(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) -> dict[str, Tensor]:
+    """:func:`rename_key` for all keys."""
+    return {rename_key(key, prefixes): value for key, value in state.items()}
+
+
+def _refuse_strangers(
+    own: Mapping[str, Tensor], body: Mapping[str, Tensor], fresh: tuple[str, ...], source: str
+) -> None:
+    unexpected = [k for k in body if k not in own]
+    missing = [k for k in own if k not in body and k not in fresh and not k.endswith("num_batches_tracked")]
+    shapes = [
+        f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}"
+        for k, v in body.items()
+        if k in own and v.shape != own[k].shape
+    ]
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if keys
+    ]
+    if problems:
+        raise ModelError(
+            f"{source}: not the weights of this model: {'; '.join(problems)}. Check the model's name and options."
+        )
+
+
+def _shapes(state: Mapping[str, Tensor], keys: tuple[str, ...]) -> str:
+    return ", ".join(f"{key} {tuple(state[key].shape)}" for key in keys) or "nothing"
+
+
+def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:
+    for key in WRAPPER_KEYS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ModelError(f"{path}: holds no state dict (a mapping of names to tensors)")
+    return cast(dict[str, Tensor], content)
 
 
 @dataclass(frozen=True)
@@ -29,12 +166,12 @@ class WeightMatch:
 
     @property
     def loads(self) -> bool:
-        """Whether :func:`~cliplift.models.factory.load_state` would accept the source."""
+        """Whether :func:`load_state` would accept the source."""
         return not (self.missing or self.unexpected or self.reshaped)
 
 
-def match_weights(model: nn.Module, state: Mapping[str, Tensor]) -> WeightMatch:
-    """Compare a source's tensors (:func:`cliplift.models.factory.read_state`) with a model's, by name and shape.
+def match_weights(model: VideoNetwork, state: Mapping[str, Tensor]) -> WeightMatch:
+    """Compare a source's tensors (:func:`read_state`) with a model's, by name and shape.
 
     Args:
         model: as for ``load_state``; one on the meta device will do, since only shapes are looked at.
@@ -64,7 +201,7 @@ def match_weights(model: nn.Module, state: Mapping[str, Tensor]) -> WeightMatch:
         ),
         head_given=tuple(f"{k} {tuple(v.shape)}" for k, v in heads[0].items()),
         head_fits={k: v.shape for k, v in heads[0].items()} == {k: v.shape for k, v in heads[1].items()},
-        classes=_classes(heads[0], heads[1], cast(Any, model).num_classes) if heads[1] else None,
+        classes=_classes(heads[0], heads[1], model.num_classes) if heads[1] else None,
         notes=tuple(notes),
     )
 

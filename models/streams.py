@@ -12,7 +12,7 @@ import dataclasses
 
 from torch import Tensor
 
-from cliplift.models.registry import InputSpec, ModelError
+from cliplift.models.protocol import InputSpec, ModelError
 
 RGB_CHANNELS, FLOW_CHANNELS = 3, 2
 

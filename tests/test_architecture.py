@@ -30,11 +30,11 @@ BANNED_NAMES = {"utils", "util", "helper", "helpers", "common", "misc", "base"}
 ROOMS: dict[str, list[set[str]]] = {
     "configs": [{"sections"}, {"sources", "data", "training"}, {"sharding"}, {"runs"}, {"load"}],
     "models": [
-        {"registry", "streams"},
-        {"factory"},
-        {"state_dicts", "inflate", "layers", "measure"},
-        {"correspondence"},
-        {"image"},
+        {"protocol"},
+        {"registry", "state_dicts", "streams"},
+        {"inflate", "layers"},
+        {"factory", "correspondence"},
+        {"image", "measure"},
         {"conv3d", "timesformer", "convrnn"},
         {"late_temporal", "per_frame"},
     ],

@@ -22,7 +22,7 @@ from cliplift.launch.check.doctor import memory_bytes, usable_cores
 from cliplift.launch.check.findings import Finding, exit_code, table
 from cliplift.launch.check.machine import Machine, choose_machine
 from cliplift.launch.jobs.plan import load
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError
 from cliplift.pipelines.data.loader import ClipLoader
 from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.engine.deepspeed_setup import batch_split

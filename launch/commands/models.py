@@ -12,25 +12,22 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from cliplift.configs.load import COMMAND_LINE, RunLoader
 from cliplift.configs.sections import ConfigError
-from cliplift.models import create_model, list_models
-from cliplift.models.factory import (
-    CONFIG,
-    FLAT_PREFIX,
-    WEIGHTS,
-    LoadReport,
-    from_pretrained,
-    load_pretrained,
-    load_state,
-    read_state,
-    save_pretrained,
-)
+from cliplift.models import VideoNetwork, create_model, list_models
+from cliplift.models.factory import CONFIG, FLAT_PREFIX, from_pretrained, load_pretrained, save_pretrained
 from cliplift.models.measure import measure_model
 from cliplift.models.registry import model_entry
-from cliplift.models.state_dicts import WeightMatch, match_weights
+from cliplift.models.state_dicts import (
+    WEIGHTS,
+    LoadReport,
+    WeightMatch,
+    load_state,
+    match_weights,
+    read_state,
+)
 
 HEADER = ("model", "dims", "classes", "parameters", "input", "GMACs", "features", "paper")
 
@@ -145,7 +142,7 @@ def _matched(
 
 def _build(
     arguments: argparse.Namespace, options: dict[str, Any], *, classes: int | None, device: str = "cpu"
-) -> nn.Module:
+) -> VideoNetwork:
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     with torch.device(device):
         return create_model(arguments.model, num_classes=classes, in_frames=arguments.in_frames, **given)
@@ -164,7 +161,7 @@ def _import_inflated(arguments: argparse.Namespace, options: dict[str, Any]) -> 
 
 
 def _write(
-    arguments: argparse.Namespace, options: dict[str, Any], model: nn.Module, report: LoadReport
+    arguments: argparse.Namespace, options: dict[str, Any], model: VideoNetwork, report: LoadReport
 ) -> None:
     """The export folder, read back through the public loader, which must give the same tensors."""
     extra = {"imported_from": Path(arguments.subject).name, "notes": list(report.notes)}

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.layers import Conv3d, PooledClassifier, ReluLinear
-from cliplift.models.registry import InputSpec, register_model
+from cliplift.models.protocol import InputSpec
+from cliplift.models.registry import register_model
 
 FC6_MAP = (1, 4, 4)  # (T, H, W) that fc6 was built for
 # Fig. 3: the widths of each stage's convolutions; a max pooling of stride 2 follows each

@@ -22,10 +22,11 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from cliplift.models.image.densenet import BLOCKS, DenseNet, DenseShape
-from cliplift.models.registry import InputSpec, ModelError, register_model
+from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.registry import variant
 
 StemPool = Literal["paper", "official"]
 PAPER = "Diba et al. 2017"
@@ -74,45 +75,27 @@ class DenseNet3D(DenseNet):
         return renamed, notes
 
 
-def _densenet3d(
-    depth: int, *, num_classes: int, in_frames: int, pool: StemPool, drop_rate: float, dropout: float
-) -> DenseNet3D:
-    spec = InputSpec(frames=in_frames, frame_stride=2, crop_height=224, crop_width=224)
-    shape = dense_shape_3d(BLOCKS[depth], pool=pool)
-    return DenseNet3D(shape, num_classes=num_classes, input_spec=spec, drop_rate=drop_rate, dropout=dropout)
-
-
-@register_model(paper=PAPER)
-def densenet3d_121(
+def densenet3d(
     *,
+    depth: int,
     num_classes: int = 400,
     in_frames: int = 32,
     pool: StemPool = "official",
     drop_rate: float = 0.0,
     dropout: float = 0.0,
-) -> nn.Module:
-    """DenseNet3D-121, 11,658,896 parameters at 400 classes. Any T, H, W.
+) -> DenseNet3D:
+    """DenseNet3D for any T, H, W.
 
     Args:
         pool: "official", the released code, or "paper", Table 1 (twice the frames inside, 1.8 times the cost).
         drop_rate: dropout on every dense layer's new maps (0.2 in the authors' "DropOut" variants).
         dropout: before the classifier.
     """
-    return _densenet3d(
-        121, num_classes=num_classes, in_frames=in_frames, pool=pool, drop_rate=drop_rate, dropout=dropout
-    )
+    spec = InputSpec(frames=in_frames, frame_stride=2, crop_height=224, crop_width=224)
+    shape = dense_shape_3d(BLOCKS[depth], pool=pool)
+    return DenseNet3D(shape, num_classes=num_classes, input_spec=spec, drop_rate=drop_rate, dropout=dropout)
 
 
-@register_model(paper=PAPER)
-def densenet3d_169(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 32,
-    pool: StemPool = "official",
-    drop_rate: float = 0.0,
-    dropout: float = 0.0,
-) -> nn.Module:
-    """DenseNet3D-169, 19,214,992 parameters at 400 classes; options as :func:`densenet3d_121`."""
-    return _densenet3d(
-        169, num_classes=num_classes, in_frames=in_frames, pool=pool, drop_rate=drop_rate, dropout=dropout
-    )
+# Parameters at 400 classes: 11,658,896; 19,214,992
+densenet3d_121 = variant("densenet3d_121", densenet3d, paper=PAPER, fixed={"depth": 121})
+densenet3d_169 = variant("densenet3d_169", densenet3d, paper=PAPER, fixed={"depth": 169})

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.image.efficientnet_lite import EfficientNetLite, InvertedResidual
-from cliplift.models.registry import InputSpec, register_model
+from cliplift.models.protocol import InputSpec
+from cliplift.models.registry import register_model
 
 
 class TemporalAggregation(nn.Module):

@@ -27,7 +27,8 @@ from torch.nn import functional as F
 
 from cliplift.models.conv3d.inception3d import MODULES
 from cliplift.models.layers import Conv3d, PooledClassifier
-from cliplift.models.registry import InputSpec, ModelError, register_model
+from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.registry import register_model
 from cliplift.models.streams import flow_from_rgb, stream_spec
 
 TemporalPool = Literal["windows", "global"]

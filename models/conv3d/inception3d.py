@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from cliplift.models.layers import Conv3d, PooledClassifier
-from cliplift.models.registry import InputSpec, ModelError, register_model
+from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.registry import register_model
 
 Padding = Literal["aligned", "released"]
 # 1x1; 3x3 reduce, 3x3; 5x5 reduce, 5x5; pool projection: arXiv 1409.4842, Table 1

@@ -36,7 +36,8 @@ from torch.nn import functional as F
 
 from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS
 from cliplift.models.layers import Conv3d, PooledClassifier
-from cliplift.models.registry import InputSpec, ModelError, register_model
+from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.registry import variant
 
 Wiring = Literal["official", "port"]
 Arrangement = Literal["abc", "a", "b", "c"]
@@ -240,15 +241,22 @@ def check_frames(frames: int) -> None:
         )
 
 
-def _p3d(
-    depth: int,
+def p3d(
     *,
-    num_classes: int,
-    in_frames: int,
-    arrangement: Arrangement,
-    wiring: Wiring,
-    dropout: float,
+    depth: int,
+    num_classes: int = 400,
+    in_frames: int = 16,
+    arrangement: Arrangement = "abc",
+    wiring: Wiring = "official",
+    dropout: float = 0.5,
 ) -> P3D:
+    """P3D on a ResNet of ``depth`` layers. T a multiple of 16.
+
+    Args:
+        arrangement: "abc" alternates; "a", "b" and "c" are the paper's pure networks.
+        wiring: "official", or "port" for the weights of the popular PyTorch port.
+        dropout: before the classifier; 0.5 is the authors' for Kinetics RGB, 0.1 for Sports-1M.
+    """
     return P3D(
         LAYERS[depth],
         num_classes=num_classes,
@@ -259,67 +267,7 @@ def _p3d(
     )
 
 
-@register_model(paper=PAPER)
-def p3d_63(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 16,
-    arrangement: Arrangement = "abc",
-    wiring: Wiring = "official",
-    dropout: float = 0.5,
-) -> nn.Module:
-    """P3D on ResNet-50, 25,745,232 parameters at 400 classes. T a multiple of 16.
-
-    Args:
-        arrangement: "abc" alternates; "a", "b" and "c" are the paper's pure networks.
-        wiring: "official", or "port" for the weights of the popular PyTorch port.
-        dropout: before the classifier; 0.5 is the authors' for Kinetics RGB, 0.1 for Sports-1M.
-    """
-    return _p3d(
-        50,
-        num_classes=num_classes,
-        in_frames=in_frames,
-        arrangement=arrangement,
-        wiring=wiring,
-        dropout=dropout,
-    )
-
-
-@register_model(paper=PAPER)
-def p3d_131(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 16,
-    arrangement: Arrangement = "abc",
-    wiring: Wiring = "official",
-    dropout: float = 0.5,
-) -> nn.Module:
-    """P3D on ResNet-101, 48,088,400 parameters at 400 classes; options as :func:`p3d_63`."""
-    return _p3d(
-        101,
-        num_classes=num_classes,
-        in_frames=in_frames,
-        arrangement=arrangement,
-        wiring=wiring,
-        dropout=dropout,
-    )
-
-
-@register_model(paper=PAPER)
-def p3d_199(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 16,
-    arrangement: Arrangement = "abc",
-    wiring: Wiring = "official",
-    dropout: float = 0.5,
-) -> nn.Module:
-    """P3D on ResNet-152, 66,492,240 parameters at 400 classes; options as :func:`p3d_63`."""
-    return _p3d(
-        152,
-        num_classes=num_classes,
-        in_frames=in_frames,
-        arrangement=arrangement,
-        wiring=wiring,
-        dropout=dropout,
-    )
+# Parameters at 400 classes: 25,745,232; 48,088,400; 66,492,240
+p3d_63 = variant("p3d_63", p3d, paper=PAPER, fixed={"depth": 50})
+p3d_131 = variant("p3d_131", p3d, paper=PAPER, fixed={"depth": 101})
+p3d_199 = variant("p3d_199", p3d, paper=PAPER, fixed={"depth": 152})

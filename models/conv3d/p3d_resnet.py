@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from cliplift.models.conv3d.p3d import Arrangement
 from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS
 from cliplift.models.layers import Conv3d, PooledClassifier
-from cliplift.models.registry import InputSpec, ModelError, register_model
+from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.registry import variant
 
 PAPER = "Qiu et al. 2021"
 EXPANSION = 4
@@ -152,15 +153,22 @@ class P3DResNet(PooledClassifier):
         return new
 
 
-def _p3d_resnet(
-    depth: int,
+def p3d_resnet(
     *,
-    num_classes: int,
-    in_frames: int,
-    arrangement: Arrangement,
-    early_stride: int,
-    dropout: float,
+    depth: int,
+    num_classes: int = 400,
+    in_frames: int = 16,
+    arrangement: Arrangement = "abc",
+    early_stride: int = 4,
+    dropout: float = 0.5,
 ) -> P3DResNet:
+    """P3D-ResNet of ``depth`` layers. T a multiple of ``early_stride``.
+
+    Args:
+        arrangement: "abc" alternates; "a", "b" and "c" are the pure networks.
+        early_stride: kernel and stride of the stem in time.
+        dropout: before the classifier.
+    """
     return P3DResNet(
         LAYERS[depth],
         num_classes=num_classes,
@@ -173,67 +181,7 @@ def _p3d_resnet(
     )
 
 
-@register_model(paper=PAPER)
-def p3d_resnet50(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 16,
-    arrangement: Arrangement = "abc",
-    early_stride: int = 4,
-    dropout: float = 0.5,
-) -> nn.Module:
-    """P3D-ResNet-50, 28,128,272 parameters at 400 classes. T a multiple of ``early_stride``.
-
-    Args:
-        arrangement: "abc" alternates; "a", "b" and "c" are the pure networks.
-        early_stride: kernel and stride of the stem in time.
-        dropout: before the classifier.
-    """
-    return _p3d_resnet(
-        50,
-        num_classes=num_classes,
-        in_frames=in_frames,
-        arrangement=arrangement,
-        early_stride=early_stride,
-        dropout=dropout,
-    )
-
-
-@register_model(paper=PAPER)
-def p3d_resnet101(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 16,
-    arrangement: Arrangement = "abc",
-    early_stride: int = 4,
-    dropout: float = 0.5,
-) -> nn.Module:
-    """P3D-ResNet-101; options as :func:`p3d_resnet50`."""
-    return _p3d_resnet(
-        101,
-        num_classes=num_classes,
-        in_frames=in_frames,
-        arrangement=arrangement,
-        early_stride=early_stride,
-        dropout=dropout,
-    )
-
-
-@register_model(paper=PAPER)
-def p3d_resnet152(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 16,
-    arrangement: Arrangement = "abc",
-    early_stride: int = 4,
-    dropout: float = 0.5,
-) -> nn.Module:
-    """P3D-ResNet-152, 68,858,896 parameters at 400 classes; options as :func:`p3d_resnet50`."""
-    return _p3d_resnet(
-        152,
-        num_classes=num_classes,
-        in_frames=in_frames,
-        arrangement=arrangement,
-        early_stride=early_stride,
-        dropout=dropout,
-    )
+# Parameters at 400 classes of the first and the last: 28,128,272; 68,858,896
+p3d_resnet50 = variant("p3d_resnet50", p3d_resnet, paper=PAPER, fixed={"depth": 50})
+p3d_resnet101 = variant("p3d_resnet101", p3d_resnet, paper=PAPER, fixed={"depth": 101})
+p3d_resnet152 = variant("p3d_resnet152", p3d_resnet, paper=PAPER, fixed={"depth": 152})

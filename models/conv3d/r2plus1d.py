@@ -33,7 +33,9 @@ from torch.nn import functional as F
 
 from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS
 from cliplift.models.layers import Conv3d, PooledClassifier
-from cliplift.models.registry import InputSpec, ModelError, register_model
+from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.registry import variant
+from cliplift.models.state_dicts import rename_prefixes
 from cliplift.models.streams import flow_from_rgb, stream_spec
 
 MidChannels = Literal["block", "convolution"]
@@ -205,50 +207,13 @@ def _from_late_temporal(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """``features.N`` is the N-th child of VideoResNet, ``fc_action`` the classifier."""
     parts = ("stem", "layer1", "layer2", "layer3", "layer4")
     names = {f"features.{n}.": f"{part}." for n, part in enumerate(parts)} | {"fc_action.": "fc."}
-    renamed = {}
-    for key, value in state.items():
-        start = next((s for s in names if key.startswith(s)), "")
-        renamed[names.get(start, "") + key.removeprefix(start)] = value
-    return renamed
+    return rename_prefixes(state, names)
 
 
-def _r2plus1d(
+def r2plus1d(
+    *,
     depth: int,
-    *,
-    num_classes: int,
-    in_frames: int,
-    in_channels: int,
     frame_stride: int,
-    mid_channels: MidChannels,
-    bn_eps: float,
-    bn_momentum: float,
-    dropout: float,
-) -> R2Plus1D:
-    spec = stream_spec(
-        InputSpec(
-            frames=in_frames,
-            frame_stride=frame_stride,
-            crop_height=112,
-            crop_width=112,
-            mean=KINETICS_MEAN,
-            std=KINETICS_STD,
-        ),
-        in_channels,
-    )
-    return R2Plus1D(
-        depth,
-        num_classes=num_classes,
-        input_spec=spec,
-        mid_channels=mid_channels,
-        bn_eps=bn_eps,
-        bn_momentum=bn_momentum,
-        dropout=dropout,
-    )
-
-
-@register_model(paper=PAPER)
-def r2plus1d_18(
-    *,
     num_classes: int = 400,
     in_frames: int = 16,
     in_channels: int = 3,
@@ -256,8 +221,8 @@ def r2plus1d_18(
     bn_eps: float = 1e-5,
     bn_momentum: float = 0.1,
     dropout: float = 0.0,
-) -> nn.Module:
-    """R(2+1)D-18, 31,505,325 parameters at 400 classes, features of 512. Any T, H, W.
+) -> R2Plus1D:
+    """R(2+1)D, features of 512. Any T, H, W.
 
     Args:
         in_channels: 3, or 2 for the flow stream.
@@ -266,12 +231,18 @@ def r2plus1d_18(
         bn_momentum: weight of the new batch in the running statistics.
         dropout: before the classifier.
     """
-    return _r2plus1d(
-        18,
+    rgb = InputSpec(
+        frames=in_frames,
+        frame_stride=frame_stride,
+        crop_height=112,
+        crop_width=112,
+        mean=KINETICS_MEAN,
+        std=KINETICS_STD,
+    )
+    return R2Plus1D(
+        depth,
         num_classes=num_classes,
-        in_frames=in_frames,
-        in_channels=in_channels,
-        frame_stride=2,
+        input_spec=stream_spec(rgb, in_channels),
         mid_channels=mid_channels,
         bn_eps=bn_eps,
         bn_momentum=bn_momentum,
@@ -279,30 +250,17 @@ def r2plus1d_18(
     )
 
 
-@register_model(paper=PAPER, default_classes=359)
-def r2plus1d_34(
-    *,
-    num_classes: int = 359,
-    in_frames: int = 32,
-    in_channels: int = 3,
-    mid_channels: MidChannels = "convolution",
-    bn_eps: float = 1e-3,
-    bn_momentum: float = 0.1,
-    dropout: float = 0.0,
-) -> nn.Module:
-    """R(2+1)D-34, 63,676,142 parameters at the 359 classes of IG65M, features of 512. Any T, H, W.
-
-    Published are weights for 32 frames (359 and, fine-tuned, Kinetics' 400 classes) and for 8 (487 and 400); options
-    as :func:`r2plus1d_18`, with the defaults of those weights.
-    """
-    return _r2plus1d(
-        34,
-        num_classes=num_classes,
-        in_frames=in_frames,
-        in_channels=in_channels,
-        frame_stride=1,
-        mid_channels=mid_channels,
-        bn_eps=bn_eps,
-        bn_momentum=bn_momentum,
-        dropout=dropout,
-    )
+# 31,505,325 parameters at 400 classes
+r2plus1d_18 = variant("r2plus1d_18", r2plus1d, paper=PAPER, fixed={"depth": 18, "frame_stride": 2})
+# 63,676,142 parameters at the 359 classes of IG65M. Published are weights for 32 frames (359 and, fine-tuned, Kinetics'
+# 400 classes) and for 8 (487 and 400); the defaults are those of these weights
+r2plus1d_34 = variant(
+    "r2plus1d_34",
+    r2plus1d,
+    paper=PAPER,
+    fixed={"depth": 34, "frame_stride": 1},
+    num_classes=359,
+    in_frames=32,
+    mid_channels="convolution",
+    bn_eps=1e-3,
+)

@@ -16,23 +16,33 @@ from torch import nn
 from cliplift.models.conv3d.t3d import TABLE_1_DEPTHS, TemporalTransition
 from cliplift.models.image.resnet import STAGE_WIDTHS, ResNet
 from cliplift.models.layers import Conv3d
-from cliplift.models.registry import InputSpec, ModelError, register_model
+from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.registry import variant
 
 PAPER = "Hara et al. 2018"
 
 
-def _resnet3d(
-    depth: int,
+def resnet3d(
     *,
-    num_classes: int,
-    in_frames: int,
-    stem_depth: int,
-    stem_stride: int,
-    stem_pool: bool,
-    ttl: bool,
-    ttl_width: int,
-    dropout: float,
+    depth: int,
+    num_classes: int = 400,
+    in_frames: int = 16,
+    stem_depth: int = 7,
+    stem_stride: int = 1,
+    stem_pool: bool = True,
+    ttl: bool = False,
+    ttl_width: int = 128,
+    dropout: float = 0.0,
 ) -> ResNet:
+    """ResNet3D for any T, H, W.
+
+    Args:
+        stem_depth: frames under the first kernel (7; torchvision's r3d_18 has 3 and no pooling).
+        stem_stride: its stride in time.
+        stem_pool: the max pooling 3x3x3, stride 2, after it.
+        ttl: temporal transition layers after the first three stages, ``ttl_width`` channels a branch.
+        dropout: before the classifier.
+    """
     if stem_depth < 1 or stem_depth % 2 == 0 or stem_stride < 1:
         raise ModelError(f"stem_depth={stem_depth} must be odd and stem_stride={stem_stride} at least 1")
 
@@ -57,87 +67,7 @@ def _resnet3d(
     )
 
 
-@register_model(paper=PAPER)
-def resnet3d_18(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 16,
-    stem_depth: int = 7,
-    stem_stride: int = 1,
-    stem_pool: bool = True,
-    ttl: bool = False,
-    ttl_width: int = 128,
-    dropout: float = 0.0,
-) -> nn.Module:
-    """ResNet3D-18, 33,371,472 parameters at 400 classes with ``stem_depth=3``. Any T, H, W.
-
-    Args:
-        stem_depth: frames under the first kernel (7; torchvision's r3d_18 has 3 and no pooling).
-        stem_stride: its stride in time.
-        stem_pool: the max pooling 3x3x3, stride 2, after it.
-        ttl: temporal transition layers after the first three stages, ``ttl_width`` channels a branch.
-        dropout: before the classifier.
-    """
-    return _resnet3d(
-        18,
-        num_classes=num_classes,
-        in_frames=in_frames,
-        stem_depth=stem_depth,
-        stem_stride=stem_stride,
-        stem_pool=stem_pool,
-        ttl=ttl,
-        ttl_width=ttl_width,
-        dropout=dropout,
-    )
-
-
-@register_model(paper=PAPER)
-def resnet3d_34(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 16,
-    stem_depth: int = 7,
-    stem_stride: int = 1,
-    stem_pool: bool = True,
-    ttl: bool = False,
-    ttl_width: int = 128,
-    dropout: float = 0.0,
-) -> nn.Module:
-    """ResNet3D-34; options as :func:`resnet3d_18`."""
-    return _resnet3d(
-        34,
-        num_classes=num_classes,
-        in_frames=in_frames,
-        stem_depth=stem_depth,
-        stem_stride=stem_stride,
-        stem_pool=stem_pool,
-        ttl=ttl,
-        ttl_width=ttl_width,
-        dropout=dropout,
-    )
-
-
-@register_model(paper=PAPER)
-def resnet3d_50(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 16,
-    stem_depth: int = 7,
-    stem_stride: int = 1,
-    stem_pool: bool = True,
-    ttl: bool = False,
-    ttl_width: int = 128,
-    dropout: float = 0.0,
-) -> nn.Module:
-    """ResNet3D-50; options as :func:`resnet3d_18`."""
-    return _resnet3d(
-        50,
-        num_classes=num_classes,
-        in_frames=in_frames,
-        stem_depth=stem_depth,
-        stem_stride=stem_stride,
-        stem_pool=stem_pool,
-        ttl=ttl,
-        ttl_width=ttl_width,
-        dropout=dropout,
-    )
+# 33,371,472 parameters at 400 classes with ``stem_depth=3``
+resnet3d_18 = variant("resnet3d_18", resnet3d, paper=PAPER, fixed={"depth": 18})
+resnet3d_34 = variant("resnet3d_34", resnet3d, paper=PAPER, fixed={"depth": 34})
+resnet3d_50 = variant("resnet3d_50", resnet3d, paper=PAPER, fixed={"depth": 50})

@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from cliplift.models.image.resnet import LAYERS, shortcut
 from cliplift.models.layers import Conv3d, PooledClassifier
-from cliplift.models.registry import InputSpec, ModelError, register_model
+from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.registry import register_model
+from cliplift.models.state_dicts import rename_prefixes
 from cliplift.models.streams import flow_from_rgb, stream_spec
 
 PAPER = "Hara et al. 2018"
@@ -109,11 +111,7 @@ def _from_late_temporal(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """``features.N`` is the N-th child of the public network, relu and maxpool included; ``fc_action`` its ``fc``."""
     children = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
     names = {f"features.{n}.": f"{child}." for n, child in enumerate(children)} | {"fc_action.": "fc."}
-    renamed = {}
-    for key, value in state.items():
-        start = next((s for s in names if key.startswith(s)), "")
-        renamed[names.get(start, "") + key.removeprefix(start)] = value
-    return renamed
+    return rename_prefixes(state, names)
 
 
 @register_model(paper=PAPER)

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from cliplift.models.conv3d.densenet3d import PAPER, DenseNet3D, StemPool, dense_shape_3d
 from cliplift.models.image.densenet import BLOCKS, DenseShape
 from cliplift.models.layers import SameConv3d, halve
-from cliplift.models.registry import InputSpec, ModelError, register_model
+from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.registry import register_model, variant
 
 Depths = Sequence[tuple[int, ...]]
 TABLE_1_DEPTHS: Depths = ((1, 3, 6), (1, 3, 4), (1, 3, 4))
@@ -120,9 +121,9 @@ class T3D(DenseNet3D):
         )
 
 
-@register_model(paper=PAPER)
-def t3d_121(
+def t3d(
     *,
+    depth: int,
     num_classes: int = 400,
     in_frames: int = 32,
     pool: StemPool = "paper",
@@ -131,8 +132,8 @@ def t3d_121(
     fusion: bool = False,
     drop_rate: float = 0.0,
     dropout: float = 0.0,
-) -> nn.Module:
-    """T3D-121, 29,876,880 parameters at 400 classes (30,321,552 with ``fusion``). Any T, H, W.
+) -> T3D:
+    """T3D for any T, H, W.
 
     Args:
         pool: "paper", Table 1 (the stem's pooling keeps T), or "official", the DenseNet3D code (halves it).
@@ -142,57 +143,6 @@ def t3d_121(
         drop_rate: dropout on every dense layer's new maps.
         dropout: before the classifier.
     """
-    return _t3d(
-        121,
-        num_classes=num_classes,
-        in_frames=in_frames,
-        pool=pool,
-        stem_stride=stem_stride,
-        ttl_width=ttl_width,
-        fusion=fusion,
-        drop_rate=drop_rate,
-        dropout=dropout,
-    )
-
-
-@register_model(paper=PAPER)
-def t3d_169(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 32,
-    pool: StemPool = "paper",
-    stem_stride: int = 2,
-    ttl_width: int = 128,
-    fusion: bool = False,
-    drop_rate: float = 0.0,
-    dropout: float = 0.0,
-) -> nn.Module:
-    """T3D-169, 38,519,184 parameters at 400 classes (38,963,856 with ``fusion``); options as :func:`t3d_121`."""
-    return _t3d(
-        169,
-        num_classes=num_classes,
-        in_frames=in_frames,
-        pool=pool,
-        stem_stride=stem_stride,
-        ttl_width=ttl_width,
-        fusion=fusion,
-        drop_rate=drop_rate,
-        dropout=dropout,
-    )
-
-
-def _t3d(
-    depth: int,
-    *,
-    num_classes: int,
-    in_frames: int,
-    pool: StemPool,
-    stem_stride: int,
-    ttl_width: int,
-    fusion: bool,
-    drop_rate: float,
-    dropout: float,
-) -> T3D:
     return T3D(
         dense_shape_3d(BLOCKS[depth], pool=pool, stem_stride=stem_stride),
         depths=TABLE_1_DEPTHS,
@@ -203,6 +153,11 @@ def _t3d(
         drop_rate=drop_rate,
         dropout=dropout,
     )
+
+
+# Parameters at 400 classes: 29,876,880 (30,321,552 with ``fusion``); 38,519,184 (38,963,856)
+t3d_121 = variant("t3d_121", t3d, paper=PAPER, fixed={"depth": 121})
+t3d_169 = variant("t3d_169", t3d, paper=PAPER, fixed={"depth": 169})
 
 
 @register_model(paper=f"{PAPER}, reduced")
@@ -222,7 +177,7 @@ def t3d_tiny(
     pool: StemPool = "paper",
     drop_rate: float = 0.0,
     dropout: float = 0.0,
-) -> nn.Module:
+) -> T3D:
     """The same network at laptop size: clips of 8 to 16 frames at 64 to 112 pixels. Not a model of the paper.
 
     Narrow where the maps are large (the first temporal transition sees 16 times the positions of the second) and

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from cliplift.models.convrnn.conv_lstm import convolve_steps, odd_padding, per_layer
 from cliplift.models.convrnn.recurrence import LayerState, RecurrentLayer, RecurrentStack, layer_widths
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError
 
 LowerHidden = Literal["input", "gates", "gates_and_candidate"]
 

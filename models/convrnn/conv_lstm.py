@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from cliplift.models.convrnn.fc_lstm import GateCell, LSTMLayer
 from cliplift.models.convrnn.recurrence import RecurrentStack, layer_widths
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError
 
 MapPeephole = Literal["none", "channel", "position"]
 

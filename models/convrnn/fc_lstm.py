@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from cliplift.models.convrnn.lstm_unroll import LSTMUnroll
 from cliplift.models.convrnn.recurrence import LayerState, RecurrentLayer, RecurrentStack, layer_widths
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError
 
 Peephole = Literal["none", "diagonal", "full"]
 GateCell = Literal["new", "old"]

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from cliplift.models.convrnn.recurrence import RecurrentStack, StackState
 from cliplift.models.layers import PooledClassifier
-from cliplift.models.registry import InputSpec, ModelError
+from cliplift.models.protocol import InputSpec, ModelError
 
 ForecastLoss = Literal["bce", "mse"]
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from cliplift.models.convrnn.conv_gru import ConvGRULayer
 from cliplift.models.image.vgg import VGG16
 from cliplift.models.layers import LinearHead, PooledClassifier
-from cliplift.models.registry import InputSpec, ModelError, register_model
+from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.registry import register_model
 
 PERCEPTS = (128, 256, 512, 512, 4096)  # channels of pool2, pool3, pool4, pool5, fc7
 STATES = (64, 128, 256, 256, 512)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError
 
 # Of one layer in one direction: (h,) or (h, c), each (B, N) or (B, N, H, W)
 LayerState = tuple[Tensor, ...]

@@ -8,7 +8,6 @@ the forecaster, without a classifier.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
@@ -16,10 +15,13 @@ from cliplift.models.convrnn.conv_lstm import ConvLSTM, MapPeephole, per_layer
 from cliplift.models.convrnn.fc_lstm import FCLSTM, Peephole
 from cliplift.models.convrnn.forecaster import EncoderForecaster
 from cliplift.models.convrnn.recurrence import layer_widths
-from cliplift.models.registry import ModelError, register_model
+from cliplift.models.protocol import ModelError
+from cliplift.models.registry import register_model, variant
+
+PAPER = "arXiv 1506.04214"
 
 
-@register_model(paper="arXiv 1506.04214", default_classes=101)
+@register_model(paper=PAPER, default_classes=101)
 def convlstm(
     *,
     num_classes: int = 101,
@@ -47,12 +49,19 @@ def convlstm(
     """
     widths = layer_widths(hidden)
     channels = _patch_channels(patch, side, gray)
-    options: dict[str, Any] = {"peephole": peephole, "map_size": (side // patch, side // patch)}
     kernels = per_layer("input_kernel", input_kernel, len(widths))
     hidden_kernels = per_layer("hidden_kernel", hidden_kernel, len(widths))
-    encoder = ConvLSTM(channels, widths, input_kernel=kernels, hidden_kernel=hidden_kernels, **options)
-    upside_down = ConvLSTM(
-        0, widths[::-1], input_kernel=kernels[::-1], hidden_kernel=hidden_kernels[::-1], **options
+    # the forecaster is the encoder upside down, and its first layer has no input
+    encoder, upside_down = (
+        ConvLSTM(
+            inputs,
+            widths[::order],
+            input_kernel=kernels[::order],
+            hidden_kernel=hidden_kernels[::order],
+            peephole=peephole,
+            map_size=(side // patch, side // patch),
+        )
+        for inputs, order in ((channels, 1), (0, -1))
     )
     return EncoderForecaster(
         encoder,
@@ -67,7 +76,7 @@ def convlstm(
     )
 
 
-@register_model(paper="arXiv 1506.04214", default_classes=101)
+@register_model(paper=PAPER, default_classes=101)
 def fclstm(
     *,
     num_classes: int = 101,
@@ -100,141 +109,36 @@ def fclstm(
     )
 
 
-@register_model(paper="arXiv 1506.04214, Table 1", default_classes=101)
-def convlstm_5x5_256(
-    *,
-    num_classes: int = 101,
-    in_frames: int = 10,
-    gray: bool = True,
-    forecaster: bool = False,
-    dropout: float = 0.0,
-) -> EncoderForecaster:
-    """(5x5)-5x5-256: 13,524,496 parameters."""
-    return convlstm(
-        num_classes=num_classes,
-        in_frames=in_frames,
-        gray=gray,
-        forecaster=forecaster,
-        dropout=dropout,
-        hidden=(256,),
-        input_kernel=5,
-        hidden_kernel=5,
-    )
-
-
-@register_model(paper="arXiv 1506.04214, Table 1", default_classes=101)
-def convlstm_5x5_128_128(
-    *,
-    num_classes: int = 101,
-    in_frames: int = 10,
-    gray: bool = True,
-    forecaster: bool = False,
-    dropout: float = 0.0,
-) -> EncoderForecaster:
-    """(5x5)-5x5-128-5x5-128: 10,042,896 parameters."""
-    return convlstm(
-        num_classes=num_classes,
-        in_frames=in_frames,
-        gray=gray,
-        forecaster=forecaster,
-        dropout=dropout,
-        hidden=(128, 128),
-        input_kernel=5,
-        hidden_kernel=5,
-    )
-
-
-@register_model(paper="arXiv 1506.04214, Table 1", default_classes=101)
-def convlstm_5x5_128_64_64(
-    *,
-    num_classes: int = 101,
-    in_frames: int = 10,
-    gray: bool = True,
-    forecaster: bool = False,
-    dropout: float = 0.0,
-) -> EncoderForecaster:
-    """(5x5)-5x5-128-5x5-64-5x5-64: 7,585,296 parameters, the best of the table."""
-    return convlstm(
-        num_classes=num_classes,
-        in_frames=in_frames,
-        gray=gray,
-        forecaster=forecaster,
-        dropout=dropout,
-        hidden=(128, 64, 64),
-        input_kernel=5,
-        hidden_kernel=5,
-    )
-
-
-@register_model(paper="arXiv 1506.04214, Table 1", default_classes=101)
-def convlstm_1x1_128_128(
-    *,
-    num_classes: int = 101,
-    in_frames: int = 10,
-    gray: bool = True,
-    forecaster: bool = False,
-    dropout: float = 0.0,
-) -> EncoderForecaster:
-    """(9x9)-1x1-128-1x1-128: 11,550,224 parameters; no position ever hears of another."""
-    return convlstm(
-        num_classes=num_classes,
-        in_frames=in_frames,
-        gray=gray,
-        forecaster=forecaster,
-        dropout=dropout,
-        hidden=(128, 128),
-        input_kernel=9,
-        hidden_kernel=1,
-    )
-
-
-@register_model(paper="arXiv 1506.04214, Table 1", default_classes=101)
-def convlstm_1x1_128_64_64(
-    *,
-    num_classes: int = 101,
-    in_frames: int = 10,
-    gray: bool = True,
-    forecaster: bool = False,
-    dropout: float = 0.0,
-) -> EncoderForecaster:
-    """(9x9)-1x1-128-1x1-64-1x1-64: 8,830,480 parameters."""
-    return convlstm(
-        num_classes=num_classes,
-        in_frames=in_frames,
-        gray=gray,
-        forecaster=forecaster,
-        dropout=dropout,
-        hidden=(128, 64, 64),
-        input_kernel=9,
-        hidden_kernel=1,
-    )
-
-
-@register_model(paper="arXiv 1506.04214, section 4.2", default_classes=101)
-def convlstm_radar_64_64(
-    *,
-    num_classes: int = 101,
-    in_frames: int = 5,
-    gray: bool = True,
-    forecaster: bool = False,
-    dropout: float = 0.0,
-) -> EncoderForecaster:
-    """(3x3)-3x3-64-3x3-64 on 100x100 maps in 2x2 patches, 5 frames read."""
-    return convlstm(
-        num_classes=num_classes,
-        in_frames=in_frames,
-        gray=gray,
-        forecaster=forecaster,
-        dropout=dropout,
-        hidden=(64, 64),
-        patch=2,
-        side=100,
-    )
-
-
 def _patch_channels(patch: int, side: int, gray: bool) -> int:
     if patch < 1 or side < patch or side % patch:
         raise ModelError(
             f"side={side} cannot be cut into patches of patch={patch} pixels: use a multiple of it"
         )
     return (1 if gray else 3) * patch * patch
+
+
+def _table_1(name: str, hidden: tuple[int, ...], *, input_kernel: int, hidden_kernel: int) -> None:
+    """A network on Moving-MNIST: 64x64 pixels in patches of 4x4."""
+    kernels = {"input_kernel": input_kernel, "hidden_kernel": hidden_kernel}
+    fixed = {"hidden": hidden, "peephole": "channel", "patch": 4, "side": 64, **kernels}
+    variant(name, convlstm, paper=f"{PAPER}, Table 1", fixed=fixed)
+
+
+_table_1("convlstm_5x5_256", (256,), input_kernel=5, hidden_kernel=5)  # 13,524,496 parameters
+_table_1("convlstm_5x5_128_128", (128, 128), input_kernel=5, hidden_kernel=5)  # 10,042,896
+_table_1(
+    "convlstm_5x5_128_64_64", (128, 64, 64), input_kernel=5, hidden_kernel=5
+)  # 7,585,296, the best of the table
+# (9x9)-1x1: no position ever hears of another
+_table_1("convlstm_1x1_128_128", (128, 128), input_kernel=9, hidden_kernel=1)  # 11,550,224
+_table_1("convlstm_1x1_128_64_64", (128, 64, 64), input_kernel=9, hidden_kernel=1)  # 8,830,480
+# Radar: (3x3)-3x3-64-3x3-64 on 100x100 maps in patches of 2x2, 5 frames read
+_RADAR = {
+    "hidden": (64, 64),
+    "input_kernel": 3,
+    "hidden_kernel": 3,
+    "peephole": "channel",
+    "patch": 2,
+    "side": 100,
+}
+variant("convlstm_radar_64_64", convlstm, paper=f"{PAPER}, section 4.2", fixed=_RADAR, in_frames=5)

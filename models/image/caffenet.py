@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.layers import Conv2d, PooledClassifier, ReluLinear
-from cliplift.models.registry import InputSpec, ModelError, register_model
+from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.registry import variant
 
 FC_WIDTH = 4096
 GRID = 6  # side of the last map for 227 pixels
@@ -145,51 +146,36 @@ class CaffeNet(PooledClassifier):
         return [f"conv.{i}" for i in range(len(self.conv))]
 
 
-def _build(
-    layers: tuple[Layer, ...],
+def build_caffenet(
     *,
-    num_classes: int,
-    in_frames: int,
-    fully_connected: Literal[0, 1, 2],
-    dropout: float,
+    layers: tuple[Layer, ...],
+    num_classes: int = 1000,
+    in_frames: int = 1,
+    fully_connected: Literal[0, 1, 2] = 2,
+    dropout: float = 0.5,
 ) -> CaffeNet:
+    """CaffeNet for images of 227x227.
+
+    Args:
+        fully_connected: FC layers of 4096 before the classifier; their number says where the features are read.
+        dropout: after each of them.
+    """
     spec = InputSpec(frames=in_frames, frame_stride=1, crop_height=227, crop_width=227)
     return CaffeNet(
         layers, num_classes=num_classes, input_spec=spec, fully_connected=fully_connected, dropout=dropout
     )
 
 
-@register_model(dims="2d", paper="Krizhevsky et al. 2012, BVLC", default_classes=1000)
-def caffenet(
-    *,
-    num_classes: int = 1000,
-    in_frames: int = 1,
-    fully_connected: Literal[0, 1, 2] = 2,
-    dropout: float = 0.5,
-) -> nn.Module:
-    """CaffeNet, 60,965,224 parameters at 1000 classes, features of 4096 (fc7; fc6 with ``fully_connected=1``)."""
-    return _build(
-        CAFFENET,
-        num_classes=num_classes,
-        in_frames=in_frames,
-        fully_connected=fully_connected,
-        dropout=dropout,
-    )
-
-
-@register_model(dims="2d", paper="Donahue et al. 2015, LRCN", default_classes=1000)
-def caffenet_hybrid(
-    *,
-    num_classes: int = 1000,
-    in_frames: int = 1,
-    fully_connected: Literal[0, 1, 2] = 2,
-    dropout: float = 0.9,
-) -> nn.Module:
-    """The frame network of LRCN, features of 4096; dropout 0.9 as released."""
-    return _build(
-        HYBRID,
-        num_classes=num_classes,
-        in_frames=in_frames,
-        fully_connected=fully_connected,
-        dropout=dropout,
-    )
+# 60,965,224 parameters at 1000 classes, features of 4096 (fc7; fc6 with ``fully_connected=1``)
+caffenet = variant(
+    "caffenet", build_caffenet, dims="2d", paper="Krizhevsky et al. 2012, BVLC", fixed={"layers": CAFFENET}
+)
+# The frame network of LRCN, features of 4096; dropout 0.9 as released
+caffenet_hybrid = variant(
+    "caffenet_hybrid",
+    build_caffenet,
+    dims="2d",
+    paper="Donahue et al. 2015, LRCN",
+    fixed={"layers": HYBRID},
+    dropout=0.9,
+)

@@ -25,8 +25,10 @@ from cliplift.models.layers import (
     PooledClassifier,
     halve,
 )
-from cliplift.models.registry import InputSpec, ModelError, register_model
+from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.registry import variant
 
+PAPER = "Huang et al. 2017"
 BLOCKS = {121: (6, 12, 24, 16), 169: (6, 12, 32, 32)}  # Table 1
 TransitionBuilder = Callable[[int, int], nn.Module]
 
@@ -196,23 +198,21 @@ def _trunk(
     return nn.Sequential(parts), channels
 
 
-def _densenet(depth: int, *, num_classes: int, in_frames: int, drop_rate: float, dropout: float) -> DenseNet:
+def densenet(
+    *, depth: int, num_classes: int = 1000, in_frames: int = 1, drop_rate: float = 0.0, dropout: float = 0.0
+) -> DenseNet:
+    """DenseNet for images of 224x224.
+
+    Args:
+        drop_rate: dropout on every dense layer's new maps.
+        dropout: before the classifier.
+    """
     spec = InputSpec(frames=in_frames, frame_stride=1, crop_height=224, crop_width=224)
     shape = DenseShape(blocks=BLOCKS[depth])
     return DenseNet(shape, num_classes=num_classes, input_spec=spec, drop_rate=drop_rate, dropout=dropout)
 
 
-@register_model(dims="2d", paper="Huang et al. 2017", default_classes=1000)
-def densenet_121(
-    *, num_classes: int = 1000, in_frames: int = 1, drop_rate: float = 0.0, dropout: float = 0.0
-) -> nn.Module:
-    """DenseNet-121, 7,978,856 parameters at 1000 classes, features of 1024: the teacher of the T3D paper."""
-    return _densenet(121, num_classes=num_classes, in_frames=in_frames, drop_rate=drop_rate, dropout=dropout)
-
-
-@register_model(dims="2d", paper="Huang et al. 2017", default_classes=1000)
-def densenet_169(
-    *, num_classes: int = 1000, in_frames: int = 1, drop_rate: float = 0.0, dropout: float = 0.0
-) -> nn.Module:
-    """DenseNet-169, 14,149,480 parameters at 1000 classes, features of 1664."""
-    return _densenet(169, num_classes=num_classes, in_frames=in_frames, drop_rate=drop_rate, dropout=dropout)
+# 7,978,856 parameters at 1000 classes, features of 1024: the teacher of the T3D paper
+densenet_121 = variant("densenet_121", densenet, dims="2d", paper=PAPER, fixed={"depth": 121})
+# 14,149,480 parameters, features of 1664
+densenet_169 = variant("densenet_169", densenet, dims="2d", paper=PAPER, fixed={"depth": 169})

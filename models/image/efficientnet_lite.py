@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.layers import Conv2d, PooledClassifier
-from cliplift.models.registry import InputSpec, ModelError, register_model
+from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.registry import register_model
 
 # (blocks, kernel, stride of the first, expansion, channels out): arXiv 1905.11946 Table 1, stages 2 to 8
 STAGES = (

@@ -25,8 +25,10 @@ from cliplift.models.layers import (
     Conv2d,
     PooledClassifier,
 )
-from cliplift.models.registry import InputSpec, ModelError, register_model
+from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.registry import variant
 
+PAPER = "He et al. 2016"
 Layout = Literal["torchvision", "caffe"]
 LAYERS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 STAGE_WIDTHS = (64, 128, 256, 512)
@@ -155,7 +157,20 @@ class ResNet(PooledClassifier):
         return names
 
 
-def _resnet2d(depth: int, *, num_classes: int, in_frames: int, layout: Layout, dropout: float) -> ResNet:
+def resnet(
+    *,
+    depth: int,
+    num_classes: int = 1000,
+    in_frames: int = 1,
+    layout: Layout = "torchvision",
+    dropout: float = 0.0,
+) -> ResNet:
+    """ResNet for images of 224x224, features of 2048.
+
+    Args:
+        layout: "torchvision" or "caffe"; see the module's docstring.
+        dropout: before the classifier.
+    """
     pool = (
         nn.MaxPool2d(3, stride=2, ceil_mode=True)
         if layout == "caffe"
@@ -172,25 +187,7 @@ def _resnet2d(depth: int, *, num_classes: int, in_frames: int, layout: Layout, d
     )
 
 
-@register_model(dims="2d", paper="He et al. 2016", default_classes=1000)
-def resnet_50(
-    *, num_classes: int = 1000, in_frames: int = 1, layout: Layout = "torchvision", dropout: float = 0.0
-) -> nn.Module:
-    """ResNet-50, 25,557,032 parameters at 1000 classes, features of 2048."""
-    return _resnet2d(50, num_classes=num_classes, in_frames=in_frames, layout=layout, dropout=dropout)
-
-
-@register_model(dims="2d", paper="He et al. 2016", default_classes=1000)
-def resnet_101(
-    *, num_classes: int = 1000, in_frames: int = 1, layout: Layout = "torchvision", dropout: float = 0.0
-) -> nn.Module:
-    """ResNet-101, 44,549,160 parameters at 1000 classes, features of 2048."""
-    return _resnet2d(101, num_classes=num_classes, in_frames=in_frames, layout=layout, dropout=dropout)
-
-
-@register_model(dims="2d", paper="He et al. 2016", default_classes=1000)
-def resnet_152(
-    *, num_classes: int = 1000, in_frames: int = 1, layout: Layout = "torchvision", dropout: float = 0.0
-) -> nn.Module:
-    """ResNet-152, 60,192,808 parameters at 1000 classes, features of 2048."""
-    return _resnet2d(152, num_classes=num_classes, in_frames=in_frames, layout=layout, dropout=dropout)
+# Parameters at 1000 classes: 25,557,032; 44,549,160; 60,192,808
+resnet_50 = variant("resnet_50", resnet, dims="2d", paper=PAPER, fixed={"depth": 50})
+resnet_101 = variant("resnet_101", resnet, dims="2d", paper=PAPER, fixed={"depth": 101})
+resnet_152 = variant("resnet_152", resnet, dims="2d", paper=PAPER, fixed={"depth": 152})

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.layers import Conv2d, PooledClassifier, ReluLinear
-from cliplift.models.registry import InputSpec, register_model
+from cliplift.models.protocol import InputSpec
+from cliplift.models.registry import register_model
+from cliplift.models.state_dicts import rename_prefixes
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # Table 1, column D
 GRID = 7  # side of the last map for 224 pixels
@@ -61,8 +63,9 @@ class VGG16(PooledClassifier):
                 pools.append(x)
         return [*pools[1:], self.pool_map(x)[..., None, None]]
 
-    def pool_map(self, pool5: Tensor) -> Tensor:
-        x = F.adaptive_avg_pool2d(pool5, GRID).flatten(1)
+    def pool_map(self, maps: Tensor) -> Tensor:
+        """pool5 (N, 512, H', W') -> fc7 (N, 4096)."""
+        x = F.adaptive_avg_pool2d(maps, GRID).flatten(1)
         x = self.head_dropout(F.relu(self.fc6(x)))
         return F.relu(self.fc7(x))
 
@@ -70,11 +73,9 @@ class VGG16(PooledClassifier):
         """Torchvision's names to these."""
         if "classifier.0.weight" not in state:
             return state, []
-        renamed = {}
-        for key, value in state.items():
-            prefix = next((old for old in TORCHVISION if key.startswith(old)), "")
-            renamed[TORCHVISION.get(prefix, "") + key.removeprefix(prefix)] = value
-        return renamed, ["renamed torchvision's classifier.0, .3 and .6 to fc6, fc7 and classifier"]
+        return rename_prefixes(state, TORCHVISION), [
+            "renamed torchvision's classifier.0, .3 and .6 to fc6, fc7 and classifier"
+        ]
 
     def checkpoint_blocks(self) -> list[str]:
         """The convolutions; a ReLU in place may not be recomputed on its own."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError
 
 Positions = Literal["learned", "sinusoidal", "none"]
 Norm = Literal["original", "torch"]

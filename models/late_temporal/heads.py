@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.late_temporal.bert import BertOutput, Init, Norm, Positions, TemporalBert
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError
 
 HeadKind = Literal["tgap", "concat", "concat_fc", "lstm", "nonlocal_concat_fc", "bert"]
 HEAD_KINDS: tuple[HeadKind, ...] = ("tgap", "concat", "concat_fc", "lstm", "nonlocal_concat_fc", "bert")

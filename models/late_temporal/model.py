@@ -1,20 +1,20 @@
 """3D backbones with a temporal head in place of temporal average pooling.
 
 Paper: Kalfaoglu et al., "Late Temporal Modeling in 3D CNN Architectures with BERT for Action Recognition", arXiv
-2008.01232. The backbones are other modules of this package; the heads are in ``temporal_heads``, FRMB and FRAB in
-``feature_reduction``; the registered models are in ``late_temporal_models``.
+2008.01232. The backbones are other modules of this package; the heads are in ``heads``, FRMB and FRAB in ``reduction``;
+the registered models are in ``variants``.
 
 Weights: a whole model of ours, a file of the public code (artest08/LateTemporalModeling3DCNN), or a file of the
-backbone alone (then reduction and head start fresh); see ``late_temporal_weights``.
+backbone alone (then reduction and head start fresh); see ``weights``.
 
 Shape letters: B clips, C channels, T frames, H W pixels, T' H' W' the feature map, D width, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,14 @@ from cliplift.models.late_temporal.reduction import (
 )
 from cliplift.models.late_temporal.weights import late_temporal_state
 from cliplift.models.layers import PooledClassifier
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import (
+    HasPathways,
+    ModelError,
+    StateLoader,
+    VideoNetwork,
+    adapt_2d_state,
+    published_weights,
+)
 
 Fusion = Literal["early", "late"]
 FAST_SHARE = 4  # early fusion brings Fast to a quarter of Slow's reduced channels: 128 beside 512
@@ -93,7 +100,7 @@ class LateTemporal(PooledClassifier):
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: VideoNetwork,
         *,
         reduction: nn.Module,
         temporal: TemporalHead | nn.ModuleDict,
@@ -104,7 +111,7 @@ class LateTemporal(PooledClassifier):
         super().__init__(
             feature_dim=sum(cast(TemporalHead, head).out_dim for head in heads),
             num_classes=num_classes,
-            input_spec=cast(Any, backbone).input_spec,
+            input_spec=backbone.input_spec,
         )
         self.backbone, self.reduction, self.temporal = backbone, reduction, temporal
         self.replaced_blocks = replaced_blocks
@@ -112,7 +119,7 @@ class LateTemporal(PooledClassifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T', H', W'): the reduced feature map."""
-        return cast(Tensor, self.reduction(cast(Any, self.backbone).forward_features(x)))
+        return cast(Tensor, self.reduction(self.backbone.forward_features(x)))
 
     def head_inputs(self, x: Tensor) -> list[tuple[TemporalHead, Tensor]]:
         """(B, C, T, H, W) -> every temporal head with its feature map."""
@@ -152,11 +159,10 @@ class LateTemporal(PooledClassifier):
             self.classifier = head.to(device=reference.device, dtype=reference.dtype)
 
     def checkpoint_blocks(self) -> list[str]:
-        inner: list[str] = cast(Any, self.backbone).checkpoint_blocks()
         own = [f"reduction.{name}" for name, _ in self.reduction.named_children() if self._has_pathways()]
         if not self._has_pathways() and not isinstance(self.reduction, nn.Identity):
             own = ["reduction"]
-        return [*(f"backbone.{name}" for name in inner), *own]
+        return [*(f"backbone.{name}" for name in self.backbone.checkpoint_blocks()), *own]
 
     def _has_pathways(self) -> bool:
         return isinstance(self.reduction, nn.ModuleDict)
@@ -164,19 +170,19 @@ class LateTemporal(PooledClassifier):
     # --- weights --------------------------------------------------------------------------------------------------
 
     @property
-    def published_weights(self) -> Mapping[str, Callable[[], dict[str, Tensor]]]:
+    def published_weights(self) -> Mapping[str, StateLoader]:
         """The backbone's tags; :meth:`adapt_state_dict` brings their tensors into the backbone part."""
-        tags: Mapping[str, Callable[[], dict[str, Tensor]]] = getattr(self.backbone, "published_weights", {})
-        return tags
+        return published_weights(self.backbone)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """Own, public late-temporal, and backbone-only weights; see ``late_temporal_weights``."""
-        return late_temporal_state(self, state)
+        """Own, public late-temporal, and backbone-only weights; see ``weights``."""
+        return late_temporal_state(
+            state, own=self.state_dict(), backbone=self.backbone, replaced_blocks=self.replaced_blocks
+        )
 
     def adapt_2d_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """2D weights to be inflated: those of the backbone's 2D counterpart."""
-        translate: Any = getattr(self.backbone, "adapt_2d_state", None)
-        return state if translate is None else cast(dict[str, Tensor], translate(state))
+        return adapt_2d_state(self.backbone, state)
 
 
 class LateTemporalSlowFast(LateTemporal):
@@ -195,7 +201,8 @@ class LateTemporalSlowFast(LateTemporal):
 
     def reduced_pathways(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, T, H, W) -> Slow's map (B, 512, T', H', W') and Fast's (B, 128 or 256, alpha T', H', W')."""
-        maps = cast(Any, self.backbone).forward_pathways(x)
+        assert isinstance(self.backbone, HasPathways)
+        maps = self.backbone.forward_pathways(x)
         blocks = cast(nn.ModuleDict, self.reduction)
         slow, fast = (
             blocks[name](m) if name in blocks else m for name, m in zip(("slow", "fast"), maps, strict=True)
@@ -213,7 +220,7 @@ class LateTemporalSlowFast(LateTemporal):
 
 
 def with_temporal_head(
-    backbone: nn.Module,
+    backbone: VideoNetwork,
     *,
     tokens: tuple[int, ...],
     head: HeadOptions,
@@ -226,7 +233,7 @@ def with_temporal_head(
         backbone: without classifier.
         tokens: (T',) of a whole clip.
     """
-    dim = cast(int, backbone.feature_dim)
+    dim = backbone.feature_dim
     block, replaced = reduction.apply(backbone, last_block(backbone), dim, reduction.channels)
     if reduction.kind != "none":
         dim = reduction.channels
@@ -237,7 +244,7 @@ def with_temporal_head(
 
 
 def with_temporal_heads_on_pathways(
-    backbone: nn.Module,
+    backbone: VideoNetwork,
     *,
     tokens: tuple[int, ...],
     head: HeadOptions,
@@ -258,7 +265,7 @@ def with_temporal_heads_on_pathways(
     if fusion not in ("early", "late"):
         raise ModelError(f"fusion={fusion!r} must be 'early' or 'late'")
     last = {
-        name: [n for n in cast(Any, backbone).checkpoint_blocks() if f"pathway{p}_res" in n][-1]
+        name: [n for n in backbone.checkpoint_blocks() if f"pathway{p}_res" in n][-1]
         for p, name in enumerate(("slow", "fast"))
     }
     dims = {"slow": _out_channels(backbone, last["slow"]), "fast": _out_channels(backbone, last["fast"])}

@@ -14,13 +14,13 @@ Shape letters: B clips, C channels, T' H' W' the feature map.
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.conv3d.i3d import Mixed
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError, VideoNetwork
 
 Reduction = Literal["none", "frmb", "frab"]
 REDUCTIONS: tuple[Reduction, ...] = ("none", "frmb", "frab")
@@ -104,10 +104,9 @@ def replace_block(backbone: nn.Module, name: str, out_channels: int) -> nn.Modul
     return new
 
 
-def last_block(backbone: nn.Module) -> str:
+def last_block(backbone: VideoNetwork) -> str:
     """Name of the backbone's last block: the last that activation checkpointing may wrap."""
-    names = cast(list[str], backbone.checkpoint_blocks())  # type: ignore[operator]
-    return names[-1]
+    return backbone.checkpoint_blocks()[-1]
 
 
 def _convolutions(block: nn.Module) -> list[nn.Conv3d]:

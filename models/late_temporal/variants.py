@@ -11,23 +11,25 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
+from cliplift.models.factory import create_model
 from cliplift.models.late_temporal.bert import Init, Norm, Positions
 from cliplift.models.late_temporal.heads import BertOptions, HeadKind
 from cliplift.models.late_temporal.model import (
     Fusion,
     HeadOptions,
+    LateTemporal,
     ReductionOptions,
     with_temporal_head,
     with_temporal_heads_on_pathways,
 )
 from cliplift.models.late_temporal.reduction import Reduction
-from cliplift.models.registry import ModelError, create_model, model_entry, register_model
+from cliplift.models.protocol import HasPathways, ModelError
+from cliplift.models.registry import model_entry, register_model, variant
 
 PAPER = "Kalfaoglu et al. 2020"
 
@@ -42,12 +44,11 @@ def time_steps(backbone: str, in_frames: int, options: tuple[tuple[str, Any], ..
         ModelError: the backbone's features are not (B, C, T', H', W').
     """
     with torch.device("meta"), torch.no_grad():
-        probe: Any = create_model(backbone, num_classes=0, in_frames=in_frames, **dict(options)).eval()
+        probe = create_model(backbone, num_classes=0, in_frames=in_frames, **dict(options))
+        probe.eval()
         spec = probe.input_spec
         x = torch.empty(1, spec.channels, in_frames, spec.crop_height, spec.crop_width)
-        maps = (
-            probe.forward_pathways(x) if hasattr(probe, "forward_pathways") else (probe.forward_features(x),)
-        )
+        maps = probe.forward_pathways(x) if isinstance(probe, HasPathways) else (probe.forward_features(x),)
     if any(m.ndim != 5 for m in maps):
         raise ModelError(
             f"backbone={backbone!r} gives features {tuple(maps[0].shape)}; a temporal head needs (B, C, T', H', W')"
@@ -55,7 +56,7 @@ def time_steps(backbone: str, in_frames: int, options: tuple[tuple[str, Any], ..
     return tuple(int(m.shape[2]) for m in maps)
 
 
-def _late_temporal(
+def _build(
     backbone: str,
     *,
     num_classes: int,
@@ -65,7 +66,7 @@ def _late_temporal(
     head: HeadOptions,
     reduction: ReductionOptions,
     fusion: Fusion | None = None,
-) -> nn.Module:
+) -> LateTemporal:
     entry = model_entry(backbone)
     if entry.dims != "3d":
         raise ModelError(f"backbone={backbone!r} is a 2D model; list_models(dims='3d') names the others")
@@ -73,10 +74,9 @@ def _late_temporal(
     if in_channels != 3 or "in_channels" in inspect.signature(entry.build).parameters:
         options.setdefault("in_channels", in_channels)
     network = create_model(backbone, num_classes=0, in_frames=in_frames, **options)
-    frames: int = network.input_spec.frames  # type: ignore[assignment, union-attr]
     hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    tokens = time_steps(backbone, frames, tuple(sorted(hashable.items())))
-    if hasattr(network, "forward_pathways"):
+    tokens = time_steps(backbone, network.input_spec.frames, tuple(sorted(hashable.items())))
+    if isinstance(network, HasPathways):
         return with_temporal_heads_on_pathways(
             network,
             tokens=tokens,
@@ -113,7 +113,7 @@ def late_temporal(
     norm: Norm = "original",
     init: Init = "bert5",
     normalise_tokens: bool = False,
-) -> nn.Module:
+) -> LateTemporal:
     """A 3D backbone of this package with a temporal head before the classifier.
 
     Args:
@@ -140,7 +140,7 @@ def late_temporal(
         init=init,
         normalise_tokens=normalise_tokens,
     )
-    return _late_temporal(
+    return _build(
         backbone,
         num_classes=num_classes,
         in_frames=in_frames,
@@ -152,195 +152,69 @@ def late_temporal(
     )
 
 
-def _published(
-    backbone: str,
-    reduction: Reduction,
+def one_layer_bert(
     *,
-    num_classes: int,
-    in_frames: int,
-    in_channels: int,
-    dropout: float,
+    backbone: str,
+    reduction: Reduction = "none",
     fusion: Fusion | None = None,
-    **backbone_options: Any,
-) -> nn.Module:
-    """One of the nets with one layer of BERT; I3D's normalises its tokens and has the other initialisation."""
+    fast_stride: int | None = None,
+    num_classes: int = 51,
+    in_frames: int = 64,
+    in_channels: int = 3,
+    dropout: float = 0.8,
+) -> LateTemporal:
+    """A published net: a backbone and one layer of BERT; I3D's normalises its tokens and has another initialisation.
+
+    Args:
+        in_frames: consecutive ones.
+        in_channels: 3, or 2 for the flow stream.
+        dropout: before the classifier.
+    """
     i3d = backbone == "i3d_inception"
     bert = BertOptions(init="bert2", normalise_tokens=True) if i3d else BertOptions()
-    return _late_temporal(
+    return _build(
         backbone,
         num_classes=num_classes,
         in_frames=in_frames,
         in_channels=in_channels,
-        backbone_options=backbone_options,
+        backbone_options={} if fast_stride is None else {"fast_stride": fast_stride},
         head=HeadOptions(kind="bert", dropout=dropout, bert=bert),
         reduction=ReductionOptions(kind=reduction),
         fusion=fusion,
     )
 
 
-@register_model(paper=PAPER, default_classes=51)
-def resnext3d_101_frmb_bert(
-    *, num_classes: int = 51, in_frames: int = 64, in_channels: int = 3, dropout: float = 0.8
-) -> nn.Module:
-    """ResNeXt3D-101 whose last block gives 512 channels, and BERT over 4 tokens; the paper's Table 1.
-
-    Args:
-        in_frames: 64 consecutive ones.
-        in_channels: 3, or 2 for the flow stream.
-        dropout: before the classifier.
-    """
-    return _published(
-        "resnext3d_101",
-        "frmb",
-        num_classes=num_classes,
-        in_frames=in_frames,
-        in_channels=in_channels,
-        dropout=dropout,
-    )
+def _with_bert(
+    name: str,
+    backbone: str,
+    reduction: Reduction,
+    *,
+    in_frames: int = 64,
+    fusion: Fusion | None = None,
+    fast_stride: int | None = None,
+) -> Callable[..., LateTemporal]:
+    fixed = {"backbone": backbone, "reduction": reduction, "fusion": fusion, "fast_stride": fast_stride}
+    return variant(name, one_layer_bert, paper=PAPER, fixed=fixed, in_frames=in_frames)
 
 
-@register_model(paper=PAPER, default_classes=51)
-def resnext3d_101_frab_bert(
-    *, num_classes: int = 51, in_frames: int = 64, in_channels: int = 3, dropout: float = 0.8
-) -> nn.Module:
-    """ResNeXt3D-101, one more block to 512 channels, and BERT; options as :func:`resnext3d_101_frmb_bert`."""
-    return _published(
-        "resnext3d_101",
-        "frab",
-        num_classes=num_classes,
-        in_frames=in_frames,
-        in_channels=in_channels,
-        dropout=dropout,
-    )
+def _slowfast_with_bert(name: str, reduction: Reduction, fusion: Fusion) -> Callable[..., LateTemporal]:
+    """On 64 consecutive frames, of which Fast sees every second: those of the 8x8 configuration."""
+    return _with_bert(name, "slowfast_r50_8x8", reduction, fusion=fusion, fast_stride=2)
 
 
-@register_model(paper=PAPER, default_classes=51)
-def r2plus1d_34_bert(
-    *, num_classes: int = 51, in_frames: int = 32, in_channels: int = 3, dropout: float = 0.8
-) -> nn.Module:
-    """R(2+1)D-34, whose features have 512 channels, and BERT over 4 tokens (32 frames) or 8 (64 frames).
-
-    The paper's best net: 85.10 % on HMDB51 with 64 frames and IG65M's weights. Options as
-    :func:`resnext3d_101_frmb_bert`.
-    """
-    return _published(
-        "r2plus1d_34",
-        "none",
-        num_classes=num_classes,
-        in_frames=in_frames,
-        in_channels=in_channels,
-        dropout=dropout,
-    )
-
-
-@register_model(paper=PAPER, default_classes=51)
-def i3d_bert(
-    *, num_classes: int = 51, in_frames: int = 64, in_channels: int = 3, dropout: float = 0.8
-) -> nn.Module:
-    """I3D and BERT over 8 normalised tokens of 1024; options as :func:`resnext3d_101_frmb_bert`."""
-    return _published(
-        "i3d_inception",
-        "none",
-        num_classes=num_classes,
-        in_frames=in_frames,
-        in_channels=in_channels,
-        dropout=dropout,
-    )
-
-
-@register_model(paper=PAPER, default_classes=51)
-def i3d_frmb_bert(
-    *, num_classes: int = 51, in_frames: int = 64, in_channels: int = 3, dropout: float = 0.8
-) -> nn.Module:
-    """I3D whose Mixed_5c gives 512 channels, and BERT over 8 normalised tokens."""
-    return _published(
-        "i3d_inception",
-        "frmb",
-        num_classes=num_classes,
-        in_frames=in_frames,
-        in_channels=in_channels,
-        dropout=dropout,
-    )
-
-
-@register_model(paper=PAPER, default_classes=51)
-def i3d_frab_bert(
-    *, num_classes: int = 51, in_frames: int = 64, in_channels: int = 3, dropout: float = 0.8
-) -> nn.Module:
-    """I3D, one more Inception module to 512 channels, and BERT over 8 normalised tokens."""
-    return _published(
-        "i3d_inception",
-        "frab",
-        num_classes=num_classes,
-        in_frames=in_frames,
-        in_channels=in_channels,
-        dropout=dropout,
-    )
-
-
-@register_model(paper=PAPER, default_classes=51)
-def slowfast_r50_8x8_frab_bert_early(
-    *, num_classes: int = 51, in_frames: int = 64, in_channels: int = 3, dropout: float = 0.8
-) -> nn.Module:
-    """SlowFast on 64 consecutive frames, one more block on each pathway; one BERT over 8 joined tokens of 640."""
-    return _published(
-        "slowfast_r50_8x8",
-        "frab",
-        num_classes=num_classes,
-        in_frames=in_frames,
-        in_channels=in_channels,
-        dropout=dropout,
-        fusion="early",
-        fast_stride=2,
-    )
-
-
-@register_model(paper=PAPER, default_classes=51)
-def slowfast_r50_8x8_frab_bert_late(
-    *, num_classes: int = 51, in_frames: int = 64, in_channels: int = 3, dropout: float = 0.8
-) -> nn.Module:
-    """SlowFast on 64 consecutive frames, one more block on Slow; BERT on Slow (8 of 512) and on Fast (32 of 256)."""
-    return _published(
-        "slowfast_r50_8x8",
-        "frab",
-        num_classes=num_classes,
-        in_frames=in_frames,
-        in_channels=in_channels,
-        dropout=dropout,
-        fusion="late",
-        fast_stride=2,
-    )
-
-
-@register_model(paper=PAPER, default_classes=51)
-def slowfast_r50_8x8_frmb_bert_early(
-    *, num_classes: int = 51, in_frames: int = 64, in_channels: int = 3, dropout: float = 0.8
-) -> nn.Module:
-    """SlowFast on 64 consecutive frames, both last blocks reduced; one BERT over 8 joined tokens of 640."""
-    return _published(
-        "slowfast_r50_8x8",
-        "frmb",
-        num_classes=num_classes,
-        in_frames=in_frames,
-        in_channels=in_channels,
-        dropout=dropout,
-        fusion="early",
-        fast_stride=2,
-    )
-
-
-@register_model(paper=PAPER, default_classes=51)
-def slowfast_r50_8x8_frmb_bert_late(
-    *, num_classes: int = 51, in_frames: int = 64, in_channels: int = 3, dropout: float = 0.8
-) -> nn.Module:
-    """SlowFast on 64 consecutive frames, Slow's last block reduced; BERT on Slow (8 of 512), on Fast (32 of 256)."""
-    return _published(
-        "slowfast_r50_8x8",
-        "frmb",
-        num_classes=num_classes,
-        in_frames=in_frames,
-        in_channels=in_channels,
-        dropout=dropout,
-        fusion="late",
-        fast_stride=2,
-    )
+# Table 1: the last block gives 512 channels (FRMB), or one more block does (FRAB); BERT over 4 tokens
+resnext3d_101_frmb_bert = _with_bert("resnext3d_101_frmb_bert", "resnext3d_101", "frmb")
+resnext3d_101_frab_bert = _with_bert("resnext3d_101_frab_bert", "resnext3d_101", "frab")
+# Features of 512 as they are; 4 tokens of 32 frames, 8 of 64. The paper's best net: 85.10 % on HMDB51 with 64 frames
+# and IG65M's weights
+r2plus1d_34_bert = _with_bert("r2plus1d_34_bert", "r2plus1d_34", "none", in_frames=32)
+# 8 normalised tokens of 1024; of 512, from another Mixed_5c (FRMB) or one more Inception module (FRAB)
+i3d_bert = _with_bert("i3d_bert", "i3d_inception", "none")
+i3d_frmb_bert = _with_bert("i3d_frmb_bert", "i3d_inception", "frmb")
+i3d_frab_bert = _with_bert("i3d_frab_bert", "i3d_inception", "frab")
+# Early: both pathways reduced, one BERT over 8 joined tokens of 640. Late: Slow reduced, a BERT on Slow (8 tokens of
+# 512) and one on Fast (32 of 256)
+slowfast_r50_8x8_frab_bert_early = _slowfast_with_bert("slowfast_r50_8x8_frab_bert_early", "frab", "early")
+slowfast_r50_8x8_frab_bert_late = _slowfast_with_bert("slowfast_r50_8x8_frab_bert_late", "frab", "late")
+slowfast_r50_8x8_frmb_bert_early = _slowfast_with_bert("slowfast_r50_8x8_frmb_bert_early", "frmb", "early")
+slowfast_r50_8x8_frmb_bert_late = _slowfast_with_bert("slowfast_r50_8x8_frmb_bert_late", "frmb", "late")

@@ -8,11 +8,11 @@ says so: the reduction and the head after backbone-only weights, the block FRMB 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
 
 from torch import Tensor, nn
 
-from cliplift.models.factory import head_prefix
+from cliplift.models.protocol import HasPathways, adapt_state_dict
+from cliplift.models.state_dicts import head_prefix, rename_key
 
 BACKBONE = "backbone."
 # beginnings of names in the public code's modules -> ours, longest first where one begins another
@@ -45,34 +45,39 @@ _NON_LOCAL_NAMES = {"W_z.0.": "out.", "W_z.1.": "norm."}
 PUBLIC_CLASSIFIER = "fc_action."
 
 
-def late_temporal_state(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Any of the three sources -> tensors under ``model``'s names, and what to tell the user.
+def late_temporal_state(
+    state: Mapping[str, Tensor],
+    *,
+    own: Mapping[str, Tensor],
+    backbone: nn.Module,
+    replaced_blocks: tuple[str, ...],
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Any of the three sources -> tensors under a late-temporal model's names, and what to tell the user.
 
     Args:
-        model: a late-temporal model: ``backbone``, ``reduction``, ``temporal``, ``classifier``, and
-            ``replaced_blocks``, the names of the backbone's blocks that FRMB replaced.
         state: the source's tensors, ``module.`` already taken off.
+        own: the model's state dict: ``backbone``, ``reduction``, ``temporal``, ``classifier``.
+        backbone: the model's.
+        replaced_blocks: names of the backbone's blocks that FRMB replaced.
     """
     if any(key.startswith(BACKBONE) for key in state):
         given = dict(state)
         notes: list[str] = []
     else:
-        given, notes = _from_elsewhere(model, state)
-    own = model.state_dict()
-    parts = [f"{BACKBONE}{name}." for name in cast(Any, model).replaced_blocks]
+        given, notes = _from_elsewhere(state, backbone, replaced_blocks)
+    parts = [f"{BACKBONE}{name}." for name in replaced_blocks]
     for part in (*parts, "reduction.", "temporal."):
         _fill_part(given, own, part, notes)
     return given, notes
 
 
-def _from_elsewhere(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    backbone: Any = cast(Any, model).backbone
-    late, body = _split(model, state)
-    adapt = getattr(backbone, "adapt_state_dict", None)
-    notes: list[str] = []
-    if adapt is not None:
-        body, notes = adapt(body)
-        notes = list(notes)
+def _from_elsewhere(
+    state: Mapping[str, Tensor], backbone: nn.Module, replaced_blocks: tuple[str, ...]
+) -> tuple[dict[str, Tensor], list[str]]:
+    # where FRMB replaced a block, mapper.* names the backbone's own new block again
+    late, body = _split(state, pathways=isinstance(backbone, HasPathways), doubled=bool(replaced_blocks))
+    body, adapted = adapt_state_dict(backbone, body)
+    notes = list(adapted)
     head = head_prefix(backbone)
     dropped = [key for key in body if head and key.startswith(head)]
     if dropped:
@@ -83,14 +88,14 @@ def _from_elsewhere(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict
     return {**kept, **late}, notes
 
 
-def _split(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _split(
+    state: Mapping[str, Tensor], *, pathways: bool, doubled: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A public late-temporal state -> (reduction, temporal and classifier under our names, the backbone's part)."""
     if not any(key.startswith(PUBLIC_CLASSIFIER) for key in state):
         return {}, dict(state)
     late: dict[str, Tensor] = {}
     body: dict[str, Tensor] = {}
-    pathways = hasattr(cast(Any, model).backbone, "forward_pathways")
-    doubled = bool(cast(Any, model).replaced_blocks)  # then mapper.* names the backbone's own new block again
     for key, value in state.items():
         name = public_name(key, pathways=pathways)
         if name is None:
@@ -110,7 +115,7 @@ def public_name(key: str, *, pathways: bool) -> str | None:
     if part in _BERTS:
         return f"{_BERTS[part]}.{bert_name(inner)}"
     if part == "NLB":
-        return f"temporal.block.{_renamed(inner, _NON_LOCAL_NAMES)}"
+        return f"temporal.block.{rename_key(inner, _NON_LOCAL_NAMES)}"
     if part == "mapper" and pathways:
         return f"reduction.slow.{inner}"
     return f"{_PARTS[part]}.{inner}" if part in _PARTS else None
@@ -120,14 +125,9 @@ def bert_name(key: str) -> str:
     """A name inside the public code's BERT modules -> inside ``TemporalBert``."""
     prefix = "transformer_blocks."
     if not key.startswith(prefix):
-        return _renamed(key, _BERT_NAMES)
+        return rename_key(key, _BERT_NAMES)
     index, _, rest = key.removeprefix(prefix).partition(".")
-    return f"blocks.{index}.{_renamed(rest, _BLOCK_NAMES)}"
-
-
-def _renamed(key: str, names: Mapping[str, str]) -> str:
-    start = next((s for s in names if key.startswith(s)), "")
-    return names.get(start, "") + key.removeprefix(start)
+    return f"blocks.{index}.{rename_key(rest, _BLOCK_NAMES)}"
 
 
 def _fill_part(given: dict[str, Tensor], own: Mapping[str, Tensor], part: str, notes: list[str]) -> None:

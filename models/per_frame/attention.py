@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError
 
 
 def softmax_of_real(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cliplift.models.per_frame.attention import dot_product_attention
 from cliplift.models.per_frame.frame_sequence import FrameSequence, frame_encoder
 from cliplift.models.per_frame.lstm import LSTM, real_frames
+from cliplift.models.protocol import VideoNetwork
 from cliplift.models.registry import register_model
 
 
@@ -31,7 +32,7 @@ class AttentionLSTM(FrameSequence):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: VideoNetwork,
         *,
         num_classes: int,
         in_frames: int,

@@ -6,25 +6,28 @@ is the row every 3D result is read against (and the paper's teacher side, T3D, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from cliplift.models.registry import InputSpec, ModelError, create_model, model_entry, register_model
+from cliplift.models.factory import create_model
+from cliplift.models.per_frame.frame_sequence import encoder_weights
+from cliplift.models.protocol import InputSpec, ModelError, StateLoader, VideoNetwork
+from cliplift.models.registry import model_entry, register_model
 
 
-class FrameAverage(nn.Module):
+class FrameAverage(VideoNetwork):
     """``forward(x)``: (B, C, T, H, W) -> (B, K); features are the mean over T of the encoder's (B, D)."""
 
-    def __init__(self, encoder: nn.Module, *, num_classes: int, in_frames: int, train_encoder: bool) -> None:
+    def __init__(
+        self, encoder: VideoNetwork, *, num_classes: int, in_frames: int, train_encoder: bool
+    ) -> None:
         super().__init__()
         spec = encoder.input_spec
-        assert isinstance(spec, InputSpec)
         self.encoder = encoder
         self.train_encoder = train_encoder
-        self.feature_dim = int(encoder.feature_dim)  # type: ignore[arg-type]
+        self.feature_dim = encoder.feature_dim
         self.input_spec = InputSpec(
             frames=in_frames,
             crop_height=spec.crop_height,
@@ -41,16 +44,9 @@ class FrameAverage(nn.Module):
         self.head = nn.Linear(self.feature_dim, num_classes) if num_classes else nn.Identity()
 
     @property
-    def published_weights(self) -> Mapping[str, Callable[[], dict[str, Tensor]]]:
+    def published_weights(self) -> Mapping[str, StateLoader]:
         """The encoder's published weights under this model's names."""
-        own = self.encoder.state_dict().keys()
-        tags: Mapping[str, Callable[[], dict[str, Tensor]]] = getattr(self.encoder, "published_weights", {})
-        adapt: Any = getattr(self.encoder, "adapt_state_dict", lambda state: (state, []))
-
-        def renamed(load: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
-            return lambda: {f"encoder.{key}": value for key, value in adapt(load())[0].items() if key in own}
-
-        return {tag: renamed(load) for tag, load in tags.items()}
+        return encoder_weights(self.encoder)
 
     def train(self, mode: bool = True) -> FrameAverage:
         """A frozen encoder stays in eval mode: its BatchNorm statistics belong to its weights."""
@@ -73,8 +69,7 @@ class FrameAverage(nn.Module):
         return logits
 
     def checkpoint_blocks(self) -> list[str]:
-        inner = self.encoder.checkpoint_blocks()  # type: ignore[operator]
-        return [f"encoder.{name}" for name in inner] if self.train_encoder else []
+        return [f"encoder.{name}" for name in self.encoder.checkpoint_blocks()] if self.train_encoder else []
 
 
 @register_model(paper="2D frames averaged over time", default_classes=400)

@@ -9,21 +9,31 @@ Shape letters: B clips, C channels, T frames, H W pixels, H' W' the encoder's gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+import dataclasses
+import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cliplift.models.factory import create_model
 from cliplift.models.per_frame.lstm import real_frames
-from cliplift.models.registry import InputSpec, ModelError, create_model, model_entry, model_options
+from cliplift.models.protocol import (
+    ModelError,
+    PoolsMap,
+    StateLoader,
+    VideoNetwork,
+    adapt_state_dict,
+    published_weights,
+)
+from cliplift.models.registry import model_entry, model_options
 
 ENCODER = "encoder."
 FC_LAYERS = {"conv": 0, "fc6": 1, "fc7": 2}
 
 
-def frame_encoder(name: str, *, layer: str | None = None, unless_given: str = "fc7") -> nn.Module:
+def frame_encoder(name: str, *, layer: str | None = None, unless_given: str = "fc7") -> VideoNetwork:
     """A registered 2D model without its classifier.
 
     Args:
@@ -46,7 +56,18 @@ def frame_encoder(name: str, *, layer: str | None = None, unless_given: str = "f
     return create_model(name, num_classes=0, fully_connected=FC_LAYERS[chosen])
 
 
-class FrameSequence(nn.Module):
+def encoder_weights(encoder: VideoNetwork) -> dict[str, StateLoader]:
+    """The published weights of an image network, under the names of a model that holds it as ``encoder``."""
+    own = encoder.state_dict().keys()
+
+    def load_as_part(load: StateLoader) -> dict[str, Tensor]:
+        adapted, _ = adapt_state_dict(encoder, load())
+        return {f"{ENCODER}{key}": value for key, value in adapted.items() if key in own}
+
+    return {tag: functools.partial(load_as_part, load) for tag, load in published_weights(encoder).items()}
+
+
+class FrameSequence(VideoNetwork):
     """An encoder on every frame and a temporal part in a subclass, which defines ``clip_features`` and ``clip_logits``.
 
     Args:
@@ -59,30 +80,17 @@ class FrameSequence(nn.Module):
     """
 
     head_name = "head"
-    feature_dim: int
-    num_classes: int
 
     def __init__(
-        self, encoder: nn.Module, *, in_frames: int, train_encoder: bool = True, multi_label: bool = False
+        self, encoder: VideoNetwork, *, in_frames: int, train_encoder: bool = True, multi_label: bool = False
     ) -> None:
         super().__init__()
         if in_frames < 1:
             raise ModelError(f"in_frames={in_frames} must be 1 or more")
-        spec = encoder.input_spec
-        assert isinstance(spec, InputSpec)
-        self.encoder = encoder
-        self.encoder_dim = int(cast(Any, encoder).feature_dim)
-        self.map_dim = int(getattr(encoder, "map_dim", self.encoder_dim))
+        self.encoder, self.encoder_dim = encoder, encoder.feature_dim
+        self.map_dim = encoder.map_dim if isinstance(encoder, PoolsMap) else encoder.feature_dim
         self.train_encoder, self.multi_label = train_encoder, multi_label
-        self.input_spec = InputSpec(
-            frames=in_frames,
-            frame_stride=1,
-            crop_height=spec.crop_height,
-            crop_width=spec.crop_width,
-            channels=spec.channels,
-            mean=spec.mean,
-            std=spec.std,
-        )
+        self.input_spec = dataclasses.replace(encoder.input_spec, frames=in_frames, frame_stride=1)
         if not train_encoder:
             self.encoder.requires_grad_(False)
 
@@ -96,7 +104,7 @@ class FrameSequence(nn.Module):
             )
         frames = x.transpose(1, 2).flatten(0, 1)  # (B T, C, H, W)
         with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):
-            maps: Tensor = cast(Any, self.encoder).forward_features(frames)
+            maps = self.encoder.forward_features(frames)
         return torch.unflatten(maps, 0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
     def refuse_layers_behind_the_map(self) -> None:
@@ -118,8 +126,8 @@ class FrameSequence(nn.Module):
         Those are its fully connected layers where it has some (``pool_map``, CaffeNet), else the mean over the grid.
         """
         frames = maps.transpose(1, 2).flatten(0, 1)  # (B T, D, H', W')
-        pool = getattr(self.encoder, "pool_map", None)
-        vectors: Tensor = frames.mean(dim=(2, 3)) if pool is None else pool(frames)
+        own = self.encoder
+        vectors = own.pool_map(frames) if isinstance(own, PoolsMap) else frames.mean(dim=(2, 3))
         return torch.unflatten(vectors, 0, (maps.shape[0], maps.shape[2]))
 
     # --- clips ----------------------------------------------------------------------------------------------------
@@ -169,22 +177,14 @@ class FrameSequence(nn.Module):
         return self
 
     def checkpoint_blocks(self) -> list[str]:
-        inner: list[str] = cast(Any, self.encoder).checkpoint_blocks()
-        return [f"{ENCODER}{name}" for name in inner] if self.train_encoder else []
+        return [f"{ENCODER}{name}" for name in self.encoder.checkpoint_blocks()] if self.train_encoder else []
 
     # --- weights --------------------------------------------------------------------------------------------------
 
     @property
-    def published_weights(self) -> Mapping[str, Callable[[], dict[str, Tensor]]]:
+    def published_weights(self) -> Mapping[str, StateLoader]:
         """The encoder's published weights under this model's names; the temporal part is added when they are loaded."""
-        own = self.encoder.state_dict().keys()
-        tags: Mapping[str, Callable[[], dict[str, Tensor]]] = getattr(self.encoder, "published_weights", {})
-        adapt: Any = getattr(self.encoder, "adapt_state_dict", lambda state: (state, []))
-
-        def renamed(load: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
-            return lambda: {f"{ENCODER}{key}": value for key, value in adapt(load())[0].items() if key in own}
-
-        return {tag: renamed(load) for tag, load in tags.items()}
+        return encoder_weights(self.encoder)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Accept the weights of an image network or of another frame model: the temporal part then starts fresh.
@@ -213,8 +213,7 @@ class FrameSequence(nn.Module):
         """The state dict of the image network alone, under this model's names; any other comes back as it is."""
         if any(k.startswith(ENCODER) for k in state):
             return state, []
-        adapt: Any = getattr(self.encoder, "adapt_state_dict", lambda given: (given, []))
-        adapted, notes = adapt(state)
+        adapted, notes = adapt_state_dict(self.encoder, state)
         own = {k for k in self.encoder.state_dict() if not k.endswith("num_batches_tracked")}
         if not own <= adapted.keys():
             return state, []

@@ -25,6 +25,7 @@ from cliplift.models.per_frame.frame_sequence import (
     step_losses,
 )
 from cliplift.models.per_frame.lstm import LSTM, Init, State
+from cliplift.models.protocol import VideoNetwork
 from cliplift.models.registry import register_model
 
 
@@ -37,7 +38,7 @@ class SingleFrame(FrameSequence):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: VideoNetwork,
         *,
         num_classes: int,
         in_frames: int,
@@ -87,7 +88,7 @@ class LRCN(SingleFrame):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: VideoNetwork,
         *,
         num_classes: int,
         in_frames: int,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError
 
 State = tuple[Tensor, Tensor]  # h and c, each (L, B, H)
 Init = Literal["torch", "lrcn", "orthogonal"]

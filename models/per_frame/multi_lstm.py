@@ -35,7 +35,8 @@ from cliplift.models.per_frame.frame_sequence import (
     step_losses,
 )
 from cliplift.models.per_frame.lstm import LSTM
-from cliplift.models.registry import ModelError, register_model
+from cliplift.models.protocol import ModelError, VideoNetwork
+from cliplift.models.registry import register_model
 
 Score = Literal["product", "dot", "scaled_dot"]
 OutputWeights = Literal["uniform", "linear"]
@@ -55,7 +56,7 @@ class MultiLSTM(FrameSequence):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: VideoNetwork,
         *,
         num_classes: int,
         in_frames: int,

@@ -1,4 +1,4 @@
-"""Beyond Short Snippets: five ways to pool frame features over up to two minutes of video.
+"""Beyond Short Snippets: five ways to pool frame features over up to two minutes of video, and an LSTM over them.
 
 Paper: Ng et al., "Beyond Short Snippets: Deep Networks for Video Classification", arXiv 1503.08909, section 3. Up to
 120 frames at one frame a second; the frame network is shared over time, so that its weights can be trained on single
@@ -12,19 +12,11 @@ Pooling is always the maximum over time. FC is a fully connected layer of 4096 w
     local pooling   max over windows of 10 frames every 5 -> FC -> FC, shared; all windows concatenated -> softmax
     time-domain convolution    256 kernels of 10 x 3 x 3, every 5 frames, on the maps; max over time -> FC -> softmax
 
-The paper's LSTM is in :mod:`cliplift.models.per_frame.snippets`.
+The sixth is recurrent (section 3.2): five LSTM layers of 512 cells on the 4096 features of the frame network, a softmax
+at every frame. The loss of frame t counts t / T, as later frames have seen more; the predictions of all frames are
+combined in one of four ways.
 
 Shape letters: B clips, C channels, T frames, N windows, D encoder width, H' W' its grid, K classes.
-
-Beyond Short Snippets, the recurrent network: five LSTM layers over the frames, a softmax at every one.
-
-Paper: Ng et al., "Beyond Short Snippets: Deep Networks for Video Classification", arXiv 1503.08909, section 3.2. Five
-layers of 512 cells on the 4096 features of the frame network; the loss of frame t counts t / T, as later frames have
-seen more; the predictions of all frames are combined in one of four ways.
-
-The poolings of the same paper are in :mod:`cliplift.models.per_frame.snippets`.
-
-Shape letters: B clips, C channels, T frames, D encoder width, H' W' its grid, K classes.
 """
 
 from __future__ import annotations
@@ -46,8 +38,10 @@ from cliplift.models.per_frame.frame_sequence import (
     step_losses,
 )
 from cliplift.models.per_frame.lstm import LSTM
-from cliplift.models.registry import ModelError, register_model
+from cliplift.models.protocol import ModelError, VideoNetwork
+from cliplift.models.registry import register_model, variant
 
+PAPER = "Ng et al. 2015"
 Pooling = Literal["conv", "late", "slow", "local", "time_convolution"]
 
 WINDOW, WINDOW_STRIDE = 10, 5  # frames
@@ -84,7 +78,7 @@ class PooledFrames(FrameSequence):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: VideoNetwork,
         *,
         pooling: Pooling,
         num_classes: int,
@@ -207,18 +201,24 @@ def expanded(weight: Tensor, *, windows_before: int, windows_after: int) -> Tens
     return (parts[:, source.to(weight.device)] / shared_by[:, None]).flatten(1)
 
 
-def _pooled(
-    pooling: Pooling,
+def snippets_pooling(
     *,
-    num_classes: int,
-    in_frames: int,
-    encoder: str,
-    grid: int | None,
-    width: int,
-    dropout: float,
-    train_encoder: bool,
+    pooling: Pooling,
+    num_classes: int = 487,
+    in_frames: int = 120,
+    encoder: str = "efficientnet_lite0",
+    grid: int | None = None,
+    width: int = 4096,
+    dropout: float = 0.5,
+    train_encoder: bool = True,
 ) -> PooledFrames:
-    """The encoder without FC layers of its own: those of the pooling network take their place."""
+    """One of the five poolings on an encoder without FC layers of its own: those of the pooling take their place.
+
+    Args:
+        encoder: a registered 2D model.
+        grid, width, dropout: see :class:`PooledFrames`; None is the encoder's own grid.
+        train_encoder: False leaves the encoder as it is loaded.
+    """
     network = frame_encoder(encoder, unless_given="conv")
     own_grid = GRID if isinstance(network, CaffeNet) else 1
     return PooledFrames(
@@ -233,125 +233,30 @@ def _pooled(
     )
 
 
-@register_model(paper="Ng et al. 2015, conv pooling", default_classes=487)
-def snippets_conv_pooling(
-    *,
-    num_classes: int = 487,
-    in_frames: int = 120,
-    encoder: str = "efficientnet_lite0",
-    grid: int | None = None,
-    width: int = 4096,
-    dropout: float = 0.5,
-    train_encoder: bool = True,
-) -> PooledFrames:
-    """Maximum over all frames of the last map, then two FC layers: the best of the five in the paper."""
-    return _pooled(
-        "conv",
-        num_classes=num_classes,
-        in_frames=in_frames,
-        encoder=encoder,
-        grid=grid,
-        width=width,
-        dropout=dropout,
-        train_encoder=train_encoder,
-    )
+# The best of the five in the paper
+snippets_conv_pooling = variant(
+    "snippets_conv_pooling", snippets_pooling, paper=f"{PAPER}, conv pooling", fixed={"pooling": "conv"}
+)
+snippets_late_pooling = variant(
+    "snippets_late_pooling", snippets_pooling, paper=f"{PAPER}, late pooling", fixed={"pooling": "late"}
+)
+snippets_slow_pooling = variant(
+    "snippets_slow_pooling", snippets_pooling, paper=f"{PAPER}, slow pooling", fixed={"pooling": "slow"}
+)
+# T is fixed: the softmax reads all windows side by side
+snippets_local_pooling = variant(
+    "snippets_local_pooling", snippets_pooling, paper=f"{PAPER}, local pooling", fixed={"pooling": "local"}
+)
+# At least 10 frames
+snippets_time_convolution = variant(
+    "snippets_time_convolution",
+    snippets_pooling,
+    paper=f"{PAPER}, time convolution",
+    fixed={"pooling": "time_convolution"},
+)
 
 
-@register_model(paper="Ng et al. 2015, late pooling", default_classes=487)
-def snippets_late_pooling(
-    *,
-    num_classes: int = 487,
-    in_frames: int = 120,
-    encoder: str = "efficientnet_lite0",
-    grid: int | None = None,
-    width: int = 4096,
-    dropout: float = 0.5,
-    train_encoder: bool = True,
-) -> PooledFrames:
-    """Two FC layers on every frame, then the maximum over all frames."""
-    return _pooled(
-        "late",
-        num_classes=num_classes,
-        in_frames=in_frames,
-        encoder=encoder,
-        grid=grid,
-        width=width,
-        dropout=dropout,
-        train_encoder=train_encoder,
-    )
-
-
-@register_model(paper="Ng et al. 2015, slow pooling", default_classes=487)
-def snippets_slow_pooling(
-    *,
-    num_classes: int = 487,
-    in_frames: int = 120,
-    encoder: str = "efficientnet_lite0",
-    grid: int | None = None,
-    width: int = 4096,
-    dropout: float = 0.5,
-    train_encoder: bool = True,
-) -> PooledFrames:
-    """Maximum over 10 frames every 5, an FC layer, maximum over all windows, an FC layer."""
-    return _pooled(
-        "slow",
-        num_classes=num_classes,
-        in_frames=in_frames,
-        encoder=encoder,
-        grid=grid,
-        width=width,
-        dropout=dropout,
-        train_encoder=train_encoder,
-    )
-
-
-@register_model(paper="Ng et al. 2015, local pooling", default_classes=487)
-def snippets_local_pooling(
-    *,
-    num_classes: int = 487,
-    in_frames: int = 120,
-    encoder: str = "efficientnet_lite0",
-    grid: int | None = None,
-    width: int = 4096,
-    dropout: float = 0.5,
-    train_encoder: bool = True,
-) -> PooledFrames:
-    """Maximum over 10 frames every 5, two FC layers, all windows concatenated for the softmax; T is fixed."""
-    return _pooled(
-        "local",
-        num_classes=num_classes,
-        in_frames=in_frames,
-        encoder=encoder,
-        grid=grid,
-        width=width,
-        dropout=dropout,
-        train_encoder=train_encoder,
-    )
-
-
-@register_model(paper="Ng et al. 2015, time convolution", default_classes=487)
-def snippets_time_convolution(
-    *,
-    num_classes: int = 487,
-    in_frames: int = 120,
-    encoder: str = "efficientnet_lite0",
-    grid: int | None = None,
-    width: int = 4096,
-    dropout: float = 0.5,
-    train_encoder: bool = True,
-) -> PooledFrames:
-    """256 kernels of 10 x 3 x 3 every 5 frames, maximum over time, an FC layer; at least 10 frames."""
-    return _pooled(
-        "time_convolution",
-        num_classes=num_classes,
-        in_frames=in_frames,
-        encoder=encoder,
-        grid=grid,
-        width=width,
-        dropout=dropout,
-        train_encoder=train_encoder,
-    )
-
+# --- the recurrent network, section 3.2 -------------------------------------------------------------------------------
 
 Gain = Literal["linear", "uniform", "last"]
 Combine = Literal["last", "max", "sum", "weighted_sum"]
@@ -374,7 +279,7 @@ class SnippetsLSTM(FrameSequence):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: VideoNetwork,
         *,
         num_classes: int,
         in_frames: int,
@@ -457,7 +362,7 @@ def combined(logits: Tensor, lengths: Tensor | None, combine: Combine, *, multi_
     return averaged_predictions(logits, step_gains(logits, lengths, gains[combine]), multi_label=multi_label)
 
 
-@register_model(paper="Ng et al. 2015, LSTM", default_classes=487)
+@register_model(paper=f"{PAPER}, LSTM", default_classes=487)
 def snippets_lstm(
     *,
     num_classes: int = 487,

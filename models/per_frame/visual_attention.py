@@ -38,7 +38,8 @@ from cliplift.models.per_frame.frame_sequence import (
     step_losses,
 )
 from cliplift.models.per_frame.lstm import LSTM, Init, State
-from cliplift.models.registry import ModelError, register_model
+from cliplift.models.protocol import ModelError, VideoNetwork
+from cliplift.models.registry import register_model
 
 Score = Literal["location", "additive", "dot"]
 
@@ -92,7 +93,7 @@ class VisualAttention(FrameSequence):
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: VideoNetwork,
         *,
         num_classes: int,
         in_frames: int,

@@ -38,7 +38,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError
 
 Scheme = Literal["divided", "joint", "space", "local_global", "axial"]
 ClsRule = Literal["released", "paper"]

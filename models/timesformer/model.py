@@ -16,14 +16,15 @@ N tokens = 1 + T*H*W, D width, K classes. Token 0 is CLS; the patches follow fra
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from cliplift.models.layers import PooledClassifier
-from cliplift.models.registry import InputSpec, ModelError, register_model
+from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.registry import variant
 from cliplift.models.timesformer.attention import Block, ClsRule, Grid, Scheme, check_grid, check_scheme
 from cliplift.models.timesformer.weights import (
     PositionResize,
@@ -171,25 +172,9 @@ def _embedding(tokens: int, width: int) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, width), std=0.02))
 
 
-def _timesformer(*, in_frames: int, stride: int, crop: int, **options: Any) -> TimeSformer:
-    """A net for ``in_frames`` frames, ``stride`` apart, of ``crop`` pixels; the variants hand on their arguments.
-
-    The released code's normalisation (SlowFast's); one clip, three crops (section 4)."""
-    spec = InputSpec(
-        frames=in_frames,
-        frame_stride=stride,
-        crop_height=crop,
-        crop_width=crop,
-        mean=(0.45, 0.45, 0.45),
-        std=(0.225, 0.225, 0.225),
-        test_crops=3,
-    )
-    return TimeSformer(input_spec=spec, **options)
-
-
-@register_model(paper=PAPER)
-def timesformer_base(
+def timesformer(
     *,
+    stride: int,
     num_classes: int = 400,
     in_frames: int = 8,
     crop: int = 224,
@@ -203,8 +188,8 @@ def timesformer_base(
     dropout: float = 0.0,
     position_resize: PositionResize = "bicubic",
     time_resize: TimeResize = "linear",
-) -> nn.Module:
-    """TimeSformer: ViT-B/16, 8 frames of 224 pixels, stride 32. 121,566,352 parameters at 400 classes.
+) -> TimeSformer:
+    """TimeSformer on ``in_frames`` frames, ``stride`` apart in the video, with the released code's normalisation.
 
     Args:
         crop: H = W in pixels; other sizes at run time resize the position embedding.
@@ -215,89 +200,43 @@ def timesformer_base(
         position_resize: "bicubic" or "nearest" over the two axes; or "flat_nearest", the released code's rule, kept to
             reproduce it: it scrambles the rows at load time
             (:func:`~cliplift.models.timesformer.weights.resize_positions`) and is "nearest" at run time.
-        time_resize: "linear" or "nearest" (released code)."""
-    return _timesformer(stride=32, **locals())
+        time_resize: "linear" or "nearest" (released code).
+    """
+    spec = InputSpec(
+        frames=in_frames,
+        frame_stride=stride,
+        crop_height=crop,
+        crop_width=crop,
+        mean=(0.45, 0.45, 0.45),
+        std=(0.225, 0.225, 0.225),
+        test_crops=3,  # and one clip (section 4)
+    )
+    return TimeSformer(
+        width=width,
+        depth=depth,
+        heads=heads,
+        patch=patch,
+        attention=attention,
+        cls=cls,
+        num_classes=num_classes,
+        input_spec=spec,
+        drop_path=drop_path,
+        dropout=dropout,
+        position_resize=position_resize,
+        time_resize=time_resize,
+    )
 
 
-@register_model(paper=PAPER)
-def timesformer_hr(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 16,
-    crop: int = 448,
-    patch: int = 16,
-    width: int = 768,
-    depth: int = 12,
-    heads: int = 12,
-    attention: Scheme = "divided",
-    cls: ClsRule = "released",
-    drop_path: float = 0.1,
-    dropout: float = 0.0,
-    position_resize: PositionResize = "bicubic",
-    time_resize: TimeResize = "linear",
-) -> nn.Module:
-    """TimeSformer-HR: 16 frames of 448 pixels, stride 16; options as :func:`timesformer_base`."""
-    return _timesformer(stride=16, **locals())
-
-
-@register_model(paper=PAPER)
-def timesformer_large(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 96,
-    crop: int = 224,
-    patch: int = 16,
-    width: int = 768,
-    depth: int = 12,
-    heads: int = 12,
-    attention: Scheme = "divided",
-    cls: ClsRule = "released",
-    drop_path: float = 0.1,
-    dropout: float = 0.0,
-    position_resize: PositionResize = "bicubic",
-    time_resize: TimeResize = "linear",
-) -> nn.Module:
-    """TimeSformer-L: 96 frames of 224 pixels, stride 4; options as :func:`timesformer_base`."""
-    return _timesformer(stride=4, **locals())
-
-
-@register_model(paper=PAPER)
-def timesformer_small(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 8,
-    crop: int = 224,
-    patch: int = 16,
-    width: int = 384,
-    depth: int = 12,
-    heads: int = 6,
-    attention: Scheme = "divided",
-    cls: ClsRule = "released",
-    drop_path: float = 0.1,
-    dropout: float = 0.0,
-    position_resize: PositionResize = "bicubic",
-    time_resize: TimeResize = "linear",
-) -> nn.Module:
-    """ViT-S/16 in place of ViT-B/16; options as :func:`timesformer_base`."""
-    return _timesformer(stride=32, **locals())
-
-
-@register_model(paper=PAPER)
-def timesformer_vitl(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 8,
-    crop: int = 224,
-    patch: int = 16,
-    width: int = 1024,
-    depth: int = 24,
-    heads: int = 16,
-    attention: Scheme = "divided",
-    cls: ClsRule = "released",
-    drop_path: float = 0.1,
-    dropout: float = 0.0,
-    position_resize: PositionResize = "bicubic",
-    time_resize: TimeResize = "linear",
-) -> nn.Module:
-    """ViT-L/16 in place of ViT-B/16; options as :func:`timesformer_base`."""
-    return _timesformer(stride=32, **locals())
+# ViT-B/16: 121,566,352 parameters at 400 classes. HR: 16 frames of 448 pixels. L: 96 frames
+timesformer_base = variant("timesformer_base", timesformer, paper=PAPER, fixed={"stride": 32})
+timesformer_hr = variant(
+    "timesformer_hr", timesformer, paper=PAPER, fixed={"stride": 16}, in_frames=16, crop=448
+)
+timesformer_large = variant("timesformer_large", timesformer, paper=PAPER, fixed={"stride": 4}, in_frames=96)
+# Other widths on 8 frames, not in the paper: ViT-S/16 and ViT-L/16
+timesformer_small = variant(
+    "timesformer_small", timesformer, paper=PAPER, fixed={"stride": 32}, width=384, heads=6
+)
+timesformer_vitl = variant(
+    "timesformer_vitl", timesformer, paper=PAPER, fixed={"stride": 32}, width=1024, depth=24, heads=16
+)

@@ -25,7 +25,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError
 from cliplift.models.timesformer.attention import Attention, Grid, from_groups, split_cls, to_groups
 from cliplift.models.timesformer.model import TimeSformer
 

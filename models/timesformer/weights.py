@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError
 
 PositionResize = Literal["bicubic", "nearest", "flat_nearest"]
 TimeResize = Literal["linear", "nearest"]

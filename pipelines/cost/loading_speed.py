@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from cliplift.configs.data import DataConfig
-from cliplift.models.registry import InputSpec
+from cliplift.models.protocol import InputSpec
 from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.batch import ClipBatch, Costs
 from cliplift.pipelines.data.loader import training_loader

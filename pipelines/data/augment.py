@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cliplift.configs.data import AugmentConfig
-from cliplift.models.registry import InputSpec
+from cliplift.models.protocol import InputSpec
 from cliplift.models.streams import FLOW_CHANNELS
 from cliplift.pipelines.data.batch import FLIP, ClipBatch
 from cliplift.pipelines.data.rand_augment import rand_augmented

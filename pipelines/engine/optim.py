@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import OptimConfig, ScheduleConfig
+from cliplift.models.protocol import NamesBlocks
 
 
 class Lamb(Optimizer):
@@ -130,7 +131,7 @@ def network_with_blocks(module: nn.Module, *, key: str) -> tuple[str, Any]:
     """
     for name, child in module.named_modules():
         trained = any(p.requires_grad for p in child.parameters())
-        if trained and callable(getattr(child, "checkpoint_blocks", None)):
+        if trained and isinstance(child, NamesBlocks):
             return (f"{name}." if name else ""), child
     raise ConfigError("needs a model that names its blocks", key=key, hint="leave it at its default")
 

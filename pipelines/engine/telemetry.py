@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from cliplift.configs.training import ModelConfig, TrainingRun
 from cliplift.models.measure import measure_model
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError
 from cliplift.pipelines.distributed.collectives import Topology, all_reduce_max, all_reduce_mean
 
 

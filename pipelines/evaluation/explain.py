@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cliplift.configs.runs import ExplainRun
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig
+from cliplift.models.protocol import ShowsAttention
 from cliplift.models.timesformer.model import TimeSformer
 from cliplift.models.timesformer.rollout import attention_rollout
 from cliplift.pipelines.data.augment import DeviceAugment
@@ -67,7 +68,7 @@ def run_explain(run: ExplainRun) -> int:
 
 def method_for(network: nn.Module, asked: str) -> str:
     """The method a model is explained with. Raises ConfigError where the one asked for does not apply."""
-    attends = callable(getattr(network, "attention_maps", None))
+    attends = isinstance(network, ShowsAttention)
     own = "rollout" if isinstance(network, TimeSformer) else "attention" if attends else "grad_cam"
     if asked in ("auto", own) or (asked == "grad_cam" and own == "attention"):
         return own if asked == "auto" else asked
@@ -85,11 +86,10 @@ def explain_clips(
         return grad_cam(network, clips, classes=chosen, layer=layer)
     with torch.no_grad():
         scores = network(clips).float().softmax(dim=1)
-        coarse = (
-            attention_rollout(network, clips, scaled=False)
-            if method == "rollout"
-            else network.attention_maps(clips)  # type: ignore[operator]
-        ).float()
+        if isinstance(network, ShowsAttention):
+            coarse = network.attention_maps(clips).float()
+        else:
+            coarse = attention_rollout(network, clips, scaled=False).float()
     probabilities, predicted = scores.max(dim=1)
     size = (int(clips.shape[2]), int(clips.shape[3]), int(clips.shape[4]))
     heat = F.interpolate(coarse[:, None], size=size, mode="trilinear", align_corners=False)[:, 0]

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from cliplift.models.protocol import NamesHead
 from cliplift.pipelines.distributed.collectives import Topology, gather_objects
 
 FEATURES = "features.npy"
@@ -23,8 +24,7 @@ class FeatureSums:
     def __init__(self, network: nn.Module) -> None:
         self.sums: dict[int, tuple[Tensor, int]] = {}
         self._seen: list[Tensor] = []
-        name = getattr(network, "head_name", None)
-        head = network.get_submodule(name) if name is not None else None
+        head = network.get_submodule(network.head_name) if isinstance(network, NamesHead) else None
         self._hook = None if head is None else head.register_forward_pre_hook(self._watch)
 
     def _watch(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:

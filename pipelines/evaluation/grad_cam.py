@@ -14,7 +14,7 @@ B clips, C channels, T frames, H W pixels, K classes; T' H' W' is the grid of th
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cliplift.configs.sharding import TranscodeConfig
+from cliplift.models.protocol import GivesFeatures
 from cliplift.sharding.video.transcode import encode_array
 
 Frames = npt.NDArray[np.uint8]  # (T, H, W, 3)
@@ -170,9 +171,9 @@ def _cut_off(features: Tensor, seen: list[Tensor]) -> Tensor:
 @contextmanager
 def _watched_features(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect what ``forward_features`` returns, cut off from what came before so that no backbone graph is kept."""
-    original: Callable[[Tensor], Tensor] | None = getattr(model, "forward_features", None)
-    if original is None:
+    if not isinstance(model, GivesFeatures):
         raise ExplainError(f"{type(model).__name__} has no forward_features")
+    original = model.forward_features
     was_own = "forward_features" in vars(model)
     seen: list[Tensor] = []
 

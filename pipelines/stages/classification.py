@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cliplift.configs.runs import ClassificationRun, FinetuneRun
 from cliplift.configs.sections import ConfigError
-from cliplift.models import create_model
+from cliplift.models import VideoNetwork, create_model
+from cliplift.models.protocol import HasOwnLoss
 from cliplift.pipelines.data.augment import DeviceAugment, mix_clips
 from cliplift.pipelines.data.loader import ClipBatch
 from cliplift.pipelines.data.source import stored_split
@@ -54,9 +55,8 @@ class Classifier(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``clips`` (B, C, T, H, W) with ``labels`` (B,) or soft/multi-hot ``targets`` (B, K) -> loss, accuracy."""
         clips = inputs["clips"]
-        own_loss = getattr(self.network, "loss", None)
-        if own_loss is not None and (self.multi_label or "targets" not in inputs):
-            return {"loss": own_loss(clips, inputs["targets" if self.multi_label else "labels"])}
+        if isinstance(self.network, HasOwnLoss) and (self.multi_label or "targets" not in inputs):
+            return {"loss": self.network.loss(clips, inputs["targets" if self.multi_label else "labels"])}
         logits = self.network(clips).float()
         if self.multi_label:
             return {"loss": F.binary_cross_entropy_with_logits(logits, inputs["targets"].float())}
@@ -81,7 +81,7 @@ class ClassificationTask:
                 hint="shard a labelled source",
             )
         network = build_network(run, num_classes=len(self.classes))
-        if run.label_smoothing and callable(getattr(network, "loss", None)):
+        if run.label_smoothing and isinstance(network, HasOwnLoss):
             raise ConfigError(
                 f"does not reach the loss {run.model.name!r} has of its own",
                 key="label_smoothing",
@@ -176,7 +176,7 @@ class ClassificationTask:
         return classification_metrics(predictions)
 
 
-def build_network(run: ClassificationRun, *, num_classes: int) -> nn.Module:
+def build_network(run: ClassificationRun, *, num_classes: int) -> VideoNetwork:
     """The run's network with its starting weights and frozen parts. Raises ConfigError with the key at fault."""
     network = create_model(
         run.model.name,

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cliplift.configs.load import dump_run
 from cliplift.configs.runs import ClassificationRun, FinetuneRun, PretrainRun, TransferRun
 from cliplift.configs.sections import ConfigError
-from cliplift.models import create_model
+from cliplift.models import VideoNetwork, create_model
 from cliplift.models.factory import save_pretrained
-from cliplift.models.registry import ModelError, model_entry
+from cliplift.models.protocol import ModelError
+from cliplift.models.registry import model_entry
 from cliplift.pipelines.data.loader import TrainingLoader, training_loader
 from cliplift.pipelines.distributed.agreement import agree_on_run, agreed_data
 from cliplift.pipelines.distributed.collectives import Topology, barrier, start
@@ -266,7 +267,7 @@ def _save_weights(
     save_pretrained(network, folder.weights, name=run.model.name, options=options, extra=extra)
 
 
-def _untrained(run: TransferRun | ClassificationRun, task: Any) -> tuple[nn.Module, dict[str, Any]]:
+def _untrained(run: TransferRun | ClassificationRun, task: Any) -> tuple[VideoNetwork, dict[str, Any]]:
     """The trained network's architecture, and the options it is built with."""
     if isinstance(task, ForecastTask):
         return build_forecaster(task.run, pretrained=None), forecaster_options(task.run)

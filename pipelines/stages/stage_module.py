@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cliplift.configs.runs import ClassificationRun, FinetuneRun, PretrainRun, TransferRun
-from cliplift.models import create_model
+from cliplift.models import VideoNetwork, create_model
 from cliplift.models.correspondence import CorrespondenceHead
 from cliplift.models.layers import checkpoint_blocks
 from cliplift.models.registry import model_entry
@@ -47,7 +47,7 @@ def build_module(run: TransferRun | ClassificationRun, *, classes: int) -> tuple
     return _prepared(SupervisionTransfer(student, head, matching), student, run), teacher
 
 
-def _prepared(module: nn.Module, network: nn.Module, run: TransferRun | ClassificationRun) -> nn.Module:
+def _prepared(module: nn.Module, network: VideoNetwork, run: TransferRun | ClassificationRun) -> nn.Module:
     """As the engine prepares it: weights cast, blocks recomputed."""
     dtype = HALF.get(run.engine.precision)
     if dtype is not None:

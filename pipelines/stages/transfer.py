@@ -28,7 +28,8 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import ModelConfig
 from cliplift.models import create_model
 from cliplift.models.correspondence import CorrespondenceHead
-from cliplift.models.registry import InputSpec, model_entry
+from cliplift.models.protocol import InputSpec
+from cliplift.models.registry import model_entry
 from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology, all_gather_tensor, gather_objects

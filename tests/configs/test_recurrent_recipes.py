@@ -11,9 +11,9 @@ from torch import nn
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS, ClassificationRun, EvaluateRun
 from cliplift.models import create_model
-from cliplift.models.factory import load_state
 from cliplift.models.per_frame.frame_sequence import FrameSequence
 from cliplift.models.per_frame.snippets import PooledFrames
+from cliplift.models.state_dicts import load_state
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PATTERNS = (

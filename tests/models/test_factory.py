@@ -13,14 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cliplift.models import ModelError, create_model
-from cliplift.models.factory import (
-    from_pretrained,
-    head_prefix,
-    load_pretrained,
-    push,
-    read_config,
-    save_pretrained,
-)
+from cliplift.models.factory import from_pretrained, load_pretrained, push, read_config, save_pretrained
+from cliplift.models.state_dicts import head_prefix
 
 
 def tiny(num_classes: int = 5, **options: object) -> nn.Module:

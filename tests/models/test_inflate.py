@@ -12,7 +12,7 @@ from cliplift.models.conv3d.densenet3d import DenseNet3D, dense_shape_3d
 from cliplift.models.conv3d.p3d import P3D
 from cliplift.models.image.densenet import DenseNet, DenseShape
 from cliplift.models.inflate import inflate, inflate_kernel
-from cliplift.models.registry import InputSpec
+from cliplift.models.protocol import InputSpec
 
 
 def scrambled(model: nn.Module) -> nn.Module:

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from cliplift.models import ModelError
-from cliplift.models.measure import input_shape, markdown_table, measure_model
-from cliplift.models.registry import InputSpec
+from cliplift.models.measure import input_shape, measure_model
+from cliplift.models.protocol import InputSpec
 
 
 def test_a_measurement_is_the_sum_over_layers() -> None:
@@ -44,14 +44,3 @@ def test_image_models_are_measured_on_images() -> None:
     assert input_shape(Spec(), dims="2d") == (1, 3, 10, 12)
     assert input_shape(Spec(), dims="3d", batch=2) == (2, 3, 8, 10, 12)
     assert input_shape(Spec(), dims="3d", crop=5) == (1, 3, 8, 5, 5)
-
-
-def test_the_table_has_a_row_per_model() -> None:
-    rows = [measure_model("t3d_tiny", num_classes=10), measure_model("efficientnet_lite0")]
-    table = markdown_table(rows).splitlines()
-    assert len(table) == 4
-    assert table[1].count("|") == table[0].count("|") == table[2].count("|")
-    assert table[2].startswith(
-        f"| `t3d_tiny` | Diba et al. 2017, reduced | 3×8×64×64 | {rows[0].parameters:,} |"
-    )
-    assert "| 3×224×224 | 4,652,008 | 0.39 | 1280×7×7 → 1280 | 1000 |" in table[3]

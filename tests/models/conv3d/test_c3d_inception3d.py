@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cliplift.models import ModelError, create_model
-from cliplift.models.factory import load_state
 from cliplift.models.measure import measure_model
+from cliplift.models.state_dicts import load_state
 
 
 def test_c3d_counts_and_sizes() -> None:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models import ModelError, create_model
-from cliplift.models.factory import load_state
 from cliplift.models.image.densenet import DenseBlock, DenseLayer, DenseNet, DenseShape, Transition
 from cliplift.models.measure import measure_model
+from cliplift.models.state_dicts import load_state
 
 # Counted on the authors' released code (with its dotted submodule names repaired), by number of classes.
 OFFICIAL_PARAMETERS = [

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from cliplift.models import ModelError, create_model
 from cliplift.models.conv3d.p3d import P3D, PseudoBlock
-from cliplift.models.factory import load_state
 from cliplift.models.measure import measure_model
-from cliplift.models.registry import InputSpec
+from cliplift.models.protocol import InputSpec
+from cliplift.models.state_dicts import load_state
 
 PARAMETERS = [
     ("p3d_63", 101, 25_132_581),

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from cliplift.models import ModelError, create_model
 from cliplift.models.conv3d.p3d_resnet import P3DResNet, PseudoBottleneck
 from cliplift.models.measure import measure_model
-from cliplift.models.registry import InputSpec
+from cliplift.models.protocol import InputSpec
 
 # Counted on the author's code, 400 classes: name, early_stride, parameters, GMAC at 16x160x160
 PUBLISHED = [

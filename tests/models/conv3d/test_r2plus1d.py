@@ -9,11 +9,12 @@ from torch.nn import functional as F
 
 from cliplift.models import ModelError, create_model
 from cliplift.models.conv3d.r2plus1d import FactoredBlock, R2Plus1D, middle_channels
-from cliplift.models.factory import load_pretrained, load_state
+from cliplift.models.factory import load_pretrained
 from cliplift.models.image.resnet import LAYERS
 from cliplift.models.inflate import inflate
 from cliplift.models.measure import measure_model
-from cliplift.models.registry import InputSpec
+from cliplift.models.protocol import InputSpec
+from cliplift.models.state_dicts import load_state
 
 
 def test_published_counts_and_sizes() -> None:

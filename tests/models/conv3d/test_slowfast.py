@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from cliplift.models import ModelError, create_model
 from cliplift.models.conv3d.slowfast import Block, Lateral, Pathways, SlowFast
-from cliplift.models.factory import load_pretrained, load_state
+from cliplift.models.factory import load_pretrained
 from cliplift.models.inflate import inflate
 from cliplift.models.measure import measure_model
+from cliplift.models.state_dicts import load_state
 
 BLOCKS = (3, 4, 6, 3)
 FAST_WIDTHS = (8, 16, 32, 64)

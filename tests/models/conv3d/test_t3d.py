@@ -9,7 +9,7 @@ from cliplift.models import ModelError, create_model
 from cliplift.models.conv3d.t3d import T3D, TABLE_1_DEPTHS, TemporalTransition
 from cliplift.models.image.densenet import DenseShape
 from cliplift.models.measure import measure_model
-from cliplift.models.registry import InputSpec
+from cliplift.models.protocol import InputSpec
 
 PARAMETERS = [
     ("t3d_121", {}, 400, 29_876_880),

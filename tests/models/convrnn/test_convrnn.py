@@ -24,7 +24,7 @@ from cliplift.models.convrnn.conv_lstm import ConvLSTM, ConvLSTMLayer
 from cliplift.models.convrnn.fc_lstm import FCLSTM, FCLSTMLayer
 from cliplift.models.convrnn.recurrence import RecurrentStack, StackState
 from cliplift.models.layers import checkpoint_blocks
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError
 
 EXACT = 1e-12  # double precision: a few hundred additions of numbers around 1
 

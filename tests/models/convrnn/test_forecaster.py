@@ -20,7 +20,7 @@ from cliplift.models.convrnn.conv_lstm import ConvLSTMLayer
 from cliplift.models.convrnn.forecaster import forecast_error, from_patches, to_patches
 from cliplift.models.convrnn.gru_rcn import recurrent_parameters
 from cliplift.models.factory import load_pretrained, save_pretrained
-from cliplift.models.registry import ModelError
+from cliplift.models.protocol import ModelError
 
 # arXiv 1506.04214, Table 1
 PUBLISHED = {

@@ -21,7 +21,7 @@ from cliplift.models.late_temporal.model import (
 )
 from cliplift.models.late_temporal.reduction import ReducingBottleneck
 from cliplift.models.layers import PooledClassifier
-from cliplift.models.registry import InputSpec
+from cliplift.models.protocol import InputSpec
 
 RESNEXT_FRMB = {"backbone": "resnext3d_101", "reduction": "frmb"}
 KINETICS_HEAD = 2304 * 400 + 400  # the public SlowFast nets carry it along, unused; ours do not have it

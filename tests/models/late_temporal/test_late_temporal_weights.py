@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from cliplift.models import ModelError, create_model
-from cliplift.models.factory import load_pretrained, load_state
+from cliplift.models.factory import load_pretrained
 from cliplift.models.late_temporal.model import LateTemporal
 from cliplift.models.late_temporal.weights import public_name
+from cliplift.models.state_dicts import load_state
 
 
 def on_meta(name: str) -> nn.Module:

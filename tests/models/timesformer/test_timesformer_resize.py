@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from cliplift.models import ModelError, create_model
-from cliplift.models.factory import load_state
+from cliplift.models.state_dicts import load_state
 from cliplift.models.timesformer.weights import resize_positions, resize_times
 
 

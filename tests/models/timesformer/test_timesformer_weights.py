@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models import ModelError, create_model
-from cliplift.models.factory import load_pretrained, load_state
+from cliplift.models.factory import load_pretrained
+from cliplift.models.state_dicts import load_state
 from cliplift.models.timesformer.weights import save_huggingface, to_huggingface
 
 

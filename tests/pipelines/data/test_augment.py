@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cliplift.configs.data import AugmentConfig
-from cliplift.models.registry import InputSpec
+from cliplift.models.protocol import InputSpec
 from cliplift.pipelines.data.augment import (
     BRIGHTNESS,
     CONTRAST,

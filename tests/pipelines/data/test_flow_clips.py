@@ -14,7 +14,7 @@ from cliplift.configs.runs import TransferRun
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import FlowConfig, ShardRun
 from cliplift.models import create_model
-from cliplift.models.registry import InputSpec
+from cliplift.models.protocol import InputSpec
 from cliplift.pipelines.data.augment import DeviceAugment, mirror
 from cliplift.pipelines.data.clip_plan import Box, cut
 from cliplift.pipelines.data.source import ClipSource, clips_of_video

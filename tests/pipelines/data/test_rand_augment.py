@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cliplift.configs.data import AugmentConfig
-from cliplift.models.registry import InputSpec
+from cliplift.models.protocol import InputSpec
 from cliplift.pipelines.data.augment import RAND_AUGMENT, DeviceAugment
 from cliplift.pipelines.data.batch import NUM_DRAWS, ClipBatch
 from cliplift.pipelines.data.rand_augment import (

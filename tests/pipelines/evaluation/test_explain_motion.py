@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
 from cliplift.models import from_pretrained
-from cliplift.models.registry import IMAGENET_MEAN, IMAGENET_STD
+from cliplift.models.protocol import IMAGENET_MEAN, IMAGENET_STD
 from cliplift.pipelines.evaluation.grad_cam import grad_cam
 from cliplift.pipelines.stages.run import run_stage
 from cliplift.sharding.build.run import run_shard
