@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cliplift.models import create_model
 from cliplift.models.layers import checkpoint_blocks
-from cliplift.models.timesformer.weights import to_huggingface
+from cliplift.models.timesformer.huggingface import to_huggingface
 
 MODEL = "timesformer_base"
 

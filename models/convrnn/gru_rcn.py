@@ -24,7 +24,7 @@ from cliplift.models.convrnn.conv_gru import ConvGRULayer
 from cliplift.models.image.vgg import VGG16
 from cliplift.models.layers import LinearHead, PooledClassifier
 from cliplift.models.protocol import InputSpec, ModelError
-from cliplift.models.registry import register_model
+from cliplift.models.registry import variant
 
 PERCEPTS = (128, 256, 512, 512, 4096)  # channels of pool2, pool3, pool4, pool5, fc7
 STATES = (64, 128, 256, 256, 512)
@@ -32,18 +32,25 @@ KERNELS = (3, 3, 3, 3, 1)
 
 
 class GRURCN(PooledClassifier):
-    """``forward(x)``: (B, 3, T, H, W) -> (B, K), the logarithms of the averaged class probabilities."""
+    """``forward(x)``: (B, 3, T, H, W) -> (B, K), the logarithms of the averaged class probabilities.
+
+    Args:
+        stacked, bidirectional: the paper's variants.
+        lower_in_candidate: with ``stacked``, the lower level enters the candidate state too; the paper's do not.
+        dropout: before the classifiers.
+        train_encoder: False leaves VGG-16 as it is loaded.
+    """
 
     def __init__(
         self,
         *,
         num_classes: int,
         in_frames: int,
-        stacked: bool,
-        lower_in_candidate: bool,
-        bidirectional: bool,
-        dropout: float,
-        train_encoder: bool,
+        stacked: bool = False,
+        lower_in_candidate: bool = False,
+        bidirectional: bool = False,
+        dropout: float = 0.7,
+        train_encoder: bool = True,
     ) -> None:
         if lower_in_candidate and not stacked:
             raise ModelError("lower_in_candidate=True says how levels are stacked: it needs stacked=True")
@@ -154,30 +161,4 @@ def recurrent_parameters(model: GRURCN) -> int:
     return sum(p.numel() for p in model.levels.parameters())
 
 
-@register_model(paper="arXiv 1511.06432", default_classes=101)
-def gru_rcn(
-    *,
-    num_classes: int = 101,
-    in_frames: int = 10,
-    stacked: bool = False,
-    lower_in_candidate: bool = False,
-    bidirectional: bool = False,
-    dropout: float = 0.7,
-    train_encoder: bool = True,
-) -> GRURCN:
-    """GRU-RCN on VGG-16; ``stacked`` and ``bidirectional`` are the paper's variants.
-
-    Args:
-        lower_in_candidate: with ``stacked``, the lower level enters the candidate state too; the paper's do not.
-        dropout: before the classifiers.
-        train_encoder: False leaves VGG-16 as it is loaded.
-    """
-    return GRURCN(
-        num_classes=num_classes,
-        in_frames=in_frames,
-        stacked=stacked,
-        lower_in_candidate=lower_in_candidate,
-        bidirectional=bidirectional,
-        dropout=dropout,
-        train_encoder=train_encoder,
-    )
+gru_rcn = variant("gru_rcn", GRURCN, paper="arXiv 1511.06432", num_classes=101, in_frames=10)

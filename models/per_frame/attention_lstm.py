@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from cliplift.models.per_frame.attention import dot_product_attention
-from cliplift.models.per_frame.frame_sequence import FrameSequence, frame_encoder
+from cliplift.models.per_frame.frame_sequence import FrameSequence, on_encoder
 from cliplift.models.per_frame.lstm import LSTM, real_frames
 from cliplift.models.protocol import VideoNetwork
-from cliplift.models.registry import register_model
+from cliplift.models.registry import variant
 
 
 class AttentionLSTM(FrameSequence):
@@ -73,27 +73,11 @@ class AttentionLSTM(FrameSequence):
         return logits
 
 
-@register_model(paper="LSTM, dot-product attention", default_classes=101)
-def attention_lstm(
-    *,
-    num_classes: int = 101,
-    in_frames: int = 16,
-    encoder: str = "efficientnet_lite0",
-    encoder_layer: str | None = None,
-    hidden: int = 512,
-    layers: int = 1,
-    scaled: bool = False,
-    dropout: float = 0.5,
-    train_encoder: bool = True,
-) -> AttentionLSTM:
-    """Dot-product attention of the last LSTM state over all states; ``attention_weights`` shows it."""
-    return AttentionLSTM(
-        frame_encoder(encoder, layer=encoder_layer),
-        num_classes=num_classes,
-        in_frames=in_frames,
-        hidden=hidden,
-        layers=layers,
-        scaled=scaled,
-        dropout=dropout,
-        train_encoder=train_encoder,
-    )
+# ``attention_weights`` shows how much each frame's state counted
+attention_lstm = variant(
+    "attention_lstm",
+    on_encoder(AttentionLSTM),
+    paper="LSTM, dot-product attention",
+    num_classes=101,
+    in_frames=16,
+)

@@ -6,15 +6,15 @@ is the row every 3D result is read against (and the paper's teacher side, T3D, a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from cliplift.models.factory import create_model
-from cliplift.models.per_frame.frame_sequence import encoder_weights
-from cliplift.models.protocol import InputSpec, ModelError, StateLoader, VideoNetwork
-from cliplift.models.registry import model_entry, register_model
+from cliplift.models.per_frame.frame_sequence import encoder_weights, frame_encoder
+from cliplift.models.protocol import StateLoader, VideoNetwork
+from cliplift.models.registry import register_model
 
 
 class FrameAverage(VideoNetwork):
@@ -24,17 +24,10 @@ class FrameAverage(VideoNetwork):
         self, encoder: VideoNetwork, *, num_classes: int, in_frames: int, train_encoder: bool
     ) -> None:
         super().__init__()
-        spec = encoder.input_spec
         self.encoder = encoder
         self.train_encoder = train_encoder
         self.feature_dim = encoder.feature_dim
-        self.input_spec = InputSpec(
-            frames=in_frames,
-            crop_height=spec.crop_height,
-            crop_width=spec.crop_width,
-            mean=spec.mean,
-            std=spec.std,
-        )
+        self.input_spec = dataclasses.replace(encoder.input_spec, frames=in_frames, frame_stride=2)
         self.reset_classifier(num_classes)
         if not train_encoder:
             self.encoder.requires_grad_(False)
@@ -84,7 +77,5 @@ def frame_average(
 
     ``pretrained`` takes the encoder's published tags, such as "imagenet", beside files of the whole model.
     """
-    if model_entry(encoder).dims != "2d":
-        raise ModelError(f"encoder={encoder!r} is not a 2D model; list_models(dims='2d') names them")
-    network = create_model(encoder, num_classes=0)
+    network = frame_encoder(encoder)
     return FrameAverage(network, num_classes=num_classes, in_frames=in_frames, train_encoder=train_encoder)

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +32,7 @@ from cliplift.models.protocol import (
 from cliplift.models.registry import model_entry, model_options
 
 ENCODER = "encoder."
+_M = TypeVar("_M", bound=VideoNetwork)
 FC_LAYERS = {"conv": 0, "fc6": 1, "fc7": 2}
 
 
@@ -65,6 +68,25 @@ def encoder_weights(encoder: VideoNetwork) -> dict[str, StateLoader]:
         return {f"{ENCODER}{key}": value for key, value in adapted.items() if key in own}
 
     return {tag: functools.partial(load_as_part, load) for tag, load in published_weights(encoder).items()}
+
+
+def on_encoder(network: Callable[..., _M], *, read_at: str = "fc7") -> Callable[..., _M]:
+    """A frame model's class as a builder for :func:`~cliplift.models.registry.variant`.
+
+    The builder takes the arguments of the class, with the encoder by its registered name and ``encoder_layer`` (as
+    ``layer`` in :func:`frame_encoder`, ``read_at`` where it is None) in place of the encoder itself.
+    """
+
+    def build(
+        *, encoder: str = "efficientnet_lite0", encoder_layer: str | None = None, **options: object
+    ) -> _M:
+        return network(frame_encoder(encoder, layer=encoder_layer, unless_given=read_at), **options)
+
+    own, added = inspect.signature(network).parameters, inspect.signature(build).parameters
+    parameters = {**own, "encoder": added["encoder"], "encoder_layer": added["encoder_layer"]}
+    build.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    build.__doc__ = network.__doc__
+    return build
 
 
 class FrameSequence(VideoNetwork):

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from cliplift.models.per_frame.frame_sequence import (
     FrameSequence,
     averaged_predictions,
-    frame_encoder,
     mean_of_real,
+    on_encoder,
     real_weights,
     step_losses,
 )
 from cliplift.models.per_frame.lstm import LSTM, Init, State
 from cliplift.models.protocol import VideoNetwork
-from cliplift.models.registry import register_model
+from cliplift.models.registry import variant
 
 
 class SingleFrame(FrameSequence):
@@ -143,60 +143,17 @@ class LRCN(SingleFrame):
         return self.head(self.dropout(outputs)), state
 
 
-@register_model(paper="Donahue et al. 2015, single frame", default_classes=101)
-def single_frame(
-    *,
-    num_classes: int = 101,
-    in_frames: int = 16,
-    encoder: str = "efficientnet_lite0",
-    encoder_layer: str | None = None,
-    dropout: float = 0.5,
-    train_encoder: bool = True,
-    multi_label: bool = False,
-) -> SingleFrame:
-    """The image baseline of the LRCN paper: a loss at every frame, probabilities averaged.
-
-    ``frame_average`` averages features instead, and has one loss a clip. A CaffeNet is read at fc7 unless
-    ``encoder_layer`` says "fc6" or "conv".
-    """
-    return SingleFrame(
-        frame_encoder(encoder, layer=encoder_layer, unless_given="fc7"),
-        num_classes=num_classes,
-        in_frames=in_frames,
-        dropout=dropout,
-        train_encoder=train_encoder,
-        multi_label=multi_label,
-    )
-
-
-@register_model(paper="Donahue et al. 2015, LRCN", default_classes=101)
-def lrcn(
-    *,
-    num_classes: int = 101,
-    in_frames: int = 16,
-    encoder: str = "efficientnet_lite0",
-    encoder_layer: str | None = None,
-    hidden: int = 256,
-    layers: int = 1,
-    feature_dropout: float = 0.9,
-    dropout: float = 0.5,
-    init: Init = "lrcn",
-    train_encoder: bool = True,
-    multi_label: bool = False,
-) -> LRCN:
-    """LRCN-fc6. The paper's network is ``encoder="caffenet_hybrid"``, with ``hidden=1024`` for flow.
-
-    The part after the encoder has 4,483,429 parameters (256 units) or 21,079,141 (1024) on 4096 features.
-    """
-    return LRCN(
-        frame_encoder(encoder, layer=encoder_layer, unless_given="fc6"),
-        num_classes=num_classes,
-        in_frames=in_frames,
-        hidden=hidden,
-        layers=layers,
-        feature_dropout=feature_dropout,
-        dropout=dropout,
-        init=init,
-        train_encoder=train_encoder,
-        multi_label=multi_label,
-    )
+# The image baseline of the LRCN paper: a loss at every frame, probabilities averaged. ``frame_average`` averages
+# features instead, and has one loss a clip
+single_frame = variant(
+    "single_frame",
+    on_encoder(SingleFrame),
+    paper="Donahue et al. 2015, single frame",
+    num_classes=101,
+    in_frames=16,
+)
+# LRCN-fc6. The paper's network is ``encoder="caffenet_hybrid"``, with ``hidden=1024`` for flow; the part after the
+# encoder has 4,483,429 parameters (256 units) or 21,079,141 (1024) on 4096 features
+lrcn = variant(
+    "lrcn", on_encoder(LRCN, read_at="fc6"), paper="Donahue et al. 2015, LRCN", num_classes=101, in_frames=16
+)

@@ -29,14 +29,14 @@ from cliplift.models.per_frame.attention import DotScore, ProductScore
 from cliplift.models.per_frame.frame_sequence import (
     FrameSequence,
     averaged_predictions,
-    frame_encoder,
     mean_of_real,
+    on_encoder,
     real_weights,
     step_losses,
 )
 from cliplift.models.per_frame.lstm import LSTM
 from cliplift.models.protocol import ModelError, VideoNetwork
-from cliplift.models.registry import register_model
+from cliplift.models.registry import variant
 
 Score = Literal["product", "dot", "scaled_dot"]
 OutputWeights = Literal["uniform", "linear"]
@@ -184,33 +184,11 @@ def _score(name: Score, hidden: int, vector_dim: int, attention_dim: int) -> Pro
     raise ModelError(f"score={name!r} must be 'product', 'dot' or 'scaled_dot'")
 
 
-@register_model(paper="Yeung et al. 2015, MultiLSTM", default_classes=65)
-def multi_lstm(
-    *,
-    num_classes: int = 65,
-    in_frames: int = 30,
-    encoder: str = "efficientnet_lite0",
-    encoder_layer: str | None = None,
-    window: int = 15,
-    hidden: int = 512,
-    attention_dim: int = 50,
-    score: Score = "product",
-    output_weights: OutputWeights = "uniform",
-    dropout: float = 0.5,
-    train_encoder: bool = True,
-    multi_label: bool = True,
-) -> MultiLSTM:
-    """MultiLSTM, 65 classes as in MultiTHUMOS; the LSTM has 9,439,232 parameters on 4096 features."""
-    return MultiLSTM(
-        frame_encoder(encoder, layer=encoder_layer),
-        num_classes=num_classes,
-        in_frames=in_frames,
-        window=window,
-        hidden=hidden,
-        attention_dim=attention_dim,
-        score=score,
-        output_weights=output_weights,
-        dropout=dropout,
-        train_encoder=train_encoder,
-        multi_label=multi_label,
-    )
+# 65 classes as in MultiTHUMOS; the LSTM has 9,439,232 parameters on 4096 features
+multi_lstm = variant(
+    "multi_lstm",
+    on_encoder(MultiLSTM),
+    paper="Yeung et al. 2015, MultiLSTM",
+    num_classes=65,
+    in_frames=30,
+)

@@ -34,12 +34,13 @@ from cliplift.models.per_frame.frame_sequence import (
     FrameSequence,
     averaged_predictions,
     frame_encoder,
+    on_encoder,
     real_weights,
     step_losses,
 )
 from cliplift.models.per_frame.lstm import LSTM
 from cliplift.models.protocol import ModelError, VideoNetwork
-from cliplift.models.registry import register_model, variant
+from cliplift.models.registry import variant
 
 PAPER = "Ng et al. 2015"
 Pooling = Literal["conv", "late", "slow", "local", "time_convolution"]
@@ -362,33 +363,7 @@ def combined(logits: Tensor, lengths: Tensor | None, combine: Combine, *, multi_
     return averaged_predictions(logits, step_gains(logits, lengths, gains[combine]), multi_label=multi_label)
 
 
-@register_model(paper=f"{PAPER}, LSTM", default_classes=487)
-def snippets_lstm(
-    *,
-    num_classes: int = 487,
-    in_frames: int = 30,
-    encoder: str = "efficientnet_lite0",
-    encoder_layer: str | None = None,
-    hidden: int = 512,
-    layers: int = 5,
-    peephole: Peephole = "none",
-    gain: Gain = "linear",
-    combine: Combine = "weighted_sum",
-    dropout: float = 0.0,
-    train_encoder: bool = True,
-    multi_label: bool = False,
-) -> SnippetsLSTM:
-    """The LSTM has 17,836,032 parameters on the 4096 features of a CaffeNet (read at fc7)."""
-    return SnippetsLSTM(
-        frame_encoder(encoder, layer=encoder_layer),
-        num_classes=num_classes,
-        in_frames=in_frames,
-        hidden=hidden,
-        layers=layers,
-        peephole=peephole,
-        gain=gain,
-        combine=combine,
-        dropout=dropout,
-        train_encoder=train_encoder,
-        multi_label=multi_label,
-    )
+# 17,836,032 parameters of the LSTM on the 4096 features of a CaffeNet, read at fc7
+snippets_lstm = variant(
+    "snippets_lstm", on_encoder(SnippetsLSTM), paper=f"{PAPER}, LSTM", num_classes=487, in_frames=30
+)

@@ -32,14 +32,14 @@ from cliplift.models.per_frame.attention import AdditiveScore, DotScore
 from cliplift.models.per_frame.frame_sequence import (
     FrameSequence,
     averaged_predictions,
-    frame_encoder,
     mean_of_real,
+    on_encoder,
     real_weights,
     step_losses,
 )
 from cliplift.models.per_frame.lstm import LSTM, Init, State
 from cliplift.models.protocol import ModelError, VideoNetwork
-from cliplift.models.registry import register_model
+from cliplift.models.registry import variant
 
 Score = Literal["location", "additive", "dot"]
 
@@ -190,43 +190,13 @@ def _score(name: Score, hidden: int, slice_dim: int, grid: int) -> LocationScore
     raise ModelError(f"score={name!r} must be 'location', 'additive' or 'dot'")
 
 
-@register_model(paper="Sharma et al. 2015", default_classes=11)
-def visual_attention(
-    *,
-    num_classes: int = 11,
-    in_frames: int = 30,
-    encoder: str = "efficientnet_lite0",
-    score: Score = "location",
-    grid: int = 7,
-    hidden: int = 512,
-    layers: int = 3,
-    head_dim: int = 512,
-    penalty: float = 0.0,
-    inverse_temperature: float = 1.0,
-    dropout: float = 0.5,
-    last_frames: int | None = None,
-    init: Init = "orthogonal",
-    train_encoder: bool = True,
-    multi_label: bool = False,
-) -> VisualAttention:
-    """Soft attention over the last map of the encoder; the LSTM has 7,346,176 parameters on 1024 channels.
-
-    The released code is ``layers=1, score="additive"``. The paper trains on fixed features: ``train_encoder=False``.
-    """
-    return VisualAttention(
-        frame_encoder(encoder, unless_given="conv"),
-        num_classes=num_classes,
-        in_frames=in_frames,
-        score=score,
-        grid=grid,
-        hidden=hidden,
-        layers=layers,
-        head_dim=head_dim,
-        penalty=penalty,
-        inverse_temperature=inverse_temperature,
-        dropout=dropout,
-        last_frames=last_frames,
-        init=init,
-        train_encoder=train_encoder,
-        multi_label=multi_label,
-    )
+# The LSTM has 7,346,176 parameters on 1024 channels. The released code is ``layers=1, score="additive"``; the paper
+# trains on fixed features, ``train_encoder=False``
+visual_attention = variant(
+    "visual_attention",
+    on_encoder(VisualAttention, read_at="conv"),
+    paper="Sharma et al. 2015",
+    fixed={"encoder_layer": None},  # it reads the map
+    num_classes=11,
+    in_frames=30,
+)

@@ -1,4 +1,4 @@
-"""TimeSformer weights from and to other projects' formats, and the resizing of embeddings.
+"""TimeSformer weights from other projects' formats, and the resizing of embeddings.
 
 Our names are the released code's (facebookresearch/TimeSformer). Read besides:
 
@@ -14,64 +14,62 @@ Shape letters: T frames, H W patches, D width.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from collections.abc import Mapping
+from typing import Literal, get_args
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cliplift.models.protocol import ModelError
+from cliplift.models.state_dicts import rename_key
 
 PositionResize = Literal["bicubic", "nearest", "flat_nearest"]
 TimeResize = Literal["linear", "nearest"]
-Renames = Sequence[tuple[str, str]]  # (start of their name, start of ours)
+Renames = Mapping[str, str]  # start of their name -> start of ours
 
-_HF_TOP: Renames = (
-    ("timesformer.embeddings.cls_token", "cls_token"),
-    ("timesformer.embeddings.position_embeddings", "pos_embed"),
-    ("timesformer.embeddings.time_embeddings", "time_embed"),
-    ("timesformer.embeddings.patch_embeddings.projection.", "patch_embed.proj."),
-    ("timesformer.layernorm.", "norm."),
-    ("classifier.", "head."),
-)
-_HF_BLOCK: Renames = (
-    ("temporal_attention.attention.qkv.", "temporal_attn.qkv."),
-    ("temporal_attention.output.dense.", "temporal_attn.proj."),
-    ("temporal_layernorm.", "temporal_norm1."),
-    ("temporal_dense.", "temporal_fc."),
-    ("attention.attention.qkv.", "attn.qkv."),
-    ("attention.output.dense.", "attn.proj."),
-    ("layernorm_before.", "norm1."),
-    ("layernorm_after.", "norm2."),
-    ("intermediate.dense.", "mlp.fc1."),
-    ("output.dense.", "mlp.fc2."),
-)
+HF_TOP: Renames = {
+    "timesformer.embeddings.cls_token": "cls_token",
+    "timesformer.embeddings.position_embeddings": "pos_embed",
+    "timesformer.embeddings.time_embeddings": "time_embed",
+    "timesformer.embeddings.patch_embeddings.projection.": "patch_embed.proj.",
+    "timesformer.layernorm.": "norm.",
+    "classifier.": "head.",
+}
+HF_BLOCK: Renames = {
+    "temporal_attention.attention.qkv.": "temporal_attn.qkv.",
+    "temporal_attention.output.dense.": "temporal_attn.proj.",
+    "temporal_layernorm.": "temporal_norm1.",
+    "temporal_dense.": "temporal_fc.",
+    "attention.attention.qkv.": "attn.qkv.",
+    "attention.output.dense.": "attn.proj.",
+    "layernorm_before.": "norm1.",
+    "layernorm_after.": "norm2.",
+    "intermediate.dense.": "mlp.fc1.",
+    "output.dense.": "mlp.fc2.",
+}
 _MM_BLOCKS = "transformer_layers.layers."
-_MM_TOP: Renames = (("cls_head.fc_cls.", "head."), ("patch_embed.projection.", "patch_embed.proj."))
-_MM_MLP: Renames = (("ffns.0.layers.0.0.", "mlp.fc1."), ("ffns.0.layers.1.", "mlp.fc2."))
-_MM_DIVIDED: Renames = (
-    ("attentions.0.norm.", "temporal_norm1."),
-    ("attentions.0.attn.in_proj_", "temporal_attn.qkv."),
-    ("attentions.0.attn.out_proj.", "temporal_attn.proj."),
-    ("attentions.0.temporal_fc.", "temporal_fc."),
-    ("attentions.1.norm.", "norm1."),
-    ("attentions.1.attn.in_proj_", "attn.qkv."),
-    ("attentions.1.attn.out_proj.", "attn.proj."),
-    ("ffns.0.norm.", "norm2."),
-    *_MM_MLP,
-)
-_MM_PLAIN: Renames = (
-    ("norms.0.", "norm1."),
-    ("attentions.0.attn.in_proj_", "attn.qkv."),
-    ("attentions.0.attn.out_proj.", "attn.proj."),
-    ("norms.1.", "norm2."),
-    *_MM_MLP,
-)
+_MM_TOP: Renames = {"cls_head.fc_cls.": "head.", "patch_embed.projection.": "patch_embed.proj."}
+_MM_MLP: Renames = {"ffns.0.layers.0.0.": "mlp.fc1.", "ffns.0.layers.1.": "mlp.fc2."}
+_MM_DIVIDED: Renames = {
+    "attentions.0.norm.": "temporal_norm1.",
+    "attentions.0.attn.in_proj_": "temporal_attn.qkv.",
+    "attentions.0.attn.out_proj.": "temporal_attn.proj.",
+    "attentions.0.temporal_fc.": "temporal_fc.",
+    "attentions.1.norm.": "norm1.",
+    "attentions.1.attn.in_proj_": "attn.qkv.",
+    "attentions.1.attn.out_proj.": "attn.proj.",
+    "ffns.0.norm.": "norm2.",
+    **_MM_MLP,
+}
+_MM_PLAIN: Renames = {
+    "norms.0.": "norm1.",
+    "attentions.0.attn.in_proj_": "attn.qkv.",
+    "attentions.0.attn.out_proj.": "attn.proj.",
+    "norms.1.": "norm2.",
+    **_MM_MLP,
+}
 _EXTRA = re.compile(r"(blocks\.\d+\.)(temporal|local|width)_(norm1|attn)(\..+)")
 _ADDED = re.compile(r"time_embed|blocks\.\d+\.(temporal|local|width)_fc\.(weight|bias)")
 
@@ -156,80 +154,9 @@ def resize_times(times: Tensor, frames: int, *, how: TimeResize) -> Tensor:
     return F.interpolate(times.transpose(1, 2), size=frames, mode=how).transpose(1, 2)
 
 
-def to_huggingface(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What ``transformers.TimesformerForVideoClassification`` loads: its state dict and the fields of its config.
-
-    Raises:
-        ModelError: a scheme that transformers lacks or computes wrongly ("space"), or no classifier.
-    """
-    net = cast(Any, model)
-    if net.attention not in ("divided", "joint") or net.cls_rule != "released":
-        raise ModelError(
-            f"attention={net.attention!r}, cls={net.cls_rule!r}: transformers computes 'divided' with the released "
-            f"CLS rule and 'joint' only"
-        )
-    rows, columns = net.grid[1:]
-    if not net.num_classes or rows != columns:
-        raise ModelError("transformers needs a classifier and a square crop")
-    state = {_to_hf(key): value.detach().clone() for key, value in model.state_dict().items()}
-    config = {
-        "model_type": "timesformer",
-        "architectures": ["TimesformerForVideoClassification"],
-        "image_size": rows * net.patch,
-        "patch_size": net.patch,
-        "num_channels": net.input_spec.channels,
-        "num_frames": net.grid[0],
-        "hidden_size": net.feature_dim,
-        "num_hidden_layers": len(net.blocks),
-        "num_attention_heads": net.heads,
-        "intermediate_size": 4 * net.feature_dim,
-        "hidden_act": "gelu",
-        "layer_norm_eps": 1e-6,
-        "qkv_bias": True,
-        "attention_type": "divided_space_time" if net.attention == "divided" else "joint_space_time",
-        "id2label": {str(i): f"LABEL_{i}" for i in range(net.num_classes)},
-        "label2id": {f"LABEL_{i}": i for i in range(net.num_classes)},
-    }
-    return state, config
-
-
-def save_huggingface(model: nn.Module, folder: str | Path) -> Path:
-    """Write a folder for ``TimesformerForVideoClassification.from_pretrained``: weights, config, and the preprocessing
-    this model was trained with (transformers' own default normalises otherwise).
-
-    Raises:
-        ModelError: as :func:`to_huggingface`.
-    """
-    state, config = to_huggingface(model)
-    spec = cast(Any, model).input_spec
-    processor = {
-        "image_processor_type": "VideoMAEImageProcessor",
-        "size": {"shortest_edge": spec.crop_height},
-        "crop_size": {"height": spec.crop_height, "width": spec.crop_width},
-        "image_mean": list(spec.mean),
-        "image_std": list(spec.std),
-        **{f"do_{step}": True for step in ("resize", "center_crop", "rescale", "normalize")},
-    }
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    contiguous = {key: value.cpu().contiguous() for key, value in state.items()}
-    save_file(contiguous, target / "model.safetensors", metadata={"format": "pt"})
-    for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
-        (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return target
-
-
-def _to_hf(key: str) -> str:
-    match = re.fullmatch(r"blocks\.(\d+)\.(.+)", key)
-    if match is None:
-        return _swapped(key, [(ours, theirs) for theirs, ours in _HF_TOP])
-    inner = _swapped(match[2], [(ours, theirs) for theirs, ours in _HF_BLOCK])
-    return f"timesformer.encoder.layer.{match[1]}.{inner}"
-
-
 def _renamed(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     if any(key.startswith("timesformer.") for key in state):
-        renamed = _by_tables(state, "timesformer.encoder.layer.", _HF_TOP, _HF_BLOCK)
+        renamed = _by_tables(state, "timesformer.encoder.layer.", HF_TOP, HF_BLOCK)
         return renamed, ["took Hugging Face's names"]
     if any(_MM_BLOCKS in key for key in state):
         bare = {key.removeprefix("backbone."): value for key, value in state.items()}
@@ -250,16 +177,8 @@ def _by_tables(state: Mapping[str, Tensor], blocks: str, top: Renames, block: Re
     for key, value in state.items():
         index, dot, inner = key.removeprefix(blocks).partition(".")
         inside = key.startswith(blocks) and bool(dot)
-        renamed[f"blocks.{index}.{_swapped(inner, block)}" if inside else _swapped(key, top)] = value
+        renamed[f"blocks.{index}.{rename_key(inner, block)}" if inside else rename_key(key, top)] = value
     return renamed
-
-
-def _swapped(key: str, table: Renames) -> str:
-    """The key with the first matching start replaced; unknown keys stay, and loading refuses them by name."""
-    for old, new in table:
-        if key.startswith(old):
-            return new + key.removeprefix(old)
-    return key
 
 
 def _from_image(given: dict[str, Tensor], own: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from cliplift.launch.cli import main
 from cliplift.models import create_model, from_pretrained, list_models
 from cliplift.models.registry import model_entry
 from cliplift.models.state_dicts import match_weights
-from cliplift.models.timesformer.weights import to_huggingface
+from cliplift.models.timesformer.huggingface import to_huggingface
 
 SIZES = {"crop": 32, "width": 16, "depth": 2, "heads": 2}
 OPTIONS = [word for key, value in SIZES.items() for word in ("--option", f"{key}={value}")]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from cliplift.models import ModelError, create_model
 from cliplift.models.factory import load_pretrained
 from cliplift.models.state_dicts import load_state
-from cliplift.models.timesformer.weights import save_huggingface, to_huggingface
+from cliplift.models.timesformer.huggingface import save_huggingface, to_huggingface
 
 
 def small(scheme: str, **options: object) -> nn.Module:
