@@ -12,7 +12,7 @@ Shape letters: B clips, F frame sets, X frames a set, P pairs a clip, D width.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -109,26 +109,22 @@ class CorrespondenceHead(nn.Module):
         return torch.cat(rows)
 
     def _student(self, features: Tensor) -> Tensor:
-        out: Tensor = self.fc1_student(self._side(self.student_projection(features)))
-        return out
+        return cast(Tensor, self.fc1_student(self._side(self.student_projection(features))))
 
     def _teacher(self, features: Tensor) -> Tensor:
         if features.ndim == 3:
             features = features.mean(dim=1)
-        out: Tensor = self.fc1_teacher(self._side(self.teacher_projection(features)))
-        return out
+        return cast(Tensor, self.fc1_teacher(self._side(self.teacher_projection(features))))
 
     def _side(self, features: Tensor) -> Tensor:
         if self.normalise:
             features = F.layer_norm(features, features.shape[-1:])
-        dropped: Tensor = self.dropout_input(features)
-        return dropped
+        return cast(Tensor, self.dropout_input(features))
 
     def _classify(self, hidden: Tensor) -> Tensor:
         x = self.dropout_1(F.relu(hidden))
         x = self.dropout_2(F.relu(self.fc2(x)))
-        logits: Tensor = self.fc3(x)
-        return logits
+        return cast(Tensor, self.fc3(x))
 
 
 def _projection(side: str, kind: Projection, in_dim: int, out_dim: int) -> nn.Module:

@@ -33,7 +33,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -211,8 +211,7 @@ class Stem(nn.Module):
         self.pool_layer = nn.MaxPool3d((1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled: Tensor = self.pool_layer(F.relu(self.bn(self.conv(x)), inplace=True))
-        return pooled
+        return cast(Tensor, self.pool_layer(F.relu(self.bn(self.conv(x)), inplace=True)))
 
 
 class Lateral(nn.Module):
@@ -251,8 +250,7 @@ class Transform(nn.Module):
         """(B, C, T, H, W) -> (B, 4 * width, T, H/stride, W/stride)."""
         x = F.relu(self.a_bn(self.a(x)), inplace=True)
         x = F.relu(self.b_bn(self.b(x)), inplace=True)
-        y: Tensor = self.c_bn(self.c(x))
-        return y
+        return cast(Tensor, self.c_bn(self.c(x)))
 
 
 class Block(nn.Module):
@@ -360,8 +358,7 @@ class SlowFast(PooledClassifier):
         )
 
     def _part(self, name: str, x: Tensor) -> Tensor:
-        y: Tensor = self.get_submodule(name)(x)
-        return y
+        return cast(Tensor, self.get_submodule(name)(x))
 
 
 @register_model(paper=PAPER)

@@ -80,12 +80,6 @@ class ConvLSTMLayer(LSTMLayer):
         self.bias = nn.Parameter(torch.empty(4 * channels))
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        for weight in (self.weight_input, self.weight_hidden):
-            if weight is not None:
-                self.fill(weight)
-        self.reset_bias_and_peephole()
-
     def check_input(self, x: Tensor) -> None:
         size = None if self.peephole is None else tuple(self.peephole.shape[-2:])
         if size not in (None, (1, 1), tuple(x.shape[-2:])):

@@ -111,12 +111,12 @@ class LSTMLayer(RecurrentLayer):
             o = o + self.peep(c if self.output_gate_cell == "new" else c_old, 2, 3)
         return o.sigmoid() * c.tanh(), c
 
-    def fill(self, weight: Tensor) -> None:
-        """Uniform in +-1/sqrt(fan-in)."""
-        nn.init.uniform_(weight, -(bound := 1 / math.sqrt(weight[0].numel())), bound)
-
-    def reset_bias_and_peephole(self) -> None:
+    def reset_parameters(self) -> None:
+        """Weights uniform in +-1/sqrt(fan-in); zero peepholes and bias, but for the forget gate's."""
         N = self.channels
+        for weight in (self.weight_input, self.weight_hidden):
+            if weight is not None:
+                nn.init.uniform_(weight, -(bound := 1 / math.sqrt(weight[0].numel())), bound)
         with torch.no_grad():
             self.bias.zero_()
             self.bias[N : 2 * N] = self.forget_bias
@@ -150,12 +150,6 @@ class FCLSTMLayer(LSTMLayer):
         self.weight_hidden = nn.Parameter(torch.empty(4 * channels, channels))
         self.bias = nn.Parameter(torch.empty(4 * channels))
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for weight in (self.weight_input, self.weight_hidden):
-            if weight is not None:
-                self.fill(weight)
-        self.reset_bias_and_peephole()
 
     @property
     def peephole_is_diagonal(self) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +67,7 @@ class AveragePooling(TemporalHead):
         super().__init__(dim=dim, out_dim=dim, dropout=dropout)
 
     def forward(self, maps: Tensor) -> Tensor:
-        pooled: Tensor = self.dropout(maps.flatten(2).mean(dim=2))
-        return pooled
+        return cast(Tensor, self.dropout(maps.flatten(2).mean(dim=2)))
 
 
 class Concatenation(TemporalHead):
@@ -88,8 +87,7 @@ class Concatenation(TemporalHead):
                 f"a concatenating head built for {self.tokens} time steps got a feature map {tuple(maps.shape)}: "
                 "build the model with the in_frames of these clips"
             )
-        joined: Tensor = self.linear(self.dropout(maps.flatten(3).mean(dim=3).flatten(1)))
-        return joined
+        return cast(Tensor, self.linear(self.dropout(maps.flatten(3).mean(dim=3).flatten(1))))
 
 
 class NonLocalBlock(nn.Module):
@@ -110,8 +108,7 @@ class NonLocalBlock(nn.Module):
         theta, phi, g = (layer(x).flatten(2) for layer in (self.theta, self.phi, self.g))  # (B, C, N)
         weights = F.softmax(theta.transpose(1, 2) @ phi / math.sqrt(phi.shape[2]), dim=-1)  # (B, N, N)
         mixed = (weights @ g.transpose(1, 2)).transpose(1, 2).reshape(x.shape)
-        added: Tensor = x + self.norm(self.out(mixed))
-        return added
+        return cast(Tensor, x + self.norm(self.out(mixed)))
 
 
 class NonLocalConcatenation(Concatenation):
@@ -134,8 +131,7 @@ class Lstm(TemporalHead):
 
     def forward(self, maps: Tensor) -> Tensor:
         outputs, _ = self.lstm(tokens_of(maps).contiguous())
-        last: Tensor = self.dropout(outputs[:, -1])
-        return last
+        return cast(Tensor, self.dropout(outputs[:, -1]))
 
 
 class Bert(TemporalHead):
@@ -158,8 +154,7 @@ class Bert(TemporalHead):
         )
 
     def forward(self, maps: Tensor) -> Tensor:
-        summary: Tensor = self.dropout(self.attend(maps).summary)
-        return summary
+        return cast(Tensor, self.dropout(self.attend(maps).summary))
 
     def attend(self, maps: Tensor, *, return_attention: bool = False) -> BertOutput:
         """(B, C, T', H', W') -> the transformer's output before the classifier's dropout, attention on request."""

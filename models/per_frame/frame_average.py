@@ -12,16 +12,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from cliplift.models.per_frame.frame_sequence import encoder_weights, frame_encoder
+from cliplift.models.per_frame.frame_sequence import encoder_weights, on_encoder
 from cliplift.models.protocol import StateLoader, VideoNetwork
-from cliplift.models.registry import register_model
+from cliplift.models.registry import variant
 
 
 class FrameAverage(VideoNetwork):
-    """``forward(x)``: (B, C, T, H, W) -> (B, K); features are the mean over T of the encoder's (B, D)."""
+    """``forward(x)``: (B, C, T, H, W) -> (B, K); features are the mean over T of the encoder's (B, D).
+
+    ``train_encoder=False`` trains the classifier alone.
+    """
 
     def __init__(
-        self, encoder: VideoNetwork, *, num_classes: int, in_frames: int, train_encoder: bool
+        self, encoder: VideoNetwork, *, num_classes: int, in_frames: int, train_encoder: bool = True
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -65,17 +68,12 @@ class FrameAverage(VideoNetwork):
         return [f"encoder.{name}" for name in self.encoder.checkpoint_blocks()] if self.train_encoder else []
 
 
-@register_model(paper="2D frames averaged over time", default_classes=400)
-def frame_average(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 16,
-    encoder: str = "efficientnet_lite0",
-    train_encoder: bool = True,
-) -> FrameAverage:
-    """A registered 2D model on every frame; ``train_encoder=False`` trains the classifier alone.
-
-    ``pretrained`` takes the encoder's published tags, such as "imagenet", beside files of the whole model.
-    """
-    network = frame_encoder(encoder)
-    return FrameAverage(network, num_classes=num_classes, in_frames=in_frames, train_encoder=train_encoder)
+# ``pretrained`` takes the encoder's published tags, such as "imagenet", beside files of the whole model
+frame_average = variant(
+    "frame_average",
+    on_encoder(FrameAverage),
+    paper="2D frames averaged over time",
+    fixed={"encoder_layer": None},
+    num_classes=400,
+    in_frames=16,
+)

@@ -33,7 +33,6 @@ from cliplift.models.layers import Conv3d, ReluLinear
 from cliplift.models.per_frame.frame_sequence import (
     FrameSequence,
     averaged_predictions,
-    frame_encoder,
     on_encoder,
     real_weights,
     step_losses,
@@ -72,7 +71,7 @@ class PooledFrames(FrameSequence):
         encoder: the frame network; its map is brought to ``grid`` x ``grid`` before the first FC.
         pooling: which of the five.
         grid: side of that grid: 6 for CaffeNet, whose FC layers see the positions; 1 averages over space first, as
-            networks do that have no FC layers (GoogLeNet and its successors).
+            networks do that have no FC layers (GoogLeNet and its successors). None is the encoder's own.
         width: of the FC layers.
         dropout: after every FC layer.
     """
@@ -84,12 +83,14 @@ class PooledFrames(FrameSequence):
         pooling: Pooling,
         num_classes: int,
         in_frames: int,
-        grid: int = 1,
+        grid: int | None = None,
         width: int = 4096,
         dropout: float = 0.5,
         train_encoder: bool = True,
     ) -> None:
         super().__init__(encoder, in_frames=in_frames, train_encoder=train_encoder)
+        if grid is None:
+            grid = GRID if isinstance(encoder, CaffeNet) else 1
         if grid < 1 or width < 1:
             raise ModelError(f"grid={grid} and width={width} must be 1 or more")
         self.refuse_layers_behind_the_map()
@@ -107,8 +108,7 @@ class PooledFrames(FrameSequence):
         self.reset_classifier(num_classes)
 
     def clip_logits(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        logits: Tensor = self.head(self.clip_features(maps, lengths=lengths))
-        return logits
+        return cast(Tensor, self.head(self.clip_features(maps, lengths=lengths)))
 
     def clip_features(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """(B, D, T, H', W') -> (B, feature_dim), what the softmax layer reads."""
@@ -202,59 +202,25 @@ def expanded(weight: Tensor, *, windows_before: int, windows_after: int) -> Tens
     return (parts[:, source.to(weight.device)] / shared_by[:, None]).flatten(1)
 
 
-def snippets_pooling(
-    *,
-    pooling: Pooling,
-    num_classes: int = 487,
-    in_frames: int = 120,
-    encoder: str = "efficientnet_lite0",
-    grid: int | None = None,
-    width: int = 4096,
-    dropout: float = 0.5,
-    train_encoder: bool = True,
-) -> PooledFrames:
-    """One of the five poolings on an encoder without FC layers of its own: those of the pooling take their place.
-
-    Args:
-        encoder: a registered 2D model.
-        grid, width, dropout: see :class:`PooledFrames`; None is the encoder's own grid.
-        train_encoder: False leaves the encoder as it is loaded.
-    """
-    network = frame_encoder(encoder, unless_given="conv")
-    own_grid = GRID if isinstance(network, CaffeNet) else 1
-    return PooledFrames(
-        network,
-        pooling=pooling,
-        num_classes=num_classes,
-        in_frames=in_frames,
-        grid=own_grid if grid is None else grid,
-        width=width,
-        dropout=dropout,
-        train_encoder=train_encoder,
+def _pooling(name: str, pooling: Pooling, cited_as: str) -> None:
+    """Register a pooling on an encoder without FC layers of its own: those of the pooling take their place."""
+    variant(
+        name,
+        on_encoder(PooledFrames, read_at="conv"),
+        paper=f"{PAPER}, {cited_as}",
+        fixed={"pooling": pooling, "encoder_layer": None},
+        num_classes=487,
+        in_frames=120,
     )
 
 
-# The best of the five in the paper
-snippets_conv_pooling = variant(
-    "snippets_conv_pooling", snippets_pooling, paper=f"{PAPER}, conv pooling", fixed={"pooling": "conv"}
-)
-snippets_late_pooling = variant(
-    "snippets_late_pooling", snippets_pooling, paper=f"{PAPER}, late pooling", fixed={"pooling": "late"}
-)
-snippets_slow_pooling = variant(
-    "snippets_slow_pooling", snippets_pooling, paper=f"{PAPER}, slow pooling", fixed={"pooling": "slow"}
-)
-# T is fixed: the softmax reads all windows side by side
-snippets_local_pooling = variant(
-    "snippets_local_pooling", snippets_pooling, paper=f"{PAPER}, local pooling", fixed={"pooling": "local"}
-)
-# At least 10 frames
-snippets_time_convolution = variant(
-    "snippets_time_convolution",
-    snippets_pooling,
-    paper=f"{PAPER}, time convolution",
-    fixed={"pooling": "time_convolution"},
-)
+_pooling("snippets_conv_pooling", "conv", "conv pooling")  # the best of the five in the paper
+_pooling("snippets_late_pooling", "late", "late pooling")
+_pooling("snippets_slow_pooling", "slow", "slow pooling")
+_pooling(
+    "snippets_local_pooling", "local", "local pooling"
+)  # T is fixed: the softmax reads all windows side by side
+_pooling("snippets_time_convolution", "time_convolution", "time convolution")  # at least 10 frames
 
 
 # --- the recurrent network, section 3.2 -------------------------------------------------------------------------------
@@ -310,13 +276,11 @@ class SnippetsLSTM(FrameSequence):
 
     def step_features(self, maps: Tensor) -> Tensor:
         """(B, D, T, H', W') -> (B, T, hidden)."""
-        outputs: Tensor = self.lstm(self.dropout(self.frame_vectors(maps)))[0]
-        return outputs
+        return cast(Tensor, self.lstm(self.dropout(self.frame_vectors(maps)))[0])
 
     def step_logits(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, T, K)."""
-        logits: Tensor = self.head(self.step_features(self.forward_features(x)))
-        return logits
+        return cast(Tensor, self.head(self.step_features(self.forward_features(x))))
 
     def clip_features(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """(B, D, T, H', W') -> (B, hidden): the steps' outputs weighted as their losses are."""
