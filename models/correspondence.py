@@ -77,7 +77,7 @@ class CorrespondenceHead(nn.Module):
         """Row i of one beside row i of the other: (B, D_s), (B, D_t) or (B, X, D_t) -> logits (B, 2)."""
         if clip_features.shape[0] != frame_features.shape[0]:
             raise ModelError(
-                f"aligned rows wanted, got {clip_features.shape[0]} clips and {frame_features.shape[0]} frame sets"
+                f"clips and frame sets must match by row, got {clip_features.shape[0]} and {frame_features.shape[0]}"
             )
         return self._classify(self._student(clip_features) + self._teacher(frame_features))
 

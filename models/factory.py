@@ -11,6 +11,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 from safetensors.torch import save_file
@@ -24,15 +25,7 @@ from cliplift.models.state_dicts import WEIGHTS, LoadReport, head_prefix, load_s
 FORMAT = 1
 CONFIG = "config.json"
 FLAT_PREFIX = "2d:"
-MEMBERS = (
-    "feature_dim",
-    "num_classes",
-    "input_spec",
-    "forward_features",
-    "forward",
-    "reset_classifier",
-    "checkpoint_blocks",
-)
+MEMBERS = (*VideoNetwork.__annotations__, *(name for name in vars(VideoNetwork) if not name.startswith("_")))
 
 
 def create_model(
@@ -69,13 +62,13 @@ def create_model(
     if classes < 0:
         raise ModelError(f"model {name!r}: num_classes={classes} must be 0 (features) or more")
     frames = {} if in_frames is None else {"in_frames": in_frames}
-    model = _checked(entry.build(num_classes=classes, **frames, **options), name)
+    model = _check_protocol(entry.build(num_classes=classes, **frames, **options), name)
     if pretrained is not None:
         load_pretrained(model, pretrained)
     return model
 
 
-def _checked(model: nn.Module, name: str) -> VideoNetwork:
+def _check_protocol(model: nn.Module, name: str) -> VideoNetwork:
     """The model, if it offers all of :class:`VideoModel`; a plug-in's may not."""
     if not isinstance(model, VideoModel):
         missing = [member for member in MEMBERS if not hasattr(model, member)]
@@ -90,8 +83,8 @@ def save_pretrained(
     folder: str | Path,
     *,
     name: str,
-    options: Mapping[str, Any] | None = None,
-    extra: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
+    extra: Mapping[str, object] | None = None,
 ) -> Path:
     """Write ``folder/model.safetensors`` and ``folder/config.json``.
 
@@ -125,6 +118,7 @@ def save_pretrained(
             f"{target / CONFIG}: options and extra must be plain JSON values ({error})"
         ) from None
     target.mkdir(parents=True, exist_ok=True)
+    # safetensors takes neither views nor devices
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     save_file(state, target / WEIGHTS, metadata={"format": "pt"})
     (target / CONFIG).write_text(text, encoding="utf-8")
@@ -216,7 +210,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=[WEIGHTS, CONFIG]))
 
 
-def _hub() -> Any:
+def _hub() -> ModuleType:
     try:
         import huggingface_hub
     except ImportError:

@@ -4,7 +4,7 @@
   network's output, also at the clip's ends, where zero padding stands in for frames.
 * ``mean``: the 2D kernel divided by T, repeated over T (Carreira and Zisserman, I3D, arXiv 1705.07750, section 2.3).
   Exact away from the ends only; with zero padding the first and last frames see smaller sums.
-* what a network has beside the 2D kernels (P3D's temporal convolutions, TAM's sums over frames) it initialises itself
+* what a network has besides the 2D kernels (P3D's temporal convolutions, TAM's sums over frames) it initialises itself
   so that it starts as the 2D network; see its ``adapt_2d_state``.
 
 What could not be carried over stays freshly initialised, and is logged by name.
@@ -87,6 +87,7 @@ def inflate(
     own, head = model.state_dict(), head_prefix(model)
     copied, inflated, fresh = [], [], []
     for key, target in own.items():
+        # the classifier of images has other classes, even where its shape happens to agree
         given = None if head and key.startswith(head) else state.get(key)
         if given is not None and given.shape == target.shape:
             target.copy_(given)
@@ -100,6 +101,7 @@ def inflate(
     report = InflationReport(
         tuple(copied), tuple(inflated), tuple(fresh), tuple(key for key in state if key not in used)
     )
+    # biases and BatchNorms fit many networks; without a kernel these are not the 2D counterpart's weights
     if not inflated and not any(own[key].ndim >= 4 for key in copied):
         raise ModelError(
             f"{source}: no kernel fits {type(model).__name__}; these are not weights of its 2D counterpart"

@@ -60,7 +60,7 @@ def read_state(model: nn.Module, source: str | Path) -> dict[str, Tensor]:
         Exception
     ) as error:  # pickle, zip and torch each raise their own; the file is the user's either way
         raise ModelError(f"{path}: torch.load(weights_only=True) refused it ({error})") from error
-    return _unwrapped(content, path)
+    return _unwrap(content, path)
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> LoadReport:
@@ -72,11 +72,12 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) ->
     own = model.state_dict()
     head = head_prefix(model)
     in_head = [k for k in (*given, *own) if head and k.startswith(head)]
+    # the head is taken whole or not at all: half a classifier would be neither the source's nor fresh
     fits = all(k in given and k in own and given[k].shape == own[k].shape for k in in_head)
     skipped = () if fits else tuple(k for k in given if k in in_head)
     fresh = () if fits else tuple(k for k in own if k in in_head)
     body = {k: v for k, v in given.items() if k not in skipped}
-    _refuse_strangers(own, body, fresh, source)
+    _refuse_mismatches(own, body, fresh, source)
     model.load_state_dict(body, strict=False)
     if skipped or fresh:
         notes.append(
@@ -116,7 +117,7 @@ def rename_prefixes(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) ->
     return {rename_key(key, prefixes): value for key, value in state.items()}
 
 
-def _refuse_strangers(
+def _refuse_mismatches(
     own: Mapping[str, Tensor], body: Mapping[str, Tensor], fresh: tuple[str, ...], source: str
 ) -> None:
     unexpected = [k for k in body if k not in own]
@@ -141,7 +142,7 @@ def _shapes(state: Mapping[str, Tensor], keys: tuple[str, ...]) -> str:
     return ", ".join(f"{key} {tuple(state[key].shape)}" for key in keys) or "nothing"
 
 
-def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:
+def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
     for key in WRAPPER_KEYS:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -153,7 +154,7 @@ def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class WeightMatch:
-    """Keys under the model's names. The classifier's are apart, because another number of classes is no mistake."""
+    """Keys under the model's names. The classifier's are apart: a different number of classes is not an error."""
 
     matched: tuple[str, ...]
     missing: tuple[str, ...]  # of the model, not in the source
@@ -174,11 +175,11 @@ def match_weights(model: VideoNetwork, state: Mapping[str, Tensor]) -> WeightMat
     """Compare a source's tensors (:func:`read_state`) with a model's, by name and shape.
 
     Args:
-        model: as for ``load_state``; one on the meta device will do, since only shapes are looked at.
+        model: as for ``load_state``; one on the meta device is enough, since only shapes are compared.
         state: the tensors under the source's own names.
 
     Raises:
-        ModelError: from the model's ``adapt_state_dict``, where no resize or renaming can help.
+        ModelError: from the model's ``adapt_state_dict``, where no resizing or renaming can help.
     """
     given, notes = adapted_state(model, dict(state))
     own = model.state_dict()
@@ -201,12 +202,12 @@ def match_weights(model: VideoNetwork, state: Mapping[str, Tensor]) -> WeightMat
         ),
         head_given=tuple(f"{k} {tuple(v.shape)}" for k, v in heads[0].items()),
         head_fits={k: v.shape for k, v in heads[0].items()} == {k: v.shape for k, v in heads[1].items()},
-        classes=_classes(heads[0], heads[1], model.num_classes) if heads[1] else None,
+        classes=_count_classes(heads[0], heads[1], model.num_classes) if heads[1] else None,
         notes=tuple(notes),
     )
 
 
-def _classes(given: Mapping[str, Tensor], own: Mapping[str, Tensor], num_classes: int) -> int | None:
+def _count_classes(given: Mapping[str, Tensor], own: Mapping[str, Tensor], num_classes: int) -> int | None:
     """K of the source: the head's outputs are a multiple of K (once, or one set a frame or annotation)."""
     shared = [k for k, v in own.items() if k in given and v.ndim and given[k].ndim]
     other = [k for k in shared if given[k].shape[0] != own[k].shape[0]]

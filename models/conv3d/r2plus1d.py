@@ -123,7 +123,7 @@ class R2Plus1D(PooledClassifier):
             norm(width),
             nn.ReLU(inplace=True),
         )
-        channels = width
+        channels = width  # of what enters the next block
         for stage, (count, width) in enumerate(zip(LAYERS[depth], STAGE_WIDTHS, strict=True), start=1):
             blocks = []
             for i in range(count):

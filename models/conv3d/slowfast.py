@@ -18,14 +18,12 @@ weights circulate, has 7, the default. The paper takes Slow's frames at a stride
 the lateral convolutions, of stride alpha, assume); PySlowFast spreads them evenly from the first frame to the last
 ("spread").
 
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
-
-SlowFast weights from the formats they are published in.
-
-Our names are PySlowFast's (``.pyth`` files of facebookresearch/SlowFast), but for the classifier. Read besides:
+Weights: our names are PySlowFast's (``.pyth`` files of facebookresearch/SlowFast), but for the classifier. Also read:
 pytorchvideo's (``blocks.1.multipathway_blocks.0...``) and Caffe2's blobs (``t_res2_0_branch2a_w``), in which the
 model zoo of PySlowFast has the Kinetics weights. Those ``.pkl`` files are plain pickles and are never opened here:
 save their "blobs" as tensors (safetensors or ``torch.save``) first.
+
+Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -43,6 +41,7 @@ from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS
 from cliplift.models.layers import Conv3d, PooledClassifier
 from cliplift.models.protocol import InputSpec, ModelError
 from cliplift.models.registry import register_model
+from cliplift.models.state_dicts import rename_prefixes
 from cliplift.models.streams import flow_from_rgb, stream_spec
 
 Patterns = Sequence[tuple[str, str]]
@@ -92,13 +91,8 @@ def adapt_slowfast(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[st
     if "t_conv1_w" in state:
         return {_from_caffe2(k): v for k, v in state.items()}, ["took the names of Caffe2's blobs"]
     if "s1.pathway0_stem.conv.weight" in state and not any(k.startswith("projection.") for k in state):
-        renamed = {_after("head.projection.", "projection.", key): value for key, value in state.items()}
-        return renamed, ["took PySlowFast's names"]
+        return rename_prefixes(state, {"head.projection.": "projection."}), ["took PySlowFast's names"]
     return state, []
-
-
-def _after(old: str, new: str, key: str) -> str:
-    return new + key.removeprefix(old) if key.startswith(old) else key
 
 
 def _from_pytorchvideo(key: str) -> str:
@@ -295,6 +289,7 @@ class SlowFast(PooledClassifier):
         channels = [stem, stem // pathways.beta_inv]
         for s, (count, width) in enumerate(zip(self.counts, STAGE_WIDTHS, strict=True), start=2):
             self.add_module(f"s{s - 1}_fuse", Lateral(channels[1], pathways))
+            # the lateral connection is concatenated to what enters Slow's stage, not to what leaves it
             channels[0] += channels[1] * pathways.lateral_ratio
             stage = nn.ModuleDict()
             for p in (0, 1):

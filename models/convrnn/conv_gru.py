@@ -126,7 +126,7 @@ class ConvGRU(RecurrentStack):
         bidirectional, dropout: see :class:`RecurrentStack`, also for ``forward``.
 
     Raises:
-        ModelError: an even kernel, as many kernels as there are not layers, or another impossible value.
+        ModelError: an even kernel, a number of kernels other than the number of layers, or another impossible value.
     """
 
     position_axes = 2

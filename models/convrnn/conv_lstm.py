@@ -119,7 +119,7 @@ class ConvLSTM(RecurrentStack):
         in_channels: C of the input.
         hidden: N of each layer.
         input_kernel: side of W_x, of all layers or one each; odd.
-        hidden_kernel: side of W_h, likewise. Above 1, or no position ever learns of another one.
+        hidden_kernel: side of W_h, likewise. With 1, positions never exchange information.
         peephole: "channel", "position" (needs ``map_size``) or "none".
         map_size: (H, W) of the maps, for "position".
         output_gate_cell: which cell the output gate's peephole sees, "new" (the paper's) or "old".
@@ -127,7 +127,7 @@ class ConvLSTM(RecurrentStack):
         forget_bias: initial bias of the forget gate.
 
     Raises:
-        ModelError: an even kernel, as many kernels as there are not layers, or another impossible value.
+        ModelError: an even kernel, a number of kernels other than the number of layers, or another impossible value.
     """
 
     position_axes = 2
@@ -168,8 +168,8 @@ class ConvLSTM(RecurrentStack):
 
 
 def per_layer(name: str, value: int | Sequence[int], layers: int) -> tuple[int, ...]:
-    """One number for all layers, or one each."""
+    """One number for all layers, or one for each. Raises ModelError for another count."""
     values = (value,) * layers if isinstance(value, int) else tuple(value)
     if len(values) != layers:
-        raise ModelError(f"{name}={list(values)} names {len(values)} layers, there are {layers}")
+        raise ModelError(f"{name}={list(values)} is for {len(values)} layers, the network has {layers}")
     return values

@@ -33,7 +33,7 @@ FORECASTER = ("forecaster.", "output.")  # what a classifier has no use for, in 
 
 
 class EncoderForecaster(PooledClassifier):
-    """Encoder, forecaster and what lies between pixels and their inputs. Built in :mod:`convlstm_models`."""
+    """Encoder, forecaster and what lies between pixels and their inputs. ``variants`` builds it."""
 
     forecaster: RecurrentStack | None
     output: nn.Module | None

@@ -103,7 +103,9 @@ class LSTMUnroll(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_hidden: Tensor | None, d_h: Tensor | None, d_c: Tensor | None) -> Any:
+    def backward(
+        ctx: Any, d_hidden: Tensor | None, d_h: Tensor | None, d_c: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         frames, weight_input, weight_hidden, peephole, h0, c0, real, gates, hidden, cells = ctx.saved_tensors
         T = len(hidden)
         order = list(reversed(range(T))) if ctx.reverse else list(range(T))
@@ -181,23 +183,26 @@ def _step_gradient(
     N = c.shape[1]
     i, f, g, o = (gates[:, at : at + N] for at in range(0, 4 * N, N))
     d_i, d_f, d_g, d_o = (d_gates[:, at : at + N] for at in range(0, 4 * N, N))
+    # h = o tanh(c): the gradient of o before its sigmoid, and what reaches c through h
     tanh_c = c.tanh()
     _through_sigmoid(torch.mul(d_h, tanh_c, out=d_o), o)
     through_h: Tensor = aten.tanh_backward(d_h * o, tanh_c)
     d_c = through_h if d_c is None else through_h.add_(d_c)
-    if peephole is not None and new_cell:
+    if peephole is not None and new_cell:  # o has looked at c, which therefore gets a share from it
         d_c.addcmul_(d_o, peephole[2])
+    # c = f c_old + i g
     _through_sigmoid(torch.mul(d_c, g, out=d_i), i)
     aten.tanh_backward.grad_input(torch.mul(d_c, i, out=d_g), g, grad_input=d_g)
     if c_old is None:
         d_f.zero_()
     else:
         _through_sigmoid(torch.mul(d_c, c_old, out=d_f), f)
-    d_c.mul_(f)
+    d_c.mul_(f)  # from here on the old cell's
     if peephole is not None:
         assert d_peephole is not None
         for gate, d, seen in ((0, d_i, c_old), (1, d_f, c_old), (2, d_o, c if new_cell else c_old)):
             if seen is not None:
+                # one weight per channel on maps: summed over clips and positions
                 d_peephole[gate] += (d * seen).sum_to_size(peephole[gate].shape)
         d_c.addcmul_(d_i, peephole[0]).addcmul_(d_f, peephole[1])
         if not new_cell:

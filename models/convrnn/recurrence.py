@@ -33,7 +33,7 @@ class RecurrentLayer(nn.Module):
     def __init__(self, *, channels: int, state_tensors: int) -> None:
         super().__init__()
         if channels < 1:
-            raise ModelError(f"{type(self).__name__}: a state of {channels} channels; give 1 or more")
+            raise ModelError(f"{type(self).__name__}: channels={channels} must be 1 or more")
         self.channels = channels
         self.state_tensors = state_tensors
 
@@ -55,7 +55,7 @@ class RecurrentLayer(nn.Module):
         Args:
             x: the input sequence.
             state: to start from; None is zeros.
-            real: bool (T, B, 1, ...), False at padded steps. Such a step leaves the state as it is and gives zeros.
+            real: bool (T, B, 1, ...), False at padded steps. A padded step keeps the state and outputs zeros.
             reverse: read from the last step to the first.
         """
         return self.unroll(self.project(x), state, real=real, reverse=reverse)
@@ -64,13 +64,15 @@ class RecurrentLayer(nn.Module):
         self, gates: Tensor, state: LayerState | None, *, real: Tensor | None, reverse: bool
     ) -> tuple[Tensor, LayerState]:
         """The loop of :meth:`forward` over projected inputs (T, B, G, ...)."""
-        # unbind, not indexing: the gradient of T slices would be T whole sequences, added up.
+        # unbind, not indexing: the gradient of T slices would be T whole sequences, added up
         steps = gates.unbind(0)
         state = self.start(state, gates, real=real)
         hidden: list[Tensor] = []
         for t in reversed(range(len(steps))) if reverse else range(len(steps)):
             new = self.step(steps[t], state)
             if real is not None:
+                # where a clip is padded, its last real state is carried on to the end (or, read backwards, the start
+                # state to its last real frame), so that what forward returns belongs to real frames
                 assert state is not None
                 new = tuple(torch.where(real[t], n, o) for n, o in zip(new, state, strict=True))
             state = new
@@ -82,8 +84,9 @@ class RecurrentLayer(nn.Module):
     def start(self, state: LayerState | None, sequence: Tensor, *, real: Tensor | None) -> LayerState | None:
         """The state before the first step of (T, B, anything, ...).
 
-        None is zeros, whose recurrent product is left out. A single step keeps it, so that every weight has a
-        gradient, and so does a masked one, which may have to hand the zeros on.
+        None means zeros, whose recurrent product can be skipped. It is not skipped for a sequence of a single step, so
+        that every weight gets a gradient (ZeRO waits for all of them), nor for a masked sequence, whose padded steps
+        have to carry the zeros on.
         """
         needed = state is None and (real is not None or len(sequence) == 1)
         return self.zero_state(sequence[0]) if needed else state
@@ -111,7 +114,7 @@ class RecurrentStack(nn.Module):
     ) -> None:
         super().__init__()
         if not layers:
-            raise ModelError(f"{type(self).__name__}: no layers; name the state channels of at least one")
+            raise ModelError(f"{type(self).__name__} has no layers; give the state channels of at least one")
         if not 0 <= dropout < 1:
             raise ModelError(f"{type(self).__name__}: dropout={dropout} must be in [0, 1)")
         self.layers = nn.ModuleList(layers)
@@ -156,7 +159,7 @@ class RecurrentStack(nn.Module):
         sequence = x.permute(2, 0, 1, 3, 4) if self.position_axes else x.transpose(0, 1)
         T, B = sequence.shape[:2]
         if T == 0:
-            raise ModelError(f"{type(self).__name__}: clips of no steps, {tuple(x.shape)}")
+            raise ModelError(f"{type(self).__name__}: the clips {tuple(x.shape)} have no steps")
         real = _real_steps(lengths, mask, batch=B, steps=T)
         if real is None:
             return sequence, None
@@ -176,6 +179,7 @@ class RecurrentStack(nn.Module):
         outputs: list[Tensor] = []
         last: list[LayerState] = []
         for level in range(0, len(self.layers), self.directions):
+            # both directions of a level read the states of both directions below, and each starts at its own end
             below = self.dropout(outputs[-1]) if outputs else sequence
             both = []
             for direction in range(self.directions):
@@ -207,8 +211,8 @@ class RecurrentStack(nn.Module):
             return [None] * len(self.layers)
         if len(state) != len(self.layers):
             raise ModelError(
-                f"{type(self).__name__}: a state of {len(state)} layers for {len(self.layers)}; "
-                "give what an earlier call of the same module returned"
+                f"{type(self).__name__}: the state is of {len(state)} layers, the module has {len(self.layers)}; "
+                "pass what an earlier call of this module returned"
             )
         return state
 
@@ -221,7 +225,8 @@ def _real_steps(lengths: Tensor | None, mask: Tensor | None, *, batch: int, step
         )
     if lengths is not None:
         if lengths.shape != (batch,):
-            raise ModelError(f"lengths must be ({batch},), one a clip, got {tuple(lengths.shape)}")
+            raise ModelError(f"lengths must be ({batch},), one per clip, got {tuple(lengths.shape)}")
+        # tensors on the meta device, as in measuring, have no values to check
         if lengths.device.type != "meta" and (int(lengths.min()) < 1 or int(lengths.max()) > steps):
             raise ModelError(f"lengths={lengths.tolist()} must lie in [1, {steps}], the steps given")
         return torch.arange(steps, device=lengths.device) < lengths.unsqueeze(1)

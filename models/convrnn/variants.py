@@ -129,7 +129,7 @@ _table_1("convlstm_5x5_128_128", (128, 128), input_kernel=5, hidden_kernel=5)  #
 _table_1(
     "convlstm_5x5_128_64_64", (128, 64, 64), input_kernel=5, hidden_kernel=5
 )  # 7,585,296, the best of the table
-# (9x9)-1x1: no position ever hears of another
+# state-to-state kernel 1: positions never exchange information
 _table_1("convlstm_1x1_128_128", (128, 128), input_kernel=9, hidden_kernel=1)  # 11,550,224
 _table_1("convlstm_1x1_128_64_64", (128, 64, 64), input_kernel=9, hidden_kernel=1)  # 8,830,480
 # Radar: (3x3)-3x3-64-3x3-64 on 100x100 maps in patches of 2x2, 5 frames read

@@ -192,7 +192,7 @@ class TemporalBert(nn.Module):
         if self.positions is not None:
             x = x + self.positions[:, : x.shape[1]]
         x = self.dropout(x)
-        keep = self._drawn_mask(x) if self.training and self.keep_probability < 1 else None
+        keep = self._draw_mask(x) if self.training and self.keep_probability < 1 else None
         attention = []
         for block in self.blocks:
             x, weights = block(x, keep)
@@ -201,7 +201,7 @@ class TemporalBert(nn.Module):
         rest = x if self.cls_token is None else x[:, 1:]
         return BertOutput(summary, rest, tuple(attention) if return_attention else ())
 
-    def _drawn_mask(self, x: Tensor) -> Tensor:
+    def _draw_mask(self, x: Tensor) -> Tensor:
         keep = torch.rand(x.shape[:2], device=x.device) < self.keep_probability  # (B, S)
         if self.cls_token is not None:
             keep[:, 0] = True

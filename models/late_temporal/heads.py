@@ -12,7 +12,7 @@ Shape letters: B clips, C channels, T' frames of the feature map (tokens), H' W'
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal, cast
 
 import torch
@@ -139,19 +139,9 @@ class Bert(TemporalHead):
 
     def __init__(self, *, dim: int, tokens: int, dropout: float, options: BertOptions) -> None:
         super().__init__(dim=dim, out_dim=dim, dropout=dropout)
-        self.normalise_tokens = options.normalise_tokens
-        self.bert = TemporalBert(
-            dim,
-            max_tokens=tokens,
-            layers=options.layers,
-            heads=options.heads,
-            cls_token=options.cls_token,
-            positions=options.positions,
-            keep_probability=options.keep_probability,
-            dropout=options.dropout,
-            norm=options.norm,
-            init=options.init,
-        )
+        settings = asdict(options)
+        self.normalise_tokens = settings.pop("normalise_tokens")
+        self.bert = TemporalBert(dim, max_tokens=tokens, **settings)
 
     def forward(self, maps: Tensor) -> Tensor:
         return cast(Tensor, self.dropout(self.attend(maps).summary))

@@ -264,11 +264,13 @@ def with_temporal_heads_on_pathways(
     """
     if fusion not in ("early", "late"):
         raise ModelError(f"fusion={fusion!r} must be 'early' or 'late'")
+    # blocks come in forward order, and each pathway has its own
     last = {
         name: [n for n in backbone.checkpoint_blocks() if f"pathway{p}_res" in n][-1]
         for p, name in enumerate(("slow", "fast"))
     }
     dims = {"slow": _out_channels(backbone, last["slow"]), "fast": _out_channels(backbone, last["fast"])}
+    # late fusion leaves Fast its 256 channels: its BERT can afford them
     wanted = {"slow": reduction.channels}
     if fusion == "early":
         wanted["fast"] = reduction.channels // FAST_SHARE

@@ -74,6 +74,7 @@ def _build(
     if in_channels != 3 or "in_channels" in inspect.signature(entry.build).parameters:
         options.setdefault("in_channels", in_channels)
     network = create_model(backbone, num_classes=0, in_frames=in_frames, **options)
+    # options of a config are lists; the cache of time_steps needs tuples
     hashable = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     tokens = time_steps(backbone, network.input_spec.frames, tuple(sorted(hashable.items())))
     if isinstance(network, HasPathways):
@@ -127,7 +128,7 @@ def late_temporal(
         dropout: before the classifier.
         width: outputs of concat_fc (1550), lstm (450), nonlocal_concat_fc (1000).
         layers, heads, cls_token, positions, keep_probability, bert_dropout, norm, init, normalise_tokens: of the
-            bert head; see ``temporal_bert.TemporalBert``.
+            bert head; see :class:`~cliplift.models.late_temporal.bert.TemporalBert`.
     """
     bert = BertOptions(
         layers=layers,

@@ -64,14 +64,14 @@ def late_temporal_state(
         given = dict(state)
         notes: list[str] = []
     else:
-        given, notes = _from_elsewhere(state, backbone, replaced_blocks)
+        given, notes = _read_foreign(state, backbone, replaced_blocks)
     parts = [f"{BACKBONE}{name}." for name in replaced_blocks]
     for part in (*parts, "reduction.", "temporal."):
         _fill_part(given, own, part, notes)
     return given, notes
 
 
-def _from_elsewhere(
+def _read_foreign(
     state: Mapping[str, Tensor], backbone: nn.Module, replaced_blocks: tuple[str, ...]
 ) -> tuple[dict[str, Tensor], list[str]]:
     # where FRMB replaced a block, mapper.* names the backbone's own new block again

@@ -50,7 +50,7 @@ def attention_rollout(model: nn.Module, clips: Tensor, *, scaled: bool = True) -
     Raises:
         ModelError: the model is not a TimeSformer, or the clips do not fit it.
     """
-    net, grid, seen = _observed(model, clips)
+    net, grid, seen = _observe(model, clips)
     own = _own_grid(net, grid)
     sequences = len(clips) * grid[0] // own[0]  # the space scheme makes a sequence of every frame
     tokens = 1 + own[0] * own[1] * own[2]
@@ -59,7 +59,7 @@ def attention_rollout(model: nn.Module, clips: Tensor, *, scaled: bool = True) -
     for attention, pairs in reversed(seen):
         row = 0.5 * row + 0.5 * _back_through(row, attention, pairs, own)
     maps = row[:, 1:].reshape(len(clips), *grid)
-    return _scaled(maps, dims=(1, 2, 3)) if scaled else maps
+    return _scale_to_peak(maps, dims=(1, 2, 3)) if scaled else maps
 
 
 def head_maps(model: nn.Module, clips: Tensor, *, block: int = -1, scaled: bool = True) -> Tensor:
@@ -77,7 +77,7 @@ def head_maps(model: nn.Module, clips: Tensor, *, block: int = -1, scaled: bool 
     Raises:
         ModelError: as :func:`attention_rollout`, or no such block.
     """
-    net, grid, seen = _observed(model, clips)
+    net, grid, seen = _observe(model, clips)
     depth = len(net.blocks)
     if not -depth <= block < depth:
         raise ModelError(f"block={block} must be in [{-depth}, {depth - 1}]: the model has {depth} blocks")
@@ -90,17 +90,19 @@ def head_maps(model: nn.Module, clips: Tensor, *, block: int = -1, scaled: bool 
     else:
         maps = from_groups(rearrange(weights, "g a l -> g l a"), attention.step, grid).transpose(1, 2)
     maps = (maps / groups).unflatten(2, grid)  # type: ignore[no-untyped-call]
-    return _scaled(maps, dims=(2, 3, 4)) if scaled else maps
+    return _scale_to_peak(maps, dims=(2, 3, 4)) if scaled else maps
 
 
-def _observed(model: nn.Module, clips: Tensor) -> tuple[TimeSformer, Grid, Seen]:
+def _observe(model: nn.Module, clips: Tensor) -> tuple[TimeSformer, Grid, Seen]:
     """One forward pass in eval mode, and what every attention step computed its weights from."""
     if not isinstance(model, TimeSformer):
         raise ModelError(f"attention maps need a TimeSformer, not a {type(model).__name__}")
     seen: Seen = []
     for block in model.blocks:
         seen += [(module, []) for module in block.modules() if isinstance(module, Attention)]
-    handles = [attention.dot.register_forward_pre_hook(partial(_keep, pairs)) for attention, pairs in seen]
+    handles = [
+        attention.dot.register_forward_pre_hook(partial(_store_pair, pairs)) for attention, pairs in seen
+    ]
     try:
         with torch.no_grad(), _evaluating(model):
             _, patches = model.forward_tokens(clips)
@@ -111,7 +113,7 @@ def _observed(model: nn.Module, clips: Tensor) -> tuple[TimeSformer, Grid, Seen]
     return model, (frames, rows, columns), seen
 
 
-def _keep(pairs: list[Pair], _: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+def _store_pair(pairs: list[Pair], _: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     pairs.append((inputs[0], inputs[1]))
 
 
@@ -157,7 +159,7 @@ def _softmax(q: Tensor, k: Tensor) -> Tensor:
         return weights
 
 
-def _scaled(maps: Tensor, *, dims: tuple[int, ...]) -> Tensor:
+def _scale_to_peak(maps: Tensor, *, dims: tuple[int, ...]) -> Tensor:
     peak = maps.amax(dim=dims, keepdim=True)
     return maps / peak.clamp_min(torch.finfo(maps.dtype).tiny)
 

@@ -96,9 +96,9 @@ def adapt_timesformer(
     Raises:
         ModelError: position embeddings that are not of a square image.
     """
-    given, notes = _renamed(state)
+    given, notes = _rename_keys(state)
     if not any(_EXTRA.fullmatch(key) or key == "time_embed" for key in given):
-        given = _from_image(given, own, notes)
+        given = _complete_from_image(given, own, notes)
     source = given.get("pos_embed")
     if source is not None and source.shape[1] != own["pos_embed"].shape[1]:
         side = round((source.shape[1] - 1) ** 0.5)
@@ -116,7 +116,7 @@ def adapt_timesformer(
 
 
 def check_resizes(position_resize: str, time_resize: str) -> None:
-    """Raises ModelError for rules there are none of."""
+    """Raises ModelError for an unknown rule."""
     for option, value, known in (
         ("position_resize", position_resize, get_args(PositionResize)),
         ("time_resize", time_resize, get_args(TimeResize)),
@@ -154,14 +154,14 @@ def resize_times(times: Tensor, frames: int, *, how: TimeResize) -> Tensor:
     return F.interpolate(times.transpose(1, 2), size=frames, mode=how).transpose(1, 2)
 
 
-def _renamed(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def _rename_keys(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     if any(key.startswith("timesformer.") for key in state):
-        renamed = _by_tables(state, "timesformer.encoder.layer.", HF_TOP, HF_BLOCK)
+        renamed = _rename_by_tables(state, "timesformer.encoder.layer.", HF_TOP, HF_BLOCK)
         return renamed, ["took Hugging Face's names"]
     if any(_MM_BLOCKS in key for key in state):
         bare = {key.removeprefix("backbone."): value for key, value in state.items()}
         block = _MM_DIVIDED if any(".attentions.1." in key for key in bare) else _MM_PLAIN
-        return _by_tables(bare, _MM_BLOCKS, _MM_TOP, block), ["took mmaction2's names"]
+        return _rename_by_tables(bare, _MM_BLOCKS, _MM_TOP, block), ["took mmaction2's names"]
     if state and all(key.startswith("model.") for key in state):
         bare = {key.removeprefix("model."): value for key, value in state.items()}
         return bare, ["took the prefix 'model.' off the keys"]
@@ -172,7 +172,9 @@ def _renamed(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]
     return kept, [f"left out {', '.join(left)}: part of the image classifier"] if left else []
 
 
-def _by_tables(state: Mapping[str, Tensor], blocks: str, top: Renames, block: Renames) -> dict[str, Tensor]:
+def _rename_by_tables(
+    state: Mapping[str, Tensor], blocks: str, top: Renames, block: Renames
+) -> dict[str, Tensor]:
     renamed = {}
     for key, value in state.items():
         index, dot, inner = key.removeprefix(blocks).partition(".")
@@ -181,7 +183,9 @@ def _by_tables(state: Mapping[str, Tensor], blocks: str, top: Renames, block: Re
     return renamed
 
 
-def _from_image(given: dict[str, Tensor], own: Mapping[str, Tensor], notes: list[str]) -> dict[str, Tensor]:
+def _complete_from_image(
+    given: dict[str, Tensor], own: Mapping[str, Tensor], notes: list[str]
+) -> dict[str, Tensor]:
     """Complete an image ViT: extra steps copy the spatial ones, their Linear and the time embedding are zero."""
     copied = zeroed = 0
     for key, value in own.items():
