@@ -483,11 +483,11 @@ def test_half_precision_weights_run(precision: torch.dtype) -> None:
     [
         (lambda: ConvLSTM(3, 4, hidden_kernel=4), "hidden_kernel=4 must be odd"),
         (lambda: ConvLSTM(3, 4, input_kernel=2), "input_kernel=2 must be odd"),
-        (lambda: ConvLSTM(3, (4, 4), hidden_kernel=(3, 3, 3)), "names 3 layers, there are 2"),
+        (lambda: ConvLSTM(3, (4, 4), hidden_kernel=(3, 3, 3)), "is for 3 layers, the network has 2"),
         (lambda: ConvLSTM(3, 4, peephole="position"), r"map_size=\(H, W\)"),
         (lambda: ConvLSTM(3, 4, peephole="diagonal"), "'diagonal' must be 'none', 'channel' or 'position'"),  # type: ignore[arg-type]
         (lambda: ConvLSTM(3, ()), "no layers"),
-        (lambda: ConvLSTM(3, 0), "a state of 0 channels"),
+        (lambda: ConvLSTM(3, 0), "channels=0 must be 1 or more"),
         (lambda: FCLSTM(3, 4, peephole="channel"), "'channel' must be 'none', 'diagonal' or 'full'"),  # type: ignore[arg-type]
         (lambda: FCLSTM(3, 4, output_gate_cell="next"), "'next' must be 'new' or 'old'"),  # type: ignore[arg-type]
         (lambda: FCLSTM(3, 4, dropout=1.0), "dropout=1.0"),
@@ -509,7 +509,7 @@ def test_impossible_networks_are_refused(make: Callable[[], object], said: str) 
         (lambda net, x: net(x, mask=torch.ones(2, 4)), "mask must be bool"),
         (lambda net, x: net(x, lengths=torch.tensor([4, 4]), mask=torch.ones(2, 4).bool()), "not both"),
         (lambda net, x: net(x[:, :, :0]), "no steps"),
-        (lambda net, x: net(x, net(x)[1] * 2), "a state of 2 layers for 1"),
+        (lambda net, x: net(x, net(x)[1] * 2), "the state is of 2 layers, the module has 1"),
         (lambda net, x: net(x[..., :4]), "built for maps of 6x5, got 6x4"),
     ],
 )

@@ -206,7 +206,7 @@ def test_a_classifier_takes_a_trained_forecasters_encoder(tmp_path: Path) -> Non
             "'l1'",
         ),
         (lambda: small(side=18), "side=18"),
-        (lambda: small(hidden_kernel=(3, 3, 3)), "names 3 layers"),
+        (lambda: small(hidden_kernel=(3, 3, 3)), "is for 3 layers"),
         (
             lambda: create_model("fclstm", hidden=(4,), side=16, num_classes=0)(torch.rand(1, 3, 3, 32, 32)),
             "built for frames of 16x16",
