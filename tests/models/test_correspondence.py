@@ -102,7 +102,7 @@ def test_widths_and_pairings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ModelError, match="dropout"):
         CorrespondenceHead(8, 8, dropout=(0.0, 1.0, 0.0))
     head = CorrespondenceHead(8, 8, embed_dim=8)
-    with pytest.raises(ModelError, match="3 clips and 4 frame sets"):
+    with pytest.raises(ModelError, match="match by row, got 3 and 4"):
         head(torch.randn(3, 8), torch.randn(4, 8))
     with pytest.raises(ModelError, match=r"\(B, P\) with B=3"):
         head.pair_logits(torch.randn(3, 8), torch.randn(4, 8), torch.zeros(3, dtype=torch.long))
