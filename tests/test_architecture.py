@@ -35,7 +35,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"state_dicts", "inflate", "layers", "measure"},
         {"correspondence"},
         {"image"},
-        {"conv3d", "timesformer", "convrnn"},
+        {"conv3d", "timesformer", "video_vit", "convrnn"},
         {"late_temporal", "per_frame"},
     ],
     "sharding": [{"storage"}, {"manifest", "scratch"}, {"video", "sources"}, {"read", "demo"}, {"build"}],
