@@ -2,13 +2,15 @@
 
 Nothing read here is executed: safetensors, JSON, and ``torch.load(weights_only=True)``.
 
-A model may help with three optional attributes: ``head_name`` (the submodule holding the classifier),
-``adapt_state_dict(state) -> (state, notes)`` (renames public keys, resizes position embeddings and says so) and
-``published_weights`` (tags such as "imagenet" -> a function giving a state dict).
+A model may help with four optional attributes: ``head_name`` (the submodule holding the classifier),
+``adapt_state_dict(state) -> (state, notes)`` (renames public keys, resizes position embeddings and says so),
+``published_weights`` (tags such as "imagenet" -> a function giving a state dict) and ``checkpoint_parts`` (where files
+that hold several nets keep this one's weights, the first found counts).
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import logging
@@ -165,14 +167,16 @@ def read_state(model: nn.Module, source: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # public files keep the arguments of their training beside the weights: a Namespace of plain values
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
     except (
         Exception
     ) as error:  # pickle, zip and torch each raise their own; the file is the user's either way
         raise ModelError(f"{path}: torch.load(weights_only=True) refused it ({error})") from error
-    return _unwrapped(content, path)
+    return _unwrapped(content, path, tuple(getattr(model, "checkpoint_parts", ())))
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> LoadReport:
@@ -267,8 +271,8 @@ def _shapes(state: Mapping[str, Tensor], keys: tuple[str, ...]) -> str:
     return ", ".join(f"{key} {tuple(state[key].shape)}" for key in keys) or "nothing"
 
 
-def _unwrapped(content: object, path: Path) -> dict[str, Tensor]:
-    for key in WRAPPER_KEYS:
+def _unwrapped(content: object, path: Path, parts: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    for key in (*parts, *WRAPPER_KEYS):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break

@@ -50,6 +50,7 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, spec: BlockSpec, depth: int, values: int) -> None:
         super().__init__()
+        self.spec = spec
         self.blocks = blocks(spec, depth)
         self.norm = nn.LayerNorm(spec.width, eps=spec.eps)
         self.head = InitLinear(spec.width, values, init=spec.init)

@@ -59,6 +59,7 @@ def video_vit_tiny_8(
     position_resize: PositionResize = "flat",
     final_norm: FinalNorm = "pooled",
     head: Head = "linear",
+    probe_heads: int = 16,
     drop_path: float = 0.0,
     dropout: float = 0.0,
 ) -> nn.Module:
@@ -72,6 +73,7 @@ def video_vit_tiny_8(
         position_resize: of the sine/cosine vectors, for another grid at run time: "flat" (released code), "trilinear".
         final_norm: "pooled", LN of the mean token (finetuning), or "tokens", LN of every token (pretraining).
         head: "linear" or "attentive" (needs final_norm="tokens").
+        probe_heads: attention heads of the attentive head.
         drop_path: rate of the last block; it rises linearly from 0 in the first.
         dropout: before the classifier."""
     return _videomae(**locals())
@@ -92,6 +94,7 @@ def video_vit_small_16(
     position_resize: PositionResize = "flat",
     final_norm: FinalNorm = "pooled",
     head: Head = "linear",
+    probe_heads: int = 16,
     drop_path: float = 0.1,
     dropout: float = 0.0,
 ) -> nn.Module:
@@ -114,6 +117,7 @@ def video_vit_base_16(
     position_resize: PositionResize = "flat",
     final_norm: FinalNorm = "pooled",
     head: Head = "linear",
+    probe_heads: int = 16,
     drop_path: float = 0.1,
     dropout: float = 0.0,
 ) -> nn.Module:
@@ -136,6 +140,7 @@ def video_vit_large_16(
     position_resize: PositionResize = "flat",
     final_norm: FinalNorm = "pooled",
     head: Head = "linear",
+    probe_heads: int = 16,
     drop_path: float = 0.1,
     dropout: float = 0.0,
 ) -> nn.Module:
@@ -158,6 +163,7 @@ def video_vit_huge_16(
     position_resize: PositionResize = "flat",
     final_norm: FinalNorm = "pooled",
     head: Head = "linear",
+    probe_heads: int = 16,
     drop_path: float = 0.2,
     dropout: float = 0.0,
 ) -> nn.Module:
@@ -180,6 +186,7 @@ def video_vit_giant_14(
     position_resize: PositionResize = "flat",
     final_norm: FinalNorm = "pooled",
     head: Head = "linear",
+    probe_heads: int = 16,
     drop_path: float = 0.3,
     dropout: float = 0.0,
 ) -> nn.Module:
@@ -222,6 +229,7 @@ def vjepa2_large_16(
     heads: int = 16,
     hidden: int = 4096,
     head: Head = "attentive",
+    probe_heads: int = 16,
     drop_path: float = 0.0,
     dropout: float = 0.0,
 ) -> nn.Module:
@@ -232,6 +240,7 @@ def vjepa2_large_16(
         patch: pixels of a tubelet's side; a tubelet has 2 frames.
         hidden: width of the MLPs' hidden layer.
         head: "attentive", V-JEPA 2's classifier of 4 blocks on the tokens, or "linear" on the mean token.
+        probe_heads: attention heads of the attentive head; 16 whatever the encoder has (published).
         drop_path: rate of the last block; it rises linearly from 0 in the first.
         dropout: before the classifier."""
     return _vjepa(dense=False, **locals())
@@ -249,6 +258,7 @@ def vjepa2_huge_16(
     heads: int = 16,
     hidden: int = 5120,
     head: Head = "attentive",
+    probe_heads: int = 16,
     drop_path: float = 0.0,
     dropout: float = 0.0,
 ) -> nn.Module:
@@ -268,6 +278,7 @@ def vjepa2_giant_16(
     heads: int = 22,
     hidden: int = 6144,
     head: Head = "attentive",
+    probe_heads: int = 16,
     drop_path: float = 0.0,
     dropout: float = 0.0,
 ) -> nn.Module:
@@ -287,6 +298,7 @@ def vjepa21_base_16(
     heads: int = 12,
     hidden: int = 3072,
     head: Head = "attentive",
+    probe_heads: int = 16,
     drop_path: float = 0.0,
     dropout: float = 0.0,
 ) -> nn.Module:
@@ -306,6 +318,7 @@ def vjepa21_large_16(
     heads: int = 16,
     hidden: int = 4096,
     head: Head = "attentive",
+    probe_heads: int = 16,
     drop_path: float = 0.0,
     dropout: float = 0.0,
 ) -> nn.Module:
@@ -325,6 +338,7 @@ def vjepa21_giant_16(
     heads: int = 22,
     hidden: int = 6144,
     head: Head = "attentive",
+    probe_heads: int = 16,
     drop_path: float = 0.0,
     dropout: float = 0.0,
 ) -> nn.Module:
@@ -344,6 +358,7 @@ def vjepa21_gigantic_16(
     heads: int = 26,
     hidden: int = 8192,
     head: Head = "attentive",
+    probe_heads: int = 16,
     drop_path: float = 0.0,
     dropout: float = 0.0,
 ) -> nn.Module:
