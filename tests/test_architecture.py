@@ -36,7 +36,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"correspondence"},
         {"image"},
         {"conv3d", "timesformer", "video_vit", "convrnn"},
-        {"late_temporal", "per_frame"},
+        {"late_temporal", "per_frame", "hiera"},
     ],
     "sharding": [{"storage"}, {"manifest", "scratch"}, {"video", "sources"}, {"read", "demo"}, {"build"}],
     "pipelines": [

@@ -98,7 +98,12 @@ def tube_mask(grid: TokenGrid, draws: MaskDraws, *, ratio: float) -> Tensor:
 def random_mask(grid: TokenGrid, draws: MaskDraws, *, ratio: float) -> Tensor:
     """int(ratio * N) tokens anywhere. (B, N)."""
     _check_ratio(ratio)
-    return _chosen(draws, _RANDOM, grid.tokens, int(ratio * grid.tokens))
+    return exact_mask(grid, draws, hidden=int(ratio * grid.tokens))
+
+
+def exact_mask(grid: TokenGrid, draws: MaskDraws, *, hidden: int) -> Tensor:
+    """``hidden`` tokens anywhere. (B, N)."""
+    return _chosen(draws, _RANDOM, grid.tokens, hidden)
 
 
 def running_cell_mask(grid: TokenGrid, draws: MaskDraws, *, ratio: float) -> Tensor:

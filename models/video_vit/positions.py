@@ -49,7 +49,7 @@ def sincos_table(tokens: int, width: int, *, device: torch.device | None = None)
     """The fixed position vectors of a clip's tokens: (N, D), float32, computed in float64."""
     number = torch.arange(tokens, dtype=torch.float64, device=device)[:, None]
     channel = torch.arange(width, device=device)
-    angle = number / BASE ** (2 * (channel // 2) / width).to(torch.float64)
+    angle = number / BASE ** ((2 * (channel // 2)).double() / width)
     return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
 
 
