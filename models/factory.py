@@ -273,8 +273,15 @@ def _shapes(state: Mapping[str, Tensor], keys: tuple[str, ...]) -> str:
 
 def _unwrapped(content: object, path: Path, parts: tuple[str, ...] = ()) -> dict[str, Tensor]:
     for key in (*parts, *WRAPPER_KEYS):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+        found = content.get(key) if isinstance(content, dict) else None
+        if isinstance(found, list) and key in parts:
+            if len(found) != 1:
+                raise ModelError(
+                    f"{path}: {key!r} holds {len(found)} nets: save the one you want to a file of its own"
+                )
+            found = found[0]
+        if isinstance(found, dict):
+            content = found
             break
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ModelError(f"{path}: holds no state dict (a mapping of names to tensors)")

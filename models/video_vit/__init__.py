@@ -13,7 +13,7 @@
 
     MaskedAutoencoder(encoder, width=384, depth=4, heads=6)                  VideoMAE, v2 (decoder.py)
         (clips, visible, decoded=None) -> Reconstruction(loss, loss_of_clip, prediction, target, decoded, counted)
-    LatentPredictor(encoder_width, ...)                                      V-JEPA 2, 2.1 (predictor.py)
+    LatentPredictor.of(encoder, ...) | LatentPredictor(encoder_width, ...)   V-JEPA 2, 2.1 (predictor.py)
         (context, context_numbers, target_numbers, grid) -> prediction (B, m, F), of the context (B, n, F) or None
     AttentiveProbe(width, num_classes=K)(tokens) -> (B, K)                   (attentive.py)
 

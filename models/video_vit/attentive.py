@@ -88,6 +88,8 @@ class AttentiveProbe(nn.Module):
         hidden: width of the MLPs' hidden layer; 4 D if None.
     """
 
+    checkpoint_parts = ("classifiers",)  # where V-JEPA's files keep the heads of one grid
+
     def __init__(
         self, width: int, *, num_classes: int, heads: int = 16, depth: int = 4, hidden: int | None = None
     ) -> None:

@@ -13,7 +13,7 @@ D the predictor's, F width of the prediction.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from cliplift.models.registry import ModelError
 from cliplift.models.video_vit.blocks import BlockSpec, InitLinear, blocks, gather_tokens
+from cliplift.models.video_vit.model import ROPE_PIXELS, VideoViT
 from cliplift.models.video_vit.positions import RopeLayout, TokenGrid, rotary
 from cliplift.models.video_vit.weights import adapt_predictor
 
@@ -89,6 +90,18 @@ class LatentPredictor(nn.Module):
         outputs = levels * encoder_width if predicted is None else predicted
         self.proj = InitLinear(width, outputs, init="truncated")
         self.proj_context = InitLinear(width, outputs, init="truncated") if predict_context else None
+
+    @classmethod
+    def of(cls, encoder: VideoViT, **options: Any) -> LatentPredictor:
+        """The predictor that fits an encoder's positions and levels; ``options`` as the constructor's."""
+        side = ROPE_PIXELS // encoder.patch
+        own: dict[str, Any] = {
+            "levels": max(len(encoder.levels), 1),
+            "layout": encoder.layout,
+            "native": (side, side) if encoder.interpolate_rope else None,
+            "modality": encoder.image_embed is not None,
+        }
+        return cls(encoder.feature_dim, **(own | options))
 
     def forward(
         self,

@@ -18,8 +18,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def autoencoder(**options: object) -> MaskedAutoencoder:
     torch.manual_seed(0)
-    small = {"crop": 32, "in_frames": 8, "width": 48, "depth": 2, "heads": 4, "hidden": 96}
-    encoder = create_model("video_vit_tiny_8", num_classes=0, final_norm="tokens", **(small | options))
+    small: dict[str, object] = {"crop": 32, "in_frames": 8, "width": 48, "depth": 2, "heads": 4, "hidden": 96}
+    encoder = create_model("video_vit_tiny_8", num_classes=0, **(small | {"final_norm": "tokens"} | options))
     return MaskedAutoencoder(cast(VideoViT, encoder), width=24, depth=2, heads=3).eval()
 
 
