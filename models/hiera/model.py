@@ -92,6 +92,28 @@ class PatchEmbed(nn.Module):
         return cast(Tensor, self.proj(x))
 
 
+class Places(nn.Module):
+    """Learned vectors of rows and columns, and of times; tables of another size are resized on the way."""
+
+    def __init__(self, grid: tuple[int, int, int], width: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.spatial = _table(grid[1] * grid[2], width)
+        self.temporal = _table(grid[0], width)
+
+    def forward(self, units: TokenGrid) -> Tensor:
+        """The places of a clip's tokens: (1, D, T, rows of tokens, columns of tokens)."""
+        frames, *plane = self.grid
+        space: Tensor = torch.unflatten(self.spatial.transpose(1, 2), 2, tuple(plane))
+        time: Tensor = self.temporal.transpose(1, 2)
+        wanted = [units.rows * UNIT, units.columns * UNIT]
+        if wanted != plane:
+            space = F.interpolate(space, size=wanted, mode="bicubic", align_corners=False)
+        if units.frames != frames:
+            time = F.interpolate(time, size=units.frames, mode="linear", align_corners=False)
+        return space[:, :, None] + time[:, :, :, None, None]
+
+
 class UnitAttention(nn.Module):
     """Attention within every unit, or over all tokens; ``pools``: queries are maxima of 2 x 2 tokens."""
 
@@ -214,8 +236,7 @@ class Hiera(PooledClassifier):
         units = self.unit_grid(input_spec.frames, input_spec.crop_height, input_spec.crop_width)
         self.table_grid = (units.frames, units.rows * UNIT, units.columns * UNIT)
         self.patch_embed = PatchEmbed(input_spec.channels, width, init=init)
-        self.pos_embed_spatial = _table(self.table_grid[1] * self.table_grid[2], width)
-        self.pos_embed_temporal = _table(self.table_grid[0], width)
+        self.places = Places(self.table_grid, width)
         self.blocks = nn.ModuleList(
             _blocks(width, heads, stages, pretraining=pretraining, drop_path=drop_path, init=init)
         )
@@ -274,7 +295,7 @@ class Hiera(PooledClassifier):
         """Replace the head by a freshly initialised one; 0 removes it."""
         super().reset_classifier(num_classes)
         if num_classes:
-            reference = self.pos_embed_spatial
+            reference = self.places.spatial
             head = HieraLinear(self.feature_dim, num_classes, init="classifier", scale=HEAD_SCALE)
             self.head = head.to(device=reference.device, dtype=reference.dtype)
 
@@ -294,7 +315,7 @@ class Hiera(PooledClassifier):
         if visible is not None:
             flat = torch.zeros(len(x), grid.tokens, device=x.device).scatter_(1, visible, 1.0)
             seen = torch.unflatten(flat, 1, tuple(grid))
-        z = self.patch_embed(x, seen) + self._places(grid)
+        z = self.patch_embed(x, seen) + self.places(grid)
         bits = dict.fromkeys(("y1", "x1", "y2", "x2", "y3", "x3"), 2)
         z = rearrange(
             z, "b d t (h y3 y2 y1) (w x3 x2 x1) -> b (y1 x1 y2 x2 y3 x3) (t h w) d", **bits, **units
@@ -302,18 +323,6 @@ class Hiera(PooledClassifier):
         if visible is not None:
             z = z.gather(2, visible[:, None, :, None].expand(-1, z.shape[1], -1, z.shape[3]))
         return cast(Tensor, z)
-
-    def _places(self, grid: TokenGrid) -> Tensor:
-        """(1, D, T, rows of tokens, columns of tokens)."""
-        frames, rows, columns = self.table_grid
-        space: Tensor = torch.unflatten(self.pos_embed_spatial.transpose(1, 2), 2, (rows, columns))
-        time: Tensor = self.pos_embed_temporal.transpose(1, 2)
-        wanted = (grid.rows * UNIT, grid.columns * UNIT)
-        if wanted != (rows, columns):
-            space = F.interpolate(space, size=wanted, mode="bicubic", align_corners=False)
-        if grid.frames != frames:
-            time = F.interpolate(time, size=grid.frames, mode="linear", align_corners=False)
-        return space[:, :, None] + time[:, :, :, None, None]
 
 
 def _blocks(

@@ -1,7 +1,8 @@
 """Hiera's public weights (key ``model_state``) under our names, and the resizing of its learned places.
 
-Classifiers: our names but for ``head.projection``. Masked autoencoders: the encoder and the decoder side by side, where
-ours have the encoder below ``encoder.``; the convolutions of stages 1 and 2 are ``multi_scale_fusion_heads.{0,1}``.
+Classifiers: our names but for ``head.projection`` and ``pos_embed_{spatial,temporal}``. Masked autoencoders: encoder
+and decoder side by side, where ours have the encoder below ``encoder.``; the convolutions of stages 1 and 2 are
+``multi_scale_fusion_heads.{0,1}``.
 
 Shape letters: T H W frames, rows and columns of tokens, D width.
 """
@@ -35,11 +36,7 @@ def adapt_hiera(
     left = [key for key in state if key.startswith(DECODER)]
     if left:
         notes.append(f"left out {len(left)} tensors of pretraining alone ({', '.join(left[:3])}, ...)")
-    given = {
-        key.removeprefix("encoder.").replace("head.projection.", "head."): value
-        for key, value in state.items()
-        if key not in left
-    }
+    given = {_name(key.removeprefix("encoder.")): value for key, value in state.items() if key not in left}
     if "norm.weight" in own and "norm.weight" not in given and left:
         bias = 0.02  # where the released code starts it
         given |= {
@@ -64,23 +61,27 @@ def adapt_hiera_autoencoder(state: Mapping[str, Tensor]) -> tuple[State, list[st
             index, _, rest = key.removeprefix("multi_scale_fusion_heads.").partition(".")
             given[f"fusion.{index}.conv.{rest}"] = value
         else:
-            given[key if key.startswith(DECODER) else f"encoder.{key}"] = value
+            given[key if key.startswith(DECODER) else f"encoder.{_name(key)}"] = value
     return given, ["took the released names"]
+
+
+def _name(key: str) -> str:
+    return key.replace("head.projection.", "head.").replace("pos_embed_", "places.")
 
 
 def _resized(given: State, grid: tuple[int, int, int], notes: list[str]) -> State:
     """Tables of another square crop or clip length, bicubic over rows and columns, linear over time."""
-    space, time = given.get("pos_embed_spatial"), given.get("pos_embed_temporal")
+    space, time = given.get("places.spatial"), given.get("places.temporal")
     side = round(space.shape[1] ** 0.5) if space is not None else 0
     if space is not None and space.shape[1] != grid[1] * grid[2] and side * side == space.shape[1]:
         plane = torch.unflatten(space.transpose(1, 2), 2, (side, side))
         moved = F.interpolate(plane, size=grid[1:], mode="bicubic", align_corners=False)
-        given["pos_embed_spatial"] = moved.flatten(2).transpose(1, 2)
-        notes.append(f"resized pos_embed_spatial from {side}x{side} to {grid[1]}x{grid[2]} tokens (bicubic)")
+        given["places.spatial"] = moved.flatten(2).transpose(1, 2)
+        notes.append(f"resized the spatial table from {side}x{side} to {grid[1]}x{grid[2]} tokens (bicubic)")
     if time is not None and time.shape[1] != grid[0]:
         moved = F.interpolate(time.transpose(1, 2), size=grid[0], mode="linear", align_corners=False)
-        given["pos_embed_temporal"] = moved.transpose(1, 2)
+        given["places.temporal"] = moved.transpose(1, 2)
         notes.append(
-            f"resized pos_embed_temporal from {time.shape[1]} to {grid[0]} frames of tokens (linear)"
+            f"resized the temporal table from {time.shape[1]} to {grid[0]} frames of tokens (linear)"
         )
     return given

@@ -14,8 +14,7 @@ clip, n visible, m decoded, D width, V values of a tubelet.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from einops import rearrange
@@ -28,9 +27,9 @@ from cliplift.models.video_vit.positions import sincos_table
 from cliplift.models.video_vit.weights import adapt_masked_autoencoder
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """What :class:`MaskedAutoencoder` gives.
+class Reconstruction(NamedTuple):
+    """What :class:`MaskedAutoencoder` gives. A tuple, so that ZeRO-3 finds the tensors whose backward pass needs
+    parameters gathered.
 
     ``loss``: scalar, the mean of ``loss_of_clip`` (B,), so that it does not depend on how clips are divided into
     batches. ``prediction`` and ``target``: (B, m, V) at ``decoded`` (B, m). ``counted``: (B, m), 1 where the loss

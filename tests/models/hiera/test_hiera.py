@@ -47,7 +47,9 @@ def released(net: nn.Module) -> dict[str, Tensor]:
     """The state dict under the released names."""
     state = {}
     for key, value in net.state_dict().items():
-        name = key.removeprefix("encoder.").replace("head.", "head.projection.")
+        name = (
+            key.removeprefix("encoder.").replace("head.", "head.projection.").replace("places.", "pos_embed_")
+        )
         state[name.replace("fusion.", "multi_scale_fusion_heads.").replace(".conv.", ".")] = value
     return state
 
