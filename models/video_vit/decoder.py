@@ -89,9 +89,8 @@ class MaskedAutoencoder(nn.Module):
         channels = encoder.input_spec.channels
         self.encoder, self.normalise = encoder, normalise
         self.encoder_to_decoder = InitLinear(encoder.feature_dim, width, init=spec.init, bias=False)
-        self.mask_token = nn.Parameter(
-            nn.init.trunc_normal_(torch.empty(1, 1, width), std=0.02, a=-0.02, b=0.02)
-        )
+        # one dimension, by which the optimizer knows what not to decay (released code: not the mask token)
+        self.mask_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(width), std=0.02, a=-0.02, b=0.02))
         self.decoder = PixelDecoder(spec, depth, channels * encoder.tubelet * encoder.patch**2)
 
     def forward(self, clips: Tensor, visible: Tensor, decoded: Tensor | None = None) -> Reconstruction:
@@ -157,10 +156,10 @@ def tubelet_targets(
     normalise: bool,
 ) -> Tensor:
     """Pixels in [0, 1] by tubelets: (B, C, T*tubelet, H*P, W*P) -> (B, T*H*W, tubelet*P*P*C), float32."""
-    scale = torch.tensor(std, device=clips.device)[:, None, None, None]
-    offset = torch.tensor(mean, device=clips.device)[:, None, None, None]
+    # plain numbers, channel by channel: a tensor of them would be copied to the device, and the host would wait for it
+    pixels = [clips[:, c].float() * std[c] + mean[c] for c in range(clips.shape[1])]
     cubes = rearrange(
-        clips.float() * scale + offset,
+        torch.stack(pixels, dim=1),
         "b c (t p0) (h p1) (w p2) -> b (t h w) (p0 p1 p2) c",
         p0=tubelet,
         p1=patch,

@@ -131,6 +131,8 @@ def _pretraining(model: MaskedAutoencoder) -> Exported:
     for key, value in _apart(model.state_dict()).items():
         if key.startswith("encoder."):
             state[_videomae_key(key.removeprefix("encoder."))] = value
+        elif key == "mask_token":
+            state[key] = value[None, None]
         else:
             state[_block_key(key, "decoder.blocks.", "decoder.decoder_layers.", HF_VIDEOMAE_BLOCK)] = value
     spec = model.decoder.spec

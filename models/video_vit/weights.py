@@ -127,6 +127,8 @@ def adapt_masked_autoencoder(state: Mapping[str, Tensor]) -> tuple[State, list[s
                     value
                 )
         given = joined(renamed)
+    if "mask_token" in given:
+        given["mask_token"] = given["mask_token"].flatten()
     return {_bias_name(key): value for key, value in given.items()}, notes
 
 

@@ -110,7 +110,7 @@ def same_gradients(ours: nn.Module, theirs: nn.Module, export: Callable[[], dict
             assert parameter.grad is None, name
             continue
         torch.testing.assert_close(
-            found, wanted, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            found, wanted, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 

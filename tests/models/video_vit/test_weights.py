@@ -57,9 +57,12 @@ def vjepa(seed: int, **options: Any) -> VideoViT:
 
 
 def as_videomae(net: nn.Module) -> dict[str, Tensor]:
-    """The released names: the two biases stand in the attention."""
+    """The released names and shapes: the two biases stand in the attention, the mask token in three dimensions."""
     return {
-        re.sub(r"attn\.qkv\.([qv]_bias)", r"attn.\1", key): value for key, value in net.state_dict().items()
+        re.sub(r"attn\.qkv\.([qv]_bias)", r"attn.\1", key): value[None, None]
+        if key == "mask_token"
+        else value
+        for key, value in net.state_dict().items()
     }
 
 
