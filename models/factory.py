@@ -2,10 +2,11 @@
 
 Nothing read here is executed: safetensors, JSON, and ``torch.load(weights_only=True)``.
 
-A model may help with four optional attributes: ``head_name`` (the submodule holding the classifier),
+A model may help with optional attributes: ``head_name`` (the submodule holding the classifier),
 ``adapt_state_dict(state) -> (state, notes)`` (renames public keys, resizes position embeddings and says so),
-``published_weights`` (tags such as "imagenet" -> a function giving a state dict) and ``checkpoint_parts`` (where files
-that hold several nets keep this one's weights, the first found counts).
+``published_weights`` (tags such as "imagenet" -> a function giving a state dict), ``checkpoint_parts`` (where files
+that hold several nets keep this one's weights, the first found counts) and ``check_foreign_config(config)`` (refuses
+the config of another project's folder).
 """
 
 from __future__ import annotations
@@ -160,6 +161,7 @@ def read_state(model: nn.Module, source: str | Path) -> dict[str, Tensor]:
         return cast(dict[str, Tensor], published[str(source)]())
     path = Path(source)
     if path.is_dir():
+        _check_foreign_config(model, path)
         path = path / WEIGHTS
     if not path.is_file():
         tags = f" (tags of this model: {sorted(published)})" if published else ""
@@ -269,6 +271,22 @@ def _refuse_strangers(
 
 def _shapes(state: Mapping[str, Tensor], keys: tuple[str, ...]) -> str:
     return ", ".join(f"{key} {tuple(state[key].shape)}" for key in keys) or "nothing"
+
+
+def _check_foreign_config(model: nn.Module, folder: Path) -> None:
+    """Another project's folder may say in its config what no tensor's shape tells, such as the number of heads."""
+    check, path = getattr(model, "check_foreign_config", None), folder / CONFIG
+    if check is None or not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: not valid JSON ({error})") from None
+    if isinstance(config, dict) and config.get("format") != FORMAT:
+        try:
+            check(config)
+        except ModelError as error:
+            raise ModelError(f"{folder}: {error}") from None
 
 
 def _unwrapped(content: object, path: Path, parts: tuple[str, ...] = ()) -> dict[str, Tensor]:

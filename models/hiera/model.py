@@ -71,16 +71,27 @@ class HieraNorm(nn.LayerNorm):
         nn.init.constant_(self.bias, 0.0 if self.init == "masked" else BIAS)
 
 
+class PatchConv(nn.Conv3d):
+    """The patches' kernel; masked pretraining starts it as a Linear of the patch, flat."""
+
+    def __init__(self, channels: int, width: int, *, init: Init) -> None:
+        self.init = init  # read by reset_parameters, which the constructor calls
+        super().__init__(channels, width, PATCH_KERNEL, stride=PATCH_STRIDE, padding=PATCH_PADDING)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()  # the bias stays torch's
+        if self.init == "masked":
+            nn.init.xavier_uniform_(self.weight.view(len(self.weight), -1))
+        else:
+            nn.init.trunc_normal_(self.weight, std=0.02)
+
+
 class PatchEmbed(nn.Module):
     """Overlapping patches. Pixels of hidden units are zeroed first: the 7 x 7 kernel reaches over a unit's edge."""
 
     def __init__(self, channels: int, width: int, *, init: Init) -> None:
         super().__init__()
-        self.proj = nn.Conv3d(channels, width, PATCH_KERNEL, stride=PATCH_STRIDE, padding=PATCH_PADDING)
-        if init == "masked":
-            nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
-        else:
-            nn.init.trunc_normal_(self.proj.weight, std=0.02)
+        self.proj = PatchConv(channels, width, init=init)
 
     def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
         """(B, C, frames, height, width) and, where units are hidden, ``seen`` (B, T, H, W), 1 for visible units ->

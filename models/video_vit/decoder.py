@@ -14,6 +14,7 @@ clip, n visible, m decoded, D width, V values of a tubelet.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, cast
 
 import torch
@@ -24,7 +25,7 @@ from cliplift.models.registry import ModelError
 from cliplift.models.video_vit.blocks import BlockSpec, InitLinear, blocks, gather_tokens
 from cliplift.models.video_vit.model import VideoViT
 from cliplift.models.video_vit.positions import sincos_table
-from cliplift.models.video_vit.weights import adapt_masked_autoencoder
+from cliplift.models.video_vit.weights import adapt_masked_autoencoder, check_config
 
 
 class Reconstruction(NamedTuple):
@@ -131,6 +132,11 @@ class MaskedAutoencoder(nn.Module):
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Public weights under our names; see :mod:`cliplift.models.video_vit.weights`."""
         return adapt_masked_autoencoder(state)
+
+    def check_foreign_config(self, config: Mapping[str, object]) -> None:
+        """Raises ModelError for a Hugging Face config that is not of this net."""
+        self.encoder.check_foreign_config(config)
+        check_config(config, {"decoder_num_attention_heads": self.decoder.spec.heads})
 
     def checkpoint_blocks(self) -> list[str]:
         """The encoder's blocks, then the decoder's, which hold more tokens each."""

@@ -20,7 +20,7 @@ n tokens that are given, D width, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, cast
 
 import torch
@@ -39,13 +39,28 @@ from cliplift.models.video_vit.positions import (
     rotary,
     sincos_table,
 )
-from cliplift.models.video_vit.weights import adapt_video_vit
+from cliplift.models.video_vit.weights import adapt_video_vit, check_config
 
 Positions = Literal["sincos", "rope"]
 FinalNorm = Literal["pooled", "tokens"]
 Head = Literal["linear", "attentive"]
 HEAD_SCALE = 0.001  # of the classifier's first weights (VideoMAE)
 ROPE_PIXELS = 256  # the crop whose range of positions ``interpolate_rope`` keeps
+
+
+class TubeletConv(nn.Conv3d):
+    """No overlap. V-JEPA starts it as its Linears; VideoMAE leaves torch's own start."""
+
+    def __init__(self, channels: int, width: int, size: tuple[int, int, int], *, init: Init) -> None:
+        self.init = init  # read by reset_parameters, which the constructor calls
+        super().__init__(channels, width, size, stride=size)
+
+    def reset_parameters(self) -> None:
+        if self.init == "xavier":
+            super().reset_parameters()
+        else:
+            nn.init.trunc_normal_(self.weight, std=STD)
+            nn.init.zeros_(cast(Tensor, self.bias))
 
 
 class TubeletEmbed(nn.Module):
@@ -55,11 +70,7 @@ class TubeletEmbed(nn.Module):
         self, channels: int, width: int, *, tubelet: int, patch: int, init: Init, modality: bool
     ) -> None:
         super().__init__()
-        size = (tubelet, patch, patch)
-        self.proj = nn.Conv3d(channels, width, size, stride=size)
-        if init == "truncated":
-            nn.init.trunc_normal_(self.proj.weight, std=STD)
-            nn.init.zeros_(cast(Tensor, self.proj.bias))
+        self.proj = TubeletConv(channels, width, (tubelet, patch, patch), init=init)
         self.modality = nn.Parameter(torch.randn(1, 1, width) * 1e-6) if modality else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -238,6 +249,10 @@ class VideoViT(PooledClassifier):
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Public weights under our names; see :mod:`cliplift.models.video_vit.weights`."""
         return adapt_video_vit(state, own=self.state_dict())
+
+    def check_foreign_config(self, config: Mapping[str, object]) -> None:
+        """Raises ModelError for a Hugging Face config that is not of this net."""
+        check_config(config, {"num_attention_heads": self.spec.heads})
 
     def _embed(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Rotation | None]:
         self.check_input(x)

@@ -13,6 +13,7 @@ D the predictor's, F width of the prediction.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from cliplift.models.registry import ModelError
 from cliplift.models.video_vit.blocks import BlockSpec, InitLinear, blocks, gather_tokens
 from cliplift.models.video_vit.model import ROPE_PIXELS, VideoViT
 from cliplift.models.video_vit.positions import RopeLayout, TokenGrid, rotary
-from cliplift.models.video_vit.weights import adapt_predictor
+from cliplift.models.video_vit.weights import adapt_predictor, check_config
 
 
 class LevelsEmbed(nn.Module):
@@ -141,6 +142,10 @@ class LatentPredictor(nn.Module):
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Public weights under our names; see :mod:`cliplift.models.video_vit.weights`."""
         return adapt_predictor(state)
+
+    def check_foreign_config(self, config: Mapping[str, object]) -> None:
+        """Raises ModelError for a Hugging Face config that is not of this net."""
+        check_config(config, {"pred_num_attention_heads": self.spec.heads})
 
     def checkpoint_blocks(self) -> list[str]:
         """Every transformer block; all hold equally much."""

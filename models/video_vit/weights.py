@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from cliplift.models.registry import ModelError
+
 State = dict[str, Tensor]
 Renames = Sequence[tuple[str, str]]  # (start of their name, start of ours)
 
@@ -165,6 +167,23 @@ def adapt_probe(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
         notes.append("took Hugging Face's names")
         given = _hf_probe(_left_out(given, ("encoder.", "predictor."), "the backbone", notes))
     return given, notes
+
+
+def check_config(config: Mapping[str, object], expected: Mapping[str, int]) -> None:
+    """What a Hugging Face folder's config says of things that no tensor's shape tells.
+
+    Args:
+        config: the content of ``config.json``.
+        expected: its field -> this model's value.
+
+    Raises:
+        ModelError: another value; the published "small" VideoMAE was converted with 16 heads for 6, for one.
+    """
+    for field, own in expected.items():
+        if field in config and config[field] != own:
+            raise ModelError(
+                f"its config.json says {field}={config[field]}, this model has {own}: build it with that"
+            )
 
 
 def swapped(key: str, table: Renames) -> str:

@@ -127,6 +127,16 @@ def test_hugging_faces_pretraining_folder_into_an_encoder(tmp_path: Path) -> Non
     same(net, autoencoder(1))
 
 
+def test_a_folder_with_another_number_of_heads_is_refused(tmp_path: Path) -> None:
+    """No shape tells: the same tensors would load and compute something else."""
+    save_huggingface(autoencoder(1), tmp_path)
+    with pytest.raises(ModelError, match=r"num_attention_heads=4, this model has 6"):
+        load_pretrained(videomae(2, final_norm="tokens", heads=6), tmp_path)
+    other = MaskedAutoencoder(videomae(2, final_norm="tokens"), width=24, depth=2, heads=6)
+    with pytest.raises(ModelError, match=r"decoder_num_attention_heads=3, this model has 6"):
+        load_pretrained(other, tmp_path)
+
+
 def as_released(net: nn.Module) -> dict[str, Tensor]:
     """V-JEPA's prefixes, and a table of positions that rotary nets do not use."""
     state = {f"module.backbone.{key}": value for key, value in net.state_dict().items()}

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 SCRIPT = """
-import json, sys, torch, deepspeed
+import contextlib, json, sys, torch, deepspeed
 from cliplift.models import create_model
 from cliplift.models.hiera.decoder import HieraMaskedAutoencoder
 from cliplift.models.layers import checkpoint_blocks
@@ -42,11 +42,7 @@ def hiera():
 deepspeed.init_distributed("gloo")
 found = {}
 for build, tokens in ((masked, 9), (hiera, 3), (Latent, 5)):
-    for stage, fraction in ((0, 0.0), (3, 1.0)):
-        torch.manual_seed(0)
-        model = build()
-        if build is not Latent:
-            checkpoint_blocks(model, fraction)
+    for stage, fraction, early in ((0, 0.0, False), (3, 1.0, False), (3, 1.0, True)):
         config = {
             "train_batch_size": 2,
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
@@ -54,6 +50,11 @@ for build, tokens in ((masked, 9), (hiera, 3), (Latent, 5)):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
         }
+        torch.manual_seed(0)
+        with deepspeed.zero.Init(config_dict_or_path=config) if early else contextlib.nullcontext():
+            model = build()
+        if build is not Latent:
+            checkpoint_blocks(model, fraction)
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
         clips = torch.randn(2, 3, 4, 64, 64, generator=torch.Generator().manual_seed(1))
         losses = []
@@ -92,7 +93,8 @@ def test_pretraining_nets_learn_the_same_partitioned() -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.keys() == {"masked", "hiera", "Latent"}
-    for whole, parts in found.values():
+    for whole, parts, early in found.values():
+        assert early["losses"] == parts["losses"], "built under zero.Init, the weights must be the same"
         assert whole["partitioned"] == 0
         assert parts["partitioned"] > 20
         assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-5)
