@@ -20,10 +20,16 @@ from torch import nn
 from cliplift.models.inflate import inflate
 from cliplift.models.protocol import ModelError, VideoModel, VideoNetwork
 from cliplift.models.registry import model_entry, model_options
-from cliplift.models.state_dicts import WEIGHTS, LoadReport, head_prefix, load_state, read_state
+from cliplift.models.state_dicts import (
+    CONFIG,
+    FORMAT,
+    WEIGHTS,
+    LoadReport,
+    head_prefix,
+    load_state,
+    read_state,
+)
 
-FORMAT = 1
-CONFIG = "config.json"
 FLAT_PREFIX = "2d:"
 MEMBERS = (*VideoNetwork.__annotations__, *(name for name in vars(VideoNetwork) if not name.startswith("_")))
 

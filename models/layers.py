@@ -122,6 +122,21 @@ class PooledClassifier(VideoNetwork):
         setattr(self, self.head_name, head.to(device=reference.device, dtype=reference.dtype))
 
 
+class DropPath(nn.Module):
+    """Drop a residual for whole clips with probability ``rate``; the others are scaled by 1 / (1 - rate)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.empty(x.shape[0], 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1 - self.rate)
+        return x * keep.div_(1 - self.rate)
+
+
 def same_padding(kernel: int) -> tuple[int, int]:
     """(front, behind) zeros that keep the length at stride 1; an even kernel gets the odd one behind.
 

@@ -133,6 +133,19 @@ class PublishesWeights(Protocol):
         """Tag, such as "imagenet" -> a function that gives the state dict."""
 
 
+@runtime_checkable
+class NamesParts(Protocol):
+    """``checkpoint_parts``: where files that hold several nets keep this one's weights; the first found counts."""
+
+    checkpoint_parts: tuple[str, ...]
+
+
+@runtime_checkable
+class ChecksForeignConfig(Protocol):
+    def check_foreign_config(self, config: Mapping[str, object]) -> None:
+        """Refuse the config of another project's folder by a :class:`ModelError`."""
+
+
 def adapt_state_dict(model: nn.Module, state: State) -> tuple[State, list[str]]:
     """The model's own translation of public weights; the weights as they are where it has none."""
     return model.adapt_state_dict(state) if isinstance(model, AdaptsStateDict) else (state, [])

@@ -1,13 +1,16 @@
 """State dicts: read from files, brought to a model's names, compared with it, and copied into it.
 
 Nothing read here is executed: safetensors, and ``torch.load(weights_only=True)``. A model may help with the hooks of
-:mod:`cliplift.models.protocol`: ``NamesHead``, ``AdaptsStateDict`` and ``PublishesWeights``.
+:mod:`cliplift.models.protocol`: ``NamesHead``, ``AdaptsStateDict``, ``PublishesWeights``, ``NamesParts`` and
+``ChecksForeignConfig``.
 
 :func:`load_state` refuses weights that do not fit and names the first keys; :func:`match_weights` names them all.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +22,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cliplift.models.protocol import ModelError, NamesHead, VideoNetwork, adapt_state_dict, published_weights
+from cliplift.models.protocol import (
+    ChecksForeignConfig,
+    ModelError,
+    NamesHead,
+    NamesParts,
+    VideoNetwork,
+    adapt_state_dict,
+    published_weights,
+)
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "model.safetensors"
+FORMAT = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 HEAD_NAMES = ("classifier", "fc", "head")  # where a model does not name its head
 # where public checkpoints keep the weights
 WRAPPER_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "module")
@@ -46,6 +58,7 @@ def read_state(model: nn.Module, source: str | Path) -> dict[str, Tensor]:
         return published[str(source)]()
     path = Path(source)
     if path.is_dir():
+        _check_foreign_config(model, path)
         path = path / WEIGHTS
     if not path.is_file():
         tags = f" (tags of this model: {sorted(published)})" if published else ""
@@ -53,14 +66,19 @@ def read_state(model: nn.Module, source: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # public files keep the arguments of their training beside the weights: a Namespace of plain values
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
     except (
         Exception
-    ) as error:  # pickle, zip and torch each raise their own; the file is the user's either way
-        raise ModelError(f"{path}: torch.load(weights_only=True) refused it ({error})") from error
-    return _unwrap(content, path)
+    ):  # pickle, zip and torch each raise their own; torch's text advises to unpickle all the same
+        raise ModelError(
+            f"{path}: damaged, or it holds pickled objects beside tensors, which are never loaded because they can "
+            "run code. Save the state dict alone: torch.save(model.state_dict(), path), or as .safetensors."
+        ) from None
+    return _unwrap(content, path, model.checkpoint_parts if isinstance(model, NamesParts) else ())
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> LoadReport:
@@ -142,10 +160,33 @@ def _shapes(state: Mapping[str, Tensor], keys: tuple[str, ...]) -> str:
     return ", ".join(f"{key} {tuple(state[key].shape)}" for key in keys) or "nothing"
 
 
-def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
-    for key in WRAPPER_KEYS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
+def _check_foreign_config(model: nn.Module, folder: Path) -> None:
+    """Another project's folder may say in its config what no tensor's shape tells, such as the number of heads."""
+    path = folder / CONFIG
+    if not isinstance(model, ChecksForeignConfig) or not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"{path}: not valid JSON ({error})") from None
+    if isinstance(config, dict) and config.get("format") != FORMAT:
+        try:
+            model.check_foreign_config(config)
+        except ModelError as error:
+            raise ModelError(f"{folder}: {error}") from None
+
+
+def _unwrap(content: object, path: Path, parts: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    for key in (*parts, *WRAPPER_KEYS):
+        found = content.get(key) if isinstance(content, dict) else None
+        if isinstance(found, list) and key in parts:
+            if len(found) != 1:
+                raise ModelError(
+                    f"{path}: {key!r} holds {len(found)} nets: save the one you want to a file of its own"
+                )
+            found = found[0]
+        if isinstance(found, dict):
+            content = found
             break
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ModelError(f"{path}: holds no state dict (a mapping of names to tensors)")

@@ -35,8 +35,8 @@ ROOMS: dict[str, list[set[str]]] = {
         {"inflate", "layers"},
         {"factory", "correspondence"},
         {"image", "measure"},
-        {"conv3d", "timesformer", "convrnn"},
-        {"late_temporal", "per_frame"},
+        {"conv3d", "timesformer", "video_vit", "convrnn"},
+        {"late_temporal", "per_frame", "hiera"},
     ],
     "sharding": [{"storage"}, {"manifest", "scratch"}, {"video", "sources"}, {"read", "demo"}, {"build"}],
     "pipelines": [

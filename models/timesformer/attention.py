@@ -38,6 +38,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cliplift.models.layers import DropPath
 from cliplift.models.protocol import ModelError
 
 Scheme = Literal["divided", "joint", "space", "local_global", "axial"]
@@ -125,21 +126,6 @@ class ZeroLinear(nn.Linear):
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
-
-
-class DropPath(nn.Module):
-    """Drop a residual for whole clips with probability ``rate``; the others are scaled by 1 / (1 - rate)."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
-        if not self.training or self.rate == 0:
-            return x
-        keep = torch.empty(x.shape[0], 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1 - self.rate)
-        return x * keep.div_(1 - self.rate)
 
 
 class DotProduct(nn.Module):
