@@ -16,7 +16,7 @@ from cliplift.models import create_model, from_pretrained
 from cliplift.pipelines.data.loader import EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.stages.classification import initialise_from
-from cliplift.pipelines.stages.forecast import ForecastTask, forecast_metrics
+from cliplift.pipelines.stages.forecast import ForecastStage, forecast_metrics
 from cliplift.pipelines.stages.run import run_stage
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
@@ -129,7 +129,7 @@ def test_evaluation_does_not_depend_on_the_batch(place: Path, repository: Path) 
     for batch in (1, 8):
         torch.manual_seed(0)
         run = load(repository, place, "unused", f"evaluation.batch={batch}")
-        task = ForecastTask(run, topology=ONE_RANK)
+        task = ForecastStage(run, classes=(), topology=ONE_RANK)
         found.append(task.evaluate(topology=ONE_RANK))
         assert task.flops_per_clip > 0
         columns, rows = task.clip_table(2)

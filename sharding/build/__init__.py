@@ -1,0 +1,1 @@
+"""Shards built: plan, units of work, engines, finalizing, verifying."""
