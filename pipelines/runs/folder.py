@@ -4,26 +4,24 @@ One run a folder: a second job started on the same output would mix its checkpoi
 """
 
 from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
 import json
+import logging
 import os
 import platform
 import shlex
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
 from cliplift.configs.load import dump_run
 from cliplift.configs.sections import ConfigError, Section
-import contextlib
-import errno
-import fcntl
-import logging
-from collections.abc import Iterator
-from typing import IO
-from cliplift.configs.sections import ConfigError
-
 
 CONFIG, RUN, RESULT, WEIGHTS, PREDICTIONS = (
     "config.yaml",

@@ -22,8 +22,8 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.runs.folder import RunFolder, write_json
-from cliplift.sharding.manifest import DATASET_FILE
 from cliplift.sharding.build.tracking import wandb_mode
+from cliplift.sharding.manifest import DATASET_FILE
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,7 @@ import pytest
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS, ExportRun
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.runs.folder import sole_writer
-from cliplift.pipelines.runs.folder import RunFolder, write_text
+from cliplift.pipelines.runs.folder import RunFolder, sole_writer, write_text
 
 RUN = ExportRun(run="somewhere", output="out")
 
