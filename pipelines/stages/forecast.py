@@ -22,7 +22,7 @@ from cliplift.models import create_model, list_models, model_options
 from cliplift.models.convrnn.forecaster import EncoderForecaster, forecast_error
 from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
-from cliplift.pipelines.distributed.collectives import Topology, gather_objects
+from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.task import (
     SavedModel,
     StageModule,
@@ -31,6 +31,7 @@ from cliplift.pipelines.engine.task import (
     network_weights,
 )
 from cliplift.pipelines.engine.telemetry import training_flops
+from cliplift.pipelines.evaluation.over_split import over_split
 from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.runs.tracking import ClipTable
 from cliplift.pipelines.stages.classification import freeze_named, initialise_from
@@ -126,16 +127,16 @@ class ForecastStage:
             world_size=topology.world_size,
             max_samples=self.run.evaluation.max_samples,
         )
-        rows: list[tuple[int, dict[str, float]]] = []
-        for batch in loader:
-            errors = cast(Forecasting, self.module).errors(
-                self.inputs(batch, training=False, step=0)["clips"]
-            )
-            for row, sample in enumerate(batch.sample_index.tolist()):
-                rows.append((sample, {name: float(error[row]) for name, error in errors.items()}))
-        for batch in loader.fillers():
-            cast(Forecasting, self.module).errors(self.inputs(batch, training=False, step=0)["clips"])
-        everything = sorted(gather_objects(rows, topology), key=lambda row: row[0])
+
+        def forward(batch: ClipBatch) -> list[dict[str, float]]:
+            clips = self.inputs(batch, training=False, step=0)["clips"]
+            errors = cast(Forecasting, self.module).errors(clips)
+            return [
+                {name: float(error[row]) for name, error in errors.items()}
+                for row in range(len(batch.sample_index))
+            ]
+
+        everything = over_split(loader, forward, topology)
         self._last = [
             (loader.dataset.facts(sample).key, errors["mse"], errors["mse_copy_last"])
             for sample, errors in everything

@@ -32,7 +32,7 @@ from cliplift.models.correspondence import CorrespondenceHead
 from cliplift.models.registry import InputSpec, model_entry
 from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
-from cliplift.pipelines.distributed.collectives import Topology, all_gather_tensor, gather_objects
+from cliplift.pipelines.distributed.collectives import Topology, all_gather_tensor
 from cliplift.pipelines.engine.task import (
     SavedModel,
     StageModule,
@@ -41,6 +41,7 @@ from cliplift.pipelines.engine.task import (
     network_weights,
 )
 from cliplift.pipelines.engine.telemetry import forward_flops, training_flops
+from cliplift.pipelines.evaluation.over_split import over_split
 from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.stages.classification import freeze_named
 from cliplift.pipelines.stages.matching import SupervisionTransfer, draw_pairs, matching_metrics
@@ -254,22 +255,15 @@ class TransferStage:
             world_size=topology.world_size,
             max_samples=self.run.evaluation.max_samples,
         )
-        rows: list[tuple[int, int, Tensor, Tensor]] = []
-        for batch in loader:
+
+        def forward(batch: ClipBatch) -> list[tuple[int, Tensor, Tensor]]:
             clips, frame_features = self._towers(batch, training=False)
-            clip_features = self.module.student(clips)
-            on_host = zip(
-                batch.sample_index.tolist(),
-                batch.video_index.tolist(),
-                clip_features.float().cpu(),
-                frame_features.float().cpu(),
-                strict=True,
-            )
-            rows += [(sample, video, clip.clone(), frame.clone()) for sample, video, clip, frame in on_host]
-        for batch in loader.fillers():
-            self.module.student(self._towers(batch, training=False)[0])
-        everything = sorted(gather_objects(rows, topology), key=lambda row: row[0])
-        if len({row[1] for row in everything}) < 2:
+            clip_rows, frame_rows = self.module.student(clips).float().cpu(), frame_features.float().cpu()
+            found = zip(batch.video_index.tolist(), clip_rows, frame_rows, strict=True)
+            return [(video, clip.clone(), frame.clone()) for video, clip, frame in found]
+
+        everything = [value for _, value in over_split(loader, forward, topology)]
+        if len({row[0] for row in everything}) < 2:
             raise ConfigError(
                 f"split {self.run.data.val_split!r} holds one video; matching needs two",
                 key="data.val_split",
@@ -279,9 +273,9 @@ class TransferStage:
         device = topology.device
         metrics = matching_metrics(
             self.module,
-            clips=torch.stack([row[2] for row in everything]).to(device),
-            frames=torch.stack([row[3] for row in everything]).to(device),
-            videos=torch.tensor([row[1] for row in everything], device=device),
+            clips=torch.stack([row[1] for row in everything]).to(device),
+            frames=torch.stack([row[2] for row in everything]).to(device),
+            videos=torch.tensor([row[0] for row in everything], device=device),
             seed=self.run.seed,
         )
         if self.run.probe is not None:

@@ -169,3 +169,14 @@ def test_a_model_that_cannot_forecast_is_refused_with_those_that_can(place: Path
         run_stage(run, command=[])
     assert caught.value.key == "model.name"
     assert "convlstm" in caught.value.hint
+
+
+def test_every_batch_of_an_evaluation_tells_the_watchdog(
+    place: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass longer than engine.hang_seconds is no hang: one beat for each batch."""
+    beats: list[None] = []
+    monkeypatch.setattr("cliplift.pipelines.evaluation.over_split.beat", lambda: beats.append(None))
+    run = load(repository, place, "unused", "evaluation.batch=1")
+    metrics = ForecastStage(run, classes=(), topology=ONE_RANK).evaluate(topology=ONE_RANK)
+    assert len(beats) == metrics["samples"] > 1
