@@ -34,7 +34,7 @@ from cliplift.pipelines.engine.telemetry import training_flops
 from cliplift.pipelines.evaluation.over_split import over_split
 from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.runs.tracking import ClipTable
-from cliplift.pipelines.stages.classification import freeze_named, initialise_from
+from cliplift.pipelines.stages.starting_weights import freeze_named, initialise_from
 
 OPTION = "forecaster"  # what a model that can predict frames is built with
 

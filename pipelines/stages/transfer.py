@@ -43,9 +43,9 @@ from cliplift.pipelines.engine.task import (
 from cliplift.pipelines.engine.telemetry import forward_flops, training_flops
 from cliplift.pipelines.evaluation.over_split import over_split
 from cliplift.pipelines.runs.folder import RunFolder
-from cliplift.pipelines.stages.classification import freeze_named
 from cliplift.pipelines.stages.matching import SupervisionTransfer, draw_pairs, matching_metrics
 from cliplift.pipelines.stages.probe import probe
+from cliplift.pipelines.stages.starting_weights import freeze_named
 from cliplift.pipelines.stages.teacher import cached_features
 
 log = logging.getLogger(__name__)

@@ -15,9 +15,9 @@ from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model, from_pretrained
 from cliplift.pipelines.data.loader import EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology
-from cliplift.pipelines.stages.classification import initialise_from
 from cliplift.pipelines.stages.forecast import ForecastStage, forecast_metrics
 from cliplift.pipelines.stages.run import run_stage
+from cliplift.pipelines.stages.starting_weights import initialise_from
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
 
