@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -17,14 +18,13 @@ import torch
 from cliplift.configs.runs import ClassificationRun, TransferRun
 from cliplift.launch.check.findings import Finding
 from cliplift.launch.check.machine import ASSUMED_MFU, FP32_SHARE, Machine
-from cliplift.models.measure import measure_model
-from cliplift.models.registry import model_entry
 from cliplift.pipelines.cost.memory_plan import MemoryPlan, Sizes, moments_of, parts, plan_memory
 from cliplift.pipelines.data.loader import ClipLoader, TooManyFailuresError
 from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
 from cliplift.pipelines.engine.optim import total_steps
-from cliplift.pipelines.stages.stage_module import build_module, stage_inputs
+from cliplift.pipelines.engine.task import as_trained
+from cliplift.pipelines.stages.run import stage_of
 from cliplift.sharding.read.reader import ShardReadError
 
 GIB = 2**30
@@ -66,6 +66,11 @@ class Cost:
             run, classes=classes, world_size=self.machine.world_size, on_gpu=self.machine.gpu is not None
         )
 
+    @cached_property
+    def flops_per_clip(self) -> float | None:
+        """Operations of a training step on one clip, None where they cannot be counted."""
+        return stage_of(self.run, classes=[str(k) for k in range(self.classes)]).flops_per_clip
+
     def fits(self, plan: MemoryPlan) -> bool:
         return plan.total + self.reserve_bytes <= self.machine.memory_per_rank
 
@@ -80,7 +85,7 @@ def check_cost(cost: Cost) -> Iterator[Finding]:
     """Rows on memory, time, feeding and disk."""
     plan, sizes = cost.planned()
     yield from _memory(cost, plan)
-    flops = training_flops(cost.run, classes=cost.classes)
+    flops = cost.flops_per_clip
     speed = estimated_speed(cost, flops, plan)
     yield from _time(cost, flops, speed)
     if cost.train is not None:
@@ -128,28 +133,7 @@ def _less_memory(cost: Cost) -> str:
     return "too large even with micro_batch=1, recomputation and ZeRO 3: use more GPUs or a smaller model"
 
 
-def training_flops(run: TransferRun | ClassificationRun, *, classes: int) -> float:
-    """Model FLOPs of one clip: forward, twice that for backward, and the teacher's forward passes."""
-    options = dict[str, Any](run.model.options)
-    measured = measure_model(
-        run.model.name,
-        num_classes=classes,
-        in_frames=run.data.sampling.frames,
-        crop=run.data.crop_pixels,
-        **options,
-    )
-    per_frame = run.data.sampling.frames if model_entry(run.model.name).dims == "2d" else 1
-    flops = 3 * 2e9 * measured.gmacs * per_frame
-    if isinstance(run, TransferRun):
-        side = run.teacher.resize_pixels or run.data.crop_pixels
-        teacher = measure_model(
-            run.teacher.name, num_classes=0, crop=side, **dict[str, Any](run.teacher.options)
-        )
-        flops += 2e9 * teacher.gmacs * (run.teacher.frames or run.data.sampling.frames)
-    return flops
-
-
-def estimated_speed(cost: Cost, flops: float, plan: MemoryPlan) -> Speed | None:
+def estimated_speed(cost: Cost, flops: float | None, plan: MemoryPlan) -> Speed | None:
     """From this run's own log where it has one, else from the peak and MFU, else by trying a step on this CPU."""
     logged = logged_speed(Path(cost.run.output), world_size=cost.machine.world_size)
     if logged is not None and cost.mfu is None:
@@ -157,14 +141,15 @@ def estimated_speed(cost: Cost, flops: float, plan: MemoryPlan) -> Speed | None:
     peak = cost.machine.peak_tflops
     if cost.run.track.peak_tflops is not None:
         peak = cost.run.track.peak_tflops
-    if peak is not None:
+    if peak is not None and flops is not None:
         if cost.run.engine.precision == "fp32":
             peak *= FP32_SHARE
         mfu = ASSUMED_MFU if cost.mfu is None else cost.mfu
         rate = mfu * peak * 1e12 * cost.machine.world_size / flops
         said = "assumed: measure yours and give --mfu" if cost.mfu is None else "given"
         return Speed(rate, f"{100 * mfu:.0f} % MFU of {peak:.0f} TFLOPS, {said}")
-    if cost.machine.gpu is None and flops <= MEASURED_FLOPS and plan.total < cost.machine.memory_per_rank:
+    quick = flops is not None and flops <= MEASURED_FLOPS
+    if cost.machine.gpu is None and quick and plan.total < cost.machine.memory_per_rank:
         return Speed(
             tried_speed(cost.run, cost.classes) * cost.machine.world_size, "one step tried on this CPU"
         )
@@ -185,10 +170,11 @@ def logged_speed(folder: Path, *, world_size: int) -> Speed | None:
 
 def tried_speed(run: TransferRun | ClassificationRun, classes: int) -> float:
     """Clips a second of forward and backward of a micro-batch of two on this machine, the second of two tries."""
-    module, teacher = build_module(run, classes=classes)
-    width = 0 if teacher is None else int(getattr(teacher, "feature_dim", 0))
+    stage = stage_of(run, classes=[str(k) for k in range(classes)])
+    built = stage.build_module(weights=False)
+    module = as_trained(built, run)
     B = max(2, getattr(getattr(run, "correspondence", None), "negatives_per_clip", 0) + 1)
-    inputs = stage_inputs(run, classes=classes, teacher_dim=width, micro_batch=B, world_size=1)
+    inputs = stage.example_inputs(built, micro_batch=B, world_size=1)
     autocast = run.engine.precision == "autocast_bf16"
     seconds = 0.0
     for _ in range(2):
@@ -200,7 +186,7 @@ def tried_speed(run: TransferRun | ClassificationRun, classes: int) -> float:
     return B / seconds
 
 
-def _time(cost: Cost, flops: float, speed: Speed | None) -> Iterator[Finding]:
+def _time(cost: Cost, flops: float | None, speed: Speed | None) -> Iterator[Finding]:
     schedule, G = cost.run.schedule, cost.run.engine.global_batch
     steps = schedule.steps
     if steps is None:
@@ -208,7 +194,8 @@ def _time(cost: Cost, flops: float, speed: Speed | None) -> Iterator[Finding]:
             return
         steps = total_steps(schedule, steps_per_epoch=cost.samples // G)
     epochs = f"{steps * G / cost.samples:.2f} epochs, " if cost.samples else ""
-    yield Finding("ok", "length", f"{steps} steps, {epochs}{steps * G} clips, {steps * G * flops:.3g} FLOPs")
+    operations = "" if flops is None else f", {steps * G * flops:.3g} FLOPs"
+    yield Finding("ok", "length", f"{steps} steps, {epochs}{steps * G} clips{operations}")
     if speed is None:
         remedy = "give --mfu, or run a few steps: check reads the run's own log"
         yield Finding("note", "time", "speed of this machine is not known", remedy)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cliplift.configs.runs import ClassificationRun, FinetuneRun, PretrainRun, TransferRun
+from cliplift.configs.runs import ClassificationRun, FinetuneRun, TransferRun
 from cliplift.configs.sections import ConfigError
 from cliplift.launch.check.cost import Cost, check_cost
 from cliplift.launch.check.doctor import memory_bytes, usable_cores
@@ -27,6 +27,7 @@ from cliplift.pipelines.data.loader import ClipLoader
 from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
 from cliplift.pipelines.stages.repeats import repeated
+from cliplift.pipelines.stages.run import check_model, stage_of
 from cliplift.sharding.manifest import Dataset, ManifestError, dataset_fingerprint
 from cliplift.sharding.read.reader import read_dataset
 from cliplift.sharding.storage import StorageError, open_store
@@ -135,8 +136,7 @@ def _missing_shards(url: str, dataset: Dataset) -> Iterator[Finding]:
 def _other_splits(run: TransferRun | ClassificationRun, _: Machine, known: Known) -> Iterator[Finding]:
     if known.train is None:
         return
-    splits = [run.data.val_split, *([run.test_split] if isinstance(run, FinetuneRun) else [])]
-    for split in splits:
+    for split in stage_of(run).splits().values():
         try:
             found = ClipSource(run.data, split=split)
         except UNREADABLE as error:
@@ -146,11 +146,14 @@ def _other_splits(run: TransferRun | ClassificationRun, _: Machine, known: Known
 
 
 def _labels(run: TransferRun | ClassificationRun, _: Machine, known: Known) -> Iterator[Finding]:
-    if known.train is None or (isinstance(run, PretrainRun) and run.objective == "forecast"):
+    stage = stage_of(run)
+    if known.train is None:
         return
-    if isinstance(run, TransferRun):
+    if not stage.needs_labels:
+        if stage.needs_videos == 1:
+            return
         videos = len(set(known.train.video_index.tolist()))
-        enough = videos > run.correspondence.negatives_per_clip
+        enough = videos >= stage.needs_videos
         remedy = "" if enough else f"correspondence.negatives_per_clip={max(1, videos - 1)}, or more videos"
         yield Finding(
             "ok" if enough else "fail", "videos", f"{videos} source videos to draw negatives from", remedy
@@ -217,10 +220,9 @@ def _order(run: TransferRun | ClassificationRun, machine: Machine, known: Known)
 
 def _model(run: TransferRun | ClassificationRun, _: Machine, known: Known) -> Iterator[Finding]:
     from cliplift.models.measure import measure_model
-    from cliplift.pipelines.stages.run import check_model
 
     options = dict[str, Any](run.model.options)
-    classes = len(known.classes) if isinstance(run, ClassificationRun) else 0
+    classes = len(stage_of(run, classes=known.classes).classes)
     try:
         check_model(run)
         found = measure_model(
@@ -251,8 +253,7 @@ def _model(run: TransferRun | ClassificationRun, _: Machine, known: Known) -> It
 def _sources(run: TransferRun | ClassificationRun, _: Machine, __: Known) -> Iterator[Finding]:
     """Weights the run starts from: a stage of a chain may still have to write them."""
     named = {"model.pretrained": run.model.pretrained}
-    if isinstance(run, ClassificationRun):
-        named["initialise_from"] = run.initialise_from
+    named["initialise_from"] = getattr(run, "initialise_from", None)
     for key, value in named.items():
         if value is None or value.removeprefix("2d:") in ("imagenet",):
             continue

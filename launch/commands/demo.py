@@ -47,8 +47,23 @@ class Row:
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
 
-def run_demo(run: DemoRun) -> Path:
-    """Make videos, shard, transfer, finetune, test, report. Returns the report's path."""
+class _StoppedError(Exception):
+    """A training run of the demo was stopped by a signal and has saved its state."""
+
+
+def run_demo(run: DemoRun) -> Path | None:
+    """Make videos, shard, transfer, finetune, test, report. Returns the report's path; None after a signal.
+
+    A signal that stops one of the training runs stops the demo: started again, it goes on with that run.
+    """
+    try:
+        return _run_demo(run)
+    except _StoppedError:
+        print(f"demo: stopped by a signal; start it again to continue in {run.output}", flush=True)
+        return None
+
+
+def _run_demo(run: DemoRun) -> Path:
     root = Path(run.output)
     root.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
@@ -122,7 +137,10 @@ def _train(recipe: str, root: Path, *, folder: Path, overrides: Sequence[str]) -
     words = [f"output={folder}", *overrides]
     loaded = load_run(recipe_path(recipe), RUNS, words)
     print(f"{loaded.run.stage}: {loaded.run.name} -> {folder}", flush=True)
-    return run_stage(loaded.run, command=["cliplift", loaded.run.stage, recipe, *words])
+    result = run_stage(loaded.run, command=["cliplift", loaded.run.stage, recipe, *words])
+    if not result.finished:
+        raise _StoppedError
+    return result
 
 
 def _finetune(run: DemoRun, root: Path, method: str, recipe: str) -> Row:

@@ -17,10 +17,11 @@ from torch import Tensor
 from cliplift.configs.load import COMMAND_LINE, RunLoader
 from cliplift.configs.sections import ConfigError
 from cliplift.models import VideoNetwork, create_model, list_models
-from cliplift.models.factory import CONFIG, FLAT_PREFIX, from_pretrained, load_pretrained, save_pretrained
+from cliplift.models.factory import FLAT_PREFIX, from_pretrained, load_pretrained, save_pretrained
 from cliplift.models.measure import measure_model
 from cliplift.models.registry import model_entry
 from cliplift.models.state_dicts import (
+    CONFIG,
     WEIGHTS,
     LoadReport,
     WeightMatch,

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import nn
@@ -24,7 +23,8 @@ from cliplift.pipelines.cost.activation_memory import (
     storage_bytes,
 )
 from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_config
-from cliplift.pipelines.stages.stage_module import HALF, build_module, stage_inputs
+from cliplift.pipelines.engine.task import HALF, as_trained
+from cliplift.pipelines.stages.run import stage_of
 
 DEEPSPEED_BUCKET = 500_000_000  # elements: the default of reduce_bucket_size
 STAGE3_LIVE = 1_000_000_000  # elements: the default of stage3_max_live_parameters
@@ -77,24 +77,21 @@ def plan_memory(
             is never written costs nothing.
 
     Raises:
+        ConfigError: the run cannot work as configured; the error names the key.
         ModelError: the model cannot be built with these options.
         RuntimeError: its shapes do not fit together.
     """
     micro_batch, _ = batch_split(run, world_size=world_size)
+    stage = stage_of(run, classes=[str(label) for label in range(classes)])
     with torch.device("meta"):
-        module, frozen = build_module(run, classes=classes)
+        built = stage.build_module(weights=False)
+        module, frozen = as_trained(built, run), built.frozen
     teacher = (
         0 if frozen is None else sum(storage_bytes(t) for t in (*frozen.parameters(), *frozen.buffers()))
     )
     with FakeTensorMode():
         make_fake(module)
-        inputs = stage_inputs(
-            run,
-            classes=classes,
-            teacher_dim=0 if frozen is None else cast(Any, frozen).feature_dim,
-            micro_batch=micro_batch,
-            world_size=world_size,
-        )
+        inputs = stage.example_inputs(built, micro_batch=micro_batch, world_size=world_size)
         sizes = measure_sizes(module)
         measured = measure_activations(module, inputs, autocast=run.engine.precision == "autocast_bf16")
     return _plan(run, sizes, measured, teacher, world_size=world_size, on_gpu=on_gpu), sizes

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from cliplift.configs.data import DataConfig
+from cliplift.configs.training import TrainingRun
+from cliplift.models.layers import checkpoint_blocks
+from cliplift.models.protocol import VideoNetwork
+from cliplift.models.registry import model_entry
 from cliplift.pipelines.data.loader import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.zero_state import gathered_parameters
+from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.runs.tracking import ClipTable
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precisions in which the weights themselves are cast
 
 
 class Loader(Protocol):
@@ -24,7 +33,7 @@ class Loader(Protocol):
 
 
 class TrainingTask(Protocol):
-    """A stage: what is trained, how a batch becomes its input, how it is judged.
+    """What the training loop asks of a stage: what is trained, how a batch becomes its input, how it is judged.
 
     ``module(inputs)`` returns a dictionary with ``loss``, the mean over the micro-batch, and scalar metrics.
     ``evaluate`` is called on all ranks; higher is better for ``best_metric``. ``flops_per_clip`` are the operations of
@@ -32,9 +41,13 @@ class TrainingTask(Protocol):
     a playable cell) about the last evaluation, None where there is nothing to show.
     """
 
-    module: nn.Module
     clip_frames: int
-    best_metric: str
+
+    @property
+    def best_metric(self) -> str: ...
+
+    @property
+    def module(self) -> nn.Module: ...
 
     def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]: ...
 
@@ -44,6 +57,114 @@ class TrainingTask(Protocol):
     def flops_per_clip(self) -> float | None: ...
 
     def clip_table(self, rows: int) -> ClipTable | None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageModule:
+    """What a stage trains. ``frozen`` lies beside it on the device and is not the optimizer's: a teacher."""
+
+    module: nn.Module  # maps a batch's inputs to a dictionary with ``loss``
+    network: VideoNetwork  # the part of it whose weights the run leaves behind
+    frozen: nn.Module | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedModel:
+    """The trained network without loss and projection heads, and what is written beside its weights."""
+
+    network: VideoNetwork
+    options: Mapping[str, Any]  # what the registry's builder is called with
+    card: Mapping[str, Any]
+
+
+class Stage(TrainingTask, Protocol):
+    """One training objective, from its module to the weights it leaves; one class each in ``pipelines/stages``.
+
+    A stage is constructed from ``(run, classes=..., topology=...)`` without reading or allocating anything, so that
+    training, the memory plan, step timing and ``cliplift check`` all ask the same object. ``module`` builds on first
+    use, with starting weights.
+
+    Attributes:
+        classes: class names of the data that the network predicts; empty where it predicts none.
+        needs_labels: every training clip must have a label.
+    """
+
+    classes: tuple[str, ...]
+
+    @property
+    def needs_labels(self) -> bool: ...
+
+    @property
+    def needs_videos(self) -> int:
+        """How many source videos the training data must hold at least."""
+        ...
+
+    def networks(self) -> Mapping[str, str]:
+        """Config key -> registry name of every model that is built."""
+        ...
+
+    def splits(self) -> Mapping[str, str]:
+        """Config key -> split of every split that will be evaluated."""
+        ...
+
+    def build_module(self, *, weights: bool) -> StageModule:
+        """The module with its frozen parts. ``weights=False`` reads no file: under ``torch.device("meta")``
+        nothing is allocated.
+
+        Raises:
+            ConfigError: the run cannot work as configured; the error names the key.
+        """
+        ...
+
+    def example_inputs(self, built: StageModule, *, micro_batch: int, world_size: int) -> dict[str, Tensor]:
+        """A micro-batch of zeros with the shapes and types that ``inputs`` makes of B = ``micro_batch`` clips."""
+        ...
+
+    def finish(
+        self, metrics: Mapping[str, float], *, topology: Topology, folder: RunFolder
+    ) -> dict[str, float]:
+        """The run's final metrics, given those of the last evaluation: a test split, a verdict. On all ranks."""
+        ...
+
+    def trained_network(self, weights: Mapping[str, Tensor]) -> SavedModel:
+        """The network to save, from the module's whole fp32 tensors by name."""
+        ...
+
+
+def example_clips(run: TrainingRun, data: DataConfig, model: str, *, micro_batch: int) -> Tensor:
+    """Zeros (B, C, T, H, W) as the network gets them, (B, C, H, W) for a 2D model; flow has C = 2, else 3."""
+    side, channels = data.crop_pixels, 2 if data.modality == "flow" else 3
+    dtype = HALF.get(run.engine.precision, torch.float32)
+    clips = torch.zeros(micro_batch, channels, data.sampling.frames, side, side, dtype=dtype)
+    if run.engine.channels_last:
+        clips = clips.contiguous(memory_format=torch.channels_last_3d)
+    return clips[:, :, 0] if model_entry(model).dims == "2d" else clips
+
+
+def as_trained(built: StageModule, run: TrainingRun) -> nn.Module:
+    """The module as the engine prepares it, to be measured without one: weights cast, blocks recomputed."""
+    dtype = HALF.get(run.engine.precision)
+    module = built.module if dtype is None else built.module.to(dtype)
+    if run.engine.checkpoint_blocks_share:
+        checkpoint_blocks(built.network, run.engine.checkpoint_blocks_share)
+    return module.train()
+
+
+def network_weights(weights: Mapping[str, Tensor], *, prefix: str) -> dict[str, Tensor]:
+    """The tensors below ``prefix``, by their names without it."""
+    return {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+
+
+def data_card(run: TrainingRun, data: DataConfig) -> dict[str, Any]:
+    """What whoever loads the weights has to know of the clips they were trained on."""
+    return {
+        "stage": run.model_dump()["stage"],
+        "run": run.name,
+        "sampling": data.sampling.model_dump(mode="json"),
+        "crop_pixels": data.crop_pixels,
+        "resize_short_side_pixels": data.resize_short_side_pixels,
+        "normalize_brightness": data.augment.normalize_brightness,
+    }
 
 
 @dataclass

@@ -125,6 +125,7 @@ def classify_split(
             sums[sample] = (total + scores[row].double().cpu(), count + 1, label, target)
     for on_host in loader.fillers():
         network(views(on_host.to(topology.device)))
+        beat()
     network.train(was_training)
     features = None if inside is None else inside.gathered(topology)
     rows = [(sample, total / count, label, target) for sample, (total, count, label, target) in sums.items()]

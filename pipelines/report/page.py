@@ -22,8 +22,9 @@ from markupsafe import Markup
 
 from cliplift.configs.runs import ReportRun
 from cliplift.configs.sections import ConfigError
+from cliplift.pipelines.evaluation.clip_tables import OpenShards, open_shard_dataset
 from cliplift.pipelines.report.charts import value_strip
-from cliplift.pipelines.report.clips import OpenShards, SampleClips, open_shard_dataset, sample_clips
+from cliplift.pipelines.report.clips import SampleClips, sample_clips
 from cliplift.pipelines.report.feature_map import embedding
 from cliplift.pipelines.report.sections import (
     Confusions,

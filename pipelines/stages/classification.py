@@ -1,32 +1,41 @@
-"""Supervised classification of clips: the training task shared by pretrain and finetune."""
+"""Supervised classification of clips, shared by pretrain and finetune."""
 
 from __future__ import annotations
 
-import fnmatch
-import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from cliplift.configs.runs import ClassificationRun, FinetuneRun
 from cliplift.configs.sections import ConfigError
-from cliplift.models import VideoNetwork, create_model
-from cliplift.models.protocol import HasOwnLoss
+from cliplift.models import create_model
+from cliplift.models.protocol import HasOwnLoss, VideoNetwork
 from cliplift.pipelines.data.augment import DeviceAugment, mix_clips
 from cliplift.pipelines.data.loader import ClipBatch
 from cliplift.pipelines.data.source import stored_split
 from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.engine.task import (
+    SavedModel,
+    StageModule,
+    data_card,
+    example_clips,
+    network_weights,
+)
 from cliplift.pipelines.engine.telemetry import forward_flops, training_flops
 from cliplift.pipelines.evaluation.clip_tables import prediction_table
 from cliplift.pipelines.evaluation.evaluate import Predictions, classification_metrics, classify_split
-from cliplift.pipelines.runs.folder import WEIGHTS
+from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.runs.tracking import ClipTable
-
-log = logging.getLogger(__name__)
+from cliplift.pipelines.stages.starting_weights import (
+    batchnorms,
+    freeze_all_but_head,
+    freeze_named,
+    initialise_from,
+)
 
 
 class Classifier(nn.Module):
@@ -66,21 +75,49 @@ class Classifier(nn.Module):
         return {"loss": loss, "accuracy": accuracy.detach()}
 
 
-class ClassificationTask:
-    """Classification as the engine's training task."""
+class ClassificationStage:
+    """Classification as a stage: pretrain with labels, and finetune."""
+
+    needs_labels, needs_videos = True, 1
 
     def __init__(self, run: ClassificationRun, *, classes: Sequence[str], topology: Topology) -> None:
         self.run, self.topology, self.classes = run, topology, tuple(classes)
-        multi_label = run.task == "multi_label"
-        self.best_metric = "mean_average_precision" if multi_label else "accuracy"
+        self.clip_frames = run.data.sampling.frames
+        self._last: tuple[Predictions, str] | None = None
+
+    @property
+    def best_metric(self) -> str:
+        return "mean_average_precision" if self.run.task == "multi_label" else "accuracy"
+
+    def networks(self) -> dict[str, str]:
+        return {"model.name": self.run.model.name}
+
+    def splits(self) -> dict[str, str]:
+        return {} if self.run.data.val_share else {"data.val_split": self.run.data.val_split}
+
+    @cached_property
+    def built(self) -> StageModule:
+        """The module with its starting weights."""
         if not self.classes:
             raise ConfigError(
                 "holds no class names, so there is nothing to classify",
                 key="data.shards",
-                value=run.data.shards[0],
+                value=self.run.data.shards[0],
                 hint="shard a labelled source",
             )
-        network = build_network(run, num_classes=len(self.classes))
+        return self.build_module(weights=True)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.built.module
+
+    def build_module(self, *, weights: bool) -> StageModule:
+        run = self.run
+        network = self._network(pretrained=run.model.pretrained if weights else None)
+        if weights and run.initialise_from is not None:
+            initialise_from(network, run.initialise_from)
+        self.freeze(network)
+        freeze_named(network, run.model.frozen)
         if run.label_smoothing and isinstance(network, HasOwnLoss):
             raise ConfigError(
                 f"does not reach the loss {run.model.name!r} has of its own",
@@ -88,16 +125,44 @@ class ClassificationTask:
                 value=run.label_smoothing,
                 hint="use 0",
             )
-        self.network = network
-        self.module = Classifier(
-            network,
-            label_smoothing=run.label_smoothing,
-            multi_label=multi_label,
-            frozen_batchnorm=isinstance(run, FinetuneRun) and run.frozen_batchnorm,
+        return StageModule(
+            module=Classifier(
+                network,
+                label_smoothing=run.label_smoothing,
+                multi_label=run.task == "multi_label",
+                frozen_batchnorm=self.frozen_batchnorm,
+            ),
+            network=network,
         )
-        self.clip_frames = run.data.sampling.frames
-        self._views = DeviceAugment(run.data.augment, network.input_spec, training=True)
-        self._last: tuple[Predictions, str] | None = None
+
+    def _network(self, *, pretrained: str | None) -> VideoNetwork:
+        return create_model(
+            self.run.model.name,
+            num_classes=len(self.classes),
+            in_frames=self.clip_frames,
+            pretrained=pretrained,
+            **self.run.model.options,
+        )
+
+    @property
+    def frozen_batchnorm(self) -> bool:
+        """BatchNorm normalises with its running statistics in training too."""
+        return False
+
+    def freeze(self, network: nn.Module) -> None:
+        """Leave parts of the network out of training, before those that ``model.frozen`` names."""
+
+    def example_inputs(self, built: StageModule, *, micro_batch: int, world_size: int) -> dict[str, Tensor]:
+        run, B = self.run, micro_batch
+        clips = example_clips(run, run.data, run.model.name, micro_batch=B)
+        inputs = {"clips": clips, "labels": torch.zeros(B, dtype=torch.int64)}
+        if run.task == "multi_label" or run.data.augment.mixup_alpha or run.data.augment.cutmix_alpha:
+            inputs["targets"] = torch.zeros(B, len(self.classes))
+        return inputs
+
+    @cached_property
+    def _views(self) -> DeviceAugment:
+        return DeviceAugment(self.run.data.augment, self.built.network.input_spec, training=True)
 
     def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
         batch = batch.to(self.topology.device)
@@ -160,7 +225,7 @@ class ClassificationTask:
     ) -> dict[str, float]:
         """Metrics of one split; writes predictions.parquet when given a path (rank 0)."""
         predictions = classify_split(
-            self.network,
+            self.built.network,
             self.run.data,
             split=split,
             batch=self.run.evaluation.batch,
@@ -175,79 +240,46 @@ class ClassificationTask:
             predictions.write(predictions_file)
         return classification_metrics(predictions)
 
+    def finish(
+        self, metrics: Mapping[str, float], *, topology: Topology, folder: RunFolder
+    ) -> dict[str, float]:
+        return dict(metrics)
 
-def build_network(run: ClassificationRun, *, num_classes: int) -> VideoNetwork:
-    """The run's network with its starting weights and frozen parts. Raises ConfigError with the key at fault."""
-    network = create_model(
-        run.model.name,
-        num_classes=num_classes,
-        in_frames=run.data.sampling.frames,
-        pretrained=run.model.pretrained,
-        **run.model.options,
-    )
-    if run.initialise_from is not None:
-        initialise_from(network, run.initialise_from)
-    if isinstance(run, FinetuneRun) and run.train_part == "head":
-        freeze_all_but_head(network)
-    if isinstance(run, FinetuneRun) and run.frozen_batchnorm:
-        for module in batchnorms(network):
-            module.requires_grad_(False)
-    freeze_named(network, run.model.frozen)
-    return network
+    def trained_network(self, weights: Mapping[str, Tensor]) -> SavedModel:
+        network = self._network(pretrained=None)
+        network.load_state_dict(network_weights(weights, prefix="network."))
+        card = data_card(self.run, self.run.data) | {"classes": list(self.classes), "task": self.run.task}
+        return SavedModel(network=network, options=dict(self.run.model.options), card=card)
 
 
-def batchnorms(module: nn.Module) -> list[nn.Module]:
-    """Every BatchNorm layer inside."""
-    return [part for part in module.modules() if isinstance(part, _BatchNorm)]
+class FinetuneStage(ClassificationStage):
+    """Classification that starts from a backbone and ends with the test split."""
 
+    def __init__(self, run: FinetuneRun, *, classes: Sequence[str], topology: Topology) -> None:
+        super().__init__(run, classes=classes, topology=topology)
+        self.finetune = run
 
-def freeze_named(network: nn.Module, patterns: Sequence[str]) -> None:
-    """Leave the parameters out of training whose names match a shell pattern.
+    @property
+    def frozen_batchnorm(self) -> bool:
+        return self.finetune.frozen_batchnorm
 
-    Raises:
-        ConfigError: a pattern matches none.
-    """
-    names = dict(network.named_parameters())
-    for pattern in patterns:
-        matched = fnmatch.filter(names, pattern)
-        if not matched:
-            raise ConfigError(
-                f"{pattern!r} matches no parameter of the model",
-                key="model.frozen",
-                value=pattern,
-                hint=f"its parameters are named like {', '.join(list(names)[:3])}",
-            )
-        for name in matched:
-            names[name].requires_grad_(False)
+    def splits(self) -> dict[str, str]:
+        run = self.finetune
+        within_training = bool(run.data.val_share) and run.test_split == run.data.val_split
+        return super().splits() | ({} if within_training else {"test_split": run.test_split})
 
+    def freeze(self, network: nn.Module) -> None:
+        if self.finetune.train_part == "head":
+            freeze_all_but_head(network)
+        if self.finetune.frozen_batchnorm:
+            for module in batchnorms(network):
+                module.requires_grad_(False)
 
-def initialise_from(network: nn.Module, source: str) -> None:
-    """Load the backbone of a run folder, an export folder or a weights file into a network, head excepted."""
-    from cliplift.models.factory import load_pretrained
-
-    folder = Path(source) / WEIGHTS
-    path = folder if folder.is_dir() else Path(source)
-    if not path.exists():
-        raise ConfigError(
-            f"{source!r} does not exist",
-            key="initialise_from",
-            value=source,
-            hint="give a finished run's folder, an export folder or a weights file",
+    def finish(
+        self, metrics: Mapping[str, float], *, topology: Topology, folder: RunFolder
+    ) -> dict[str, float]:
+        """The test split, evaluated once, beside the validation metrics, which get the prefix ``val_``."""
+        test = self.evaluate_split(
+            self.finetune.test_split, topology=topology, predictions_file=folder.predictions
         )
-    if Path(source).is_dir() and not folder.is_dir() and not (path / "model.safetensors").exists():
-        raise ConfigError(
-            f"{source!r} holds no weights",
-            key="initialise_from",
-            value=source,
-            hint="the run has not finished; start it again and it continues",
-        )
-    load_pretrained(network, str(path))
-    log.info("backbone starts from %s", source)
-
-
-def freeze_all_but_head(network: nn.Module) -> None:
-    """Leave only the classifier trainable: the parameters a fresh ``reset_classifier`` makes."""
-    before = {id(parameter) for parameter in network.parameters()}
-    network.reset_classifier(int(network.num_classes))  # type: ignore[operator, arg-type]
-    for parameter in network.parameters():
-        parameter.requires_grad_(id(parameter) not in before)
+        return {f"val_{name}": value for name, value in metrics.items()} | test

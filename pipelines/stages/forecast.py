@@ -7,7 +7,7 @@ learning, the last frame read, held still.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -22,10 +22,19 @@ from cliplift.models import create_model, list_models, model_options
 from cliplift.models.convrnn.forecaster import EncoderForecaster, forecast_error
 from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
-from cliplift.pipelines.distributed.collectives import Topology, gather_objects
+from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.engine.task import (
+    SavedModel,
+    StageModule,
+    data_card,
+    example_clips,
+    network_weights,
+)
 from cliplift.pipelines.engine.telemetry import training_flops
+from cliplift.pipelines.evaluation.over_split import over_split
+from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.runs.tracking import ClipTable
-from cliplift.pipelines.stages.classification import initialise_from
+from cliplift.pipelines.stages.starting_weights import freeze_named, initialise_from
 
 OPTION = "forecaster"  # what a model that can predict frames is built with
 
@@ -57,24 +66,52 @@ class Forecasting(nn.Module):
         }
 
 
-class ForecastTask:
-    """Forecasting as the engine's training task. ``skill`` is 1 - mse / mse_copy_last: 0 holds still, 1 is perfect."""
+class ForecastStage:
+    """Forecasting as a stage. ``skill`` is 1 - mse / mse_copy_last: 0 holds still, 1 is perfect."""
 
     best_metric = "skill"
+    needs_labels, needs_videos = False, 1
 
-    def __init__(self, run: PretrainRun, *, topology: Topology) -> None:
+    def __init__(self, run: PretrainRun, *, classes: Sequence[str], topology: Topology) -> None:
         self.run, self.topology = run, topology
-        network = build_forecaster(run, pretrained=run.model.pretrained)
-        if run.initialise_from is not None:
-            initialise_from(network, run.initialise_from)
-        self.network = network
-        self.module = Forecasting(network, run.forecast)
+        self.classes: tuple[str, ...] = ()  # labels, where there are any, are not used
         self.clip_frames = run.data.sampling.frames
-        self._views = {
-            training: DeviceAugment(run.data.augment, network.input_spec, training=training)
+        self._last: list[tuple[str, float, float]] = []
+
+    def networks(self) -> dict[str, str]:
+        return {"model.name": self.run.model.name}
+
+    def splits(self) -> dict[str, str]:
+        return {} if self.run.data.val_share else {"data.val_split": self.run.data.val_split}
+
+    @cached_property
+    def built(self) -> StageModule:
+        """The module with its starting weights."""
+        return self.build_module(weights=True)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.built.module
+
+    def build_module(self, *, weights: bool) -> StageModule:
+        run = self.run
+        network = build_forecaster(run, pretrained=run.model.pretrained if weights else None)
+        if weights and run.initialise_from is not None:
+            initialise_from(network, run.initialise_from)
+        freeze_named(network, run.model.frozen)
+        return StageModule(module=Forecasting(network, run.forecast), network=network)
+
+    def example_inputs(self, built: StageModule, *, micro_batch: int, world_size: int) -> dict[str, Tensor]:
+        run = self.run
+        return {"clips": example_clips(run, run.data, run.model.name, micro_batch=micro_batch)}
+
+    @cached_property
+    def _views(self) -> dict[bool, DeviceAugment]:
+        spec = cast(EncoderForecaster, self.built.network).input_spec
+        return {
+            training: DeviceAugment(self.run.data.augment, spec, training=training)
             for training in (True, False)
         }
-        self._last: list[tuple[str, float, float]] = []
 
     def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
         return {"clips": self._views[training](batch.to(self.topology.device))}
@@ -90,14 +127,16 @@ class ForecastTask:
             world_size=topology.world_size,
             max_samples=self.run.evaluation.max_samples,
         )
-        rows: list[tuple[int, dict[str, float]]] = []
-        for batch in loader:
-            errors = self.module.errors(self.inputs(batch, training=False, step=0)["clips"])
-            for row, sample in enumerate(batch.sample_index.tolist()):
-                rows.append((sample, {name: float(error[row]) for name, error in errors.items()}))
-        for batch in loader.fillers():
-            self.module.errors(self.inputs(batch, training=False, step=0)["clips"])
-        everything = sorted(gather_objects(rows, topology), key=lambda row: row[0])
+
+        def forward(batch: ClipBatch) -> list[dict[str, float]]:
+            clips = self.inputs(batch, training=False, step=0)["clips"]
+            errors = cast(Forecasting, self.module).errors(clips)
+            return [
+                {name: float(error[row]) for name, error in errors.items()}
+                for row in range(len(batch.sample_index))
+            ]
+
+        everything = over_split(loader, forward, topology)
         self._last = [
             (loader.dataset.facts(sample).key, errors["mse"], errors["mse_copy_last"])
             for sample, errors in everything
@@ -119,6 +158,20 @@ class ForecastTask:
             network = build_forecaster(self.run, pretrained=None)
             network.forecast_logits(torch.empty(1, 3, read, side, side), self.clip_frames - read)
         return training_flops(float(counter.get_total_flops()))
+
+    def finish(
+        self, metrics: Mapping[str, float], *, topology: Topology, folder: RunFolder
+    ) -> dict[str, float]:
+        return dict(metrics)
+
+    def trained_network(self, weights: Mapping[str, Tensor]) -> SavedModel:
+        network = build_forecaster(self.run, pretrained=None)
+        network.load_state_dict(network_weights(weights, prefix="network."))
+        card = data_card(self.run, self.run.data) | {
+            "objective": "forecast",
+            "forecast": self.run.forecast.model_dump(mode="json"),
+        }
+        return SavedModel(network=network, options=forecaster_options(self.run), card=card)
 
 
 def forecast_metrics(clips: list[dict[str, float]]) -> dict[str, float]:

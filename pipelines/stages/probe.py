@@ -7,8 +7,6 @@ standardised features, fitted to convergence by L-BFGS, so that no learning rate
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,8 +15,9 @@ from cliplift.configs.data import DataConfig, ViewsConfig
 from cliplift.configs.runs import ProbeConfig, TransferRun
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.data.augment import DeviceAugment
-from cliplift.pipelines.data.loader import EvalLoader
-from cliplift.pipelines.distributed.collectives import Topology, gather_objects
+from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
+from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.evaluation.over_split import over_split
 
 
 @torch.no_grad()
@@ -76,15 +75,13 @@ def features_of(
         data, split=split, batch=run.evaluation.batch, rank=topology.rank, world_size=topology.world_size
     )
     views = DeviceAugment(data.augment, student.input_spec, training=False)
-    rows: list[tuple[int, int, Any]] = []
-    for batch in loader:
-        found = student(views(batch.to(topology.device))).float().cpu()
-        on_host = zip(batch.sample_index.tolist(), batch.labels.tolist(), found.unbind(), strict=True)
-        rows += [(sample, label, feature.clone()) for sample, label, feature in on_host]
-    for batch in loader.fillers():
-        student(views(batch.to(topology.device)))
-    everything = sorted(gather_objects(rows, topology), key=lambda row: row[0])
-    return torch.stack([row[2] for row in everything]).double(), torch.tensor([row[1] for row in everything])
+
+    def forward(batch: ClipBatch) -> list[tuple[int, Tensor]]:
+        features = student(views(batch)).float().cpu()
+        return [(label, row.clone()) for label, row in zip(batch.labels.tolist(), features, strict=True)]
+
+    values = [value for _, value in over_split(loader, forward, topology)]
+    return torch.stack([row for _, row in values]).double(), torch.tensor([label for label, _ in values])
 
 
 def knn_accuracy(

@@ -6,18 +6,16 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from cliplift.configs.load import dump_run
 from cliplift.configs.runs import ClassificationRun, FinetuneRun, PretrainRun, TransferRun
 from cliplift.configs.sections import ConfigError
-from cliplift.models import VideoNetwork, create_model
+from cliplift.configs.training import TrainingRun
 from cliplift.models.factory import save_pretrained
 from cliplift.models.protocol import ModelError
 from cliplift.models.registry import model_entry
@@ -27,12 +25,57 @@ from cliplift.pipelines.distributed.collectives import Topology, barrier, start
 from cliplift.pipelines.distributed.launchers import find_place
 from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_config
 from cliplift.pipelines.engine.loop import fit
-from cliplift.pipelines.engine.task import FitResult
+from cliplift.pipelines.engine.task import FitResult, Stage
 from cliplift.pipelines.runs.folder import RunFolder, sole_writer
 from cliplift.pipelines.runs.tracking import Tracker
-from cliplift.pipelines.stages import transfer
-from cliplift.pipelines.stages.classification import ClassificationTask
-from cliplift.pipelines.stages.forecast import ForecastTask, build_forecaster, forecaster_options
+from cliplift.pipelines.stages.classification import ClassificationStage, FinetuneStage
+from cliplift.pipelines.stages.forecast import ForecastStage
+from cliplift.pipelines.stages.transfer import TransferStage
+
+# Called with (run, classes=..., topology=...). Looked up at every call: a package from outside may add its own row.
+OBJECTIVES: dict[str, Callable[..., Stage]] = {
+    "classification": ClassificationStage,
+    "forecast": ForecastStage,
+}
+
+
+def pretrain_stage(run: PretrainRun, *, classes: Sequence[str], topology: Topology) -> Stage:
+    """The stage of the run's objective.
+
+    Raises:
+        ConfigError: there is no such objective.
+    """
+    if run.objective not in OBJECTIVES:
+        raise ConfigError(
+            f"{run.objective!r} is no pretraining objective",
+            key="objective",
+            value=run.objective,
+            hint=f"one of {', '.join(sorted(OBJECTIVES))}",
+        )
+    return OBJECTIVES[run.objective](run, classes=classes, topology=topology)
+
+
+STAGES: dict[type[TrainingRun], Callable[..., Stage]] = {
+    TransferRun: TransferStage,
+    PretrainRun: pretrain_stage,
+    FinetuneRun: FinetuneStage,
+}
+
+
+def add_objective(name: str, stage: Callable[..., Stage]) -> None:
+    """Let ``objective: name`` of a pretrain run train with another package's stage.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if OBJECTIVES.setdefault(name, stage) is not stage:
+        raise ValueError(f"the pretraining objective {name!r} exists already")
+
+
+def stage_of(run: TrainingRun, *, classes: Sequence[str] = (), topology: Topology | None = None) -> Stage:
+    """The stage of a run: nothing is read or built yet. Without a topology, of one process on the CPU."""
+    topology = topology or Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    return STAGES[type(run)](run, classes=classes, topology=topology)
 
 
 @dataclass(frozen=True)
@@ -92,7 +135,7 @@ def _run_in(
                 f"{run.name}: stopped by a signal at step {result.steps} and saved; start it again to continue",
             )
             return StageResult(folder.path, result.metrics, finished=False, requeue=True)
-        metrics = _conclude(_Ended(run, task, result), folder, topology)
+        metrics = _conclude(run, task, result, folder, topology)
         result.release()
         seconds = time.monotonic() - started
         folder.write_result(
@@ -121,7 +164,7 @@ class Prepared:
 
     topology: Topology
     loader: TrainingLoader
-    task: Any
+    task: Stage
 
 
 def prepare(run: TransferRun | ClassificationRun) -> Prepared:
@@ -148,15 +191,6 @@ def _seed(run: TransferRun | ClassificationRun) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
-class _Ended:
-    """A run whose training is over."""
-
-    run: TransferRun | ClassificationRun
-    task: Any
-    result: FitResult
-
-
 def dry_run(run: TransferRun | ClassificationRun) -> str:
     """The resolved config and the DeepSpeed dictionary derived from it, as text."""
     check_model(run)
@@ -168,10 +202,7 @@ def dry_run(run: TransferRun | ClassificationRun) -> str:
 
 def check_model(run: TransferRun | ClassificationRun) -> None:
     """Raise ConfigError for an unknown model before anything else is started."""
-    keys = {"model.name": run.model.name}
-    if isinstance(run, TransferRun):
-        keys["teacher.name"] = run.teacher.name
-    for key, name in keys.items():
+    for key, name in stage_of(run).networks().items():
         try:
             model_entry(name)
         except ModelError as error:
@@ -196,10 +227,7 @@ def require_splits(run: TransferRun | ClassificationRun, splits: Sequence[str]) 
     Raises:
         ConfigError: names data.val_split or test_split.
     """
-    wanted = {} if run.data.val_share else {"data.val_split": run.data.val_split}
-    if isinstance(run, FinetuneRun) and not (run.data.val_share and run.test_split == run.data.val_split):
-        wanted["test_split"] = run.test_split
-    for key, split in wanted.items():
+    for key, split in stage_of(run).splits().items():
         if split not in splits:
             raise ConfigError(
                 f"the shards have no split {split!r} to evaluate",
@@ -210,84 +238,42 @@ def require_splits(run: TransferRun | ClassificationRun, splits: Sequence[str]) 
             )
 
 
-def _task(run: TransferRun | ClassificationRun, loader: TrainingLoader, topology: Topology) -> Any:
-    task: Any
+def _task(run: TransferRun | ClassificationRun, loader: TrainingLoader, topology: Topology) -> Stage:
+    """The stage with its module built, so that what is wrong with it is found before the engine is set up."""
+    stage = stage_of(run, classes=loader.classes, topology=topology)
     try:
-        if isinstance(run, TransferRun):
-            task = transfer.TransferTask(run, topology=topology)
-        elif isinstance(run, PretrainRun) and run.objective == "forecast":
-            task = ForecastTask(run, topology=topology)
-        else:
-            task = ClassificationTask(run, classes=loader.classes, topology=topology)
+        stage.module  # noqa: B018
     except ModelError as error:
         raise ConfigError(str(error), key="model", value=run.model.name) from None
     require_splits(run, loader.splits)
-    return task
+    return stage
 
 
-def _conclude(ended: _Ended, folder: RunFolder, topology: Topology) -> dict[str, float]:
+def _conclude(
+    run: TransferRun | ClassificationRun,
+    stage: Stage,
+    result: FitResult,
+    folder: RunFolder,
+    topology: Topology,
+) -> dict[str, float]:
     """Final evaluation and weights."""
-    run, task = ended.run, ended.task
-    metrics = dict(ended.result.metrics)
-    if isinstance(run, FinetuneRun):
-        ended.result.engine.eval()
-        test = task.evaluate_split(run.test_split, topology=topology, predictions_file=folder.predictions)
-        metrics = {f"val_{name}": value for name, value in metrics.items()} | test
-    weights = ended.result.weights()
+    result.engine.eval()
+    metrics = stage.finish(result.metrics, topology=topology, folder=folder)
+    weights = result.weights()
     if topology.is_main:
-        _save_weights(run, task, weights, folder)
-    if isinstance(run, TransferRun):
-        _judge_transfer(run, metrics, topology)
+        saved = stage.trained_network(weights)
+        save_pretrained(
+            saved.network,
+            folder.weights,
+            name=run.model.name,
+            options=dict(saved.options),
+            extra=dict(saved.card),
+        )
     return metrics
 
 
 def _shard_urls(run: TransferRun | ClassificationRun) -> list[str]:
     return [shards if isinstance(shards, str) else shards.url for shards in run.data.shards]
-
-
-def _save_weights(
-    run: TransferRun | ClassificationRun, task: Any, weights: Mapping[str, Tensor], folder: RunFolder
-) -> None:
-    """The trained network alone, without loss and matching head, from whole fp32 tensors."""
-    prefix = "student." if isinstance(run, TransferRun) else "network."
-    network, options = _untrained(run, task)
-    network.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
-    extra: dict[str, Any] = {
-        "stage": run.stage,
-        "run": run.name,
-        "sampling": run.data.sampling.model_dump(mode="json"),
-        "crop_pixels": run.data.crop_pixels,
-        "resize_short_side_pixels": run.data.resize_short_side_pixels,
-        "normalize_brightness": run.data.augment.normalize_brightness,
-    }
-    if isinstance(task, ForecastTask):
-        extra |= {"objective": "forecast", "forecast": task.run.forecast.model_dump(mode="json")}
-    elif isinstance(run, ClassificationRun):
-        extra |= {"classes": list(task.classes), "task": run.task}
-    save_pretrained(network, folder.weights, name=run.model.name, options=options, extra=extra)
-
-
-def _untrained(run: TransferRun | ClassificationRun, task: Any) -> tuple[VideoNetwork, dict[str, Any]]:
-    """The trained network's architecture, and the options it is built with."""
-    if isinstance(task, ForecastTask):
-        return build_forecaster(task.run, pretrained=None), forecaster_options(task.run)
-    options = dict[str, Any](run.model.options)
-    network = create_model(
-        run.model.name,
-        num_classes=len(task.classes) if isinstance(run, ClassificationRun) else 0,
-        in_frames=run.data.sampling.frames,
-        **options,
-    )
-    return network, options
-
-
-def _judge_transfer(run: TransferRun, metrics: Mapping[str, float], topology: Topology) -> None:
-    """A matching accuracy that a coin could have reached is a failure, and is said."""
-    accuracy, sigmas = metrics["matching_accuracy"], metrics["above_chance_sigmas"]
-    verdict = "above chance" if sigmas > 3 else "NOT above chance: the transfer has failed"
-    _say(
-        topology, f"{run.name}: matching accuracy {accuracy:.3f} on held-out videos, prior 0.500 ({verdict})"
-    )
 
 
 def _say(topology: Topology, text: str) -> None:

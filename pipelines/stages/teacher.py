@@ -11,7 +11,8 @@ from torch import Tensor
 
 from cliplift.configs.data import DataConfig, ViewsConfig
 from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
-from cliplift.pipelines.distributed.collectives import Topology, barrier, gather_objects
+from cliplift.pipelines.distributed.collectives import Topology, barrier
+from cliplift.pipelines.evaluation.over_split import over_split
 
 FILE = "teacher_features.safetensors"
 
@@ -48,14 +49,11 @@ def cached_features(
     kept = load_file(path) if path.is_file() else {}
     if list(kept) == [wanted]:
         return kept[wanted]
-    rows: list[tuple[int, Tensor]] = []
-    for on_host in loader:
-        found = features(on_host.to(topology.device)).half().cpu()
-        rows += [
-            (sample, row.clone()) for sample, row in zip(on_host.sample_index.tolist(), found, strict=True)
-        ]
-    everything = sorted(gather_objects(rows, topology), key=lambda row: row[0])
-    table = torch.stack([row[1] for row in everything])
+
+    def forward(clips: ClipBatch) -> list[Tensor]:
+        return [row.clone() for row in features(clips).half().cpu()]
+
+    table = torch.stack([row for _, row in over_split(loader, forward, topology)])
     if topology.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")

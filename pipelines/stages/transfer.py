@@ -13,6 +13,7 @@ chance is 50 %, separate augmentation of frames and clip, a trainable projection
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -28,35 +29,70 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import ModelConfig
 from cliplift.models import create_model
 from cliplift.models.correspondence import CorrespondenceHead
-from cliplift.models.protocol import InputSpec
+from cliplift.models.protocol import InputSpec, VideoNetwork
 from cliplift.models.registry import model_entry
 from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
-from cliplift.pipelines.distributed.collectives import Topology, all_gather_tensor, gather_objects
+from cliplift.pipelines.distributed.collectives import Topology, all_gather_tensor
+from cliplift.pipelines.engine.task import (
+    SavedModel,
+    StageModule,
+    data_card,
+    example_clips,
+    network_weights,
+)
 from cliplift.pipelines.engine.telemetry import forward_flops, training_flops
-from cliplift.pipelines.stages.classification import freeze_named
+from cliplift.pipelines.evaluation.over_split import over_split
+from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.stages.matching import SupervisionTransfer, draw_pairs, matching_metrics
 from cliplift.pipelines.stages.probe import probe
+from cliplift.pipelines.stages.starting_weights import freeze_named
 from cliplift.pipelines.stages.teacher import cached_features
 
 log = logging.getLogger(__name__)
 
 
-class TransferTask:
-    """The transfer stage as the engine's training task."""
+class TransferStage:
+    """Supervision transfer as a stage."""
 
     best_metric = "matching_accuracy"
+    needs_labels = False
 
-    def __init__(self, run: TransferRun, *, topology: Topology) -> None:
+    def __init__(self, run: TransferRun, *, classes: Sequence[str], topology: Topology) -> None:
         self.run, self.topology = run, topology
-        self.teacher: Any = _build_teacher(run).to(topology.device)
-        student: Any = create_model(
-            run.model.name,
-            num_classes=0,
-            in_frames=run.data.sampling.frames,
-            pretrained=run.model.pretrained,
-            **dict[str, Any](run.model.options),
-        )
+        self.classes: tuple[str, ...] = ()  # labels, where there are any, are not used
+        self.clip_frames = run.data.sampling.frames
+
+    @property
+    def needs_videos(self) -> int:
+        return self.run.correspondence.negatives_per_clip + 1  # a clip's own, and one for each negative
+
+    def networks(self) -> dict[str, str]:
+        return {"model.name": self.run.model.name, "teacher.name": self.run.teacher.name}
+
+    def splits(self) -> dict[str, str]:
+        return {} if self.run.data.val_share else {"data.val_split": self.run.data.val_split}
+
+    @cached_property
+    def built(self) -> StageModule:
+        """The module with its starting weights, and the teacher on the device."""
+        built = self.build_module(weights=True)
+        assert built.frozen is not None
+        built.frozen.to(self.topology.device)
+        return built
+
+    @property
+    def module(self) -> SupervisionTransfer:
+        return cast(SupervisionTransfer, self.built.module)
+
+    @property
+    def teacher(self) -> Any:
+        return self.built.frozen
+
+    def build_module(self, *, weights: bool) -> StageModule:
+        run, matching = self.run, self.run.correspondence
+        teacher = _build_teacher(run, pretrained=run.teacher.pretrained if weights else None)
+        student: Any = self._student(pretrained=run.model.pretrained if weights else None)
         if model_entry(run.model.name).dims != "3d":
             raise ConfigError(
                 "is a 2D model; the student sees clips",
@@ -65,25 +101,54 @@ class TransferTask:
                 hint="choose a 3D model from `cliplift models`",
             )
         freeze_named(student, run.model.frozen)
-        matching = run.correspondence
         head = CorrespondenceHead(
             student.feature_dim,
-            cast(int, self.teacher.feature_dim),
+            cast(int, teacher.feature_dim),
             embed_dim=matching.feature_dim,
             hidden=matching.hidden,
             normalise=matching.normalise_features,
             dropout=matching.dropout,
         )
-        self.module = SupervisionTransfer(student, head, run.correspondence)
-        self.clip_frames = run.data.sampling.frames
-        spec: InputSpec = student.input_spec
-        self._clip_views = {
-            training: DeviceAugment(run.data.augment, spec, training=training) for training in (True, False)
+        return StageModule(
+            module=SupervisionTransfer(student, head, matching), network=student, frozen=teacher
+        )
+
+    def _student(self, *, pretrained: str | None) -> VideoNetwork:
+        run = self.run
+        return create_model(
+            run.model.name,
+            num_classes=0,
+            in_frames=run.data.sampling.frames,
+            pretrained=pretrained,
+            **dict[str, Any](run.model.options),
+        )
+
+    def example_inputs(self, built: StageModule, *, micro_batch: int, world_size: int) -> dict[str, Tensor]:
+        run, B, G = self.run, micro_batch, micro_batch * world_size
+        clips = example_clips(run, run.data, run.model.name, micro_batch=B)
+        k = run.correspondence.negatives_per_clip + run.correspondence.same_video_negatives
+        pairs = torch.zeros(B, 1 + k, dtype=torch.int64)
+        teacher_dim = cast(int, cast(Any, built.frozen).feature_dim)
+        return {
+            "clips": clips,
+            "frame_features": torch.zeros(G, teacher_dim, dtype=clips.dtype),
+            "pairs": pairs,
+            "targets": torch.zeros_like(pairs),
+            "clip_videos": torch.zeros(B, dtype=torch.int64),
+            "frame_videos": torch.zeros(G, dtype=torch.int64),
         }
-        self._frame_views = {
-            training: DeviceAugment(run.data.augment, self.teacher.input_spec, training=training)
-            for training in (True, False)
-        }
+
+    @cached_property
+    def _clip_views(self) -> dict[bool, DeviceAugment]:
+        return self._augment(cast(Any, self.built.network).input_spec)
+
+    @cached_property
+    def _frame_views(self) -> dict[bool, DeviceAugment]:
+        return self._augment(self.teacher.input_spec)
+
+    def _augment(self, spec: InputSpec) -> dict[bool, DeviceAugment]:
+        config = self.run.data.augment
+        return {training: DeviceAugment(config, spec, training=training) for training in (True, False)}
 
     def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
         """A micro-batch as the module's inputs; the teacher's features of all ranks are gathered here."""
@@ -191,22 +256,15 @@ class TransferTask:
             world_size=topology.world_size,
             max_samples=self.run.evaluation.max_samples,
         )
-        rows: list[tuple[int, int, Tensor, Tensor]] = []
-        for batch in loader:
+
+        def forward(batch: ClipBatch) -> list[tuple[int, Tensor, Tensor]]:
             clips, frame_features = self._towers(batch, training=False)
-            clip_features = self.module.student(clips)
-            on_host = zip(
-                batch.sample_index.tolist(),
-                batch.video_index.tolist(),
-                clip_features.float().cpu(),
-                frame_features.float().cpu(),
-                strict=True,
-            )
-            rows += [(sample, video, clip.clone(), frame.clone()) for sample, video, clip, frame in on_host]
-        for batch in loader.fillers():
-            self.module.student(self._towers(batch, training=False)[0])
-        everything = sorted(gather_objects(rows, topology), key=lambda row: row[0])
-        if len({row[1] for row in everything}) < 2:
+            clip_rows, frame_rows = self.module.student(clips).float().cpu(), frame_features.float().cpu()
+            found = zip(batch.video_index.tolist(), clip_rows, frame_rows, strict=True)
+            return [(video, clip.clone(), frame.clone()) for video, clip, frame in found]
+
+        everything = [value for _, value in over_split(loader, forward, topology)]
+        if len({row[0] for row in everything}) < 2:
             raise ConfigError(
                 f"split {self.run.data.val_split!r} holds one video; matching needs two",
                 key="data.val_split",
@@ -216,14 +274,32 @@ class TransferTask:
         device = topology.device
         metrics = matching_metrics(
             self.module,
-            clips=torch.stack([row[2] for row in everything]).to(device),
-            frames=torch.stack([row[3] for row in everything]).to(device),
-            videos=torch.tensor([row[1] for row in everything], device=device),
+            clips=torch.stack([row[1] for row in everything]).to(device),
+            frames=torch.stack([row[2] for row in everything]).to(device),
+            videos=torch.tensor([row[0] for row in everything], device=device),
             seed=self.run.seed,
         )
         if self.run.probe is not None:
             metrics |= probe(self.module.student, self.run, self.run.probe, topology=topology)
         return metrics
+
+    def finish(
+        self, metrics: Mapping[str, float], *, topology: Topology, folder: RunFolder
+    ) -> dict[str, float]:
+        """Say whether a coin could have reached the matching accuracy: then the transfer has failed."""
+        accuracy, above = metrics["matching_accuracy"], metrics["above_chance_sigmas"] > 3
+        verdict = "above chance" if above else "NOT above chance: the transfer has failed"
+        if topology.is_main:
+            text = f"matching accuracy {accuracy:.3f} on held-out videos, prior 0.500 ({verdict})"
+            print(f"{self.run.name}: {text}", flush=True)
+        return dict(metrics)
+
+    def trained_network(self, weights: Mapping[str, Tensor]) -> SavedModel:
+        """The student alone."""
+        student = self._student(pretrained=None)
+        student.load_state_dict(network_weights(weights, prefix="student."))
+        card = data_card(self.run, self.run.data)
+        return SavedModel(network=student, options=dict(self.run.model.options), card=card)
 
 
 def subsampled(batch: ClipBatch, frames: int | None) -> ClipBatch:
@@ -259,7 +335,7 @@ def recropped(clips: Tensor, draws: Tensor, *, smallest: float = 0.7) -> Tensor:
     return flat.reshape(B, C, X, H, W)
 
 
-def _build_teacher(run: TransferRun) -> nn.Module:
+def _build_teacher(run: TransferRun, *, pretrained: str | None) -> nn.Module:
     """The frozen 2D teacher, in eval mode for good (BatchNorm statistics included)."""
     if model_entry(run.teacher.name).dims != "2d":
         raise ConfigError(
@@ -271,7 +347,7 @@ def _build_teacher(run: TransferRun) -> nn.Module:
     teacher = create_model(
         run.teacher.name,
         num_classes=0,
-        pretrained=run.teacher.pretrained,
+        pretrained=pretrained,
         **dict[str, Any](run.teacher.options),
     )
     return teacher.eval().requires_grad_(False)

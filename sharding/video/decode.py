@@ -245,7 +245,7 @@ def _frame_clock(stream: Any) -> tuple[Callable[[int], int], Callable[[int], int
 
 def _torchcodec(data: bytes, frame_numbers: Sequence[int]) -> Frames:
     try:
-        from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found,unused-ignore]
+        from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found,attr-defined,unused-ignore]
     except (ImportError, RuntimeError, OSError) as error:
         raise VideoDecodeError("torchcodec is not usable here; use decoder: pyav") from error
     try:

@@ -16,7 +16,7 @@ from cliplift.configs.runs import RUNS
 from cliplift.configs.sections import ConfigError
 from cliplift.launch.check import cost as check_cost
 from cliplift.launch.check import fit as check_module
-from cliplift.launch.check.cost import Cost, logged_speed, training_flops
+from cliplift.launch.check.cost import Cost, logged_speed
 from cliplift.launch.check.findings import Finding, exit_code, table
 from cliplift.launch.check.fit import Known, check, check_fit, check_tracking, unreachable
 from cliplift.launch.check.machine import Machine, choose_machine
@@ -206,12 +206,14 @@ def test_operations_against_an_independent_count(repository: Path, shards: Path)
     from torch.utils.flop_counter import FlopCounterMode
 
     from cliplift.models import create_model
+    from cliplift.pipelines.stages.run import stage_of
 
     run = run_of(repository, shards)
     model = create_model("t3d_tiny", num_classes=10, in_frames=8).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, 3, 8, 64, 64))
-    assert training_flops(run, classes=10) == pytest.approx(3 * counter.get_total_flops())
+    stage = stage_of(run, classes=[str(k) for k in range(10)])
+    assert stage.flops_per_clip == pytest.approx(3 * counter.get_total_flops())
 
 
 def test_the_speed_of_the_runs_own_log(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from cliplift.configs.runs import RUNS
 from cliplift.pipelines.distributed.collectives import all_reduce_max, leave, start
 from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_config
 from cliplift.pipelines.engine.optim import build_optimizer
-from cliplift.pipelines.stages.stage_module import build_module, stage_inputs
+from cliplift.pipelines.engine.task import as_trained
+from cliplift.pipelines.stages.run import stage_of
 
 RECIPE = Path(__file__).resolve().parents[3] / "configs" / "pretrain" / "demo.yaml"
 TINY = [
@@ -40,7 +41,9 @@ def train(words: list[str], classes: int) -> None:
     run = load_run(RECIPE, RUNS, words).run
     topology = start(run.engine)
     micro_batch, accumulation = batch_split(run, world_size=topology.world_size)
-    module, _ = build_module(run, classes=classes)
+    stage = stage_of(run, classes=[str(k) for k in range(classes)])
+    built = stage.build_module(weights=False)
+    module = as_trained(built, run)
     optimizer = build_optimizer(
         module, run.optim, global_batch=run.engine.global_batch, device=topology.device
     )
@@ -51,9 +54,7 @@ def train(words: list[str], classes: int) -> None:
     del module, optimizer
     for _ in range(2):
         for _ in range(accumulation):
-            inputs = stage_inputs(
-                run, classes=classes, teacher_dim=0, micro_batch=micro_batch, world_size=topology.world_size
-            )
+            inputs = stage.example_inputs(built, micro_batch=micro_batch, world_size=topology.world_size)
             inputs["clips"].uniform_()
             engine.backward(engine(inputs)["loss"])
             if not engine.is_gradient_accumulation_boundary():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import subprocess
@@ -16,9 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
+from cliplift.models import create_model
 from cliplift.pipelines.cost.activation_memory import make_fake, measure_activations
 from cliplift.pipelines.cost.memory_plan import parts, plan_memory
-from cliplift.pipelines.stages.stage_module import build_module, stage_inputs
+from cliplift.pipelines.engine.task import as_trained
+from cliplift.pipelines.stages.run import stage_of
 
 WORKER = Path(__file__).with_name("memory_worker.py")
 CLASSES = 400
@@ -153,9 +156,50 @@ def test_the_teacher_counts(repository: Path) -> None:
 def test_the_fake_module_is_the_real_one(repository: Path) -> None:
     """Real tensors through the same module take the shapes the fake ones took."""
     run = run_of(repository)
-    module, _ = build_module(run, classes=10)
-    inputs = stage_inputs(run, classes=10, teacher_dim=0, micro_batch=2, world_size=1)
-    loss = module(inputs)["loss"]
+    stage = stage_of(run, classes=[str(k) for k in range(10)])
+    built = stage.build_module(weights=False)
+    inputs = stage.example_inputs(built, micro_batch=2, world_size=1)
+    loss = as_trained(built, run)(inputs)["loss"]
     loss.backward()
     assert torch.isfinite(loss)
     assert inputs["clips"].shape == (2, 3, 8, 64, 64)
+
+
+@pytest.mark.parametrize("patterns", [["layer*"], ["conv1*", "bn1*", "layer1*"]])
+def test_frozen_parameters_are_not_counted_as_trained(repository: Path, patterns: list[str]) -> None:
+    """Counted by name on the network itself."""
+    words = ["model.name=resnet3d_18", f"model.frozen=[{','.join(patterns)}]"]
+    _, sizes = plan_memory(run_of(repository, *words), classes=CLASSES, world_size=1, on_gpu=False)
+    network = create_model("resnet3d_18", num_classes=CLASSES, in_frames=8)
+    frozen = [
+        p.numel()
+        for name, p in network.named_parameters()
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    ]
+    whole = sum(p.numel() for p in network.parameters())
+    assert frozen
+    assert (sizes.parameters, sizes.trained) == (whole, whole - sum(frozen))
+
+
+def test_frozen_batchnorm_is_not_counted_as_trained(repository: Path) -> None:
+    words = ["model.name=resnet3d_18", "frozen_batchnorm=true"]
+    run = load_run(repository / "configs" / "finetune" / "demo.yaml", RUNS, words).run
+    _, sizes = plan_memory(run, classes=CLASSES, world_size=1, on_gpu=False)
+    network = create_model("resnet3d_18", num_classes=CLASSES, in_frames=8)
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm3d)]
+    held = sum(p.numel() for m in norms for p in m.parameters())
+    assert held
+    assert sizes.trained == sizes.parameters - held
+
+
+def test_a_flow_run_is_planned(repository: Path) -> None:
+    """Optical flow has two channels."""
+    words = [
+        "model.name=r2plus1d_18",
+        "model.options={in_channels: 2}",
+        "data.modality=flow",
+        *(f"data.augment.{name}=0" for name in ("brightness", "contrast", "saturation")),
+    ]
+    run = run_of(repository, *words)
+    plan, _ = plan_memory(run, classes=CLASSES, world_size=1, on_gpu=False)
+    assert plan.backward > 0

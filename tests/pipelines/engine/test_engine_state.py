@@ -22,7 +22,8 @@ from cliplift.configs.training import OptimConfig
 from cliplift.models import create_model
 from cliplift.pipelines.engine.checkpoint import check_space, complete_checkpoints
 from cliplift.pipelines.engine.optim import parameter_groups
-from cliplift.pipelines.stages.classification import Classifier, batchnorms, freeze_named
+from cliplift.pipelines.stages.classification import Classifier
+from cliplift.pipelines.stages.starting_weights import batchnorms, freeze_named
 
 WORKER = Path(__file__).with_name("training_worker.py")
 # The same sums in another order: a few units in the last place of fp32 per step.

@@ -15,9 +15,9 @@ from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model, from_pretrained
 from cliplift.pipelines.data.loader import EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology
-from cliplift.pipelines.stages.classification import initialise_from
-from cliplift.pipelines.stages.forecast import ForecastTask, forecast_metrics
+from cliplift.pipelines.stages.forecast import ForecastStage, forecast_metrics
 from cliplift.pipelines.stages.run import run_stage
+from cliplift.pipelines.stages.starting_weights import initialise_from
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
 
@@ -129,7 +129,7 @@ def test_evaluation_does_not_depend_on_the_batch(place: Path, repository: Path) 
     for batch in (1, 8):
         torch.manual_seed(0)
         run = load(repository, place, "unused", f"evaluation.batch={batch}")
-        task = ForecastTask(run, topology=ONE_RANK)
+        task = ForecastStage(run, classes=(), topology=ONE_RANK)
         found.append(task.evaluate(topology=ONE_RANK))
         assert task.flops_per_clip > 0
         columns, rows = task.clip_table(2)
@@ -169,3 +169,14 @@ def test_a_model_that_cannot_forecast_is_refused_with_those_that_can(place: Path
         run_stage(run, command=[])
     assert caught.value.key == "model.name"
     assert "convlstm" in caught.value.hint
+
+
+def test_every_batch_of_an_evaluation_tells_the_watchdog(
+    place: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass longer than engine.hang_seconds is no hang: one beat for each batch."""
+    beats: list[None] = []
+    monkeypatch.setattr("cliplift.pipelines.evaluation.over_split.beat", lambda: beats.append(None))
+    run = load(repository, place, "unused", "evaluation.batch=1")
+    metrics = ForecastStage(run, classes=(), topology=ONE_RANK).evaluate(topology=ONE_RANK)
+    assert len(beats) == metrics["samples"] > 1

@@ -29,7 +29,7 @@ from cliplift.pipelines.evaluation.export import run_export
 from cliplift.pipelines.evaluation.predict import run_predict
 from cliplift.pipelines.stages.repeats import run_repeats
 from cliplift.pipelines.stages.run import dry_run, run_stage
-from cliplift.pipelines.stages.transfer import TransferTask
+from cliplift.pipelines.stages.transfer import TransferStage
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
 from cliplift.sharding.read.reader import ShardDataset
@@ -330,13 +330,13 @@ def test_teacher_features_are_computed_once(
     assert table.shape == (len(train), 1280)
     assert len(table.unique(dim=0)) == len(train)
     seen: list[int] = []
-    features = TransferTask._teacher_features
+    features = TransferStage._teacher_features
 
-    def counted(self: TransferTask, clips: torch.Tensor) -> torch.Tensor:
+    def counted(self: TransferStage, clips: torch.Tensor) -> torch.Tensor:
         seen.append(len(clips))
         return features(self, clips)
 
-    monkeypatch.setattr(TransferTask, "_teacher_features", counted)
+    monkeypatch.setattr(TransferStage, "_teacher_features", counted)
     longer = run.model_copy(update={"checkpoint": run.checkpoint.model_copy(update={"resume": "never"})})
     run_stage(longer, command=[])
     held_out = ShardDataset(str(place / "shards" / "unlabelled"), split="val")
