@@ -121,7 +121,8 @@ def peak_tflops(run: TrainingRun, device: torch.device) -> float | None:
     if device.type != "cuda" or run.engine.precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in HALF_PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
+    half = next((peak for known, peak in HALF_PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
+    return half / 2 if half is not None and run.engine.precision == "tf32" else half
 
 
 class StepProfiler:
