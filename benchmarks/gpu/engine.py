@@ -158,6 +158,7 @@ def _plain_loop(run: PretrainRun, name: str, shape: Shape, device: torch.device)
 
 def engine_loop(setting: Setting, *, name: str, shape: Shape, steps: int, stage: int) -> Numbers:
     """Step time of ``fit`` and of a hand-written loop in turns; ratio: plain over engine."""
+    folder = setting.folder / f"loop-{name}-{stage}"
     if setting.small:
         name, shape, steps = "t3d_tiny", (2, 8, 32, 32), 4
     words = [
@@ -168,7 +169,7 @@ def engine_loop(setting: Setting, *, name: str, shape: Shape, steps: int, stage:
     ]  # fmt: skip
     found: dict[str, list[float]] = {"engine": [], "plain": []}
     for turn in range(1 if setting.small else 2):
-        run = _run(setting.folder / f"loop-{name}-{stage}-{turn}", *words)
+        run = _run(folder / str(turn), *words)
         topology = start(run.engine)
         sides: list[Callable[[], None]] = [
             lambda: found["engine"].append(_engine_loop(run, name, shape, topology)),  # noqa: B023
@@ -216,7 +217,7 @@ def waits(setting: Setting) -> Numbers:
 
 
 def _waits_of(setting: Setting, stage: int, precision: str, name: str) -> Any:
-    side = 64 if name == "resnet3d_18" else 224
+    side = setting.size(64 if name == "resnet3d_18" else 224, 32)
     words = [
         *_device_words(setting), f"engine.zero_stage={stage}", f"engine.precision={precision}",
         "engine.global_batch=2", f"model.name={name}", "data.sampling.frames=8", f"data.crop_pixels={side}",
@@ -229,7 +230,8 @@ def _waits_of(setting: Setting, stage: int, precision: str, name: str) -> Any:
     shape = (2, 8, side, side)
     Path(run.output).mkdir(parents=True, exist_ok=True)
     tracker = Tracker(run, stage="pretrain", folder=Path(run.output), topology=topology)
-    net = create_model(name, num_classes=CLASSES, in_frames=8, crop=side)
+    options = {"crop": side} if name.startswith("timesformer") else {}
+    net = create_model(name, num_classes=CLASSES, in_frames=8, **options)
     task: Any = Task(Classifier(net, label_smoothing=0.0, multi_label=False), 8, topology.device)
     set_numerics(run.engine, topology.device)
     fitting = loop._Fit(task, run, RepeatingLoader(shape), topology, tracker)  # type: ignore[arg-type]
@@ -396,10 +398,14 @@ def recurrent(setting: Setting) -> Numbers:
     found: Numbers = {}
     sizes = [replace(size, batch=size.batch * setting.size(4, 1)) for size in convrnn.SIZES]
     for size in sizes[:1] if setting.small else sizes:
-        result = convrnn.compare(size, rounds=setting.size(9, 1), device=str(setting.device))
+        try:
+            result = convrnn.compare(size, rounds=setting.size(9, 1), device=str(setting.device))
+        except RuntimeError as error:  # the rounding of another kernel: the other sizes still count
+            found[size.what] = str(error)
+            continue
         found[size.what] = {"ours_ms": result.ours_ms, "concatenating_ms": result.concatenating_ms,
                             "speedup": result.speedup}  # fmt: skip
-    found["best_speedup"] = max(result["speedup"] for result in found.values())
+    found["best_speedup"] = max(r["speedup"] for r in found.values() if isinstance(r, dict))
     return found
 
 

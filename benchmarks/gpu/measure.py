@@ -1,4 +1,4 @@
-"""What every row of the table uses: the setting, alternating timings on the device's own clock, and counted operations."""
+"""What every row of the table uses: the setting, timings in turns, and counted operations."""
 
 from __future__ import annotations
 

@@ -148,13 +148,14 @@ def vit_supervised(setting: Setting, *, size: str, compiled: bool = False) -> Nu
     theirs = VideoMAEForVideoClassification(VideoMAEConfig(**config))
     theirs.load_state_dict(state)
     ours, theirs = (net.to(setting.device, setting.half).train() for net in (ours, theirs))
+    plain = ours
     if compiled:
         ours, theirs = (torch.compile(net, dynamic=False) for net in (ours, theirs))  # type: ignore[assignment]
 
     def run(batch: int) -> Numbers:
         x = torch.randn(batch, *_clip_shape(setting), device=setting.device, dtype=setting.half)
         by_frame, labels = x.transpose(1, 2).contiguous(), _labels(batch, setting)
-        operations = BACKWARD_AND_FORWARD * forward_operations(lambda: ours(x))
+        operations = BACKWARD_AND_FORWARD * forward_operations(lambda: plain(x))
         ms = alternating(
             {
                 "ours": _classified(ours, lambda: ours(x), labels),
@@ -225,9 +226,7 @@ def convolutional(setting: Setting, *, name: str, frames: int, side: int, batch:
 
     def run(batch: int) -> Numbers:
         torch.manual_seed(0)
-        model = (
-            create_model(name, num_classes=CLASSES, in_frames=frames, crop=side).to(setting.device).train()
-        )
+        model = create_model(name, num_classes=CLASSES, in_frames=frames).to(setting.device).train()
         x = torch.randn(batch, 3, frames, side, side, device=setting.device)
         last, labels = x.contiguous(memory_format=torch.channels_last_3d), _labels(batch, setting)
         found: Numbers = {}
@@ -270,9 +269,8 @@ def attention_kernels(setting: Setting) -> Numbers:
     kernels = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
                "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}  # fmt: skip
     found: Numbers = {}
-    for where, shape in shapes.items():
-        if setting.small:
-            shape = (1, 2, 8, 8)
+    for where, full in shapes.items():
+        shape = (1, 2, 8, 8) if setting.small else full
         q, k, v = (
             torch.randn(shape, device=setting.device, dtype=setting.half, requires_grad=True)
             for _ in range(3)
@@ -303,7 +301,7 @@ def hot_kernels(setting: Setting, *, name: str) -> Numbers:
                              crop=setting.size(224, 32))  # fmt: skip
         shape = (setting.size(16, 1), 3, 8, setting.size(224, 32), setting.size(224, 32))
     else:
-        model = create_model(name, num_classes=CLASSES, in_frames=16, crop=setting.size(112, 32))
+        model = create_model(name, num_classes=CLASSES, in_frames=16)
         shape = (setting.size(16, 2), 3, 16, setting.size(112, 32), setting.size(112, 32))
     convolutional_net = not name.startswith(("video_vit", "timesformer"))
     dtype = torch.float32 if convolutional_net else setting.half
