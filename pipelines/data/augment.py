@@ -1,7 +1,8 @@
 """What happens to clips on the device: uint8 (B, T, H, W, C) to normalised float (B, C, T, H, W).
 
 The draws come with the batch, a function of (seed, epoch, sample), so that it does not matter where or when they are
-used. What they decide for a whole clip is decided on the host, where they lie; nothing here waits for the device. Columns of ``ClipBatch.draws`` in use are named below; the last three belong to the transfer stage.
+used. What they decide for a whole clip is decided on the host, where they lie; nothing here waits for the device.
+Columns of ``ClipBatch.draws`` in use are named below; the last three belong to the transfer stage.
 """
 
 from __future__ import annotations

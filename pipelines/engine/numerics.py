@@ -1,4 +1,4 @@
-"""Which kernels torch may choose in this process: deterministic or the fastest, and with how many bits they multiply."""
+"""Which kernels torch may choose in this process: deterministic or the fastest ones, and how exact they are."""
 
 from __future__ import annotations
 

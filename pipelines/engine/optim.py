@@ -88,7 +88,8 @@ class Sgd(torch.optim.SGD):
         if self.found_inf is None:
             return super().step(closure)
         if not self.defaults["fused"]:  # on a CPU, where a value is read without waiting for a device
-            return super().step(closure) if self.found_inf.numpy() == 0 else None
+            bad, self.found_inf = self.found_inf.numpy() > 0, None
+            return None if bad else super().step(closure)
         for group in self.param_groups:
             for parameter in group["params"] if group["momentum"] else ():
                 if parameter.grad is not None and self.state[parameter].get("momentum_buffer") is None:
