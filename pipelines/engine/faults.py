@@ -25,7 +25,12 @@ from cliplift.configs.training import EngineConfig
 from cliplift.pipelines.distributed.collectives import Topology, all_reduce_mean
 
 Verdict = Literal["fine", "not finite", "spike", "overflow"]
-VERDICTS: tuple[Verdict, ...] = ("fine", "not finite", "spike", "overflow")  # by the number the device knows them by
+VERDICTS: tuple[Verdict, ...] = (
+    "fine",
+    "not finite",
+    "spike",
+    "overflow",
+)  # by the number the device knows them by
 
 
 class DivergedError(ValueError):
@@ -54,10 +59,11 @@ class LossGuard:
         caught = torch.full_like(loss, float(signalled))
         mean, caught = all_reduce_mean(torch.stack([loss, caught]), self.topology).unbind()
         finite = mean.isfinite()
-        verdict = torch.where(finite, 0.0, 1.0).double()
+        # Not torch.where with numbers, which copies them to the device and waits.
+        verdict = torch.zeros_like(mean).masked_fill(~finite, 1.0)
         if self.factor is not None:
             spike = finite & (self._known >= len(self._recent)) & (mean > self.factor * self._median())
-            verdict = torch.where(spike, 2.0, verdict)
+            verdict = verdict.masked_fill(spike, 2.0)
             fine = finite & ~spike
             self._recent = torch.where(fine, torch.cat([self._recent[1:], mean[None]]), self._recent)
             self._known = self._known + fine

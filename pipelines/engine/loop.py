@@ -181,7 +181,7 @@ class _Fit:
             if last and self.guard.factor is not None:
                 judged = self.guard.judge(sums["loss"], signalled=bool(self.caught))
                 # Every ZeRO stage leaves out an update that is not finite.
-                loss = loss * torch.where(judged[0] > 0, math.nan, 1.0).to(loss.dtype)
+                loss = loss * torch.ones_like(loss).masked_fill(judged[0] > 0, math.nan)
             self.engine.backward(loss)
             self.window.failed += len(batch.failed)
             if not last:
@@ -224,7 +224,8 @@ class _Fit:
             return judged, self.engine.get_global_grad_norm(), self.engine.skipped_steps != before
         parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        verdict = torch.where((judged[0] == 0) & ~total.isfinite(), float(VERDICTS.index("not finite")), judged[0])
+        unbounded = (judged[0] == 0) & ~total.isfinite()
+        verdict = judged[0].masked_fill(unbounded, float(VERDICTS.index("not finite")))
         if self.run.optim.clip_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.run.optim.clip_grad_norm, total)
         leave_out(self.engine.optimizer, verdict > 0)

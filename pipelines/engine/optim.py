@@ -65,7 +65,8 @@ class Lamb(Optimizer):
         if group["weight_decay"]:
             ratio.add_(parameter, alpha=group["weight_decay"])
             weight_norm, update_norm = parameter.norm(), ratio.norm()
-            trust = torch.where((weight_norm > 0) & (update_norm > 0), weight_norm / update_norm, 1.0)
+            scaled = (weight_norm > 0) & (update_norm > 0)
+            trust = (weight_norm / update_norm).masked_fill(~scaled, 1.0)
             ratio.mul_(trust)
         updated = {"step": state["step"] + 1, "exp_avg": mean, "exp_avg_sq": square}
         moved = parameter.add(ratio, alpha=-group["lr"])

@@ -109,7 +109,8 @@ class SupervisionTransfer(nn.Module):
         targets = inputs["targets"]
         # One positive against k negatives: weighted so that both classes count the same in the loss.
         negatives = targets.shape[1] - 1
-        weight = logits.new_tensor([1.0 / negatives, 1.0])
+        weight = logits.new_ones(2)
+        weight[0] = 1.0 / negatives  # filled in on the device, not copied there
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), weight=weight.float())
         accuracy = (logits.argmax(dim=-1) == targets).float().mean()
         return {"loss": loss, "matching_accuracy": accuracy.detach()}
@@ -122,7 +123,7 @@ class SupervisionTransfer(nn.Module):
         own = inputs["pairs"][:, 0]
         if not self.config.same_video_negatives:
             same = inputs["clip_videos"][:, None] == inputs["frame_videos"][None, :]
-            same[torch.arange(len(own)), own] = False
+            same = same.scatter(1, own[:, None], False)
             logits = logits.masked_fill(same, -math.inf)
         loss = F.cross_entropy(logits, own)
         return {"loss": loss, "matching_accuracy": (logits.argmax(dim=1) == own).float().mean().detach()}

@@ -16,7 +16,14 @@ QUICK = ("attention", "augmentation", "ConvLSTM", "memory: resnet", "checkpoint"
 
 def run(repository: Path, output: Path, *words: str) -> dict[str, Any]:
     """The rows by name."""
-    program = [sys.executable, str(repository / "benchmarks" / "gpu"), "--small", "--output", str(output), *words]
+    program = [
+        sys.executable,
+        str(repository / "benchmarks" / "gpu"),
+        "--small",
+        "--output",
+        str(output),
+        *words,
+    ]
     done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=1500, env=os.environ)
     assert output.exists(), done.stderr[-2000:]
     return {row["name"]: row for row in json.loads(output.read_text())["rows"]}
@@ -55,7 +62,11 @@ def test_a_row_that_fails_or_dies_is_recorded_and_the_others_run(repository: Pat
     assert "ended with 9" in rows["dies"]["error"]
     assert rows["runs"]["numbers"] == {"a": 1}
     late = run(repository, tmp_path / "late.json", "--minutes", "0", "--only", "attention")
-    assert late["attention kernels"] == {"name": "attention kernels", "goal": "which one to pin", "not_reached": True}
+    assert late["attention kernels"] == {
+        "name": "attention kernels",
+        "goal": "which one to pin",
+        "not_reached": True,
+    }
 
 
 @pytest.mark.slow
