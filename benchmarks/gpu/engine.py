@@ -25,8 +25,7 @@ from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.loader import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology, start
 from cliplift.pipelines.engine import loop
-from cliplift.pipelines.engine.deepspeed_setup import build_engine
-from cliplift.pipelines.engine.numerics import set_numerics
+from cliplift.pipelines.engine.deepspeed_setup import build_engine, set_numerics
 from cliplift.pipelines.engine.optim import Schedule
 from cliplift.pipelines.engine.state import RunState
 from cliplift.pipelines.runs.tracking import Tracker

@@ -86,16 +86,17 @@ class Sgd(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update, unless ``found_inf`` says no."""
-        if self.found_inf is None:
-            return super().step(closure)
-        if not self.defaults["fused"]:  # on a CPU, where a value is read without waiting for a device
+        if self.found_inf is not None and self.defaults["fused"]:
+            for group in self.param_groups:
+                for parameter in group["params"] if group["momentum"] else ():
+                    if parameter.grad is not None and self.state[parameter].get("momentum_buffer") is None:
+                        self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        elif self.found_inf is not None:  # on a CPU, where a value is read without waiting for a device
             bad, self.found_inf = self.found_inf.numpy() > 0, None
-            return None if bad else super().step(closure)
-        for group in self.param_groups:
-            for parameter in group["params"] if group["momentum"] else ():
-                if parameter.grad is not None and self.state[parameter].get("momentum_buffer") is None:
-                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return super().step(closure)
+            if bad:
+                return None
+        loss: float | None = super().step(closure)
+        return loss
 
 
 def leave_out(optimizer: Any, bad: Tensor) -> None:

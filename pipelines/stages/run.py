@@ -24,9 +24,8 @@ from cliplift.pipelines.data.loader import TrainingLoader, training_loader
 from cliplift.pipelines.distributed.agreement import agree_on_run, agreed_data
 from cliplift.pipelines.distributed.collectives import Topology, barrier, start
 from cliplift.pipelines.distributed.launchers import find_place
-from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_config
+from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_config, set_numerics
 from cliplift.pipelines.engine.loop import fit
-from cliplift.pipelines.engine.numerics import set_numerics
 from cliplift.pipelines.engine.task import FitResult
 from cliplift.pipelines.runs.folder import RunFolder, sole_writer
 from cliplift.pipelines.runs.tracking import Tracker

@@ -16,7 +16,7 @@ from cliplift.pipelines.data.augment import DeviceAugment, mix_clips
 from cliplift.pipelines.data.batch import NUM_DRAWS, ClipBatch
 from cliplift.pipelines.distributed.collectives import start
 from cliplift.pipelines.engine import loop
-from cliplift.pipelines.engine.numerics import set_numerics
+from cliplift.pipelines.engine.deepspeed_setup import set_numerics
 from cliplift.pipelines.runs.tracking import Tracker
 from cliplift.pipelines.stages.classification import Classifier
 
