@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test extras test-slow test-cluster lint types check wheel clean
+.PHONY: help install demo test extras test-slow test-cluster gpu lint types check wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,13 @@ test-slow: $(VENV)/dev.stamp ## the tests that take minutes each; needs `make ex
 
 test-cluster: $(VENV)/dev.stamp ## two hosts in network namespaces and a real Slurm; needs root
 	$(BIN)/python -m pytest -m cluster
+
+MINUTES ?= 7
+GPU_TABLE ?= runs/gpu.json
+
+gpu: $(VENV)/dev.stamp ## on a GPU machine: the tests that need one, then the table of docs/performance.md
+	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -m gpu
+	$(BIN)/cliplift bench gpu --minutes $(MINUTES) --output $(GPU_TABLE)
 
 lint: $(VENV)/dev.stamp ## ruff: style and imports
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -98,9 +98,10 @@ class EngineConfig(Section):
     micro_batch: int | None = Field(
         None, ge=1, description="clips per forward pass and rank; None fits global_batch in one"
     )
-    precision: Literal["fp32", "autocast_bf16", "bf16", "fp16"] = Field(
+    precision: Literal["fp32", "tf32", "autocast_bf16", "bf16", "fp16"] = Field(
         "fp32",
-        description="autocast_bf16 keeps fp32 weights and BatchNorm (3D convolutions); bf16 and fp16 cast weights",
+        description="tf32 keeps fp32 tensors and multiplies them with 10 bits of fraction on GPUs (on CPUs it is "
+        "fp32); autocast_bf16 keeps fp32 weights and BatchNorm (3D convolutions); bf16 and fp16 cast weights",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
     checkpoint_blocks_share: float = Field(
@@ -109,7 +110,10 @@ class EngineConfig(Section):
     compile: bool = Field(False, description="torch.compile the model")
     channels_last: bool = Field(False, description="channels_last_3d memory format")
     sync_batchnorm: bool = Field(False, description="convert BatchNorm to SyncBatchNorm (CUDA)")
-    deterministic: bool = Field(True, description="deterministic kernels where they exist")
+    deterministic: bool | Literal["auto"] = Field(
+        "auto",
+        description="deterministic kernels where they exist; auto: on a CPU yes, on a GPU the fastest kernels found",
+    )
     offload: Literal["none", "optimizer", "optimizer_and_parameters"] = Field(
         "none",
         description="what ZeRO keeps in host memory instead of the GPU's (CUDA; parameters need stage 3)",

@@ -258,6 +258,7 @@ def _add_submit_options(submit: argparse.ArgumentParser) -> None:
 def _add_bench_options(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--steps", type=int, default=50, help="batches, or training steps, that are timed")
     bench.add_argument("--warm-up", type=int, default=10, help="batches or steps before")
+    bench.add_argument("--minutes", type=float, default=7.0, help="gpu: rows run until they are over")
     bench.add_argument("--output", default=None, help="JSON file for the numbers")
     bench.add_argument("--gpus", type=int, default=1, help="data: ranks that share the global batch")
     bench.add_argument(

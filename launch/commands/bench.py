@@ -1,5 +1,7 @@
 """``cliplift bench data|train CONFIG``: how fast a run's loader, or its training step, is on this machine.
 
+``cliplift bench gpu --minutes 7 --output FILE``: the whole table of docs/performance.md, from a checkout.
+
 ``cliplift bench data CONFIG``: clips a second of the run's loader, where its time goes, and cores for GPUs.
 
 ``cliplift bench train CONFIG``: where a training step's time goes, on the run's own data or a synthetic batch.
@@ -9,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +103,24 @@ def bench_train(
     return 0
 
 
-SUBJECTS = ("data", "train")
+def bench_gpu(*, minutes: float, output: str | None) -> int:
+    """Run ``benchmarks/gpu`` of the checkout this package lies in, in a process of its own.
+
+    Raises:
+        ConfigError: the package was installed without its benchmarks.
+    """
+    program = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
+    if not (program / "__main__.py").exists():
+        raise ConfigError(
+            "is not part of an installed package",
+            file=str(program),
+            hint="run it from a checkout of the repository",
+        )
+    words = [sys.executable, str(program), "--minutes", str(minutes), "--output", output or "gpu.json"]
+    return subprocess.run(words, check=False).returncode
+
+
+SUBJECTS = ("data", "train", "gpu")
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
@@ -110,6 +131,8 @@ def run_bench(arguments: argparse.Namespace) -> int:
             file="command line",
             hint=f"say one of {', '.join(SUBJECTS)}, then the config",
         )
+    if arguments.subject == "gpu":
+        return bench_gpu(minutes=arguments.minutes, output=arguments.output)
     loaded = _loaded(list(arguments.rest))
     if arguments.subject == "data":
         return bench_data(

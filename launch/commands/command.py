@@ -126,8 +126,8 @@ COMMANDS: dict[str, Command] = {
         handled_by="commands.submit",
     ),
     "bench": Command(
-        summary="measure a run on this machine: its loader (data) or its training step (train)",
-        subject="data|train",
+        summary="measure on this machine: a run's loader (data), its training step (train), or a GPU (gpu, no CONFIG)",
+        subject="data|train|gpu",
         subject_help="what is measured",
         rest="CONFIG|key=value",
         rest_help="YAML file or packaged recipe of a training run, then overrides",

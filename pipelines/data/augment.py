@@ -1,7 +1,8 @@
 """What happens to clips on the device: uint8 (B, T, H, W, C) to normalised float (B, C, T, H, W).
 
 The draws come with the batch, a function of (seed, epoch, sample), so that it does not matter where or when they are
-used. Columns of ``ClipBatch.draws`` in use are named below; the last three belong to the transfer stage.
+used. What they decide for a whole clip is decided on the host, where they lie; nothing here waits for the device.
+Columns of ``ClipBatch.draws`` in use are named below; the last three belong to the transfer stage.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from cliplift.configs.data import AugmentConfig
@@ -24,6 +25,7 @@ ERASE_AREA, ERASE_RATIO, ERASE_TOP, ERASE_LEFT, MIX_KIND, MIX_AMOUNT, RAND_AUGME
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 TARGET_LUMA = 0.45
+LARGEST_LOG_RATIO = float(np.log(np.float32(1 / 0.3)))  # of an erased box's height and width
 
 
 class DeviceAugment:
@@ -41,24 +43,33 @@ class DeviceAugment:
         self._mean = torch.tensor(input_spec.mean).view(1, -1, 1, 1, 1)
         self._std = torch.tensor(input_spec.std).view(1, -1, 1, 1, 1)
 
+    def _on(self, device: torch.device) -> None:
+        """Mean and deviation on the device, once."""
+        if self._mean.device != device:
+            self._mean, self._std = self._mean.to(device), self._std.to(device)
+
     def __call__(self, batch: ClipBatch) -> Tensor:
         """(B, T, H, W, C) uint8 -> (B, C, T, H, W) float32."""
         clips = batch.clips
         if self.training and self.augment.rand_augment_ops:
-            seeds = (batch.draws[:, RAND_AUGMENT].double() * 2**24).long().tolist()
+            seeds = [int(draw * 2**24) for draw in _column(batch.draws, RAND_AUGMENT)]
             clips = rand_augmented(clips, seeds, self.augment)
+        self._on(clips.device)
+        draws = batch.draws.to(clips.device, non_blocking=True) if self.training else batch.draws
+        mirrors = self.training and self.augment.flip
+        if mirrors and clips.shape[-1] != FLOW_CHANNELS:  # of whole levels: a quarter of the bytes
+            clips = torch.where((draws[:, FLIP] < 0.5).view(-1, 1, 1, 1, 1), clips.flip(3), clips)
         x = clips.permute(0, 4, 1, 2, 3).float().div_(255.0)
         if self.augment.normalize_brightness:
             x = normalized_brightness(x)
         if self.training:
-            x = self._augmented(x, batch.draws)
-        mean, std = self._mean.to(x.device), self._std.to(x.device)
-        x = (x - mean) / std
-        return self._erased(x, batch.draws) if self.training and self.augment.erase_probability else x
+            x = self._augmented(x, draws)
+        x = x.sub_(self._mean).div_(self._std)
+        return self._erased(x, draws) if self.training and self.augment.erase_probability else x
 
     def _augmented(self, x: Tensor, draws: Tensor) -> Tensor:
         config = self.augment
-        if config.flip:
+        if config.flip and x.shape[1] == FLOW_CHANNELS:
             mirrored = draws[:, FLIP] < 0.5
             x = torch.where(mirrored.view(-1, 1, 1, 1, 1), mirror(x), x)
         if config.brightness:
@@ -80,7 +91,7 @@ class DeviceAugment:
         """One box of a clip set to the mean colour (zero after normalisation), the same in all frames."""
         B, _, _, H, W = x.shape
         area = 0.02 + (1 / 3 - 0.02) * draws[:, ERASE_AREA]
-        ratio = torch.exp((2 * draws[:, ERASE_RATIO] - 1) * torch.log(torch.tensor(1 / 0.3)).item())
+        ratio = torch.exp((2 * draws[:, ERASE_RATIO] - 1) * LARGEST_LOG_RATIO)
         h = (torch.sqrt(area * ratio) * H).clamp(1, H - 1)
         w = (torch.sqrt(area / ratio) * W).clamp(1, W - 1)
         top, left = draws[:, ERASE_TOP] * (H - h), draws[:, ERASE_LEFT] * (W - w)
@@ -129,15 +140,16 @@ def mix_clips(
         labels: (B,).
         num_classes: K.
         augment: which of the two, and their Beta parameters; with both, each is used for half of the batches.
-        draws: the batch's draws; the first clip's decide, as one amount is drawn a batch.
+        draws: the batch's draws, on the host; the first clip's decide, as one amount is drawn a batch.
 
     Returns:
         Mixed clips and soft targets (B, K).
     """
-    targets = F.one_hot(labels, num_classes).float()
-    cut = augment.cutmix_alpha > 0 and (augment.mixup_alpha == 0 or bool(draws[0, MIX_KIND] < 0.5))
+    # Not F.one_hot, which looks at the labels' largest value and so waits for the device.
+    targets = (labels[:, None] == torch.arange(num_classes, device=labels.device)).float()
+    cut = augment.cutmix_alpha > 0 and (augment.mixup_alpha == 0 or _column(draws, MIX_KIND)[0] < 0.5)
     alpha = augment.cutmix_alpha if cut else augment.mixup_alpha
-    seed = int(float(draws[0, MIX_AMOUNT]) * 2**24)
+    seed = int(_column(draws, MIX_AMOUNT)[0] * 2**24)
     share = _beta(alpha, seed)
     other = clips.flip(0)
     if not cut:
@@ -148,6 +160,11 @@ def mix_clips(
     mixed[..., top : top + h, left : left + w] = other[..., top : top + h, left : left + w]
     kept = 1 - h * w / (H * W)
     return mixed, kept * targets + (1 - kept) * targets.flip(0)
+
+
+def _column(draws: Tensor, column: int) -> npt.NDArray[np.float64]:
+    """One of the draws of every clip; they lie on the host, so nothing is waited for."""
+    return draws[:, column].numpy().astype(np.float64)
 
 
 def _beta(alpha: float, seed: int) -> float:

@@ -41,7 +41,7 @@ class ClipBatch:
     sample_index: Tensor  # int64 (B,) index into the dataset
     video_index: Tensor  # int64 (B,) equal numbers are clips of the same source video
     views: Tensor  # int64 (B,) view of a test sample, or which of several training clips of a sample
-    draws: Tensor  # float32 (B, NUM_DRAWS) in [0, 1), a function of seed, epoch, sample and view
+    draws: Tensor  # float32 (B, NUM_DRAWS) in [0, 1), a function of seed, epoch, sample and view; on the host
     targets: Tensor | None = None  # float32 (B, K) for data with several labels a sample
     costs: Costs = field(default_factory=Costs)
     failed: tuple[str, ...] = ()  # samples that could not be read and were replaced
@@ -53,8 +53,11 @@ class ClipBatch:
         return _unpacked, (self.clips, small, targets, self.costs, self.failed)
 
     def to(self, device: torch.device) -> ClipBatch:
-        """The batch on a device; copies from pinned memory do not wait."""
-        return self._mapped(lambda t: t.to(device, non_blocking=True))
+        """The batch on a device; copies from pinned memory do not wait.
+
+        The draws stay where they are: the host decides by them, without asking the device.
+        """
+        return replace(self._mapped(lambda t: t.to(device, non_blocking=True)), draws=self.draws)
 
     def pin_memory(self) -> ClipBatch:
         return self._mapped(Tensor.pin_memory)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -77,23 +78,28 @@ def argument_of(name: str, strength: float, sign: float) -> float:
 def autocontrast(clip: Tensor, _: float = 0.0) -> Tensor:
     """Stretch each channel to the full range."""
     tables = []
+    levels = torch.arange(256, dtype=torch.float64, device=clip.device)
     for channel in range(3):
         values = clip[..., channel]
-        low, high = int(values.min()), int(values.max())
-        levels = torch.arange(256, dtype=torch.float64)
-        tables.append(((levels - low) * 255.0 / (high - low)).clamp(0, 255) if high > low else levels)
+        low, high = values.min().double(), values.max().double()
+        stretched = ((levels - low) * 255.0 / (high - low).clamp_min(1.0)).clamp(0, 255)
+        tables.append(torch.where(high > low, stretched, levels))
     return _looked_up(clip, tables)
 
 
 def equalize(clip: Tensor, _: float = 0.0) -> Tensor:
     """Spread the levels of each channel so that their histogram is flat."""
     tables = []
+    levels = torch.arange(256, device=clip.device)
     for channel in range(3):
-        histogram = torch.bincount(clip[..., channel].flatten(), minlength=256).cpu()
-        used = histogram[histogram > 0]
-        step = int(histogram.sum() - used[-1]) // 255
+        values = clip[..., channel].flatten()
+        # Not bincount or a mask, whose sizes depend on the values: they would wait for the device.
+        histogram = torch.zeros_like(levels).scatter_add_(0, values.long(), torch.ones_like(values).long())
+        brightest = (levels * (histogram > 0)).amax()
+        step = (histogram.sum() - histogram.gather(0, brightest[None])[0]) // 255
         before = torch.cumsum(histogram, 0) - histogram
-        tables.append(((before + step // 2) // step).clamp(max=255) if step else torch.arange(256))
+        spread = ((before + step // 2) // step.clamp_min(1)).clamp(max=255)
+        tables.append(torch.where(step > 0, spread, levels))
     return _looked_up(clip, tables)
 
 
@@ -202,7 +208,13 @@ def _warped(clip: Tensor, matrix: tuple[float, float, float, float, float, float
     upper = torch.lerp(at(top, left), at(top, left + 1), dx)
     lower = torch.lerp(at(top + 1, left), at(top + 1, left + 1), dx)
     found = torch.lerp(upper, lower, dy).clamp(0, 255).to(torch.uint8)
-    return torch.where(outside[..., None], torch.tensor(FILL, dtype=torch.uint8, device=clip.device), found)
+    return torch.where(outside[..., None], _fill(clip.device), found)
+
+
+@cache
+def _fill(device: torch.device) -> Tensor:
+    """FILL on a device; copied there once."""
+    return torch.tensor(FILL, dtype=torch.uint8, device=device)
 
 
 OPERATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {

@@ -181,6 +181,13 @@ def all_reduce_mean(values: Tensor, topology: Topology) -> Tensor:
     return total / topology.world_size
 
 
+def all_reduce_largest(values: Tensor, topology: Topology) -> Tensor:
+    """The largest of each element over ranks; the host does not wait for it."""
+    if topology.world_size > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
 def all_reduce_max(value: float, topology: Topology) -> float:
     """The largest value any rank has."""
     if topology.world_size == 1:

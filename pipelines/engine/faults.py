@@ -13,17 +13,24 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import math
 import signal
-import statistics
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, TextIO
 
+import torch
+from torch import Tensor
+
 from cliplift.configs.training import EngineConfig
+from cliplift.pipelines.distributed.collectives import Topology, all_reduce_mean
 
 Verdict = Literal["fine", "not finite", "spike", "overflow"]
+VERDICTS: tuple[Verdict, ...] = (
+    "fine",
+    "not finite",
+    "spike",
+    "overflow",
+)  # by the number the device knows them by
 
 
 class DivergedError(ValueError):
@@ -31,21 +38,46 @@ class DivergedError(ValueError):
 
 
 class LossGuard:
-    """Judges every step's loss, the mean over all ranks, so that all ranks judge alike."""
+    """Judges every step's loss, the mean over all ranks, so that all ranks judge alike; on the device alone.
 
-    def __init__(self, engine: EngineConfig) -> None:
-        self.factor = engine.loss_spike_factor
-        self.recent: deque[float] = deque(maxlen=engine.loss_spike_window_steps)
+    The window of the last good losses lies on the device too, so that a spike is known there before its update.
+    """
 
-    def judge(self, loss: float) -> Verdict:
-        """``spike``: above ``loss_spike_factor`` times the median of a full window. Bad losses enter no window."""
-        if not math.isfinite(loss):
-            return "not finite"
-        full = len(self.recent) == self.recent.maxlen
-        if self.factor is not None and full and loss > self.factor * statistics.median(self.recent):
-            return "spike"
-        self.recent.append(loss)
-        return "fine"
+    def __init__(self, engine: EngineConfig, topology: Topology) -> None:
+        self.factor, self.topology = engine.loss_spike_factor, topology
+        window = engine.loss_spike_window_steps
+        self._recent = torch.zeros(window, dtype=torch.float64, device=topology.device)
+        self._known = torch.zeros((), dtype=torch.int64, device=topology.device)
+
+    def judge(self, loss: Tensor, *, signalled: bool) -> Tensor:
+        """float64 (2,): the number of the verdict in ``VERDICTS``, and above 0 where a signal has reached any rank.
+
+        One exchange between the ranks serves both. ``spike``: above ``loss_spike_factor`` times the median of a full
+        window. Bad losses enter no window.
+        """
+        loss = loss.detach().double()
+        caught = torch.full_like(loss, float(signalled))
+        mean, caught = all_reduce_mean(torch.stack([loss, caught]), self.topology).unbind()
+        finite = mean.isfinite()
+        # Not torch.where with numbers, which copies them to the device and waits.
+        verdict = torch.zeros_like(mean).masked_fill(~finite, 1.0)
+        if self.factor is not None:
+            spike = finite & (self._known >= len(self._recent)) & (mean > self.factor * self._median())
+            verdict = verdict.masked_fill(spike, 2.0)
+            fine = finite & ~spike
+            self._recent = torch.where(fine, torch.cat([self._recent[1:], mean[None]]), self._recent)
+            self._known = self._known + fine
+        return torch.stack([verdict, caught])
+
+    def _median(self) -> Tensor:
+        values, middle = self._recent.sort().values, len(self._recent) // 2
+        if len(values) % 2:
+            return values[middle]
+        return (values[middle - 1] + values[middle]) / 2
+
+    def forget(self) -> None:
+        """Start a new window."""
+        self._known.zero_()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,9 @@
 
 A step reads the micro-batches of its positions, backpropagates each, and makes one update. What the run is at is one
 integer, the step; beside seed and data fingerprint it fixes every later sample and every later learning rate.
+
+The host never waits for the device inside a step: whether a step was good is decided on the device, which leaves a
+bad update out by itself, and the host reads of it one step late (``_settle``), or before anything that must know.
 """
 
 from __future__ import annotations
@@ -18,10 +21,11 @@ from torch import Tensor
 
 from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.data.loader import ClipBatch
-from cliplift.pipelines.distributed.collectives import Topology, all_reduce_max, all_reduce_mean
+from cliplift.pipelines.distributed.collectives import Topology, all_reduce_max
 from cliplift.pipelines.engine.batchnorm import estimate_statistics, lagging_statistics
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
 from cliplift.pipelines.engine.faults import (
+    VERDICTS,
     DivergedError,
     LossGuard,
     Verdict,
@@ -30,7 +34,8 @@ from cliplift.pipelines.engine.faults import (
     stacks_of_last_hang,
     watched,
 )
-from cliplift.pipelines.engine.optim import Schedule, peak_lr, total_steps
+from cliplift.pipelines.engine.late import LateValues, LoggedStep, StepOutcome
+from cliplift.pipelines.engine.optim import Schedule, leave_out, peak_lr, total_steps
 from cliplift.pipelines.engine.state import RunState, run_identity
 from cliplift.pipelines.engine.task import FitResult, Loader, TrainingTask
 from cliplift.pipelines.engine.telemetry import StepProfiler, TrainingWindow, peak_tflops
@@ -69,7 +74,8 @@ class _Fit:
         self.lr = peak_lr(run.optim, global_batch=run.engine.global_batch)
         self.accumulation = batch_split(run, world_size=topology.world_size)[1]
         self.bad_in_row = 0
-        self.guard = LossGuard(run.engine)
+        self.guard = LossGuard(run.engine, topology)
+        self.unread: StepOutcome | None = None
         self.stop_asked = False
         self.caught: list[int] = []
         self.window = TrainingWindow()
@@ -139,6 +145,8 @@ class _Fit:
         last = self.state.step == self.total
         evaluate = last or self._due(self.run.evaluation.every_steps)
         save = last or self._due(self.run.checkpoint.every_steps)
+        if (evaluate or save or self.stop_asked) and not self._settle():
+            return False
         if evaluate:
             self._evaluate()
         if save:
@@ -155,12 +163,12 @@ class _Fit:
         return every is not None and self.state.step % every == 0
 
     def _train_step(self) -> bool:
-        """One optimizer step over its micro-batches; False when it was bad and the run went back."""
+        """One optimizer step over its micro-batches; False when the one before it was bad and the run went back."""
         self.engine.train()
         begun = time.monotonic()
         waited = 0.0
         sums: dict[str, Any] = {}
-        verdict: Verdict | None = None
+        judged: Tensor | None = None
         for turn in range(self.accumulation):
             asked = time.monotonic()
             batch = next(self.batches)
@@ -171,28 +179,26 @@ class _Fit:
             loss = outputs["loss"]
             last = turn + 1 == self.accumulation
             if last and self.guard.factor is not None:
-                verdict = self._judge(sums["loss"])
-                if verdict == "spike":
-                    loss = loss * math.nan  # every ZeRO stage leaves out an update that is not finite
+                judged = self.guard.judge(sums["loss"], signalled=bool(self.caught))
+                # Every ZeRO stage leaves out an update that is not finite.
+                loss = loss * torch.ones_like(loss).masked_fill(judged[0] > 0, math.nan)
             self.engine.backward(loss)
             self.window.failed += len(batch.failed)
             if not last:
                 self.engine.step()
-        verdict = verdict or self._judge(sums["loss"])
+        if judged is None:
+            judged = self.guard.judge(sums["loss"], signalled=bool(self.caught))
         lr = self.schedule.apply(self.engine.optimizer, self.state.step, self.lr)
-        norm, finite = self._update(verdict)
-        if verdict == "fine" and not finite:
-            # fp16's dynamic loss scale finds its range by overflowing: no fault of the run.
-            verdict = "overflow" if self.run.engine.precision == "fp16" else "not finite"
-        if not self._accept(verdict):
-            return False
+        judged, norm, overflow = self._update(judged)
         if self.state.average is not None:
             self.state.average.update()
+        outcome = StepOutcome(step=self.state.step, judged=LateValues(judged), overflow=overflow)
         self.state.step += 1
         self.window.add(sums, seconds=time.monotonic() - begun, waited=waited)
         if self.state.step % self.run.track.every_steps == 0 or self.state.step == self.total:
-            self._log(lr, norm)
-        return True
+            outcome.log = self._summary(lr, norm)
+        before, self.unread = self.unread, outcome
+        return before is None or self._read(before)
 
     def _cast(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Clips in the layout and precision asked for; labels and indices stay as they are.
@@ -206,34 +212,45 @@ class _Fit:
             inputs["clips"] = inputs["clips"].contiguous(memory_format=torch.channels_last_3d)
         return inputs
 
-    def _judge(self, loss: Tensor) -> Verdict:
-        """All ranks judge the mean loss, and learn of a signal that reached any of them, in one exchange."""
-        both = torch.stack([loss.detach().double(), loss.new_tensor(float(bool(self.caught))).double()])
-        mean, caught = all_reduce_mean(both, self.topology).tolist()
-        self.stop_asked |= caught > 0
-        return self.guard.judge(mean)
+    def _update(self, judged: Tensor) -> tuple[Tensor, Tensor | float | None, bool]:
+        """The optimizer update, unless loss or gradient is not finite on any rank.
 
-    def _update(self, verdict: Verdict) -> tuple[float | None, bool]:
-        """The optimizer update, unless loss or gradient is not finite on any rank: (gradient norm, updated)."""
+        Returns what was found of the step, its gradient norm, and whether DeepSpeed found an overflow, which it does
+        on the host at stages 1 to 3.
+        """
         if self.engine.zero_optimization_stage() > 0:
             before = self.engine.skipped_steps
             self.engine.step()
-            # Stages 1 to 3 find the overflow themselves, on all ranks.
-            return _norm(self.engine.get_global_grad_norm()), self.engine.skipped_steps == before
+            return judged, self.engine.get_global_grad_norm(), self.engine.skipped_steps != before
         parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = float(total)
-        finite = verdict == "fine" and math.isfinite(norm)
-        if not finite:
-            for parameter in parameters:
-                parameter.grad = None  # torch optimizers pass over parameters without a gradient
-        elif self.run.optim.clip_grad_norm:
+        unbounded = (judged[0] == 0) & ~total.isfinite()
+        verdict = judged[0].masked_fill(unbounded, float(VERDICTS.index("not finite")))
+        if self.run.optim.clip_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.run.optim.clip_grad_norm, total)
+        leave_out(self.engine.optimizer, verdict > 0)
         self.engine.step()
-        return norm, finite
+        return torch.stack([verdict, judged[1]]), total, False
 
-    def _accept(self, verdict: Verdict) -> bool:
-        """True when the run goes on with its next step; False after going back to a checkpoint."""
+    def _settle(self) -> bool:
+        """Read what the device found of the last step; False when it was bad and the run went back."""
+        outcome, self.unread = self.unread, None
+        return outcome is None or self._read(outcome)
+
+    def _read(self, outcome: StepOutcome) -> bool:
+        verdict, signalled = outcome.read()
+        self.stop_asked |= signalled
+        if verdict == "fine" and outcome.overflow:
+            # fp16's dynamic loss scale finds its range by overflowing: no fault of the run.
+            verdict = "overflow" if self.run.engine.precision == "fp16" else "not finite"
+        if not self._accept(verdict, outcome.step):
+            return False
+        if outcome.log is not None:
+            self._log(outcome.log)
+        return True
+
+    def _accept(self, verdict: Verdict, step: int) -> bool:
+        """True when the run goes on; False after going back to a checkpoint. ``step`` is the one judged."""
         if verdict == "fine":
             self.bad_in_row = 0
             return True
@@ -245,49 +262,66 @@ class _Fit:
         over = self.state.rewinds >= limit if action == "rewind" else self.bad_in_row >= limit
         if action == "stop" or over:
             raise DivergedError(
-                f"{self.run.name}: step {self.state.step}: {said}, {self.bad_in_row} bad steps in a row, "
+                f"{self.run.name}: step {step}: {said}, {self.bad_in_row} bad steps in a row, "
                 f"{self.state.rewinds} rewinds: lower optim.lr, set optim.clip_grad_norm, or use engine.precision=fp32"
             )
-        position = self.state.data_step
-        if action == "rewind" and self.state.rewind():
-            self._restart_data()
+        position = step + self.state.data_offset
+        if action == "rewind" and self._rewind(step):
             self._say(
                 f"data position {position}: {said}; back to step {self.state.step}, "
                 f"which goes on with data position {position + 1}"
             )
             return False
-        self._say(f"step {self.state.step}: {said}; the update was skipped")
+        self._say(f"step {step}: {said}; the update was skipped")
         return True
 
-    def _restart_data(self) -> None:
-        """After a rewind: forget the losses since, and read on from the new data position."""
-        self.guard.recent.clear()
-        self.window = TrainingWindow()
+    def _rewind(self, step: int) -> bool:
+        """Back to the last checkpoint, and on with the data after the bad ``step``'s; False where there is none."""
+        ahead, self.state.step = self.state.step, step
+        if not self.state.rewind():
+            self.state.step = ahead
+            return False
+        self.guard.forget()
+        self.window, self.unread = TrainingWindow(), None
         self.tracker.resume_at(self.state.step, data_offset=self.state.data_offset)
         self.batches = self._batches()
+        return True
 
-    def _log(self, lr: float, norm: float | None) -> None:
+    def _summary(self, lr: float, norm: Tensor | float | None) -> LoggedStep:
+        """What is logged of the steps since the last line; the means are still on the device."""
         window, self.window = self.window, TrainingWindow()
+        names, means = window.means(self.topology)
+        if isinstance(norm, Tensor):
+            names, means = [*names, "grad_norm"], torch.cat([means, _on(norm, means)])
+        groups = self.engine.optimizer.param_groups
         numbers: dict[str, float | None] = window.numbers(
             self.run, self.topology, frames=self.task.clip_frames
-        )
-        numbers |= {
+        ) | {
             "train/lr": lr,
-            "train/grad_norm": norm,
+            "train/grad_norm": None if isinstance(norm, Tensor) else norm,
             "train/epoch": self.state.data_step / self.loader.steps_per_epoch,
+        }
+        if len({group["lr_factor"] for group in groups}) > 1:
+            numbers |= {f"lr/factor_{group['lr_factor']:.4g}": float(group["lr"]) for group in groups}
+        return LoggedStep(step=self.state.step, names=names, means=LateValues(means), numbers=numbers)
+
+    def _log(self, logged: LoggedStep) -> None:
+        numbers = logged.read()
+        norm = numbers["train/grad_norm"]
+        if norm is not None and not norm >= 0 and self.engine.zero_optimization_stage() > 0:
+            numbers["train/grad_norm"] = None  # DeepSpeed says -1 for an overflow
+        numbers |= {
             "train/skipped_steps": float(self.state.skipped),
             "train/rewinds": float(self.state.rewinds),
         }
-        groups = self.engine.optimizer.param_groups
-        if len({group["lr_factor"] for group in groups}) > 1:
-            numbers |= {f"lr/factor_{group['lr_factor']:.4g}": float(group["lr"]) for group in groups}
         numbers |= self._utilisation(numbers["speed/clips_per_second"] or 0.0)
-        self.tracker.log(self.state.step, numbers)
-        left = (self.total - self.state.step) * (numbers["speed/step_seconds"] or 0.0)
+        self.tracker.log(logged.step, numbers)
+        left = (self.total - logged.step) * (numbers["speed/step_seconds"] or 0.0)
         self.tracker.progress(
-            self.state.step,
+            logged.step,
             self.total,
-            f"loss {numbers['train/loss']:.4f}  lr {lr:.2e}  {numbers['speed/clips_per_second']:.1f} clips/s"
+            f"loss {numbers['train/loss']:.4f}  lr {numbers['train/lr']:.2e}"
+            f"  {numbers['speed/clips_per_second']:.1f} clips/s"
             f"  data {100 * (numbers['speed/data_wait_share'] or 0):.0f} %  left {left:.0f} s",
         )
 
@@ -348,8 +382,6 @@ class _Fit:
             print(f"{self.run.name}: {text}", flush=True)
 
 
-def _norm(value: Any) -> float | None:
-    if value is None:
-        return None
-    number = float(value)
-    return number if number >= 0 else None  # DeepSpeed says -1 for an overflow
+def _on(value: Tensor, like: Tensor) -> Tensor:
+    """A scalar as one more element for ``like``."""
+    return value.detach().to(device=like.device, dtype=like.dtype, non_blocking=True).reshape(1)

@@ -36,6 +36,7 @@ class Lamb(Optimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
     ) -> None:
+        self.found_inf: Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -54,22 +55,57 @@ class Lamb(Optimizer):
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        state["step"] += 1
-        n = int(state["step"].item())
         beta1, beta2 = group["betas"]
-        mean, square = state["exp_avg"], state["exp_avg_sq"]
-        mean.lerp_(gradient, 1 - beta1)
-        square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        n = state["step"].double() + 1
+        mean = state["exp_avg"].lerp(gradient, 1 - beta1)
+        square = (state["exp_avg_sq"] * beta2).addcmul_(gradient, gradient, value=1 - beta2)
         ratio = (mean / (1 - beta1**n)) / ((square / (1 - beta2**n)).sqrt_().add_(group["eps"]))
         if group["weight_decay"]:
             ratio.add_(parameter, alpha=group["weight_decay"])
             weight_norm, update_norm = parameter.norm(), ratio.norm()
-            trust = torch.where((weight_norm > 0) & (update_norm > 0), weight_norm / update_norm, 1.0)
+            scaled = (weight_norm > 0) & (update_norm > 0)
+            trust = (weight_norm / update_norm).masked_fill(~scaled, 1.0)
             ratio.mul_(trust)
-        parameter.add_(ratio, alpha=-group["lr"])
+        updated = {"step": state["step"] + 1, "exp_avg": mean, "exp_avg_sq": square}
+        moved = parameter.add(ratio, alpha=-group["lr"])
+        for old, new in [(parameter, moved), *((state[name], value) for name, value in updated.items())]:
+            old.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, old, new))
+
+
+class Sgd(torch.optim.SGD):
+    """torch's SGD, whose fused form can leave an update out on the device, made safe for the first one.
+
+    torch 2.13 allocates the momentum of a first step without a value, so that leaving that step out would leave
+    whatever lay in memory; a buffer of zeros has the same first step.
+    """
+
+    found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update, unless ``found_inf`` says no."""
+        if self.found_inf is not None and self.defaults["fused"]:
+            for group in self.param_groups:
+                for parameter in group["params"] if group["momentum"] else ():
+                    if parameter.grad is not None and self.state[parameter].get("momentum_buffer") is None:
+                        self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        elif self.found_inf is not None:  # on a CPU, where a value is read without waiting for a device
+            bad, self.found_inf = self.found_inf.numpy() > 0, None
+            if bad:
+                return None
+        loss: float | None = super().step(closure)
+        return loss
+
+
+def leave_out(optimizer: Any, bad: Tensor) -> None:
+    """Have the optimizer's next step change nothing where ``bad``, a scalar on its device, is true.
+
+    torch's fused optimizers read ``found_inf`` inside their kernel (it was made for fp16's loss scale).
+    """
+    optimizer.found_inf = bad.float()
 
 
 def peak_lr(optim: OptimConfig, *, global_batch: int) -> float:
@@ -146,7 +182,8 @@ def build_optimizer(
     ]
     if optim.name == "sgd":
         nesterov = optim.nesterov and optim.momentum > 0
-        return torch.optim.SGD(groups, lr=lr, momentum=optim.momentum, nesterov=nesterov)
+        fused = device.type == "cuda"
+        return Sgd(groups, lr=lr, momentum=optim.momentum, nesterov=nesterov, fused=fused)
     if optim.name == "lamb":
         return Lamb(groups, lr=lr, betas=optim.betas, eps=optim.eps)
     # One kernel over all parameters, on a GPU and on a CPU.

@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from cliplift.configs.training import ModelConfig, TrainingRun
 from cliplift.models.measure import measure_model
 from cliplift.models.protocol import ModelError
-from cliplift.pipelines.distributed.collectives import Topology, all_reduce_max, all_reduce_mean
+from cliplift.pipelines.distributed.collectives import Topology, all_reduce_largest, all_reduce_mean
 
 
 @dataclass
@@ -45,17 +45,21 @@ class TrainingWindow:
         self.seconds += seconds
         self.waited += waited
 
-    def numbers(self, run: TrainingRun, topology: Topology, *, frames: int) -> dict[str, float | None]:
-        """What is logged of these steps: means over steps and ranks, speed, memory, replaced samples."""
+    def means(self, topology: Topology) -> tuple[list[str], Tensor]:
+        """Means over steps and ranks, and ``data_wait_share`` of the rank that waited longest; on the device."""
         names = sorted(self.sums)
         sums = torch.stack([self.sums[name].double() for name in names])
-        means = (all_reduce_mean(sums, topology) / self.steps).tolist()
+        waited = torch.full((1,), self.waited / self.seconds, dtype=torch.float64, device=sums.device)
+        means = all_reduce_mean(sums, topology) / self.steps
+        return [*names, "data_wait_share"], torch.cat([means, all_reduce_largest(waited, topology)])
+
+    def numbers(self, run: TrainingRun, topology: Topology, *, frames: int) -> dict[str, float | None]:
+        """What the host knows of these steps: speed, memory, replaced samples."""
         clips_per_second = self.steps * run.engine.global_batch / self.seconds
-        return {f"train/{name}": mean for name, mean in zip(names, means, strict=True)} | {
+        return {
             "speed/clips_per_second": clips_per_second,
             "speed/frames_per_second": clips_per_second * frames,
             "speed/step_seconds": self.seconds / self.steps,
-            "speed/data_wait_share": all_reduce_max(self.waited / self.seconds, topology),
             "memory/process_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             "memory/gpu_gib": _gpu_gib(topology),
             "data/failed_samples": float(self.failed),
@@ -117,7 +121,8 @@ def peak_tflops(run: TrainingRun, device: torch.device) -> float | None:
     if device.type != "cuda" or run.engine.precision == "fp32":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in HALF_PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
+    half = next((peak for known, peak in HALF_PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
+    return half / 2 if half is not None and run.engine.precision == "tf32" else half
 
 
 class StepProfiler:

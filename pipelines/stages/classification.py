@@ -165,14 +165,14 @@ class ClassificationStage:
         return DeviceAugment(self.run.data.augment, self.built.network.input_spec, training=True)
 
     def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
-        batch = batch.to(self.topology.device)
-        if self.run.task == "single_label" and bool((batch.labels < 0).any()):
+        if self.run.task == "single_label" and (batch.labels.numpy() < 0).any():  # on the host, still
             raise ConfigError(
                 "has samples without a label",
                 key="data.split",
                 value=self.run.data.split,
                 hint="classification needs labelled shards; transfer takes unlabelled ones",
             )
+        batch = batch.to(self.topology.device)
         inputs = {"clips": self._views(batch), "labels": batch.labels}
         if self.run.task == "multi_label":
             assert batch.targets is not None

@@ -51,12 +51,12 @@ def draw_pairs(
         ConfigError: a clip has fewer than k clips of other videos, or ``same_video`` others of its own, in the batch.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    scores = torch.rand(len(videos), len(videos), generator=generator).to(videos.device)[rows]
+    scores = sent(torch.rand(len(videos), len(videos), generator=generator), videos.device)[rows]
     same = videos[rows, None] == videos[None, :]
-    available = int((~same).sum(dim=1).min())
-    if available < negatives:
+    available = (~same).sum(dim=1).min()
+    if _fewer(available, negatives, "correspondence.negatives_per_clip"):
         raise ConfigError(
-            f"a batch of {len(videos)} clips holds only {available} of other videos than one of its clips",
+            f"a batch of {len(videos)} clips holds only {int(available)} of other videos than one of its clips",
             key="correspondence.negatives_per_clip",
             value=negatives,
             hint="use a larger engine.global_batch, or shards with more source videos",
@@ -64,7 +64,7 @@ def draw_pairs(
     chosen = [rows[:, None], scores.masked_fill(same, -1.0).topk(negatives, dim=1).indices]
     if same_video:
         others = same & (torch.arange(len(videos), device=videos.device)[None, :] != rows[:, None])
-        if int(others.sum(dim=1).min()) < same_video:
+        if _fewer(others.sum(dim=1).min(), same_video, "correspondence.same_video_negatives"):
             raise ConfigError(
                 f"a batch of {len(videos)} clips has a clip with fewer than {same_video} others of its own video",
                 key="correspondence.same_video_negatives",
@@ -73,6 +73,19 @@ def draw_pairs(
             )
         chosen.append(scores.masked_fill(~others, -1.0).topk(same_video, dim=1).indices)
     return Pairs(torch.cat(chosen, dim=1))
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device, through pinned memory where that is a GPU, so that the host does not wait."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
+def _fewer(available: Tensor, wanted: int, key: str) -> bool:
+    """Whether a batch offers too few pairs. A GPU is not waited for: there, its own assertion ends the run."""
+    if available.is_cuda:
+        torch._assert_async(available >= wanted, f"a batch offers fewer pairs than {key}={wanted}")
+        return False
+    return bool(available.numpy() < wanted)
 
 
 class SupervisionTransfer(nn.Module):
@@ -96,7 +109,8 @@ class SupervisionTransfer(nn.Module):
         targets = inputs["targets"]
         # One positive against k negatives: weighted so that both classes count the same in the loss.
         negatives = targets.shape[1] - 1
-        weight = logits.new_tensor([1.0 / negatives, 1.0])
+        weight = logits.new_ones(2)
+        weight[0] = 1.0 / negatives  # filled in on the device, not copied there
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), weight=weight.float())
         accuracy = (logits.argmax(dim=-1) == targets).float().mean()
         return {"loss": loss, "matching_accuracy": accuracy.detach()}
@@ -109,7 +123,7 @@ class SupervisionTransfer(nn.Module):
         own = inputs["pairs"][:, 0]
         if not self.config.same_video_negatives:
             same = inputs["clip_videos"][:, None] == inputs["frame_videos"][None, :]
-            same[torch.arange(len(own)), own] = False
+            same = same.scatter(1, own[:, None], False)
             logits = logits.masked_fill(same, -math.inf)
         loss = F.cross_entropy(logits, own)
         return {"loss": loss, "matching_accuracy": (logits.argmax(dim=1) == own).float().mean().detach()}

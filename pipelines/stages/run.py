@@ -23,7 +23,7 @@ from cliplift.pipelines.data.loader import TrainingLoader, training_loader
 from cliplift.pipelines.distributed.agreement import agree_on_run, agreed_data
 from cliplift.pipelines.distributed.collectives import Topology, barrier, start
 from cliplift.pipelines.distributed.launchers import find_place
-from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_config
+from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_config, set_numerics
 from cliplift.pipelines.engine.loop import fit
 from cliplift.pipelines.engine.task import FitResult, Stage
 from cliplift.pipelines.runs.folder import RunFolder, sole_writer
@@ -121,7 +121,7 @@ def _run_in(
         )
         return StageResult(folder.path, done["metrics"], seconds=done["seconds"])
     folder.write_start(run, stage=stage, name=run.name, command=command, world_size=topology.world_size)
-    _seed(run)
+    _seed(run, topology)
     loader = agreed_data(lambda: _loader(run, topology), lambda made: made.fingerprint, topology)
     try:
         task = _task(run, loader, topology)
@@ -175,7 +175,7 @@ def prepare(run: TransferRun | ClassificationRun) -> Prepared:
     """
     check_model(run)
     topology = start(run.engine)
-    _seed(run)
+    _seed(run, topology)
     loader = agreed_data(lambda: _loader(run, topology), lambda made: made.fingerprint, topology)
     try:
         return Prepared(topology, loader, _task(run, loader, topology))
@@ -184,11 +184,9 @@ def prepare(run: TransferRun | ClassificationRun) -> Prepared:
         raise
 
 
-def _seed(run: TransferRun | ClassificationRun) -> None:
+def _seed(run: TransferRun | ClassificationRun, topology: Topology) -> None:
     torch.manual_seed(run.seed)
-    torch.use_deterministic_algorithms(run.engine.deterministic, warn_only=True)
-    # Filling every new tensor guards against reading memory nobody wrote; it costs most of a CPU step.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    set_numerics(run.engine, topology.device)
 
 
 def dry_run(run: TransferRun | ClassificationRun) -> str:

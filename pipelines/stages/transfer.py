@@ -44,7 +44,7 @@ from cliplift.pipelines.engine.task import (
 from cliplift.pipelines.engine.telemetry import forward_flops, training_flops
 from cliplift.pipelines.evaluation.over_split import over_split
 from cliplift.pipelines.runs.folder import RunFolder
-from cliplift.pipelines.stages.matching import SupervisionTransfer, draw_pairs, matching_metrics
+from cliplift.pipelines.stages.matching import SupervisionTransfer, draw_pairs, matching_metrics, sent
 from cliplift.pipelines.stages.probe import probe
 from cliplift.pipelines.stages.starting_weights import freeze_named
 from cliplift.pipelines.stages.teacher import cached_features
@@ -198,10 +198,10 @@ class TransferStage:
 
     def _towers(self, batch: ClipBatch, *, training: bool) -> tuple[Tensor, Tensor]:
         """The student's clips (B, C, T, H, W) and the teacher's averaged features (B, D)."""
-        batch = batch.to(self.topology.device)
+        on_host, batch = batch, batch.to(self.topology.device)
         clips = self._clip_views[training](batch)
         if training and self.run.teacher.cache_features:
-            return clips, self._table[batch.sample_index.cpu()].to(self.topology.device).float()
+            return clips, sent(self._table[on_host.sample_index], self.topology.device).float()
         frames = subsampled(batch, self.run.teacher.frames)
         if training and self.run.correspondence.independent_views:
             frames = redrawn(frames)
@@ -322,6 +322,7 @@ def recropped(clips: Tensor, draws: Tensor, *, smallest: float = 0.7) -> Tensor:
     The crop of the worker is shared by frames and clip; this one decorrelates their geometry.
     """
     B, C, X, H, W = clips.shape
+    draws = draws.to(clips.device, non_blocking=True)
     a, b, c = (draws[:, -1 - i].float() for i in range(3))
     side = smallest + (1 - smallest) * a
     theta = clips.new_zeros(B, 2, 3)

@@ -24,7 +24,7 @@ from cliplift.configs.training import EngineConfig
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.batchnorm import estimate_statistics, lagging_statistics
 from cliplift.pipelines.engine.deepspeed_setup import deepspeed_config
-from cliplift.pipelines.engine.faults import DivergedError, LossGuard
+from cliplift.pipelines.engine.faults import VERDICTS, DivergedError, LossGuard
 from cliplift.pipelines.engine.optim import Lamb
 
 WORKER = Path(__file__).with_name("training_worker.py")
@@ -225,15 +225,23 @@ def test_lamb_trains_resumes_and_is_refused_with_partitions(worker: ModuleType, 
 
 
 def test_a_spike_is_a_loss_far_above_the_median_of_a_full_window() -> None:
-    guard = LossGuard(EngineConfig(loss_spike_factor=2.0, loss_spike_window_steps=5))
-    assert [guard.judge(x) for x in (1.0, 9.0, 1.0, 1.2, 0.8)] == ["fine"] * 5, (
+    guard = LossGuard(EngineConfig(loss_spike_factor=2.0, loss_spike_window_steps=5), ONE)
+    assert [verdict(guard, x) for x in (1.0, 9.0, 1.0, 1.2, 0.8)] == ["fine"] * 5, (
         "the window is not full before"
     )
-    assert guard.judge(1.9) == "fine"
-    assert guard.judge(2.5) == "spike"
-    assert guard.judge(math.nan) == "not finite"
-    assert guard.judge(2.45) == "spike", "bad losses do not move the median"
-    assert LossGuard(EngineConfig()).judge(1e30) == "fine"
+    assert verdict(guard, 1.9) == "fine"
+    assert verdict(guard, 2.5) == "spike"
+    assert verdict(guard, math.nan) == "not finite"
+    assert verdict(guard, 2.45) == "spike", "bad losses do not move the median"
+    guard.forget()
+    assert verdict(guard, 1e30) == "fine", "a new window is empty"
+    assert verdict(LossGuard(EngineConfig(), ONE), 1e30) == "fine"
+
+
+def verdict(guard: LossGuard, loss: float) -> str:
+    number, signalled = guard.judge(torch.tensor(loss, dtype=torch.float64), signalled=False)
+    assert not signalled
+    return VERDICTS[int(number)]
 
 
 def spiking(worker: ModuleType, at: int) -> type[Any]:

@@ -1,0 +1,535 @@
+"""Rows about the engine: its loop, its waits, its memory, its data and its checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Numbers, Row, Setting, alternating, backward_of, peak_gib, seconds_of, synchronise
+from torch import Tensor, nn
+
+from cliplift.configs.load import load_run
+from cliplift.configs.runs import RUNS, PretrainRun
+from cliplift.models import create_model
+from cliplift.pipelines.cost.memory_plan import plan_memory
+from cliplift.pipelines.data.augment import DeviceAugment
+from cliplift.pipelines.data.loader import ClipBatch
+from cliplift.pipelines.distributed.collectives import Topology, start
+from cliplift.pipelines.engine import loop
+from cliplift.pipelines.engine.deepspeed_setup import build_engine, set_numerics
+from cliplift.pipelines.engine.optim import Schedule
+from cliplift.pipelines.engine.state import RunState
+from cliplift.pipelines.runs.tracking import Tracker
+from cliplift.pipelines.stages.classification import Classifier
+from cliplift.pipelines.stages.stage_module import build_module, stage_inputs
+
+CLASSES, WARM_UP = 16, 8
+RECIPES = Path(__file__).resolve().parents[2] / "configs"
+Shape = tuple[int, int, int, int]  # B, T, H, W
+
+
+def _batch(shape: Shape) -> ClipBatch:
+    B, T, H, W = shape
+    index = torch.arange(B)
+    clips = torch.randint(0, 256, (B, T, H, W, 3), dtype=torch.uint8)
+    batch = ClipBatch(
+        clips=clips,
+        labels=index % CLASSES,
+        sample_index=index,
+        video_index=index,
+        views=torch.zeros_like(index),
+        draws=torch.rand(B, 24),
+    )
+    return batch.pin_memory() if torch.cuda.is_available() else batch
+
+
+class RepeatingLoader:
+    """One pinned batch, over and over; notes when each step asked for it."""
+
+    fingerprint, steps_per_epoch = "benchmark", 10_000
+
+    def __init__(self, shape: Shape) -> None:
+        self.batch, self.asked = _batch(shape), list[float]()
+
+    def micro_batches(self, *, start_step: int, stop_step: int) -> Iterator[ClipBatch]:
+        for _ in range(start_step, stop_step):
+            self.asked.append(time.perf_counter())
+            yield self.batch
+
+    def step_ms(self) -> float:
+        """Mean over the steps after the first ones; the last one ends with a checkpoint."""
+        timed = self.asked[min(WARM_UP, len(self.asked) // 2) :]
+        return 1e3 * (timed[-1] - timed[0]) / (len(timed) - 1)
+
+
+def _moved(batch: ClipBatch, device: torch.device) -> dict[str, Tensor]:
+    batch = batch.to(device)
+    return {"clips": batch.clips.permute(0, 4, 1, 2, 3).float() / 255, "labels": batch.labels}
+
+
+class Task:
+    """Classification without augmentation."""
+
+    best_metric, flops_per_clip = "none", None
+
+    def __init__(self, module: nn.Module, frames: int, device: torch.device) -> None:
+        self.module, self.clip_frames, self.device = module, frames, device
+
+    def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
+        return _moved(batch, self.device)
+
+    def clip_table(self, rows: int) -> None:
+        return None
+
+    def evaluate(self, *, topology: Topology) -> dict[str, float]:
+        return {}
+
+
+def _run(folder: Path, *words: str) -> PretrainRun:
+    fixed = ["track.wandb=disabled", f"output={folder}", "checkpoint.keep_best=false"]
+    run = load_run(RECIPES / "pretrain" / "demo.yaml", RUNS, [*fixed, *words]).run
+    assert isinstance(run, PretrainRun)
+    return run
+
+
+def _device_words(setting: Setting) -> list[str]:
+    return [f"engine.device={setting.device.type}"]
+
+
+def _classifier(name: str, shape: Shape) -> Classifier:
+    torch.manual_seed(0)
+    net = create_model(name, num_classes=CLASSES, in_frames=shape[1])
+    return Classifier(net, label_smoothing=0.0, multi_label=False)
+
+
+def _engine_loop(run: PretrainRun, name: str, shape: Shape, topology: Topology) -> float:
+    Path(run.output).mkdir(parents=True, exist_ok=True)
+    set_numerics(run.engine, topology.device)
+    tracker = Tracker(run, stage="pretrain", folder=Path(run.output), topology=topology)
+    loader = RepeatingLoader(shape)
+    task: Any = Task(_classifier(name, shape), shape[1], topology.device)
+    loop.fit(task=task, run=run, loader=loader, topology=topology, tracker=tracker).release()
+    tracker.finish()
+    return loader.step_ms()
+
+
+def _plain_loop(run: PretrainRun, name: str, shape: Shape, device: torch.device) -> float:
+    """What one would write by hand, with no waiting either: the loss is summed on the device."""
+    module, loader = _classifier(name, shape).to(device).train(), RepeatingLoader(shape)
+    assert run.schedule.steps is not None
+    wide = [p for p in module.parameters() if p.ndim > 1]
+    rest = [p for p in module.parameters() if p.ndim <= 1]
+    groups: list[dict[str, Any]] = [
+        {"params": wide, "weight_decay": run.optim.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=run.optim.lr, fused=True)
+    schedule = Schedule(run.schedule, total_steps=run.schedule.steps)
+    autocast = run.engine.precision == "autocast_bf16"
+    losses: Tensor | float = 0.0
+    for step, batch in enumerate(loader.micro_batches(start_step=0, stop_step=run.schedule.steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = run.optim.lr * schedule.factor(step)
+        optimizer.zero_grad()
+        inputs = _moved(batch, device)
+        if run.engine.channels_last:
+            inputs["clips"] = inputs["clips"].contiguous(memory_format=torch.channels_last_3d)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = module(inputs)["loss"]
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), run.optim.clip_grad_norm)
+        optimizer.step()
+        losses = losses + loss.detach()
+        if step % 10 == 0:
+            synchronise(device)  # what a log line every ten steps costs
+    synchronise(device)
+    return loader.step_ms()
+
+
+def engine_loop(setting: Setting, *, name: str, shape: Shape, steps: int, stage: int) -> Numbers:
+    """Step time of ``fit`` and of a hand-written loop in turns; ratio: plain over engine."""
+    folder = setting.folder / f"loop-{name}-{stage}"
+    if setting.small:
+        name, shape, steps = "t3d_tiny", (2, 8, 32, 32), 4
+    words = [
+        *_device_words(setting), f"engine.zero_stage={stage}", f"engine.global_batch={shape[0]}",
+        "engine.precision=autocast_bf16", f"schedule.steps={steps}", f"checkpoint.every_steps={steps}",
+        "optim.name=adamw", "optim.lr=0.0001", "optim.clip_grad_norm=1.0", f"model.name={name}",
+        "engine.channels_last=true", "track.every_steps=10",
+    ]  # fmt: skip
+    found: dict[str, list[float]] = {"engine": [], "plain": []}
+    for turn in range(1 if setting.small else 2):
+        run = _run(folder / str(turn), *words)
+        topology = start(run.engine)
+        sides: list[Callable[[], None]] = [
+            lambda: found["engine"].append(_engine_loop(run, name, shape, topology)),  # noqa: B023
+            lambda: found["plain"].append(_plain_loop(run, name, shape, topology.device)),  # noqa: B023
+        ]
+        for side in sides if turn % 2 else reversed(sides):
+            side()
+            gc.collect()
+    engine, plain = min(found["engine"]), min(found["plain"])
+    return {"engine_ms": engine, "plain_ms": plain, "ratio": plain / engine, "zero_stage": stage,
+            "all_ms": found, "shape": shape, "model": name}  # fmt: skip
+
+
+@contextlib.contextmanager
+def _waits(found: list[warnings.WarningMessage]) -> Iterator[None]:
+    """Collects a warning for every call inside that makes the host wait for the GPU."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found += [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
+
+
+def waits(setting: Setting) -> Numbers:
+    """Places where the host waits for the device inside a step, by ZeRO stage and precision, with their counts."""
+    found: Numbers = {}
+    cases = [
+        (0, "tf32"),
+        (0, "autocast_bf16"),
+        (1, "autocast_bf16"),
+        (1, "bf16"),
+        (1, "fp16"),
+        (2, "bf16"),
+        (3, "bf16"),
+    ]
+    for stage, precision in cases:
+        if setting.device.type == "cpu" and precision == "fp16":
+            continue
+        name = "resnet3d_18" if precision in ("tf32", "autocast_bf16") else "timesformer_small"
+        found[f"zero {stage} {precision}"] = _waits_of(setting, stage, precision, name)
+    return found
+
+
+def _waits_of(setting: Setting, stage: int, precision: str, name: str) -> Any:
+    side = setting.size(64 if name == "resnet3d_18" else 224, 32)
+    words = [
+        *_device_words(setting), f"engine.zero_stage={stage}", f"engine.precision={precision}",
+        "engine.global_batch=2", f"model.name={name}", "data.sampling.frames=8", f"data.crop_pixels={side}",
+        f"data.resize_short_side_pixels={side}", "optim.name=adamw", "optim.lr=0.0001", "optim.clip_grad_norm=1.0",
+        "schedule.steps=6", "checkpoint.every_steps=100", "engine.channels_last=false", "track.every_steps=2",
+    ]  # fmt: skip
+    run = _run(setting.folder / f"waits-{stage}-{precision}", *words)
+    topology = start(run.engine)
+    caught: list[warnings.WarningMessage] = []
+    shape = (2, 8, side, side)
+    Path(run.output).mkdir(parents=True, exist_ok=True)
+    tracker = Tracker(run, stage="pretrain", folder=Path(run.output), topology=topology)
+    options = {"crop": side} if name.startswith("timesformer") else {}
+    net = create_model(name, num_classes=CLASSES, in_frames=8, **options)
+    task: Any = Task(Classifier(net, label_smoothing=0.0, multi_label=False), 8, topology.device)
+    set_numerics(run.engine, topology.device)
+    fitting = loop._Fit(task, run, RepeatingLoader(shape), topology, tracker)  # type: ignore[arg-type]
+    watched_steps = 2
+    for step in range(2 + watched_steps):
+        if step >= 2 and setting.device.type == "cuda":
+            with _waits(caught):
+                fitting._train_step()
+        else:
+            fitting._train_step()
+    fitting._settle()
+    fitting.engine.destroy()
+    tracker.finish()
+    places = Counter(f"{_short(w.filename)}:{w.lineno}" for w in caught)
+    ours = sum(n for place, n in places.items() if place.startswith("cliplift"))
+    return {"per_step": len(caught) / watched_steps, "ours_per_step": ours / watched_steps,
+            "places": dict(places.most_common(12))}  # fmt: skip
+
+
+def _short(filename: str) -> str:
+    for mark in ("deepspeed/", "torch/", "cliplift/", "pipelines/", "models/"):
+        at = filename.rfind(mark)
+        if at >= 0:
+            return ("cliplift/" if mark in ("pipelines/", "models/") else "") + filename[at:]
+    return filename
+
+
+MEMORY_CASES = {
+    "resnet3d_18 fp32 zero 0": ("resnet3d_18", 16, 112, 16, ["engine.precision=tf32", "engine.zero_stage=0"]),
+    "t3d_121 autocast zero 0": ("t3d_121", 16, 160, 4, ["engine.precision=autocast_bf16", "engine.zero_stage=0"]),
+    "timesformer_base bf16 zero 1": ("timesformer_base", 8, 224, 8, ["engine.precision=bf16", "engine.zero_stage=1"]),
+    "timesformer_base bf16 zero 2": ("timesformer_base", 8, 224, 8, ["engine.precision=bf16", "engine.zero_stage=2"]),
+    "timesformer_base bf16 zero 3": ("timesformer_base", 8, 224, 8, ["engine.precision=bf16", "engine.zero_stage=3"]),
+    "timesformer_base recomputed": ("timesformer_base", 8, 224, 8, ["engine.precision=bf16", "engine.zero_stage=1",
+                                                                   "engine.checkpoint_blocks_share=1.0"]),
+}  # fmt: skip
+
+
+def memory(setting: Setting, *, case: str) -> Numbers:
+    """What ``check`` plans against the most that two steps of the engine allocated."""
+    name, frames, side, batch, engine = MEMORY_CASES[case]
+    if setting.small:
+        name, frames, side, batch = "t3d_tiny", 8, 32, 2
+        engine = ["engine.zero_stage=1"]
+    words = [
+        *_device_words(setting), f"model.name={name}", f"data.sampling.frames={frames}", f"data.crop_pixels={side}",
+        f"data.resize_short_side_pixels={side}", f"engine.global_batch={batch}", "optim.name=adamw",
+        "optim.lr=0.001", "engine.channels_last=false", *engine,
+    ]  # fmt: skip
+    run = _run(setting.folder / "memory", *words)
+    on_gpu = setting.device.type == "cuda"
+    topology = start(run.engine)
+    set_numerics(run.engine, topology.device)
+    if on_gpu:
+        torch.backends.cudnn.benchmark = False  # its trials take memory once, in the first step
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    module, _ = build_module(run, classes=CLASSES)
+    engine_: Any = build_engine(module, run, folder=setting.folder, saved=None, topology=topology)
+    for _ in range(2):
+        inputs = stage_inputs(run, classes=CLASSES, teacher_dim=0, micro_batch=batch, world_size=1)
+        engine_.backward(engine_({k: v.to(topology.device) for k, v in inputs.items()})["loss"])
+        engine_.step()
+    measured = torch.cuda.max_memory_allocated() - before if on_gpu else None
+    engine_.destroy()
+    del engine_, module
+    gc.collect()
+    plan, _ = plan_memory(run, classes=CLASSES, world_size=1, on_gpu=on_gpu)
+    found = {"planned_gib": plan.total / 2**30, "plan": {k: v / 2**30 for k, v in vars(plan).items()}}
+    if measured is not None:
+        found |= {"measured_gib": measured / 2**30, "planned_over_measured": plan.total / measured}
+    return found
+
+
+def offload(setting: Setting) -> Numbers:
+    """Optimizer state, and parameters too, on the host: that steps run, and what they cost."""
+    found: Numbers = {}
+    if setting.device.type != "cuda":
+        return {"skipped": "offloading needs a GPU"}
+    for stage, kind in ((1, "none"), (2, "optimizer"), (3, "optimizer_and_parameters")):
+        run = _run(setting.folder / "offload", *_device_words(setting), "model.name=timesformer_base",
+                   "data.sampling.frames=8", "data.crop_pixels=224", "data.resize_short_side_pixels=224",
+                   "engine.global_batch=8", "optim.name=adamw", "optim.lr=0.001", "engine.channels_last=false",
+                   "engine.precision=bf16", f"engine.zero_stage={stage}", f"engine.offload={kind}")  # fmt: skip
+        topology = start(run.engine)
+        torch.cuda.reset_peak_memory_stats()
+        module, _ = build_module(run, classes=CLASSES)
+        engine: Any = build_engine(module, run, folder=setting.folder, saved=None, topology=topology)
+        inputs = stage_inputs(run, classes=CLASSES, teacher_dim=0, micro_batch=8, world_size=1)
+        inputs = {k: v.to(topology.device) for k, v in inputs.items()}
+
+        def step(engine: Any = engine, inputs: dict[str, Tensor] = inputs) -> None:
+            engine.backward(engine(inputs)["loss"])
+            engine.step()
+
+        seconds_of(step, setting.device, 2)
+        found |= {f"{kind}_ms": 1e3 * seconds_of(step, setting.device, 3), f"{kind}_gib": peak_gib(setting)}
+        engine.destroy()
+        del engine, module, step, inputs
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
+
+
+def transfer(setting: Setting) -> Numbers:
+    """A transfer step with the teacher's features at hand, and with the teacher run, over the student's step alone."""
+    side, frames, batch = setting.size(224, 32), setting.size(16, 8), setting.size(8, 4)
+    student, teacher_name = (
+        ("t3d_tiny", "efficientnet_lite0") if setting.small else ("t3d_121", "densenet_121")
+    )
+    words = [
+        f"output={setting.folder}/transfer", f"model.name={student}", f"teacher.name={teacher_name}",
+        f"data.sampling.frames={frames}", f"data.crop_pixels={side}", f"data.resize_short_side_pixels={side}",
+        f"engine.global_batch={batch}", "engine.precision=autocast_bf16", "engine.channels_last=true",
+        "correspondence.negatives_per_clip=1", "track.wandb=disabled",
+    ]  # fmt: skip
+    run: Any = load_run(RECIPES / "transfer" / "demo.yaml", RUNS, words).run
+    set_numerics(run.engine, setting.device)
+    module: Any
+    module, teacher = build_module(run, classes=0)
+    assert teacher is not None
+    module, teacher = module.to(setting.device), teacher.to(setting.device).eval().requires_grad_(False)
+    inputs = stage_inputs(run, classes=0, teacher_dim=teacher.feature_dim, micro_batch=batch, world_size=1)
+    inputs = {name: value.to(setting.device) for name, value in inputs.items()}
+    inputs["clips"] = torch.randn_like(inputs["clips"])
+    frames_seen = run.teacher.frames or frames
+    pictures = torch.randn(batch * frames_seen, 3, side, side, device=setting.device)
+    kind = setting.device.type
+
+    def autocast() -> Any:
+        return torch.autocast(kind, setting.half)
+
+    def alone() -> Tensor:
+        with autocast():
+            return module.student(inputs["clips"]).float().square().mean()
+
+    def cached() -> Tensor:
+        with autocast():
+            return module(inputs)["loss"]
+
+    def uncached() -> Tensor:
+        with torch.no_grad(), autocast():
+            features = teacher(pictures).float().reshape(batch, frames_seen, -1).mean(dim=1)
+        with autocast():
+            return module(inputs | {"frame_features": features})["loss"]
+
+    sides = {f.__name__: backward_of(f, module) for f in (alone, cached, uncached)}
+    ms = alternating(sides, setting, budget_seconds=4.0)
+    return {f"{name}_ms": value for name, value in ms.items()} | {
+        "cached_over_alone": ms["cached"] / ms["alone"],
+        "uncached_over_alone": ms["uncached"] / ms["alone"],
+        "teacher_frames": frames_seen,
+    }
+
+
+def recurrent(setting: Setting) -> Numbers:
+    """ConvLSTM against the concatenating design, from benchmarks/convrnn.py."""
+    import convrnn
+
+    torch.set_float32_matmul_precision("highest")  # the two sides are compared to 1e-4 first
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True
+    found: Numbers = {}
+    sizes = [replace(size, batch=size.batch * setting.size(4, 1)) for size in convrnn.SIZES]
+    for size in sizes[:1] if setting.small else sizes:
+        try:
+            result = convrnn.compare(size, rounds=setting.size(9, 1), device=str(setting.device))
+        except RuntimeError as error:  # the rounding of another kernel: the other sizes still count
+            found[size.what] = str(error)
+            continue
+        found[size.what] = {"ours_ms": result.ours_ms, "concatenating_ms": result.concatenating_ms,
+                            "speedup": result.speedup}  # fmt: skip
+    found["best_speedup"] = max(r["speedup"] for r in found.values() if isinstance(r, dict))
+    return found
+
+
+def augmentation(setting: Setting) -> Numbers:
+    """Milliseconds a batch of what happens to clips on the device, by recipe, and waits in it."""
+    from cliplift.configs.data import AugmentConfig
+    from cliplift.models.protocol import InputSpec
+
+    spec = InputSpec(mean=(0.45, 0.45, 0.45), std=(0.225, 0.225, 0.225))
+    shape = (16, 16, 224, 224) if not setting.small else (2, 4, 16, 16)
+    batch = _batch(shape)
+    recipes = {
+        "flip": {"flip": True},
+        "colour": {"flip": True, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4},
+        "randaugment": {"flip": True, "rand_augment_ops": 2, "erase_probability": 0.25},
+    }
+    found: Numbers = {
+        "copy_ms": alternating({"it": lambda: batch.to(setting.device)}, setting, budget_seconds=0.3)["it"]
+    }
+    for name, words in recipes.items():
+        views = DeviceAugment(AugmentConfig.model_validate(words), spec, training=True)
+        moved = batch.to(setting.device)
+        found[f"{name}_ms"] = alternating({"it": partial(views, moved)}, setting, budget_seconds=0.5)["it"]
+        if setting.device.type == "cuda":
+            caught: list[warnings.WarningMessage] = []
+            with _waits(caught):
+                views(moved)
+            found[f"{name}_waits"] = [f"{_short(w.filename)}:{w.lineno}" for w in caught]
+    return found | {"shape": shape}
+
+
+def loading(setting: Setting) -> Numbers:
+    """Clips a second of the loader against a bare decode loop, and the GPU's wait for data in a training loop."""
+    import loading as benchmark
+
+    from cliplift.sharding.demo.synthetic import write_demo_videos
+
+    shards = setting.shards
+    if shards is None:
+        videos = setting.folder / "videos"
+        write_demo_videos(videos, train_per_class=2, val_per_class=1, test_per_class=1, unlabelled=16)
+        shards = Path(benchmark.shards_of(sorted(videos.rglob("*.mp4")), setting.folder, {}))
+    found: Numbers = {}
+    for workers in (1,) if setting.small else (1, 8, 16):
+        data = benchmark.data_config(
+            str(shards), decoder="pyav", processes=workers, crop_pixels=setting.size(224, 32)
+        )
+        found[f"{workers} workers"] = _loader_rate(benchmark, data, setting)
+    return found
+
+
+def _loader_rate(benchmark: Any, data: Any, setting: Setting) -> Numbers:
+    seconds, rates = setting.size(3, 1), {}
+    for name, clips in (
+        ("loader", benchmark.ours(data)),
+        ("bare", benchmark.decoding_alone(data, benchmark.bare_pyav)),
+    ):
+        with contextlib.closing(clips):
+            next(clips), next(clips)
+            begun, count = time.perf_counter(), 0
+            while time.perf_counter() - begun < seconds:
+                count += next(clips)
+            rates[name] = count / (time.perf_counter() - begun)
+    return {f"{name}_clips_per_second": rate for name, rate in rates.items()} | {
+        "loader_over_bare": rates["loader"] / rates["bare"]
+    }
+
+
+def checkpointing(setting: Setting) -> Numbers:
+    """How long training stands still for an asynchronous checkpoint, against copying the same bytes to the host."""
+    width, layers = (8192, 15) if not setting.small else (16, 2)
+    module = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+    run = _run(setting.folder / "checkpoint", *_device_words(setting), "engine.zero_stage=1", "engine.global_batch=1",
+               "optim.name=adamw", "optim.lr=0.001", "checkpoint.asynchronous=true")  # fmt: skip
+    topology = start(run.engine)
+    schedule = Schedule(run.schedule, total_steps=10)
+    state = RunState(module, run, schedule=schedule, identity={}, topology=topology, say=print)
+    x = torch.randn(1, width, device=setting.device)
+    for _ in range(2):
+        state.engine.backward(state.engine(x).square().mean())
+        schedule.apply(state.engine.optimizer, 0, 1e-3)
+        state.engine.step()
+    state.step = 1
+    synchronise(setting.device)
+    begun = time.perf_counter()
+    state.save(None)
+    stall = time.perf_counter() - begun
+    state.saver.wait()
+    whole = time.perf_counter() - begun
+    written = sum(p.stat().st_size for p in Path(run.output).rglob("*.safetensors"))
+    parameters = sum(p.numel() for p in module.parameters())
+    state.engine.destroy()
+    del state
+    gc.collect()
+    source = torch.empty(3 * parameters, device=setting.device)
+    begun = time.perf_counter()
+    source.cpu()
+    pageable = time.perf_counter() - begun
+    found = {"parameters": parameters, "bytes": written, "stall_seconds": stall, "until_written_seconds": whole,
+             "pageable_copy_seconds": pageable, "stall_over_pageable_copy": stall / pageable}  # fmt: skip
+    if setting.device.type == "cuda":
+        target = torch.empty(source.shape, pin_memory=True)
+        synchronise(setting.device)
+        begun = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        synchronise(setting.device)
+        found["pinned_copy_seconds"] = time.perf_counter() - begun
+        found["stall_over_pinned_copy"] = stall / found["pinned_copy_seconds"]
+    return found
+
+
+SMALL_NET, LARGE_NET = ("t3d_tiny", (16, 8, 64, 64), 120), ("resnet3d_50", (16, 16, 112, 112), 40)
+LOOPS = [
+    Row(f"engine loop, {size} model, zero {stage}", f">= {goal} of a plain loop",
+        partial(engine_loop, name=name, shape=shape, steps=steps, stage=stage))
+    for size, goal, (name, shape, steps) in (("small", 0.97, SMALL_NET), ("large", 0.99, LARGE_NET))
+    for stage in (0, 1)
+]  # fmt: skip
+FIRST = [*LOOPS, Row("waits inside a step", "none of ours", waits, 90.0)]
+SECOND = [
+    Row("transfer step", "<= 1.10 cached, <= 1.35 not", transfer, 90.0),
+    Row("ConvLSTM", ">= 1.5 of concatenating", recurrent),
+    *(Row(f"memory: {case}", "within 10 %", partial(memory, case=case)) for case in MEMORY_CASES),
+    Row("augmentation", "no waits", augmentation),
+    Row("loader", ">= .9 of bare decoding", loading, 90.0),
+    Row("offload", "runs", offload, 90.0),
+    Row("checkpoint of 1 B parameters", "<= 1.2 of the copy", checkpointing, 120.0),
+]
