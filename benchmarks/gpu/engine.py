@@ -30,9 +30,10 @@ from cliplift.pipelines.engine.optim import Schedule
 from cliplift.pipelines.engine.state import RunState
 from cliplift.pipelines.runs.tracking import Tracker
 from cliplift.pipelines.stages.classification import Classifier
-from cliplift.pipelines.stages.stage_module import build_module, stage_inputs
+from cliplift.pipelines.stages.run import stage_of
 
 CLASSES, WARM_UP = 16, 8
+CLASS_NAMES = tuple(f"class {number}" for number in range(CLASSES))
 RECIPES = Path(__file__).resolve().parents[2] / "configs"
 Shape = tuple[int, int, int, int]  # B, T, H, W
 
@@ -289,15 +290,16 @@ def memory(setting: Setting, *, case: str) -> Numbers:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if on_gpu else 0
-    module, _ = build_module(run, classes=CLASSES)
-    engine_: Any = build_engine(module, run, folder=setting.folder, saved=None, topology=topology)
+    stage = stage_of(run, classes=CLASS_NAMES, topology=topology)
+    built = stage.build_module(weights=True)
+    engine_: Any = build_engine(built.module, run, folder=setting.folder, saved=None, topology=topology)
     for _ in range(2):
-        inputs = stage_inputs(run, classes=CLASSES, teacher_dim=0, micro_batch=batch, world_size=1)
+        inputs = stage.example_inputs(built, micro_batch=batch, world_size=1)
         engine_.backward(engine_({k: v.to(topology.device) for k, v in inputs.items()})["loss"])
         engine_.step()
     measured = torch.cuda.max_memory_allocated() - before if on_gpu else None
     engine_.destroy()
-    del engine_, module
+    del engine_, built
     gc.collect()
     plan, _ = plan_memory(run, classes=CLASSES, world_size=1, on_gpu=on_gpu)
     found = {"planned_gib": plan.total / 2**30, "plan": {k: v / 2**30 for k, v in vars(plan).items()}}
@@ -318,9 +320,10 @@ def offload(setting: Setting) -> Numbers:
                    "engine.precision=bf16", f"engine.zero_stage={stage}", f"engine.offload={kind}")  # fmt: skip
         topology = start(run.engine)
         torch.cuda.reset_peak_memory_stats()
-        module, _ = build_module(run, classes=CLASSES)
-        engine: Any = build_engine(module, run, folder=setting.folder, saved=None, topology=topology)
-        inputs = stage_inputs(run, classes=CLASSES, teacher_dim=0, micro_batch=8, world_size=1)
+        stage_ = stage_of(run, classes=CLASS_NAMES, topology=topology)
+        built = stage_.build_module(weights=True)
+        engine: Any = build_engine(built.module, run, folder=setting.folder, saved=None, topology=topology)
+        inputs = stage_.example_inputs(built, micro_batch=8, world_size=1)
         inputs = {k: v.to(topology.device) for k, v in inputs.items()}
 
         def step(engine: Any = engine, inputs: dict[str, Tensor] = inputs) -> None:
@@ -330,7 +333,7 @@ def offload(setting: Setting) -> Numbers:
         seconds_of(step, setting.device, 2)
         found |= {f"{kind}_ms": 1e3 * seconds_of(step, setting.device, 3), f"{kind}_gib": peak_gib(setting)}
         engine.destroy()
-        del engine, module, step, inputs
+        del engine, built, step, inputs
         gc.collect()
         torch.cuda.empty_cache()
     return found
@@ -350,11 +353,13 @@ def transfer(setting: Setting) -> Numbers:
     ]  # fmt: skip
     run: Any = load_run(RECIPES / "transfer" / "demo.yaml", RUNS, words).run
     set_numerics(run.engine, setting.device)
-    module: Any
-    module, teacher = build_module(run, classes=0)
+    stage = stage_of(run, classes=(), topology=start(run.engine))
+    built = stage.build_module(weights=True)
+    inputs = stage.example_inputs(built, micro_batch=batch, world_size=1)
+    module: Any = built.module.to(setting.device)
+    teacher: Any = built.frozen
     assert teacher is not None
-    module, teacher = module.to(setting.device), teacher.to(setting.device).eval().requires_grad_(False)
-    inputs = stage_inputs(run, classes=0, teacher_dim=teacher.feature_dim, micro_batch=batch, world_size=1)
+    teacher = teacher.to(setting.device).eval().requires_grad_(False)
     inputs = {name: value.to(setting.device) for name, value in inputs.items()}
     inputs["clips"] = torch.randn_like(inputs["clips"])
     frames_seen = run.teacher.frames or frames
