@@ -64,7 +64,7 @@ def _labels(batch: int, setting: Setting) -> Tensor:
 def _timesformers(setting: Setting) -> tuple[nn.Module, nn.Module]:
     from transformers import TimesformerConfig, TimesformerForVideoClassification
 
-    from cliplift.models.timesformer.weights import to_huggingface
+    from cliplift.models.timesformer.huggingface import to_huggingface
 
     small = {"depth": 1} if setting.small else {}
     name = "timesformer_small" if setting.small else "timesformer_base"
