@@ -347,6 +347,7 @@ def transfer(setting: Setting) -> Numbers:
     )
     words = [
         f"output={setting.folder}/transfer", f"model.name={student}", f"teacher.name={teacher_name}",
+        "teacher.pretrained=null",
         f"data.sampling.frames={frames}", f"data.crop_pixels={side}", f"data.resize_short_side_pixels={side}",
         f"engine.global_batch={batch}", "engine.precision=autocast_bf16", "engine.channels_last=true",
         "correspondence.negatives_per_clip=1", "track.wandb=disabled",

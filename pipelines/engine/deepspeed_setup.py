@@ -159,7 +159,8 @@ def set_numerics(engine: EngineConfig, device: torch.device) -> None:
 
     ``fp32`` multiplies in fp32 everywhere (torch's own default rounds convolutions to TF32). At every other precision
     what is left in fp32 may be rounded to TF32. Where kernels need not be deterministic, cuDNN times its algorithms for
-    each shape, which are the same in every step. Attention takes the flash kernel, then the memory-efficient one.
+    each shape, which are the same in every step. All fused attention kernels are allowed
+    (docs/performance.md has their times side by side), cuDNN's only where it may be non-deterministic.
     """
     deterministic = device.type == "cpu" if engine.deterministic == "auto" else engine.deterministic
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
@@ -174,7 +175,7 @@ def set_numerics(engine: EngineConfig, device: torch.device) -> None:
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cuda.enable_flash_sdp(True)
     torch.backends.cuda.enable_mem_efficient_sdp(True)
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(not deterministic)
 
 
 def resumable(
