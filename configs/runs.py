@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from cliplift.configs.data import DataConfig, ViewsConfig
+from cliplift.configs.plugins import ObjectiveName
 from cliplift.configs.sections import ConfigError, Section
 from cliplift.configs.sharding import ShardRun
 from cliplift.configs.training import ModelConfig, TrainingRun
@@ -159,8 +160,10 @@ class PretrainRun(ClassificationRun):
     """Large-backbone pretraining: on labelled shards, or by predicting frames on any."""
 
     stage: Literal["pretrain"] = "pretrain"
-    objective: Literal["classification", "forecast"] = Field(
-        "classification", description="what is learned: the labels, or the frames to come (needs no labels)"
+    objective: ObjectiveName = Field(
+        "classification",
+        description="what is learned: classification (the labels), forecast (the frames to come; needs no labels), or "
+        "the objective of a plug-in",
     )
     forecast: ForecastConfig = ForecastConfig()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from cliplift.configs.load import dump_run
+from cliplift.configs.plugins import OBJECTIVES as SCHEMA_OBJECTIVES
 from cliplift.configs.runs import ClassificationRun, FinetuneRun, PretrainRun, TransferRun
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import TrainingRun
@@ -70,6 +71,7 @@ def add_objective(name: str, stage: Callable[..., Stage]) -> None:
     """
     if OBJECTIVES.setdefault(name, stage) is not stage:
         raise ValueError(f"the pretraining objective {name!r} exists already")
+    SCHEMA_OBJECTIVES.add(name)
 
 
 def stage_of(run: TrainingRun, *, classes: Sequence[str] = (), topology: Topology | None = None) -> Stage:
