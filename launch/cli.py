@@ -1,6 +1,7 @@
 """The command line: ``cliplift STAGE CONFIG [key=value ...]``. The only reader of argv.
 
-torch, deepspeed and the stages are imported when a stage runs, so ``cliplift --help`` stays instant.
+Parses the words and calls the command, a file in ``launch/commands``; torch, deepspeed and the schema are imported
+when it runs, so ``cliplift --help`` stays instant.
 
 The config fields of a stage as text: dotted key, type, default, description. Made from the schema itself.
 """
@@ -12,14 +13,13 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import import_module
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from cliplift.launch.commands.command import COMMANDS
+from cliplift.launch.commands.command import all_commands
 
 WIDTH = 110
 
@@ -117,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="store_true", help="show the version and exit")
     _accept_local_rank(parser)
     stages = parser.add_subparsers(dest="command", metavar="STAGE", parser_class=_Parser)
-    for name, command in COMMANDS.items():
+    for name, command in all_commands().items():
         stage = stages.add_parser(name, help=command.summary, description=command.summary, add_help=False)
         stage.add_argument("-h", "--help", action=_StageHelp, schema=command.schema)
         if command.subject:
@@ -133,143 +133,13 @@ def build_parser() -> argparse.ArgumentParser:
             stage.add_argument("--dry-run", action="store_true", help="print the resolved config and exit")
         if command.distributed:
             _accept_local_rank(stage)
-    _add_special_options(stages.choices)
+        command.add_options(stage)
     return parser
 
 
 def _accept_local_rank(parser: argparse.ArgumentParser) -> None:
     """The deepspeed launcher puts it before our words; the rank itself is read from the environment."""
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
-
-
-def _add_special_options(stages: Mapping[str, argparse.ArgumentParser]) -> None:
-    shard = stages["shard"]
-    shard.add_argument(
-        "--part",
-        metavar="I/N",
-        help="build part I of N, from 0, for array jobs; auto reads the scheduler's index",
-    )
-    shard.add_argument(
-        "--phase",
-        choices=("all", "plan", "build", "finalize", "verify"),
-        default="all",
-        help="run one phase alone",
-    )
-    shard.add_argument(
-        "--retry-failed", action="store_true", help="try the refused clips of the ledger again"
-    )
-    stages["verify"].add_argument(
-        "--decode", choices=("none", "sample", "full"), default="sample", help="how many clips are decoded"
-    )
-    stages["show"].add_argument("--output", default="contact-sheet.html", help="HTML file to write")
-    stages["show"].add_argument("--clips", type=int, default=24, help="clips shown of each split")
-    index = stages["index"]
-    index.add_argument("--name", required=True, help="name of the dataset")
-    index.add_argument("--label-key", default="label", help="key of the JSON member that holds the class")
-    index.add_argument("--classes", nargs="+", default=(), help="class names in label order; default: sorted")
-    index.add_argument("--workers", type=int, default=0, help="decoding processes; 0 is one per core")
-    stages["models"].add_argument("--markdown", action="store_true", help="print a Markdown table")
-    _add_import_options(stages["import-weights"])
-    _add_check_options(stages["check"])
-    _add_submit_options(stages["submit"])
-    _add_bench_options(stages["bench"])
-
-
-def _add_import_options(weights: argparse.ArgumentParser) -> None:
-    weights.add_argument("--model", required=True, help="registered name of the model; see `cliplift models`")
-    weights.add_argument("--output", default=None, help="folder to write: model.safetensors and config.json")
-    weights.add_argument(
-        "--option",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="option of the model; may be repeated",
-    )
-    weights.add_argument(
-        "--num-classes",
-        type=int,
-        default=None,
-        help="classes; default: the source's; 0 leaves the classifier out",
-    )
-    weights.add_argument("--in-frames", type=int, default=None, help="frames of a clip; default: the model's")
-    weights.add_argument("--dry-run", action="store_true", help="print which tensors fit, and write nothing")
-
-
-def _add_check_options(check: argparse.ArgumentParser) -> None:
-    check.add_argument("--nodes", type=int, default=1, help="nodes the run will have")
-    check.add_argument(
-        "--gpus", type=int, default=None, help="GPUs a node; 0 is a CPU run; default: those here"
-    )
-    check.add_argument(
-        "--gpu", default=None, help="kind of GPU, such as h200, a100-80, l40s; default: the one here"
-    )
-    check.add_argument("--memory", type=float, default=None, help="memory of one GPU (or of the host), GiB")
-    check.add_argument("--cores", type=int, default=None, help="processor cores a node; default: those here")
-    check.add_argument(
-        "--mfu", type=float, default=None, help="share of the peak reached, 0 to 1, if you know it"
-    )
-
-
-def _add_submit_options(submit: argparse.ArgumentParser) -> None:
-    submit.add_argument("--to", choices=("slurm", "kubernetes", "local"), required=True, help="where it runs")
-    submit.add_argument("--print", action="store_true", help="show every file and do nothing")
-    submit.add_argument("--folder", default=None, help="folder for the files; default: jobs/NAME")
-    submit.add_argument("--nodes", type=int, default=1, help="nodes of a training job")
-    submit.add_argument(
-        "--gpus", type=int, default=0, help="GPUs a node, one rank each; 0 is one CPU rank a node"
-    )
-    submit.add_argument("--cpus", type=int, default=8, help="processor cores a node or a part of sharding")
-    submit.add_argument("--memory", type=int, default=None, help="memory a node, GiB; default: the cluster's")
-    submit.add_argument("--parts", type=int, default=16, help="tasks a shard build is divided into")
-    submit.add_argument("--signal-seconds", type=int, default=180, help="time to save before a job is killed")
-    submit.add_argument("--image", default=None, help="container image to run in (needed by Kubernetes)")
-    slurm = submit.add_argument_group("Slurm")
-    slurm.add_argument(
-        "--time", default="24:00:00", help="time limit of one start; it is requeued at the end"
-    )
-    for name in ("partition", "account", "qos"):
-        slurm.add_argument(f"--{name}", default=None, help=f"#SBATCH --{name}")
-    slurm.add_argument("--module", action="append", default=[], help="module to load; may be repeated")
-    slurm.add_argument(
-        "--setup", action="append", default=[], help="line of shell run first; may be repeated"
-    )
-    slurm.add_argument(
-        "--sbatch", action="append", default=[], help="another #SBATCH option; may be repeated"
-    )
-    slurm.add_argument("--container-tool", default="enroot", help="enroot (pyxis) or apptainer")
-    slurm.add_argument(
-        "--mount", action="append", default=[], help="FROM:TO, into the container; may be repeated"
-    )
-    kubernetes = submit.add_argument_group("Kubernetes")
-    kubernetes.add_argument("--namespace", default=None, help="namespace; default: kubectl's")
-    kubernetes.add_argument("--volume", action="append", default=[], help="CLAIM:/path; may be repeated")
-    kubernetes.add_argument(
-        "--workdir", default=None, help="directory relative paths of the config start from"
-    )
-    kubernetes.add_argument(
-        "--secret", action="append", default=[], help="secret whose keys become variables"
-    )
-    kubernetes.add_argument("--service-account", default=None, help="service account of the pods")
-    kubernetes.add_argument(
-        "--pytorchjob", action="store_true", help="a Kubeflow PyTorchJob, not an Indexed Job"
-    )
-
-
-def _add_bench_options(bench: argparse.ArgumentParser) -> None:
-    bench.add_argument("--steps", type=int, default=50, help="batches, or training steps, that are timed")
-    bench.add_argument("--warm-up", type=int, default=10, help="batches or steps before")
-    bench.add_argument("--minutes", type=float, default=7.0, help="gpu: rows run until they are over")
-    bench.add_argument("--output", default=None, help="JSON file for the numbers")
-    bench.add_argument("--gpus", type=int, default=1, help="data: ranks that share the global batch")
-    bench.add_argument(
-        "--appetite",
-        type=float,
-        default=None,
-        help="data: clips/s one GPU takes; says how many cores feed --gpus",
-    )
-    bench.add_argument(
-        "--synthetic", action="store_true", help="train: one batch made up and used again, no loader"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -297,12 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _guarded(arguments: argparse.Namespace) -> int:
     from cliplift.configs.sections import ConfigError
 
-    module = import_module(f"cliplift.launch.{COMMANDS[arguments.command].handled_by}")
-    handler: Callable[[argparse.Namespace], int] = getattr(
-        module, f"run_{arguments.command.replace('-', '_')}"
-    )
     try:
-        return handler(arguments)
+        return all_commands()[arguments.command].run(arguments)
     except ConfigError as error:
         print(f"cliplift: {error}", file=sys.stderr)
     except ValueError as error:

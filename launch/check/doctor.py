@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import resource
@@ -14,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from cliplift.launch.check.findings import Finding, exit_code, table
+from cliplift.launch.check.findings import Finding
 
 NEEDED = ("cliplift", "torch", "deepspeed", "webdataset", "av", "wandb", "pydantic", "pyarrow", "safetensors")
 OPTIONAL = ("decord", "torchcodec", "s3fs", "gcsfs", "huggingface_hub")
@@ -22,12 +21,6 @@ DECODED_CODECS = ("h264", "hevc", "vp9", "av1", "mpeg4", "mpeg2video", "mjpeg", 
 LAUNCHERS = ("torchrun", "deepspeed", "srun", "sbatch", "mpirun", "pdsh", "kubectl")
 ENOUGH_FILES = 4096  # 256 open shards, workers with pipes of their own, sockets of every rank
 ENOUGH_SHARED_MIB = 1024  # workers hand decoded batches over through it: 64 MiB is Docker's default
-
-
-def run_doctor(_: argparse.Namespace) -> int:
-    findings = examine(os.environ)
-    print(table(findings))
-    return exit_code(findings)
 
 
 def examine(environment: Mapping[str, str]) -> list[Finding]:

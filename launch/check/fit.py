@@ -6,7 +6,6 @@ needs is measured on fake tensors. A row that fails names the number to change.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,18 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from cliplift.configs.runs import ClassificationRun, FinetuneRun, TransferRun
+from cliplift.configs.runs import ClassificationRun, TransferRun
 from cliplift.configs.sections import ConfigError
 from cliplift.launch.check.cost import Cost, check_cost
-from cliplift.launch.check.doctor import memory_bytes, usable_cores
-from cliplift.launch.check.findings import Finding, exit_code, table
-from cliplift.launch.check.machine import Machine, choose_machine
-from cliplift.launch.jobs.plan import load
+from cliplift.launch.check.findings import Finding
+from cliplift.launch.check.machine import Machine
 from cliplift.models.protocol import ModelError
 from cliplift.pipelines.data.loader import ClipLoader
 from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
-from cliplift.pipelines.stages.repeats import repeated
 from cliplift.pipelines.stages.run import check_model, stage_of
 from cliplift.sharding.manifest import Dataset, ManifestError, dataset_fingerprint
 from cliplift.sharding.read.reader import read_dataset
@@ -41,32 +37,6 @@ class Known:
 
     train: ClipSource | None = None
     classes: tuple[str, ...] = ()
-
-
-def run_check(arguments: argparse.Namespace) -> int:
-    loaded = load(arguments.subject, arguments.rest)
-    run = loaded.run
-    if isinstance(run, FinetuneRun) and (run.folds or run.seeds):
-        run = repeated(run)[0]  # the others differ in fold and seed alone
-    if not isinstance(run, TransferRun | ClassificationRun):
-        raise ConfigError(
-            f"is {getattr(run, 'stage', '')!r}, which does not train",
-            key="stage",
-            file=str(loaded.file),
-            hint="check takes transfer, pretrain and finetune; `cliplift verify` checks shards",
-        )
-    machine = choose_machine(
-        nodes=arguments.nodes,
-        gpus=arguments.gpus,
-        gpu=arguments.gpu,
-        memory_gib=arguments.memory,
-        cores=arguments.cores,
-        cores_here=usable_cores(),
-        memory_here=memory_bytes(),
-    )
-    findings = check(run, machine, mfu=arguments.mfu)
-    print(table(findings))
-    return exit_code(findings)
 
 
 def check(run: TransferRun | ClassificationRun, machine: Machine, *, mfu: float | None) -> list[Finding]:

@@ -1,1 +1,7 @@
-"""One file a command of `cliplift`: summary, options and what it runs."""
+"""One file for each command, or family of commands, of `cliplift`: its summary, its options and what it runs.
+
+A file has ``COMMANDS``, its rows in the order of ``cliplift --help``; it imports nothing heavy before a command runs.
+"""
+
+# The files that hold commands, in the order of `cliplift --help`. A new file is one more name here.
+MODULES = ("shard", "train", "apply", "models", "check", "submit", "bench", "doctor", "demo")

@@ -14,12 +14,32 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cliplift.configs.load import LoadedRun, load_run, packaged_recipe
-from cliplift.configs.runs import RUNS, ClassificationRun, TransferRun
-from cliplift.configs.sections import ConfigError
-from cliplift.configs.training import TrainingRun
+from cliplift.launch.commands.command import Command
+
+if TYPE_CHECKING:
+    from cliplift.configs.load import LoadedRun
+    from cliplift.configs.runs import ClassificationRun, TransferRun
+
+SUBJECTS = ("data", "train", "gpu")
+
+
+def add_options(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--steps", type=int, default=50, help="batches, or training steps, that are timed")
+    bench.add_argument("--warm-up", type=int, default=10, help="batches or steps before")
+    bench.add_argument("--minutes", type=float, default=7.0, help="gpu: rows run until they are over")
+    bench.add_argument("--output", default=None, help="JSON file for the numbers")
+    bench.add_argument("--gpus", type=int, default=1, help="data: ranks that share the global batch")
+    bench.add_argument(
+        "--appetite",
+        type=float,
+        default=None,
+        help="data: clips/s one GPU takes; says how many cores feed --gpus",
+    )
+    bench.add_argument(
+        "--synthetic", action="store_true", help="train: one batch made up and used again, no loader"
+    )
 
 
 def bench_data(
@@ -34,6 +54,7 @@ def bench_data(
     """Measure the loader of one rank, print the numbers, and write ``output`` as JSON where given."""
     import torch
 
+    from cliplift.configs.sections import ConfigError
     from cliplift.pipelines.cost.loading_speed import measure_loading
     from cliplift.pipelines.engine.deepspeed_setup import batch_split
 
@@ -109,6 +130,8 @@ def bench_gpu(*, minutes: float, output: str | None) -> int:
     Raises:
         ConfigError: the package was installed without its benchmarks.
     """
+    from cliplift.configs.sections import ConfigError
+
     program = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
     if not (program / "__main__.py").exists():
         raise ConfigError(
@@ -120,11 +143,10 @@ def bench_gpu(*, minutes: float, output: str | None) -> int:
     return subprocess.run(words, check=False).returncode
 
 
-SUBJECTS = ("data", "train", "gpu")
-
-
 def run_bench(arguments: argparse.Namespace) -> int:
     """Measure what the first word names; the second is the config, the rest are overrides."""
+    from cliplift.configs.sections import ConfigError
+
     if arguments.subject not in SUBJECTS:
         raise ConfigError(
             f"{arguments.subject!r} cannot be measured",
@@ -133,7 +155,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
         )
     if arguments.subject == "gpu":
         return bench_gpu(minutes=arguments.minutes, output=arguments.output)
-    loaded = _loaded(list(arguments.rest))
+    loaded = _load_training(list(arguments.rest))
     if arguments.subject == "data":
         return bench_data(
             loaded,
@@ -153,10 +175,14 @@ def run_bench(arguments: argparse.Namespace) -> int:
     )
 
 
-def _loaded(words: list[str]) -> LoadedRun[Any]:
+def _load_training(words: list[str]) -> LoadedRun[Any]:
+    from cliplift.configs.sections import ConfigError
+    from cliplift.configs.training import TrainingRun
+    from cliplift.launch.commands.subject import load
+
     if not words or "=" in words[0]:
         raise ConfigError("names no config", file="command line", hint="write cliplift bench data CONFIG")
-    loaded = load_run(packaged_recipe(words[0]) or Path(words[0]), RUNS, words[1:])
+    loaded = load(words[0], words[1:])
     if not isinstance(loaded.run, TrainingRun):
         raise ConfigError(
             f"is {loaded.run.stage!r}, which trains nothing",
@@ -165,3 +191,18 @@ def _loaded(words: list[str]) -> LoadedRun[Any]:
             hint="give a transfer, pretrain or finetune config",
         )
     return loaded
+
+
+COMMANDS = (
+    Command(
+        name="bench",
+        summary="measure on this machine: a run's loader (data), its training step (train), or a GPU (gpu, no CONFIG)",
+        subject="data|train|gpu",
+        subject_help="what is measured",
+        rest="CONFIG|key=value",
+        rest_help="YAML file or packaged recipe of a training run, then overrides",
+        distributed=True,
+        add_options=add_options,
+        run=run_bench,
+    ),
+)

@@ -6,21 +6,21 @@ its ``run.json`` holds. A step that is already done is not done again.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cliplift.configs.load import load_run, packaged_recipe
-from cliplift.configs.runs import RUNS, DemoRun
+from cliplift.launch.commands.command import Command
 from cliplift.launch.commands.shard import build, summary
-from cliplift.pipelines.report.page import write_report
-from cliplift.pipelines.runs.folder import write_json
-from cliplift.pipelines.stages.run import StageResult, run_stage
-from cliplift.sharding.demo.synthetic import write_demo_videos
+
+if TYPE_CHECKING:
+    from cliplift.configs.runs import DemoRun
+    from cliplift.pipelines.stages.run import StageResult
 
 METHODS = {
     "3D from transfer": "finetune/demo",
@@ -51,7 +51,24 @@ class _StoppedError(Exception):
     """A training run of the demo was stopped by a signal and has saved its state."""
 
 
-def run_demo(run: DemoRun) -> Path | None:
+def run_demo(arguments: argparse.Namespace) -> int:
+    """The demo of a config, or of overrides alone."""
+    from cliplift.launch.commands import subject
+
+    if arguments.subject is not None and "=" in arguments.subject:
+        arguments.subject, arguments.rest = None, [arguments.subject, *arguments.rest]
+    if arguments.subject is None:
+        loaded = subject.load_tree({"stage": "demo"}, "demo", arguments.rest)
+    else:
+        loaded = subject.load_stage(arguments, "demo")
+    if arguments.dry_run:
+        return subject.print_run(loaded)
+    subject.prepare_environment()
+    subject.located(loaded, lambda: demonstrate(loaded.run))
+    return 0
+
+
+def demonstrate(run: DemoRun) -> Path | None:
     """Make videos, shard, transfer, finetune, test, report. Returns the report's path; None after a signal.
 
     A signal that stops one of the training runs stops the demo: started again, it goes on with that run.
@@ -64,6 +81,9 @@ def run_demo(run: DemoRun) -> Path | None:
 
 
 def _run_demo(run: DemoRun) -> Path:
+    from cliplift.pipelines.report.page import write_report
+    from cliplift.pipelines.runs.folder import write_json
+
     root = Path(run.output)
     root.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
@@ -105,6 +125,9 @@ def _run_demo(run: DemoRun) -> Path:
 
 
 def _make_videos(run: DemoRun, root: Path) -> None:
+    from cliplift.pipelines.runs.folder import write_json
+    from cliplift.sharding.demo.synthetic import write_demo_videos
+
     settings = run.model_dump(
         include={"size_pixels", "train_per_class", "val_per_class", "test_per_class", "unlabelled"}
     )
@@ -119,11 +142,12 @@ def _make_videos(run: DemoRun, root: Path) -> None:
 
 
 def _shard(run: DemoRun, root: Path, recipe: str) -> None:
+    from cliplift.launch.commands.subject import load
+
     name = recipe.removeprefix("demo_")
     source = {"actions": "labelled", "unlabelled": "unlabelled"}[name]
-    loaded = load_run(
-        recipe_path(f"shard/{recipe}"),
-        RUNS,
+    loaded = load(
+        f"shard/{recipe}",
         [
             f"source.root={root / 'videos' / source}",
             f"output={root / 'shards' / name}",
@@ -134,8 +158,11 @@ def _shard(run: DemoRun, root: Path, recipe: str) -> None:
 
 
 def _train(recipe: str, root: Path, *, folder: Path, overrides: Sequence[str]) -> StageResult:
+    from cliplift.launch.commands.subject import load
+    from cliplift.pipelines.stages.run import run_stage
+
     words = [f"output={folder}", *overrides]
-    loaded = load_run(recipe_path(recipe), RUNS, words)
+    loaded = load(recipe, words)
     print(f"{loaded.run.stage}: {loaded.run.name} -> {folder}", flush=True)
     result = run_stage(loaded.run, command=["cliplift", loaded.run.stage, recipe, *words])
     if not result.finished:
@@ -194,8 +221,13 @@ def table(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def recipe_path(name: str) -> Path:
-    """The file of a packaged recipe, such as ``transfer/demo``."""
-    path = packaged_recipe(name)
-    assert path is not None, name
-    return path
+COMMANDS = (
+    Command(
+        name="demo",
+        summary="the whole chain on clips made on the spot, on a CPU in minutes",
+        subject_required=False,
+        subject_help="YAML file; none is needed",
+        schema="demo",
+        run=run_demo,
+    ),
+)

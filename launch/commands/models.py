@@ -8,33 +8,58 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import yaml
-from torch import Tensor
+from cliplift.launch.commands.command import Command
 
-from cliplift.configs.load import COMMAND_LINE, RunLoader
-from cliplift.configs.sections import ConfigError
-from cliplift.models import VideoNetwork, create_model, list_models
-from cliplift.models.factory import FLAT_PREFIX, from_pretrained, load_pretrained, save_pretrained
-from cliplift.models.measure import measure_model
-from cliplift.models.registry import model_entry
-from cliplift.models.state_dicts import (
-    CONFIG,
-    WEIGHTS,
-    LoadReport,
-    WeightMatch,
-    load_state,
-    match_weights,
-    read_state,
-)
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cliplift.models import VideoNetwork
+    from cliplift.models.state_dicts import LoadReport, WeightMatch
 
 HEADER = ("model", "dims", "classes", "parameters", "input", "GMACs", "features", "paper")
+CHECK_FAILED = 1
+LISTED = 40  # keys printed of each kind
+
+
+def add_models_options(models: argparse.ArgumentParser) -> None:
+    models.add_argument("--markdown", action="store_true", help="print a Markdown table")
+
+
+def add_import_options(weights: argparse.ArgumentParser) -> None:
+    weights.add_argument("--model", required=True, help="registered name of the model; see `cliplift models`")
+    weights.add_argument("--output", default=None, help="folder to write: model.safetensors and config.json")
+    weights.add_argument(
+        "--option",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="option of the model; may be repeated",
+    )
+    weights.add_argument(
+        "--num-classes",
+        type=int,
+        default=None,
+        help="classes; default: the source's; 0 leaves the classifier out",
+    )
+    weights.add_argument("--in-frames", type=int, default=None, help="frames of a clip; default: the model's")
+    weights.add_argument("--dry-run", action="store_true", help="print which tensors fit, and write nothing")
+
+
+def run_models(arguments: argparse.Namespace) -> int:
+    from cliplift.launch.commands.subject import prepare_environment
+
+    prepare_environment()
+    print(zoo_table(arguments.subject or "*", markdown=arguments.markdown))
+    return 0
 
 
 def zoo_table(pattern: str, *, markdown: bool) -> str:
     """One row a model that matches the pattern. Raises ConfigError when none does."""
+    from cliplift.configs.sections import ConfigError
+    from cliplift.models import list_models
+
     names = list_models(pattern)
     if not names:
         raise ConfigError(
@@ -51,6 +76,9 @@ def zoo_table(pattern: str, *, markdown: bool) -> str:
 
 
 def _row(name: str) -> tuple[str, ...]:
+    from cliplift.models.measure import measure_model
+    from cliplift.models.registry import model_entry
+
     entry = model_entry(name)
     facts = measure_model(name)
     return (
@@ -65,12 +93,11 @@ def _row(name: str) -> tuple[str, ...]:
     )
 
 
-CHECK_FAILED = 1
-LISTED = 40  # keys printed of each kind
-
-
 def run_import_weights(arguments: argparse.Namespace) -> int:
     """Prints what fits, writes the folder, reads it back. Exit code 1 for a dry run of weights that do not fit."""
+    from cliplift.models.factory import FLAT_PREFIX
+    from cliplift.models.state_dicts import load_state, read_state
+
     options = parsed_options(arguments.option)
     if not arguments.dry_run:
         _check_output(arguments.output)
@@ -89,6 +116,11 @@ def run_import_weights(arguments: argparse.Namespace) -> int:
 
 def parsed_options(words: Sequence[str]) -> dict[str, Any]:
     """``key=value`` words, their values read as YAML as in a config."""
+    import yaml
+
+    from cliplift.configs.load import COMMAND_LINE, RunLoader
+    from cliplift.configs.sections import ConfigError
+
     options: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
@@ -134,6 +166,8 @@ def _matched(
     arguments: argparse.Namespace, options: dict[str, Any], state: dict[str, Tensor]
 ) -> tuple[int, WeightMatch]:
     """The number of classes (asked for, else the source's own, else none) and the comparison with that many."""
+    from cliplift.models.state_dicts import match_weights
+
     classes: int | None = arguments.num_classes
     if classes is None:
         probe = _build(arguments, options, classes=None, device="meta")
@@ -144,6 +178,10 @@ def _matched(
 def _build(
     arguments: argparse.Namespace, options: dict[str, Any], *, classes: int | None, device: str = "cpu"
 ) -> VideoNetwork:
+    import torch
+
+    from cliplift.models import create_model
+
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     with torch.device(device):
         return create_model(arguments.model, num_classes=classes, in_frames=arguments.in_frames, **given)
@@ -151,6 +189,8 @@ def _build(
 
 def _import_inflated(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
     """2D weights: the classifier is never carried over, so there is none unless ``--num-classes`` asks for one."""
+    from cliplift.models.factory import load_pretrained
+
     model = _build(arguments, options, classes=arguments.num_classes or 0)
     report = load_pretrained(model, arguments.subject)
     print(f"{arguments.subject} -> {arguments.model}: {report.loaded} tensors loaded")
@@ -165,6 +205,11 @@ def _write(
     arguments: argparse.Namespace, options: dict[str, Any], model: VideoNetwork, report: LoadReport
 ) -> None:
     """The export folder, read back through the public loader, which must give the same tensors."""
+    import torch
+
+    from cliplift.models.factory import from_pretrained, save_pretrained
+    from cliplift.models.state_dicts import CONFIG, WEIGHTS
+
     extra = {"imported_from": Path(arguments.subject).name, "notes": list(report.notes)}
     folder = save_pretrained(model, arguments.output, name=arguments.model, options=options, extra=extra)
     before, after = model.state_dict(), from_pretrained(folder).state_dict()
@@ -174,6 +219,10 @@ def _write(
 
 
 def _check_output(output: str | None) -> None:
+    from cliplift.configs.load import COMMAND_LINE
+    from cliplift.configs.sections import ConfigError
+    from cliplift.models.state_dicts import CONFIG, WEIGHTS
+
     if output is None:
         raise ConfigError(
             "is needed", key="--output", file=COMMAND_LINE, hint="name the folder to write, or give --dry-run"
@@ -187,3 +236,26 @@ def _check_output(output: str | None) -> None:
             file=COMMAND_LINE,
             hint="name another folder",
         )
+
+
+COMMANDS = (
+    Command(
+        name="import-weights",
+        summary="turn another project's weights file into an export folder of one of our models",
+        subject="SOURCE",
+        subject_help="weights file (.safetensors, .pth, .pyth, .bin), export folder, or 2d: and a 2D network's file",
+        rest="",
+        add_options=add_import_options,
+        run=run_import_weights,
+    ),
+    Command(
+        name="models",
+        summary="list the models, with parameters and GMACs measured",
+        subject="PATTERN",
+        subject_help="shell pattern of names, such as 't3d*'",
+        subject_required=False,
+        rest="",
+        add_options=add_models_options,
+        run=run_models,
+    ),
+)

@@ -1,24 +1,112 @@
-"""``cliplift shard`` and ``cliplift verify``: which part of a build this process does, and what a person sees."""
+"""``cliplift shard``, ``verify``, ``show`` and ``index``: build shard datasets, and look at them."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
-from cliplift.configs.sections import ConfigError
-from cliplift.configs.sharding import ShardRun
-from cliplift.sharding.build.run import PHASES, BuildReport, Phase, run_shard
-from cliplift.sharding.build.tracking import BuildTracker
-from cliplift.sharding.build.unit import Progress
+from cliplift.launch.commands.command import Command
+
+if TYPE_CHECKING:
+    from cliplift.configs.sharding import ShardRun
+    from cliplift.sharding.build.run import BuildReport, Phase
+    from cliplift.sharding.build.unit import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
+def add_shard_options(shard: argparse.ArgumentParser) -> None:
+    shard.add_argument(
+        "--part",
+        metavar="I/N",
+        help="build part I of N, from 0, for array jobs; auto reads the scheduler's index",
+    )
+    shard.add_argument(
+        "--phase",
+        choices=("all", "plan", "build", "finalize", "verify"),
+        default="all",
+        help="run one phase alone",
+    )
+    shard.add_argument(
+        "--retry-failed", action="store_true", help="try the refused clips of the ledger again"
+    )
+
+
+def add_verify_options(verify: argparse.ArgumentParser) -> None:
+    verify.add_argument(
+        "--decode", choices=("none", "sample", "full"), default="sample", help="how many clips are decoded"
+    )
+
+
+def add_show_options(show: argparse.ArgumentParser) -> None:
+    show.add_argument("--output", default="contact-sheet.html", help="HTML file to write")
+    show.add_argument("--clips", type=int, default=24, help="clips shown of each split")
+
+
+def add_index_options(index: argparse.ArgumentParser) -> None:
+    index.add_argument("--name", required=True, help="name of the dataset")
+    index.add_argument("--label-key", default="label", help="key of the JSON member that holds the class")
+    index.add_argument("--classes", nargs="+", default=(), help="class names in label order; default: sorted")
+    index.add_argument("--workers", type=int, default=0, help="decoding processes; 0 is one per core")
+
+
+def run_shard(arguments: argparse.Namespace) -> int:
+    """Exit code 1 when the dataset was verified and is not sound."""
+    from cliplift.launch.commands.subject import load_stage, located, print_run
+
+    loaded = load_stage(arguments, "shard")
+    if arguments.dry_run:
+        return print_run(loaded)
+    report = located(
+        loaded,
+        lambda: build(
+            loaded.run, phase=arguments.phase, part=arguments.part, retry_failed=arguments.retry_failed
+        ),
+    )
+    print(summary(report))
+    return 0 if report.verified is None or report.verified.ok else 1
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    """Exit code 1 when the dataset is not sound."""
+    from cliplift.sharding.build.verify import verify
+
+    report = verify(arguments.subject, decode=arguments.decode)
+    print(report.summary())
+    return 0 if report.ok else 1
+
+
+def run_show(arguments: argparse.Namespace) -> int:
+    from cliplift.sharding.read.contact_sheet import write_contact_sheet
+
+    print(write_contact_sheet(arguments.subject, arguments.output, clips_per_split=arguments.clips))
+    return 0
+
+
+def run_index(arguments: argparse.Namespace) -> int:
+    from cliplift.sharding.build.index_tars import index_tars
+
+    dataset = index_tars(
+        arguments.subject,
+        name=arguments.name,
+        label_key=arguments.label_key,
+        classes=tuple(arguments.classes),
+        workers=arguments.workers,
+    )
+    print(f"{arguments.subject}: {dataset.samples} samples, {len(dataset.classes)} classes indexed")
+    return 0
+
+
 def build(run: ShardRun, *, phase: str, part: str | None, retry_failed: bool) -> BuildReport:
     """Build the part of a dataset this process is to build, with progress on stderr."""
-    phases: tuple[Phase, ...] = PHASES if phase == "all" else (phase,)  # type: ignore[assignment]
+    from cliplift.sharding.build import run as building
+    from cliplift.sharding.build.tracking import BuildTracker
+
+    phases: tuple[Phase, ...] = building.PHASES if phase == "all" else (phase,)  # type: ignore[assignment]
     number = which_part(part, os.environ)
     show = progress_printer()
     with BuildTracker(run, part=number) as tracker:
@@ -27,7 +115,9 @@ def build(run: ShardRun, *, phase: str, part: str | None, retry_failed: bool) ->
             show(progress)
             tracker.update(progress)
 
-        report = run_shard(run, phases=phases, part=number, retry_failed=retry_failed, on_progress=watch)
+        report = building.run_shard(
+            run, phases=phases, part=number, retry_failed=retry_failed, on_progress=watch
+        )
         tracker.finish(report)
     return report
 
@@ -44,6 +134,8 @@ def which_part(text: str | None, environment: Mapping[str, str]) -> tuple[int, i
         return _scheduler_part(environment)
     part, slash, parts = text.partition("/")
     if not (slash and part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        from cliplift.configs.sections import ConfigError
+
         raise ConfigError(
             f"--part {text!r} is not I/N", file="command line", hint="parts count from 0: 0/4 to 3/4, or auto"
         )
@@ -61,6 +153,8 @@ def _scheduler_part(environment: Mapping[str, str]) -> tuple[int, int]:
     for index, count, first in pairs:
         if index in environment and count in environment:
             return int(environment[index]) - int(environment.get(first or "", "0")), int(environment[count])
+    from cliplift.configs.sections import ConfigError
+
     raise ConfigError(
         "--part auto found no array job",
         file="command line",
@@ -117,3 +211,41 @@ def summary(report: BuildReport) -> str:
     if report.verified is not None:
         lines.append(report.verified.summary())
     return "\n".join(lines)
+
+
+COMMANDS = (
+    Command(
+        name="shard",
+        summary="pack videos into WebDataset shards",
+        schema="shard",
+        add_options=add_shard_options,
+        run=run_shard,
+    ),
+    Command(
+        name="verify",
+        summary="check a shard dataset: checksums, index against tar, decodability",
+        subject="URL",
+        subject_help="folder or URL of a shard dataset",
+        rest="",
+        add_options=add_verify_options,
+        run=run_verify,
+    ),
+    Command(
+        name="show",
+        summary="write an HTML contact sheet and statistics of a shard dataset",
+        subject="URL",
+        subject_help="folder or URL of a shard dataset",
+        rest="",
+        add_options=add_show_options,
+        run=run_show,
+    ),
+    Command(
+        name="index",
+        summary="index WebDataset tars made by other tools, so that training can read them exactly",
+        subject="URL",
+        subject_help="folder or URL of the tars; the folder a tar lies in is its split",
+        rest="",
+        add_options=add_index_options,
+        run=run_index,
+    ),
+)

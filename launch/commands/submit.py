@@ -11,20 +11,79 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cliplift.configs.sections import ConfigError
-from cliplift.launch.jobs import kubernetes, slurm
-from cliplift.launch.jobs.plan import Job, Resources, plan_jobs
+from cliplift.launch.commands.command import Command
+
+if TYPE_CHECKING:
+    from cliplift.launch.jobs.plan import Job, Resources
 
 SUBMITTERS = {"slurm": "sbatch", "kubernetes": "kubectl", "local": "bash"}
 SUBMIT_FILE = "submit.sh"
 
 
+def add_options(submit: argparse.ArgumentParser) -> None:
+    submit.add_argument("--to", choices=("slurm", "kubernetes", "local"), required=True, help="where it runs")
+    submit.add_argument("--print", action="store_true", help="show every file and do nothing")
+    submit.add_argument("--folder", default=None, help="folder for the files; default: jobs/NAME")
+    submit.add_argument("--nodes", type=int, default=1, help="nodes of a training job")
+    submit.add_argument(
+        "--gpus", type=int, default=0, help="GPUs a node, one rank each; 0 is one CPU rank a node"
+    )
+    submit.add_argument("--cpus", type=int, default=8, help="processor cores a node or a part of sharding")
+    submit.add_argument("--memory", type=int, default=None, help="memory a node, GiB; default: the cluster's")
+    submit.add_argument("--parts", type=int, default=16, help="tasks a shard build is divided into")
+    submit.add_argument("--signal-seconds", type=int, default=180, help="time to save before a job is killed")
+    submit.add_argument("--image", default=None, help="container image to run in (needed by Kubernetes)")
+    slurm = submit.add_argument_group("Slurm")
+    slurm.add_argument(
+        "--time", default="24:00:00", help="time limit of one start; it is requeued at the end"
+    )
+    for name in ("partition", "account", "qos"):
+        slurm.add_argument(f"--{name}", default=None, help=f"#SBATCH --{name}")
+    slurm.add_argument("--module", action="append", default=[], help="module to load; may be repeated")
+    slurm.add_argument(
+        "--setup", action="append", default=[], help="line of shell run first; may be repeated"
+    )
+    slurm.add_argument(
+        "--sbatch", action="append", default=[], help="another #SBATCH option; may be repeated"
+    )
+    slurm.add_argument("--container-tool", default="enroot", help="enroot (pyxis) or apptainer")
+    slurm.add_argument(
+        "--mount", action="append", default=[], help="FROM:TO, into the container; may be repeated"
+    )
+    kubernetes = submit.add_argument_group("Kubernetes")
+    kubernetes.add_argument("--namespace", default=None, help="namespace; default: kubectl's")
+    kubernetes.add_argument("--volume", action="append", default=[], help="CLAIM:/path; may be repeated")
+    kubernetes.add_argument(
+        "--workdir", default=None, help="directory relative paths of the config start from"
+    )
+    kubernetes.add_argument(
+        "--secret", action="append", default=[], help="secret whose keys become variables"
+    )
+    kubernetes.add_argument("--service-account", default=None, help="service account of the pods")
+    kubernetes.add_argument(
+        "--pytorchjob", action="store_true", help="a Kubeflow PyTorchJob, not an Indexed Job"
+    )
+
+
 def run_submit(arguments: argparse.Namespace) -> int:
+    """Exit code of the submitter; 0 with ``--print``."""
+    from cliplift.configs.sections import ConfigError
+    from cliplift.launch.commands.subject import load
+    from cliplift.launch.jobs.plan import plan_jobs
+
     words = [arguments.subject, *arguments.rest]
     configs = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
     resources = _resources(arguments)
-    jobs = plan_jobs(configs, [word for word in words if "=" in word], resources)
+    if overrides and len(configs) > 1:
+        raise ConfigError(
+            f"{overrides[0]!r} does not say which of {len(configs)} configs it is for",
+            file="command line",
+            hint="write it into that config's file",
+        )
+    jobs = plan_jobs([load(config, overrides) for config in configs], resources)
     folder = Path(arguments.folder) if arguments.folder else Path("jobs") / jobs[-1].name
     files = _FILES[arguments.to](jobs, resources, arguments, folder)
     if arguments.print:
@@ -44,6 +103,9 @@ def run_submit(arguments: argparse.Namespace) -> int:
 
 
 def _resources(arguments: argparse.Namespace) -> Resources:
+    from cliplift.configs.sections import ConfigError
+    from cliplift.launch.jobs.plan import Resources
+
     for name in ("nodes", "cpus", "parts"):
         if getattr(arguments, name) < 1:
             raise ConfigError(
@@ -75,6 +137,8 @@ def _write(folder: Path, files: dict[str, str]) -> None:
 def _slurm_files(
     jobs: list[Job], resources: Resources, arguments: argparse.Namespace, folder: Path
 ) -> dict[str, str]:
+    from cliplift.launch.jobs import slurm
+
     options = slurm.SlurmOptions(
         partition=arguments.partition,
         account=arguments.account,
@@ -103,6 +167,9 @@ def _slurm_files(
 def _kubernetes_files(
     jobs: list[Job], resources: Resources, arguments: argparse.Namespace, folder: Path
 ) -> dict[str, str]:
+    from cliplift.configs.sections import ConfigError
+    from cliplift.launch.jobs import kubernetes
+
     if not arguments.image:
         raise ConfigError(
             "Kubernetes runs images",
@@ -162,3 +229,14 @@ def _local_files(
 
 
 _FILES = {"slurm": _slurm_files, "kubernetes": _kubernetes_files, "local": _local_files}
+
+COMMANDS = (
+    Command(
+        name="submit",
+        summary="write the scripts of Slurm, Kubernetes or this machine for one or several configs, and run them",
+        rest="CONFIG|key=value",
+        rest_help="configs that follow, each after the one before it has succeeded; overrides of a single config",
+        add_options=add_options,
+        run=run_submit,
+    ),
+)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cliplift.configs.load import LoadedRun, dump_run, load_run, packaged_recipe
-from cliplift.configs.runs import RUNS
+from cliplift.configs.load import LoadedRun, dump_run
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
 from cliplift.configs.training import TrainingRun
@@ -67,30 +66,18 @@ class Job:
         return f"{self.output.rstrip('/')}/result.json"
 
 
-def plan_jobs(configs: Sequence[str], overrides: Sequence[str], resources: Resources) -> list[Job]:
+def plan_jobs(configs: Sequence[LoadedRun[Any]], resources: Resources) -> list[Job]:
     """The jobs of these configs; each needs the ones before it to have succeeded.
 
     Raises:
         ConfigError: a config that cannot be submitted, a batch that does not fit the ranks, names that collide.
     """
-    if overrides and len(configs) > 1:
-        raise ConfigError(
-            f"{overrides[0]!r} does not say which of {len(configs)} configs it is for",
-            file="command line",
-            hint="write it into that config's file",
-        )
-    jobs = [job for config in configs for job in _jobs_of(load(config, overrides), resources)]
+    jobs = [job for config in configs for job in _jobs_of(config, resources)]
     names = [job.name for job in jobs]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two configs are named {name!r}", key="name", value=name, hint="rename one")
     return jobs
-
-
-def load(config: str, overrides: Sequence[str]) -> LoadedRun[Any]:
-    """A YAML file or a packaged recipe."""
-    path = Path(config) if Path(config).exists() else packaged_recipe(config) or Path(config)
-    return load_run(path, RUNS, overrides)
 
 
 def _jobs_of(loaded: LoadedRun[Any], resources: Resources) -> list[Job]:

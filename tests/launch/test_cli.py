@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cliplift.launch.cli import COMMANDS
+from cliplift.launch.commands.command import all_commands
 
 CLIPLIFT = [sys.executable, "-m", "cliplift.launch.cli"]
 
@@ -31,11 +31,11 @@ def failed(done: subprocess.CompletedProcess[str], *parts: str) -> None:
 def test_help_of_everything_from_another_directory(tmp_path: Path) -> None:
     overview = cliplift("--help", cwd=tmp_path)
     assert overview.returncode == 0
-    for name in COMMANDS:
+    for name, command in all_commands().items():
         assert re.search(rf"\n    {name}\s", overview.stdout), name
         stage = cliplift(name, "--help", cwd=tmp_path)
         assert stage.returncode == 0, stage.stderr
-        if COMMANDS[name].schema:
+        if command.schema:
             assert "config fields" in stage.stdout
 
 

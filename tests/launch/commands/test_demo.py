@@ -9,6 +9,7 @@ import pytest
 
 from cliplift.configs.runs import DemoRun
 from cliplift.launch.commands import demo
+from cliplift.pipelines.stages import run as stages
 from cliplift.pipelines.stages.run import StageResult
 
 
@@ -25,9 +26,9 @@ def test_a_stopped_run_stops_the_demo(
         metrics = {"accuracy": 0.5}
         return StageResult(Path(run.output), metrics, finished=not stops, requeue=stops)
 
-    monkeypatch.setattr(demo, "run_stage", run_stage)
+    monkeypatch.setattr(stages, "run_stage", run_stage)
     monkeypatch.setattr(demo, "_make_videos", lambda run, root: None)
     monkeypatch.setattr(demo, "_shard", lambda run, root, recipe: None)
-    assert demo.run_demo(DemoRun(output=str(tmp_path / "demo"))) is None
+    assert demo.demonstrate(DemoRun(output=str(tmp_path / "demo"))) is None
     assert len(started) == stopped_at
     assert not (tmp_path / "demo" / "report.html").exists()

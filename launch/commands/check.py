@@ -1,0 +1,68 @@
+"""``cliplift check``: would a run work, fit and end in time? Asked before it is queued."""
+
+from __future__ import annotations
+
+import argparse
+
+from cliplift.launch.commands.command import Command
+
+
+def add_options(check: argparse.ArgumentParser) -> None:
+    check.add_argument("--nodes", type=int, default=1, help="nodes the run will have")
+    check.add_argument(
+        "--gpus", type=int, default=None, help="GPUs a node; 0 is a CPU run; default: those here"
+    )
+    check.add_argument(
+        "--gpu", default=None, help="kind of GPU, such as h200, a100-80, l40s; default: the one here"
+    )
+    check.add_argument("--memory", type=float, default=None, help="memory of one GPU (or of the host), GiB")
+    check.add_argument("--cores", type=int, default=None, help="processor cores a node; default: those here")
+    check.add_argument(
+        "--mfu", type=float, default=None, help="share of the peak reached, 0 to 1, if you know it"
+    )
+
+
+def run_check(arguments: argparse.Namespace) -> int:
+    """Exit code 1 when a row of the table fails."""
+    from cliplift.configs.runs import ClassificationRun, FinetuneRun, TransferRun
+    from cliplift.configs.sections import ConfigError
+    from cliplift.launch.check.doctor import memory_bytes, usable_cores
+    from cliplift.launch.check.findings import exit_code, table
+    from cliplift.launch.check.fit import check
+    from cliplift.launch.check.machine import choose_machine
+    from cliplift.launch.commands.subject import load
+    from cliplift.pipelines.stages.repeats import repeated
+
+    loaded = load(arguments.subject, arguments.rest)
+    run = loaded.run
+    if isinstance(run, FinetuneRun) and (run.folds or run.seeds):
+        run = repeated(run)[0]  # the others differ in fold and seed alone
+    if not isinstance(run, TransferRun | ClassificationRun):
+        raise ConfigError(
+            f"is {getattr(run, 'stage', '')!r}, which does not train",
+            key="stage",
+            file=str(loaded.file),
+            hint="check takes transfer, pretrain and finetune; `cliplift verify` checks shards",
+        )
+    machine = choose_machine(
+        nodes=arguments.nodes,
+        gpus=arguments.gpus,
+        gpu=arguments.gpu,
+        memory_gib=arguments.memory,
+        cores=arguments.cores,
+        cores_here=usable_cores(),
+        memory_here=memory_bytes(),
+    )
+    findings = check(run, machine, mfu=arguments.mfu)
+    print(table(findings))
+    return exit_code(findings)
+
+
+COMMANDS = (
+    Command(
+        name="check",
+        summary="will it work, fit and end in time? a run's data, shapes, memory and hours, before it is queued",
+        add_options=add_options,
+        run=run_check,
+    ),
+)
