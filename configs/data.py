@@ -9,6 +9,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from cliplift.configs.plugins import AugmentationOptions
 from cliplift.configs.sections import ConfigError, Section
 
 SMALLEST_SHARE = 0.001  # the loader deals positions in blocks of a thousand
@@ -163,6 +164,11 @@ class AugmentConfig(Section):
     erase_probability: float = Field(0.0, ge=0, le=1, description="share of clips with one random box erased")
     mixup_alpha: float = Field(0.0, ge=0, description="Beta parameter of mixup; 0 is off")
     cutmix_alpha: float = Field(0.0, ge=0, description="Beta parameter of cutmix; 0 is off")
+    plugins: AugmentationOptions = Field(
+        {},
+        description="augmentations of plug-ins, name: {option: value}, applied in this order after the others; "
+        "`cliplift doctor` lists them",
+    )
     normalize_brightness: bool = Field(
         False,
         description="scale each clip to mean luma 0.45 before anything else, for dark footage (train and test)",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cliplift.configs.data import DataConfig, ViewsConfig
-from cliplift.configs.plugins import ObjectiveName
+from cliplift.configs.plugins import ObjectiveName, objective_options
 from cliplift.configs.sections import ConfigError, Section
 from cliplift.configs.sharding import ShardRun
 from cliplift.configs.training import ModelConfig, TrainingRun
@@ -165,7 +165,15 @@ class PretrainRun(ClassificationRun):
         description="what is learned: classification (the labels), forecast (the frames to come; needs no labels), or "
         "the objective of a plug-in",
     )
+    objective_options: dict[str, Any] = Field({}, description="options of the objective of a plug-in")
     forecast: ForecastConfig = ForecastConfig()
+
+    @field_validator("objective_options")
+    @classmethod
+    def _valid_options(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "objective" in info.data:  # else the objective is the mistake
+            objective_options(info.data["objective"], options)
+        return options
 
     @model_validator(mode="after")
     def _forecast_possible(self) -> PretrainRun:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, PlainSerializer, WrapValidator, field_validator, model_validator
 
+from cliplift.configs.plugins import source_or_plugin
 from cliplift.configs.sections import ConfigError, Section
 
 VIDEO_SUFFIXES = (
@@ -121,7 +122,9 @@ class TarsSource(Section):
 
 Source = Annotated[
     FolderSource | CsvSource | KineticsSource | Ucf101Source | Hmdb51Source | YouTube8MSource | TarsSource,
-    Field(discriminator="kind"),
+    Discriminator("kind"),
+    WrapValidator(source_or_plugin),
+    PlainSerializer(lambda source: source.model_dump(mode="json")),
 ]
 
 

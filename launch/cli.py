@@ -9,6 +9,7 @@ The config fields of a stage as text: dotted key, type, default, description. Ma
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import textwrap
 import types
@@ -116,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="store_true", help="show the version and exit")
     _accept_local_rank(parser)
+    _accept_plugins(parser, dest="plugins")
     stages = parser.add_subparsers(dest="command", metavar="STAGE", parser_class=_Parser)
     for name, command in all_commands().items():
         stage = stages.add_parser(name, help=command.summary, description=command.summary, add_help=False)
@@ -134,12 +136,52 @@ def build_parser() -> argparse.ArgumentParser:
         if command.distributed:
             _accept_local_rank(stage)
         command.add_options(stage)
+        _accept_plugins(stage, dest="more_plugins")
     return parser
 
 
 def _accept_local_rank(parser: argparse.ArgumentParser) -> None:
     """The deepspeed launcher puts it before our words; the rank itself is read from the environment."""
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
+
+
+def _accept_plugins(parser: argparse.ArgumentParser, *, dest: str) -> None:
+    parser.add_argument(
+        "--plugin",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        dest=dest,
+        help="module with PLUGINS to import, beside the installed plug-ins; may be repeated",
+    )
+
+
+def _name_plugins(modules: Sequence[str]) -> None:
+    """Hand the modules on to whatever looks for plug-ins, here and in the processes started from here.
+
+    Raises:
+        ConfigError: there is no such module. One that is there and broken is left out with a warning.
+    """
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    from cliplift.configs.discovery import VARIABLE, named_modules
+    from cliplift.configs.sections import ConfigError
+
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    for module in modules:
+        named = all(part.isidentifier() for part in module.split("."))
+        if not named or find_spec(module.partition(".")[0]) is None:
+            raise ConfigError(
+                f"there is no module {module!r}",
+                key="--plugin",
+                value=module,
+                file="command line",
+                hint="name it as `import` would, from this folder or an installed package",
+            )
+    os.environ[VARIABLE] = ",".join(dict.fromkeys((*named_modules(), *modules)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -168,6 +210,8 @@ def _guarded(arguments: argparse.Namespace) -> int:
     from cliplift.configs.sections import ConfigError
 
     try:
+        if modules := [*arguments.plugins, *arguments.more_plugins]:
+            _name_plugins(modules)
         return all_commands()[arguments.command].run(arguments)
     except ConfigError as error:
         print(f"cliplift: {error}", file=sys.stderr)

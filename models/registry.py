@@ -12,23 +12,28 @@ import fnmatch
 import importlib
 import inspect
 import pkgutil
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
 from torch import nn
 
+from cliplift.configs.discovery import Plugin, PluginError, find_plugins, working
 from cliplift.models.protocol import Dims, UnknownModelError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEntry:
+    """A model of the registry, or of a plug-in: how to build it, and what is known of it without building it."""
+
     name: str
-    build: Callable[..., nn.Module]
-    dims: Dims
-    paper: str
-    default_classes: int
+    build: Callable[..., nn.Module]  # keyword arguments num_classes, in_frames and the model's options
+    dims: Dims = "3d"
+    paper: str = ""  # a short citation
+    default_classes: int = 400  # K of the published weights
 
 
 _ENTRIES: dict[str, ModelEntry] = {}
@@ -121,6 +126,28 @@ def model_options(name: str) -> Mapping[str, inspect.Parameter]:
 
 
 def _import_families() -> None:
-    """Import every module of this package once, so that its models are registered."""
+    """Import every module of this package once, so that its models are registered, then those of plug-ins."""
     for module in pkgutil.walk_packages([str(Path(__file__).parent)], f"{__package__}."):
         importlib.import_module(module.name)
+    for plugin in working(model_plugins()).values():
+        assert isinstance(plugin.value, ModelEntry)
+        _ENTRIES.setdefault(plugin.name, plugin.value)
+
+
+@cache
+def model_plugins() -> tuple[Plugin, ...]:
+    """Models of other packages, each a :class:`ModelEntry`. This package's own are registered already."""
+    return find_plugins("models", taken=tuple(_ENTRIES), check=_check_entry)
+
+
+def _check_entry(name: str, entry: object) -> None:
+    if not isinstance(entry, ModelEntry):
+        raise PluginError("it is not a ModelEntry")
+    if entry.name != name:
+        raise PluginError(f"its ModelEntry has the name {entry.name!r}")
+    if entry.dims not in typing.get_args(Dims):
+        raise PluginError(f"its dims are {entry.dims!r}; they may be {' or '.join(typing.get_args(Dims))}")
+    takes = inspect.signature(entry.build).parameters
+    for argument in ("num_classes", "in_frames"):
+        if argument not in takes:
+            raise PluginError(f"its builder takes no {argument!r}")

@@ -37,6 +37,7 @@ def examine(environment: Mapping[str, str]) -> list[Finding]:
         _shared_memory,
         _limits,
         _host_name,
+        _plugins,
     )
     for look in looks:
         try:
@@ -265,6 +266,22 @@ def _host_name() -> Iterator[Finding]:
         yield Finding("note", "host name", f"{host} resolves to {address}, this host alone", remedy)
         return
     yield Finding("ok", "host name", f"{host} is {address}")
+
+
+def _plugins() -> Iterator[Finding]:
+    """Models, objectives, sources and augmentations that other packages add; a broken one stops nothing else."""
+    from cliplift.configs.plugins import augmentation_plugins, source_plugins, stage_plugins
+    from cliplift.models.registry import list_models, model_plugins
+
+    list_models()  # this package's own first: their names are taken
+    groups = (model_plugins(), stage_plugins(), source_plugins(), augmentation_plugins())
+    for plugin in (plugin for group in groups for plugin in group):
+        subject = f"plug-in {plugin.name}"
+        if plugin.fault:
+            remedy = "update or uninstall the package"
+            yield Finding("note", subject, f"{plugin.group} of {plugin.origin}: {plugin.fault[:160]}", remedy)
+        else:
+            yield Finding("ok", subject, f"{plugin.group} of {plugin.origin}")
 
 
 def _launchers(environment: Mapping[str, str]) -> Iterator[Finding]:

@@ -59,6 +59,7 @@ def zoo_table(pattern: str, *, markdown: bool) -> str:
     """One row a model that matches the pattern. Raises ConfigError when none does."""
     from cliplift.configs.sections import ConfigError
     from cliplift.models import list_models
+    from cliplift.models.registry import model_plugins
 
     names = list_models(pattern)
     if not names:
@@ -70,9 +71,12 @@ def zoo_table(pattern: str, *, markdown: bool) -> str:
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         return "\n".join([lines[0], "|" + " --- |" * len(HEADER), *lines[1:]])
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
-    return "\n".join(
+    lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    ]
+    origins = {plugin.name: plugin.origin for plugin in model_plugins() if not plugin.fault}
+    lines += [f"plug-in {name}: {origins[name]}" for name in names if name in origins]
+    return "\n".join(lines)
 
 
 def _row(name: str) -> tuple[str, ...]:

@@ -7,7 +7,8 @@ Columns of ``ClipBatch.draws`` in use are named below; the last three belong to 
 
 from __future__ import annotations
 
-from typing import Any
+import typing
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from cliplift.configs.data import AugmentConfig
+from cliplift.configs.plugins import MAX_DRAWS, augmentations
+from cliplift.configs.sections import ConfigError
 from cliplift.models.protocol import InputSpec
 from cliplift.models.streams import FLOW_CHANNELS
 from cliplift.pipelines.data.batch import FLIP, ClipBatch
@@ -22,10 +25,34 @@ from cliplift.pipelines.data.rand_augment import rand_augmented
 
 BRIGHTNESS, CONTRAST, SATURATION, GRAY, ERASE = range(FLIP + 1, FLIP + 6)
 ERASE_AREA, ERASE_RATIO, ERASE_TOP, ERASE_LEFT, MIX_KIND, MIX_AMOUNT, RAND_AUGMENT = range(6, 13)
+PLUGIN_DRAWS = range(13, 13 + MAX_DRAWS)
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 TARGET_LUMA = 0.45
 LARGEST_LOG_RATIO = float(np.log(np.float32(1 / 0.3)))  # of an erased box's height and width
+
+
+class ClipAugmentation(Protocol):
+    """An augmentation of a plug-in: its config section, called on the device with a batch.
+
+    Attributes:
+        num_draws: uniform numbers it needs for each clip.
+    """
+
+    num_draws: ClassVar[int]
+
+    def __call__(self, clips: Tensor, draws: Tensor) -> Tensor:
+        """Clips (B, C, T, H, W) in [0, 1] and draws (B, num_draws) in [0, 1) -> clips of the same shape.
+
+        All chance must come from the draws, which are a function of (seed, epoch, sample), so that the result does not
+        depend on ranks, workers or micro-batches.
+        """
+        ...
+
+
+def plugin_augmentations(augment: AugmentConfig) -> tuple[ClipAugmentation, ...]:
+    """The plug-ins' augmentations of a config, in its order."""
+    return typing.cast(tuple[ClipAugmentation, ...], augmentations(augment.plugins))
 
 
 class DeviceAugment:
@@ -40,6 +67,7 @@ class DeviceAugment:
     def __init__(self, augment: AugmentConfig, input_spec: Any, *, training: bool) -> None:
         assert isinstance(input_spec, InputSpec)
         self.augment, self.training = augment, training
+        self._plugins = plugin_augmentations(augment) if training else ()
         self._mean = torch.tensor(input_spec.mean).view(1, -1, 1, 1, 1)
         self._std = torch.tensor(input_spec.std).view(1, -1, 1, 1, 1)
 
@@ -85,6 +113,21 @@ class DeviceAugment:
             x = torch.where(chosen, luma(x).expand_as(x), x)
         if config.brightness or config.contrast or config.saturation:
             x = x.clamp(0.0, 1.0)
+        return self._by_plugins(x, draws)
+
+    def _by_plugins(self, x: Tensor, draws: Tensor) -> Tensor:
+        """Each plug-in gets columns of the draws of its own, so that one more does not change the others' draws."""
+        first = PLUGIN_DRAWS.start
+        for augmentation in self._plugins:
+            shape, last = x.shape, first + augmentation.num_draws
+            x = augmentation(x, draws[:, first:last])
+            if x.shape != shape:
+                raise ConfigError(
+                    f"returned clips of shape {tuple(x.shape)} for {tuple(shape)}",
+                    key=f"data.augment.plugins ({type(augmentation).__name__})",
+                    hint="the shape must stay",
+                )
+            first = last
         return x
 
     def _erased(self, x: Tensor, draws: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from cliplift.configs.discovery import working
 from cliplift.configs.load import dump_run
-from cliplift.configs.plugins import OBJECTIVES as SCHEMA_OBJECTIVES
+from cliplift.configs.plugins import stage_plugins
 from cliplift.configs.runs import ClassificationRun, FinetuneRun, PretrainRun, TransferRun
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import TrainingRun
@@ -33,7 +34,7 @@ from cliplift.pipelines.stages.classification import ClassificationStage, Finetu
 from cliplift.pipelines.stages.forecast import ForecastStage
 from cliplift.pipelines.stages.transfer import TransferStage
 
-# Called with (run, classes=..., topology=...). Looked up at every call: a package from outside may add its own row.
+# Called with (run, classes=..., topology=...). Plug-ins bring their own, as `configs/plugins.py` finds them.
 OBJECTIVES: dict[str, Callable[..., Stage]] = {
     "classification": ClassificationStage,
     "forecast": ForecastStage,
@@ -41,19 +42,12 @@ OBJECTIVES: dict[str, Callable[..., Stage]] = {
 
 
 def pretrain_stage(run: PretrainRun, *, classes: Sequence[str], topology: Topology) -> Stage:
-    """The stage of the run's objective.
-
-    Raises:
-        ConfigError: there is no such objective.
-    """
-    if run.objective not in OBJECTIVES:
-        raise ConfigError(
-            f"{run.objective!r} is no pretraining objective",
-            key="objective",
-            value=run.objective,
-            hint=f"one of {', '.join(sorted(OBJECTIVES))}",
-        )
-    return OBJECTIVES[run.objective](run, classes=classes, topology=topology)
+    """The stage of the run's objective, of this package or of a plug-in."""
+    stage = OBJECTIVES.get(run.objective)
+    if stage is None:
+        stage = working(stage_plugins())[run.objective].value  # type: ignore[assignment]  # checked when found
+        assert stage is not None
+    return stage(run, classes=classes, topology=topology)
 
 
 STAGES: dict[type[TrainingRun], Callable[..., Stage]] = {
@@ -61,17 +55,6 @@ STAGES: dict[type[TrainingRun], Callable[..., Stage]] = {
     PretrainRun: pretrain_stage,
     FinetuneRun: FinetuneStage,
 }
-
-
-def add_objective(name: str, stage: Callable[..., Stage]) -> None:
-    """Let ``objective: name`` of a pretrain run train with another package's stage.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-    if OBJECTIVES.setdefault(name, stage) is not stage:
-        raise ValueError(f"the pretraining objective {name!r} exists already")
-    SCHEMA_OBJECTIVES.add(name)
 
 
 def stage_of(run: TrainingRun, *, classes: Sequence[str] = (), topology: Topology | None = None) -> Stage:

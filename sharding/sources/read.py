@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Protocol
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
@@ -19,12 +19,28 @@ from cliplift.configs.sources import (
     SplitConfig,
     TarsSource,
     Ucf101Source,
+    YouTube8MSource,
 )
 from cliplift.sharding.manifest import SourceVideo, canonical, digest
 from cliplift.sharding.sources.lists import UNASSIGNED, Listing, SourceError, number_labels, read_rows
 from cliplift.sharding.sources.public_datasets import read_hmdb51, read_kinetics, read_ucf101, read_youtube8m
 from cliplift.sharding.sources.tars import read_tars
 from cliplift.sharding.storage import Store, join, open_store
+
+
+class SourcePlugin(Protocol):
+    """A source of another package: a config section that lists its videos itself."""
+
+    kind: str
+
+    def list_videos(self) -> Listing:
+        """The videos with labels and classes; ``split`` is :data:`UNASSIGNED` where the source has none.
+
+        Raises:
+            ConfigError: the source does not exist; the error names the key.
+            SourceError: a row of it is wrong.
+        """
+        ...
 
 
 def read_source(run: ShardRun) -> Listing:
@@ -44,17 +60,26 @@ def read_source(run: ShardRun) -> Listing:
 
 
 def _list(source: Source) -> Listing:
-    if isinstance(source, FolderSource):
-        return _read_folder(source)
-    if isinstance(source, CsvSource):
-        return _read_csv(source)
-    if isinstance(source, KineticsSource):
-        return read_kinetics(source)
-    if isinstance(source, Ucf101Source):
-        return read_ucf101(source)
-    if isinstance(source, TarsSource):
-        return read_tars(source)
-    return read_hmdb51(source) if isinstance(source, Hmdb51Source) else read_youtube8m(source)
+    readers: dict[type, Callable[[Any], Listing]] = {
+        FolderSource: _read_folder,
+        CsvSource: _read_csv,
+        KineticsSource: read_kinetics,
+        Ucf101Source: read_ucf101,
+        Hmdb51Source: read_hmdb51,
+        YouTube8MSource: read_youtube8m,
+        TarsSource: read_tars,
+    }
+    return readers.get(type(source), _read_plugin)(source)
+
+
+def _read_plugin(source: SourcePlugin) -> Listing:
+    """What the source of another package lists."""
+    listing = source.list_videos()
+    if not isinstance(listing, Listing):
+        raise SourceError(
+            f"list_videos() of the source {source.kind!r} returned a {type(listing).__name__}, no Listing"
+        )
+    return listing
 
 
 def _unique_ids(videos: Sequence[SourceVideo]) -> None:
