@@ -15,12 +15,13 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
-
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cliplift.launch.commands.command import all_commands
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from pydantic.fields import FieldInfo
 
 WIDTH = 110
 
@@ -53,6 +54,8 @@ def _fields(schema: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldIn
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    from pydantic import BaseModel
+
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
         return
