@@ -28,7 +28,7 @@ BANNED_NAMES = {"utils", "util", "helper", "helpers", "common", "misc", "base"}
 # Rooms and ground files of each folder, bottom to top. What stands on one floor imports only what stands on floors
 # below it, and its own room; a module named alone is a ground file.
 ROOMS: dict[str, list[set[str]]] = {
-    "configs": [{"sections"}, {"sources", "data", "training"}, {"sharding"}, {"runs"}, {"load"}],
+    "configs": [{"sections", "yaml_text"}, {"sources", "data", "training"}, {"sharding"}, {"runs"}, {"load"}],
     "models": [
         {"protocol"},
         {"registry", "state_dicts", "streams"},

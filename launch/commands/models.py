@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from cliplift.configs.load import COMMAND_LINE, RunLoader
+from cliplift.configs.load import COMMAND_LINE
 from cliplift.configs.sections import ConfigError
+from cliplift.configs.yaml_text import YamlTextError, read_word
 from cliplift.models import VideoNetwork, create_model, list_models
 from cliplift.models.factory import FLAT_PREFIX, from_pretrained, load_pretrained, save_pretrained
 from cliplift.models.measure import measure_model
@@ -99,8 +99,8 @@ def parsed_options(words: Sequence[str]) -> dict[str, Any]:
         if key in options:
             raise ConfigError(f"{key!r} is given twice", key="--option", file=COMMAND_LINE)
         try:
-            options[key] = yaml.load(text, Loader=RunLoader)
-        except yaml.YAMLError:
+            options[key] = read_word(text)
+        except YamlTextError:
             raise ConfigError(f"{word!r} has no readable value", key="--option", file=COMMAND_LINE) from None
     return options
 
