@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cliplift.configs.plugins import AugmentationOptions
-from cliplift.configs.sections import ConfigError, Section
+from cliplift.configs.sections import ConfigError, Location, Section
 
 SMALLEST_SHARE = 0.001  # the loader deals positions in blocks of a thousand
 
@@ -18,7 +18,7 @@ SMALLEST_SHARE = 0.001  # the loader deals positions in blocks of a thousand
 class WeightedShards(Section):
     """A shard dataset and its share of the training clips."""
 
-    url: str = Field(
+    url: Location = Field(
         description="folder or URL of a shard dataset; without weights, `data.shards` may hold the URL alone"
     )
     weight: float = Field(
@@ -202,7 +202,7 @@ COLOUR_AUGMENTATIONS = (
 class DataConfig(Section):
     """Everything the clip loader needs."""
 
-    shards: tuple[str | WeightedShards, ...] = Field(
+    shards: tuple[Location | WeightedShards, ...] = Field(
         description="folders or URLs of shard datasets (local, s3://, gs://, https://), read as one; one string will do"
     )
     sequential: SequentialConfig | None = Field(
@@ -280,7 +280,7 @@ class DataConfig(Section):
         ge=0,
         description="keep decoded videos in memory, at most this much per process, MiB; 0 decodes every time",
     )
-    cache_folder: str | None = Field(
+    cache_folder: Location | None = Field(
         None, description="local folder that caches remote shards, shared by the processes of a node"
     )
     cache_gib: float = Field(50.0, gt=0, description="upper bound of that cache, GiB")

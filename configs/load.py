@@ -1,7 +1,6 @@
 """YAML file + ``base:`` files + ``key.path=value`` overrides -> one frozen, validated run.
 
-YAML is read with a safe loader that follows YAML 1.2 where 1.1 surprises: ``3e-4`` is a float, ``no`` and ``on``
-are strings, ``1:30`` is a string, and a key written twice is an error.
+How YAML is read, and what of it is refused, is in :mod:`cliplift.configs.yaml_text`.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import typing
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -18,49 +17,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cliplift.configs.sections import ConfigError, Section
+from cliplift.configs.yaml_text import YamlTextError, read_word, read_yaml
 
 COMMAND_LINE = "command line"
 RECIPES = Path(__file__).resolve().parent
+MAX_BASE_FILES = 100  # base files of base files, each reading counted
 
 R = TypeVar("R", bound=Section)
-
-
-class RunLoader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars and duplicate-key detection."""
-
-
-RunLoader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp) for tag, regexp in resolvers if tag.rsplit(":", 1)[-1] not in ("bool", "float", "int")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-RunLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-RunLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")
-)
-RunLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.inf|\.nan)$"),
-    list("-+.0123456789"),
-)
-
-
-def _mapping(loader: RunLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {key!r} is written twice", key_node.start_mark
-            )
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-RunLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
 @dataclass(frozen=True)
@@ -116,9 +79,17 @@ def dump_run(run: Section) -> str:
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
 
 
-def read_tree(path: Path, *, parents: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
-    """A YAML file merged over its ``base:`` files, and the file that set each dotted key."""
-    resolved = path.resolve()
+def read_tree(
+    path: Path, *, parents: tuple[Path, ...] = (), read: list[Path] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """A YAML file merged over its ``base:`` files, and the file that set each dotted key.
+
+    ``parents`` are the files whose base this one is, ``read`` all files read so far.
+    """
+    resolved, read = path.resolve(), [] if read is None else read
+    read.append(resolved)
+    if len(read) > MAX_BASE_FILES:
+        raise ConfigError(f"more than {MAX_BASE_FILES} base files are named", key="base", file=str(path))
     if resolved in parents:
         chain = " -> ".join(p.name for p in (*parents, resolved))
         raise ConfigError(f"the base files form a circle: {chain}", key="base", file=str(path))
@@ -130,7 +101,7 @@ def read_tree(path: Path, *, parents: tuple[Path, ...] = ()) -> tuple[dict[str, 
     tree: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for base in bases:
-        below, below_origins = read_tree(_base_path(path, base), parents=(*parents, resolved))
+        below, below_origins = read_tree(_base_path(path, base), parents=(*parents, resolved), read=read)
         _merge(tree, below)
         origins |= below_origins
     _merge(tree, own)
@@ -159,15 +130,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             file=str(path),
             hint=f"did you mean {path.parent / near[0]}?" if near else "",
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, ValueError) as error:  # ValueError: a NUL in the name
         raise ConfigError(f"cannot be read: {error}", file=str(path)) from error
     try:
-        tree = yaml.load(text, Loader=RunLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"is not valid YAML{line}: {problem}", file=str(path)) from error
+        tree = read_yaml(text)
+    except YamlTextError as error:
+        raise ConfigError(f"is not valid YAML{error}", file=str(path)) from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -207,9 +175,14 @@ def _override(tree: dict[str, Any], origins: dict[str, str], word: str) -> None:
     if not equals or not key:
         raise ConfigError(f"{word!r} is not an override", file=COMMAND_LINE, hint="write key.path=value")
     try:
-        value = yaml.load(text, Loader=RunLoader) if text else ""
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{text!r} is not valid YAML", key=key, file=COMMAND_LINE) from error
+        value = read_word(text) if text else ""
+    except YamlTextError as error:
+        raise ConfigError(
+            f"{text!r} is not valid YAML{error}",
+            key=key,
+            file=COMMAND_LINE,
+            hint=f"quote it if it is meant as text: '{key}=\"...\"'",
+        ) from error
     node: Any = tree
     *sections, leaf = key.split(".")
     for section in sections:

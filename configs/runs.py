@@ -9,7 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cliplift.configs.data import DataConfig, ViewsConfig
 from cliplift.configs.plugins import ObjectiveName, objective_options
-from cliplift.configs.sections import ConfigError, Section
+from cliplift.configs.sections import ConfigError, Location, Output, Section
 from cliplift.configs.sharding import ShardRun
 from cliplift.configs.training import ModelConfig, TrainingRun
 
@@ -73,7 +73,7 @@ class CorrespondenceConfig(Section):
 class ProbeConfig(Section):
     """A labelled set the student's frozen features are judged on at every evaluation."""
 
-    shards: tuple[str, ...] = Field(description="labelled shard datasets; one string will do")
+    shards: tuple[Location, ...] = Field(description="labelled shard datasets; one string will do")
     split: str = Field("train", description="split the probe learns from")
     test_split: str = Field("val", description="split it is tested on")
     fold: int | None = Field(None, ge=1, description="official split number; None where there is one")
@@ -140,7 +140,7 @@ class ClassificationRun(TrainingRun):
     task: Literal["single_label", "multi_label"] = Field(
         "single_label", description="one class per clip (cross-entropy) or several (BCE, mAP)"
     )
-    initialise_from: str | None = Field(
+    initialise_from: Location | None = Field(
         None, description="run folder, export folder or weights file whose backbone the model starts from"
     )
 
@@ -229,7 +229,7 @@ class EvaluateRun(Section):
 
     stage: Literal["evaluate"] = "evaluate"
     run: str = Field(description="run folder or export folder to evaluate")
-    output: str = Field(description="folder for predictions and results")
+    output: Output = Field(description="folder for predictions and results")
     data: DataConfig | None = Field(None, description="data to evaluate on; None takes the run's own")
     split: str = Field("test", description="split to evaluate")
     views: ViewsConfig | None = Field(None, description="test views; None takes the run's own")
@@ -246,7 +246,7 @@ class FuseRun(Section):
     runs: tuple[str, ...] = Field(
         min_length=2, description="evaluations (or runs that were evaluated), in the order of weights"
     )
-    output: str = Field(description="folder for the fused predictions and results")
+    output: Output = Field(description="folder for the fused predictions and results")
     method: Literal["probabilities", "l2_logits"] = Field(
         "probabilities",
         description="probabilities: weighted mean of them; l2_logits: weighted sum of logits, each of length 1",
@@ -272,7 +272,9 @@ class PredictRun(Section):
     stage: Literal["predict"] = "predict"
     run: str = Field(description="run folder or export folder to predict with")
     videos: tuple[str, ...] = Field(description="files, folders or URLs")
-    output: str | None = Field(None, description="JSON-lines file for the predictions; None prints them only")
+    output: Output | None = Field(
+        None, description="JSON-lines file for the predictions; None prints them only"
+    )
     top: int = Field(5, ge=1, description="classes listed per video")
     window_seconds: float | None = Field(
         None,
@@ -294,7 +296,7 @@ class ExplainRun(Section):
     stage: Literal["explain"] = "explain"
     run: str = Field(description="run folder or export folder whose model is explained")
     videos: tuple[str, ...] = Field(description="files, folders or URLs")
-    output: str = Field("explained", description="folder for one mp4 a video and explained.json")
+    output: Output = Field("explained", description="folder for one mp4 a video and explained.json")
     method: Literal["auto", "grad_cam", "rollout", "attention"] = Field(
         "auto",
         description="grad_cam for feature maps, rollout for TimeSformer, attention for models that attend in space; "
@@ -319,7 +321,7 @@ class ExportRun(Section):
 
     stage: Literal["export"] = "export"
     run: str = Field(description="run folder whose weights are exported")
-    output: str = Field(description="folder to write")
+    output: Output = Field(description="folder to write")
 
 
 class ReportRun(Section):
@@ -327,7 +329,7 @@ class ReportRun(Section):
 
     stage: Literal["report"] = "report"
     runs: tuple[str, ...] = Field(min_length=1, description="run folders, or a demo folder")
-    output: str = Field("report.html", description="HTML file to write")
+    output: Output = Field("report.html", description="HTML file to write")
     title: str | None = Field(None, description="page title; None is made from the runs")
     max_clips: int = Field(24, ge=0, description="sample clips embedded in the page")
 
@@ -336,7 +338,7 @@ class DemoRun(Section):
     """The whole chain on clips made on the spot."""
 
     stage: Literal["demo"] = "demo"
-    output: str = Field("runs/demo", description="folder for videos, shards, runs and the report")
+    output: Output = Field("runs/demo", description="folder for videos, shards, runs and the report")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="seeds of the finetuning runs")
     size_pixels: int = Field(80, ge=48, description="side of the generated videos, pixels")
     train_per_class: int = Field(60, ge=2, description="training clips per action class")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import os
+import re
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 class Section(BaseModel):
@@ -33,3 +35,30 @@ class ConfigError(ValueError):
     def at(self, file: str) -> ConfigError:
         """The same error, naming the file (or ``command line``) that set the key."""
         return ConfigError(self.reason, key=self.key, value=self.value, hint=self.hint, file=file)
+
+
+def _expanded(text: str) -> str:
+    """A path with ``~`` and environment variables filled in, as a shell would have done."""
+    if "://" not in text and text.startswith("~"):
+        text = os.path.expanduser(text)  # noqa: PTH111 - a path's type would drop the slash of "a/"
+    text = os.path.expandvars(text)
+    unset = re.search(r"\$(\w+|\{\w+\})", text)
+    if unset:
+        raise ValueError(f"names the environment variable {unset[1].strip('{}')}, which is not set")
+    if "\0" in text:
+        raise ValueError("holds a NUL character, which no path can")
+    return text
+
+
+def _given(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty; if it came from a shell variable, that variable is not set")
+    return text
+
+
+Location = Annotated[
+    str, AfterValidator(_expanded)
+]  # a path or URL to read from; "~" and "$NAME" are filled in
+Output = Annotated[
+    str, AfterValidator(_given), AfterValidator(_expanded)
+]  # one to write to, which must be given

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from cliplift.configs.sections import ConfigError, Section
+from cliplift.configs.sections import ConfigError, Output, Section
 from cliplift.configs.sources import Source, SplitConfig
 
 
@@ -205,7 +205,7 @@ class ShardRun(Section):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", description="name of the dataset, part of every file name"
     )
-    output: str = Field(description="folder or URL (s3://, gs://, memory://) the shards are written to")
+    output: Output = Field(description="folder or URL (s3://, gs://, memory://) the shards are written to")
     source: Source
     splits: SplitConfig = SplitConfig()
     cut: Cut = WholeCut()

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, PlainSerializer, WrapValidator, field_validator, model_validator
 
 from cliplift.configs.plugins import source_or_plugin
-from cliplift.configs.sections import ConfigError, Section
+from cliplift.configs.sections import ConfigError, Location, Section
 
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".m2ts",
@@ -20,7 +20,7 @@ class FolderSource(Section):
     """Videos in a folder, the class told by the sub-folder they lie in."""
 
     kind: Literal["folder"] = "folder"
-    root: str = Field(description="folder or URL that holds the videos")
+    root: Location = Field(description="folder or URL that holds the videos")
     layout: Literal["split/class", "class", "flat"] = Field(
         "class",
         description="what the sub-folders say: split then class, class alone, or nothing (unlabelled videos)",
@@ -37,8 +37,8 @@ class CsvSource(Section):
     """A CSV or Parquet list of videos, one a row; paths may be fsspec URLs."""
 
     kind: Literal["csv"] = "csv"
-    file: str = Field(description="the list: .csv, .tsv or .parquet")
-    root: str = Field(
+    file: Location = Field(description="the list: .csv, .tsv or .parquet")
+    root: Location = Field(
         "", description="folder or URL put before relative paths; empty is the folder of the list"
     )
     delimiter: str = Field(
@@ -67,7 +67,7 @@ class KineticsSource(Section):
     lists: tuple[str, ...] = Field(
         min_length=1, description="official CSV files; their split column gives the split"
     )
-    root: str = Field(
+    root: Location = Field(
         description="folder or URL of the videos, ID_SSSSSS_EEEEEE.ext or ID.ext, below any folders (labels, splits)"
     )
     classes_file: str | None = Field(
@@ -80,7 +80,7 @@ class Ucf101Source(Section):
 
     kind: Literal["ucf101"] = "ucf101"
     lists: str = Field(description="folder with classInd.txt, trainlist01-03.txt and testlist01-03.txt")
-    root: str = Field(description="folder or URL of the videos, with or without class folders")
+    root: Location = Field(description="folder or URL of the videos, with or without class folders")
 
 
 class Hmdb51Source(Section):
@@ -88,7 +88,7 @@ class Hmdb51Source(Section):
 
     kind: Literal["hmdb51"] = "hmdb51"
     lists: str = Field(description="folder with CLASS_test_split1-3.txt (testTrainMulti_7030_splits)")
-    root: str = Field(description="folder or URL of the videos, with or without class folders")
+    root: Location = Field(description="folder or URL of the videos, with or without class folders")
 
 
 class YouTube8MSource(Section):
@@ -99,7 +99,7 @@ class YouTube8MSource(Section):
         description="folder or URL of *.tfrecord files (frame or video level) named train*, validate*, test*"
     )
     vocabulary: str = Field(description="vocabulary.csv: Index and Name of every class")
-    root: str = Field(
+    root: Location = Field(
         description="folder or URL of the videos, named by YouTube id or by the record's own id"
     )
     ids: str | None = Field(
@@ -111,7 +111,7 @@ class TarsSource(Section):
     """Videos in WebDataset tars written by others (video2dataset); the first folder of a tar's path is its split."""
 
     kind: Literal["tars"] = "tars"
-    root: str = Field(description="folder or URL of the tars")
+    root: Location = Field(description="folder or URL of the tars")
     label_key: str = Field(
         "label", description="key of a sample's json that holds the class; a .cls member goes before it"
     )

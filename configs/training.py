@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cliplift.configs.sections import ConfigError, Section
+from cliplift.configs.sections import ConfigError, Output, Section
 
 Option = bool | int | float | str | None
 
@@ -282,7 +282,7 @@ class TrainingRun(Section):
 
     stage: str = Field(description="which stage this file is for")
     name: str = Field(description="name of the run, shown in W&B and reports")
-    output: str = Field(description="folder of the run: config, checkpoints, log, weights")
+    output: Output = Field(description="folder of the run: config, checkpoints, log, weights")
     seed: int = Field(0, ge=0, description="seed of weights, sample order and augmentation")
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig

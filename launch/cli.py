@@ -9,6 +9,7 @@ The config fields of a stage as text: dotted key, type, default, description. Ma
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 import textwrap
@@ -87,6 +88,17 @@ def _short(value: Any) -> str:
     return str(value)
 
 
+# What a file system refuses because of the place the user named or its state, and what to do about it.
+USERS_FAULTS = {
+    errno.ENOSPC: "no space is left there; free some, or name another output (temporary files go to TMPDIR)",
+    errno.EDQUOT: "your quota there is used up; free some space, or name another output",
+    errno.EROFS: "is on a read-only file system; name another output",
+    errno.EACCES: "permission denied; name another place, or change its owner or mode",
+    errno.EPERM: "the operation is not permitted there; name another place",
+    errno.ENOTDIR: "a part of this path is a file where a folder is needed; name another output",
+    errno.EISDIR: "is a folder where a file is needed; name a file",
+    errno.ENAMETOOLONG: "the file name is too long for this file system",
+}
 USER_ERROR = 2
 CHECK_FAILED = 1
 
@@ -224,6 +236,11 @@ def _guarded(arguments: argparse.Namespace) -> int:
         if not type(error).__module__.startswith("cliplift."):
             raise
         print(f"cliplift: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in USERS_FAULTS or (error.filename is None and error.errno != errno.ENOSPC):
+            raise
+        what, place = USERS_FAULTS[error.errno], error.filename or "the output or TMPDIR"
+        print(f"cliplift: {place}: {what}", file=sys.stderr)
     except KeyboardInterrupt:
         print("cliplift: interrupted", file=sys.stderr)
         return 130

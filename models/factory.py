@@ -210,6 +210,10 @@ def _load_inflated(model: nn.Module, source: str) -> LoadReport:
 
 
 def _download(repo_id: str, revision: str | None) -> Path:
+    if Path(repo_id).exists():
+        raise ModelError(
+            f"{repo_id!r} is a file, not an export folder; load it by create_model(NAME, pretrained={repo_id!r})"
+        )
     if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
         raise ModelError(f"{repo_id!r} is neither an export folder nor a Hub id (owner/name)")
     hub = _hub()

@@ -6,7 +6,10 @@ object store an upload appears only when it is complete.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import glob
+import logging
 import os
 import shutil
 import sys
@@ -14,8 +17,11 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol, TypeVar
+
+log = logging.getLogger(__name__)
 
 TEMPORARY_SUFFIX = ".tmp"
 REMOTE_ATTEMPTS = 5
@@ -88,18 +94,27 @@ class LocalStore:
         target = self._root / name
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_beside(target)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        self._rename(temporary, target)
+        try:
+            with temporary.open("wb") as file:
+                hold(file)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                self._rename(temporary, target)
+        except OSError:
+            temporary.unlink(missing_ok=True)  # a full disk stays full otherwise
+            raise
 
     def publish(self, file: Path, name: str) -> None:
         target = self._root / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.stat().st_dev != target.parent.stat().st_dev:
             temporary = temporary_beside(target)
-            shutil.copyfile(file, temporary)
+            try:
+                shutil.copyfile(file, temporary)
+            except OSError:
+                temporary.unlink(missing_ok=True)
+                raise
             file.unlink()
             file = temporary
         with file.open("rb") as synced:
@@ -247,6 +262,25 @@ def temporary_beside(target: Path) -> Path:
 
 
 def remove_temporaries_of(target: Path) -> None:
-    """Remove what :func:`temporary_beside` named for this target and a killed process left."""
-    for file in target.parent.glob(f".{glob.escape(target.name)}.*{TEMPORARY_SUFFIX}"):
-        file.unlink(missing_ok=True)
+    """Remove what :func:`temporary_beside` named for this target and a killed process left: what nobody holds."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*{TEMPORARY_SUFFIX}"):
+        with suppress(FileNotFoundError), path.open("rb") as file:
+            if hold(file):
+                path.unlink(missing_ok=True)
+
+
+def hold(file: IO[bytes]) -> bool:
+    """Mark an open file as in use until it is closed, also by ``kill -9``; False where another process holds it.
+
+    On a file system without locks (some network mounts) every file counts as held: nothing is removed there.
+    """
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            log.warning(
+                "%s: this file system has no locks (%s); unfinished files of killed builds stay there and may be "
+                "removed by hand when no build runs", file.name, error.strerror,
+            )  # fmt: skip
+        return False
+    return True

@@ -31,7 +31,7 @@ BANNED_NAMES = {"utils", "util", "helper", "helpers", "common", "misc", "base"}
 # below it, and its own room; a module named alone is a ground file.
 ROOMS: dict[str, list[set[str]]] = {
     "configs": [
-        {"sections", "discovery"},
+        {"sections", "discovery", "yaml_text"},
         {"load"},
         {"plugins"},
         {"sources", "data", "training"},

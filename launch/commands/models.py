@@ -120,10 +120,9 @@ def run_import_weights(arguments: argparse.Namespace) -> int:
 
 def parsed_options(words: Sequence[str]) -> dict[str, Any]:
     """``key=value`` words, their values read as YAML as in a config."""
-    import yaml
-
-    from cliplift.configs.load import COMMAND_LINE, RunLoader
+    from cliplift.configs.load import COMMAND_LINE
     from cliplift.configs.sections import ConfigError
+    from cliplift.configs.yaml_text import YamlTextError, read_word
 
     options: dict[str, Any] = {}
     for word in words:
@@ -135,8 +134,8 @@ def parsed_options(words: Sequence[str]) -> dict[str, Any]:
         if key in options:
             raise ConfigError(f"{key!r} is given twice", key="--option", file=COMMAND_LINE)
         try:
-            options[key] = yaml.load(text, Loader=RunLoader)
-        except yaml.YAMLError:
+            options[key] = read_word(text)
+        except YamlTextError:
             raise ConfigError(f"{word!r} has no readable value", key="--option", file=COMMAND_LINE) from None
     return options
 

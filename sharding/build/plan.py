@@ -133,9 +133,11 @@ def load_plan(store: Store) -> Plan | None:
         ManifestError: the plan is damaged or of another format.
     """
     try:
-        head = json.loads(store.read(PLAN_FILE))
-    except FileNotFoundError:
+        text = store.read(PLAN_FILE)
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    try:
+        head = json.loads(text)
     except ValueError as error:
         raise ManifestError(f"{PLAN_FILE}: not whole JSON: {error}") from error
     if head.pop("format", None) != PLAN_FORMAT:

@@ -6,13 +6,13 @@ import hashlib
 import json
 import tarfile
 import zlib
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cliplift.sharding.manifest import MEMBERS, Refused, Sample, ShardIndex, dump_index, index_file
 from cliplift.sharding.scratch import scratch_folder
-from cliplift.sharding.storage import Store, remove_temporaries_of, temporary_beside
+from cliplift.sharding.storage import Store, hold, remove_temporaries_of, temporary_beside
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -36,11 +36,12 @@ class ShardWriter:
         if local is not None:
             local.parent.mkdir(parents=True, exist_ok=True)
             for target in (local, local.with_name(Path(index_file(tar)).name)):
-                remove_temporaries_of(target)  # a killed build of this very shard left them
+                remove_temporaries_of(target)  # those of a killed build of this very shard, never a living one's
             self._path = temporary_beside(local)
         else:
             self._path = self._held.enter_context(scratch_folder()) / "shard.tar"
         self._file: BinaryIO = self._path.open("wb")
+        hold(self._file)
 
     def add(
         self, *, mp4: bytes, flow: bytes = b"", facts: dict[str, Any], look: tuple[int, ...], **row: Any
@@ -82,7 +83,7 @@ class ShardWriter:
         """Seal the tar, publish it, then publish its index."""
         self._write(bytes(2 * BLOCK))
         self._write(bytes(-self._offset % tarfile.RECORDSIZE))
-        self._file.close()
+        self._file.flush()
         index = ShardIndex(
             shard=self.shard,
             split=self.split,
@@ -96,14 +97,15 @@ class ShardWriter:
         )
         with self._held:
             self.store.publish(self._path, self.tar)
+            self._file.close()  # only now: until it has its final name, nobody else may take it for left over
             self.store.write(index_file(self.tar), dump_index(index))
         return index
 
     def abandon(self) -> None:
-        """Throw the unfinished tar away."""
-        self._file.close()
+        """Throw the unfinished tar away, also where closing it fails because the disk is full."""
         self._path.unlink(missing_ok=True)
-        self._held.close()
+        with self._held, suppress(OSError):
+            self._file.close()
 
     def _member(self, name: str, data: bytes) -> int:
         info = tarfile.TarInfo(name)

@@ -9,9 +9,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cliplift.configs.load import RunLoader, dump_run, load_run
+from cliplift.configs.load import dump_run, load_run
 from cliplift.configs.runs import RUNS, FinetuneRun, TransferRun
 from cliplift.configs.sections import ConfigError
+from cliplift.configs.yaml_text import RunLoader
 
 TRANSFER = """
 stage: transfer
