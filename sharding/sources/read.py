@@ -222,9 +222,10 @@ def split_missing(videos: Sequence[SourceVideo], root: str) -> tuple[list[Source
 
 
 def _exists(store: Store, name: str) -> bool:
-    """Whether a local file can be looked up: no file has a name that is too long, holds a NUL or is out of reach."""
+    """Whether there is such a local file: none has a name that is too long, holds a NUL or is out of reach."""
+    path = store.local_path(name)
     try:
-        return store.size(name) is not None
+        return path is not None and path.is_file()
     except (OSError, ValueError):
         return False
 

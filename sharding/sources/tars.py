@@ -82,11 +82,17 @@ def read_tar(path: Path, *, label_key: str) -> TarContent:
                     left_out.append(LeftOut(printable(key), str(error)))
         except _DamagedError as error:
             damage = str(error)
+            if error.inside:
+                left_out.append(LeftOut(printable(error.inside), f"the tar is damaged behind it: {damage}"))
     return TarContent(tuple(videos), tuple(left_out), damage)
 
 
 class _DamagedError(SourceError):
-    """The headers of a tar cannot be followed further."""
+    """The headers of a tar cannot be followed further; ``inside`` is the key of the sample that is not whole."""
+
+    def __init__(self, reason: str, *, inside: str = "") -> None:
+        super().__init__(reason)
+        self.inside = inside
 
 
 class _Headers:
@@ -117,6 +123,10 @@ def _members(file: BinaryIO) -> Iterator[Member]:
         except wrong as error:
             raise _DamagedError(_what(error)) from error
         if member is None:
+            # tarfile takes a header that is none for the end, and what lies behind it would vanish.
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                raise _DamagedError(f"at byte {archive.offset} there is no header")
             return
         archive.members = []  # type: ignore[attr-defined]  # a tar of millions of members is not kept in memory
         if member.size < 0 or member.offset_data <= offset:
@@ -134,13 +144,17 @@ def _samples(members: Iterator[Member]) -> Iterator[tuple[str, dict[str, Member]
     """Runs of members with one key. WebDataset's rule: the key is the path up to the first dot of the file name."""
     run: dict[str, Member] = {}
     key = ""
-    for member in members:
-        stem, _, suffix = PurePosixPath(member.name).name.partition(".")
-        this = str(PurePosixPath(member.name).parent / stem)
-        if this != key or len(run) >= MAX_MEMBERS_OF_A_SAMPLE:
-            yield key, run
-            key, run = this, {}
-        run[suffix.lower()] = member
+    try:
+        for member in members:
+            stem, _, suffix = PurePosixPath(member.name).name.partition(".")
+            this = str(PurePosixPath(member.name).parent / stem)
+            if this != key or len(run) >= MAX_MEMBERS_OF_A_SAMPLE:
+                yield key, run
+                key, run = this, {}
+            run[suffix.lower()] = member
+    except _DamagedError as error:
+        # Its label may lie behind the damage: the sample that was being read is not used.
+        raise _DamagedError(str(error), inside=key) from error
     yield key, run
 
 
