@@ -12,7 +12,9 @@ from cliplift.configs.sections import ConfigError, Location, Section
 
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".ts", ".m2ts",
-    ".flv", ".wmv", ".asf", ".3gp", ".ogv", ".gif",
+    ".flv", ".wmv", ".asf", ".3gp", ".ogv", ".gif", ".mts", ".m2t", ".vob", ".mpe", ".m1v", ".m2v", ".divx", ".xvid",
+    ".f4v", ".3g2", ".3gpp", ".ogm", ".qt", ".mxf", ".dv", ".rm", ".rmvb", ".wtv", ".mk3d", ".mjpeg", ".mjpg",
+    ".y4m", ".apng",
 )  # fmt: skip
 
 

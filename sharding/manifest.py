@@ -21,6 +21,7 @@ DATASET_FILE = "dataset.json"
 SAMPLES_FILE = "samples.parquet"
 REFUSED_FILE = "refused.jsonl"
 MISSING_FILE = "missing.jsonl"
+LEFT_OUT_FILE = "left_out.jsonl"
 PLAN_FILE = "plan/plan.json"
 PLAN_VIDEOS_FILE = "plan/videos.parquet"
 DUPLICATES_FILE = "duplicates.jsonl"
@@ -272,7 +273,7 @@ def read_table(data: bytes, *, file: str) -> Any:
 
     try:
         return pq.read_table(io.BytesIO(data))
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"{file}: not a whole Parquet file: {error}") from error
 
 
@@ -296,7 +297,7 @@ def _arrow_type(annotation: str) -> Any:
 def _json(data: bytes, file: str, expected: str) -> dict[str, Any]:
     try:
         tree = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{file}: not whole JSON: {error}") from error
     found = tree.pop("format", None) if isinstance(tree, dict) else None
     if found != expected:

@@ -9,7 +9,6 @@ workers are an error. ``cliplift index`` makes the same tars readable exactly.
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -29,7 +28,9 @@ from cliplift.pipelines.data.batch import FLIP, ClipBatch, merged
 from cliplift.pipelines.data.clip_plan import cut, mirrored_labels, training_plan
 from cliplift.pipelines.data.loader import MAX_SUBSTITUTES, FailureCount, TooManyFailuresError
 from cliplift.pipelines.data.workers import batches_from_workers
+from cliplift.sharding.manifest import NO_LABEL
 from cliplift.sharding.read.reader import ClipShape, ShardDataset
+from cliplift.sharding.sources.labels import LabelError, find_class, member_label
 from cliplift.sharding.storage import StorageError
 from cliplift.sharding.video.decode import VideoDecodeError, decode_frames, probe
 
@@ -222,18 +223,21 @@ class _OpenedTars:
 
 
 def label_of(video: Mapping[str, Any], key: str, numbers: Mapping[str, int]) -> int:
-    """The label of a raw sample, from its JSON (a class name or a number) or its ``cls`` member; -1 has none."""
-    if "cls" in video:
-        found: Any = int(video["cls"])
-    else:
-        found = json.loads(video.get("json", b"{}")).get(key)
-    if found is None:
-        return -1
-    if isinstance(found, str) and found in numbers:
-        return numbers[found]
-    if isinstance(found, int) and 0 <= found < max(1, len(numbers)):
-        return found
-    raise SampleError(f"its label {found!r} is not one of the {len(numbers)} classes of data.shards")
+    """The label of a raw sample: what ``cliplift index`` makes of the same members; -1 has none.
+
+    Raises:
+        SampleError: its label cannot be read or is none of the classes.
+    """
+    try:
+        name = member_label(video.get("cls"), video.get("json"), key)
+    except LabelError as error:
+        raise SampleError(str(error)) from error
+    if name is None:
+        return NO_LABEL
+    label = find_class(name, numbers)
+    if label is None:
+        raise SampleError(f"its label {name!r} is not one of the {len(numbers)} classes of data.shards")
+    return label
 
 
 def shape_of(data: bytes) -> ClipShape:

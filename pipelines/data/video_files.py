@@ -13,26 +13,26 @@ import numpy as np
 
 from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError
+from cliplift.configs.sources import VIDEO_SUFFIXES
 from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.data.source import clips_of_video
+from cliplift.sharding.sources.files import find_files, sort_out, tell
+from cliplift.sharding.storage import open_store
 from cliplift.sharding.video.decode import VideoDecodeError, probe
-
-VIDEO_SUFFIXES = frozenset(
-    {".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts"}
-)
 
 
 def video_names(names: tuple[str, ...]) -> Iterator[str]:
-    """Files as given, folders expanded to the videos below them in sorted order."""
+    """Files as given, folders expanded to the videos that a shard build of them takes, in sorted order."""
     if not names:
         raise ConfigError("names no video", key="videos", hint="give files or folders after the run")
     for name in names:
         path = Path(name)
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+            inside, left_out = sort_out(find_files(open_store(name)), VIDEO_SUFFIXES)
+            tell(name, left_out)
             if not inside:
                 raise ConfigError(f"{name!r} holds no video file", key="videos", value=name)
-            yield from map(str, inside)
+            yield from map(str, sorted(path / file for file in inside))
         else:
             yield name
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from cliplift.configs.sections import ConfigError
-from cliplift.configs.sharding import TranscodeConfig, WholeCut
+from cliplift.configs.sharding import LimitsConfig, TranscodeConfig, WholeCut
 from cliplift.sharding.build.finalize import describe
 from cliplift.sharding.manifest import (
     DATASET_FILE,
@@ -35,10 +34,13 @@ from cliplift.sharding.manifest import (
     index_file,
 )
 from cliplift.sharding.build.pool import Job, WorkerPool
-from cliplift.sharding.sources.lists import number_labels
+from cliplift.sharding.sources.labels import number_labels
 from cliplift.sharding.scratch import local_copy
-from cliplift.sharding.storage import Store, join, open_store
-from cliplift.sharding.sources.tars import TarVideo, member_bytes, tar_videos
+from cliplift.sharding.sources.files import LeftOut, find_files, is_hidden, tell
+from cliplift.sharding.sources.tars import TarVideo, read_tar
+from cliplift.sharding.storage import StorageError, Store, join, open_store
+
+CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,16 @@ class _Found:
 
     sample: Sample
     label: str | None
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What one tar holds."""
+
+    found: tuple[_Found, ...]
+    left_out: tuple[LeftOut, ...]
+    tar_bytes: int
+    sha256: str
 
 
 def index_tars(
@@ -72,18 +84,23 @@ def index_tars(
         ConfigError: there is no tar, or no video in the tars.
     """
     store = open_store(url)
-    tars = [file for file in store.list() if file.endswith(".tar")]
+    below = find_files(store)
+    tell(url, [item for item in below.left_out if not is_hidden(item.name)])
+    tars = [file for file in below.files if file.endswith(".tar")]
     if not tars:
         raise ConfigError("holds no .tar", key="url", value=url)
     scanned = [_scan(store, tar, label_key) for tar in tars]
-    names, labels = number_labels([f.label for found, *_ in scanned for f in found], classes, key="classes")
+    names, labels = number_labels(
+        [f.label for scan in scanned for f in scan.found], classes, key="classes", positions=True
+    )
     numbers = iter(labels)
     checked = _check(url, tars, scanned, workers=workers, timeout=clip_timeout_seconds)
     indexes = []
-    for shard, (tar, (found, size, sha256)) in enumerate(zip(tars, scanned, strict=True)):
+    for shard, (tar, scan) in enumerate(zip(tars, scanned, strict=True)):
         split = PurePosixPath(tar).parent.name or "train"
-        samples, refused = [], []
-        for item in found:
+        samples = []
+        refused = [Refused(i.name, tar, clip=0, stage="read", reason=i.reason) for i in scan.left_out]
+        for item in scan.found:
             sample = replace(item.sample, split=split, label=next(numbers))
             facts, reason = next(checked)
             if reason:
@@ -95,9 +112,9 @@ def index_tars(
                 shard=shard,
                 split=split,
                 tar=tar,
-                tar_bytes=size,
-                tar_sha256=sha256,
-                plan_id=FOREIGN + sha256,
+                tar_bytes=scan.tar_bytes,
+                tar_sha256=scan.sha256,
+                plan_id=FOREIGN + scan.sha256,
                 samples=tuple(samples),
                 refused=tuple(refused),
             )
@@ -106,8 +123,12 @@ def index_tars(
 
 
 def _write(indexes: list[ShardIndex], store: Store, *, name: str, classes: tuple[str, ...]) -> Dataset:
+    ledger = [canonical({"shard": i.shard, **vars(r)}) + b"\n" for i in indexes for r in i.refused]
+    store.write(REFUSED_FILE, b"".join(ledger))
     if not any(index.samples for index in indexes):
-        raise ConfigError("the tars hold no video that decodes", key="url", value=store.url)
+        refused = [r for index in indexes for r in index.refused]
+        first = f"; {len(refused)} are refused, the first, {refused[0].video_id}: {refused[0].reason}" if refused else ""
+        raise ConfigError(f"the tars hold no video that decodes{first}", key="url", value=store.url)
     plan_id = FOREIGN + digest(canonical([index.tar_sha256 for index in indexes]))
     indexes = [replace(index, plan_id=plan_id) for index in indexes]
     dataset, table = describe(
@@ -121,37 +142,44 @@ def _write(indexes: list[ShardIndex], store: Store, *, name: str, classes: tuple
     )
     for index in indexes:
         store.write(index_file(index.tar), dump_index(index))
-    ledger = [canonical({"shard": i.shard, **vars(r)}) + b"\n" for i in indexes for r in i.refused]
-    store.write(REFUSED_FILE, b"".join(ledger))
     store.write(SAMPLES_FILE, table)
     store.write(DATASET_FILE, dump_dataset(dataset))
     return dataset
 
 
-def _scan(store: Store, tar: str, label_key: str) -> tuple[list[_Found], int, str]:
+def _scan(store: Store, tar: str, label_key: str) -> _Scan:
     """One pass over a tar: its samples (runs of members with one key), its size and its sha256."""
     with local_copy(store, tar) as path:
         return _scan_file(path, label_key)
 
 
-def _scan_file(path: Path, label_key: str) -> tuple[list[_Found], int, str]:
+def _scan_file(path: Path, label_key: str) -> _Scan:
     with path.open("rb") as raw:
         sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
-    with tarfile.open(path, "r:") as archive:
-        found = [
-            _found(video, member_bytes(archive, video.member))
-            for video in tar_videos(archive, label_key=label_key)
-        ]
-    return found, path.stat().st_size, sha256
+        content = read_tar(path, label_key=label_key)
+        found = tuple(_found(video, raw) for video in content.videos)
+    left_out = content.left_out
+    if content.damage:
+        left_out += (LeftOut("(the rest of the tar)", f"the tar is damaged: {content.damage}"),)
+    return _Scan(found, left_out, path.stat().st_size, sha256)
 
 
-def _found(video: TarVideo, data: bytes) -> _Found:
+def _found(video: TarVideo, file: BinaryIO) -> _Found:
+    crc32, sha256 = 0, hashlib.sha256()
+    file.seek(video.member.offset)
+    left = video.member.size
+    while left:
+        part = file.read(min(CHUNK_BYTES, left))
+        if not part:
+            raise StorageError(f"the tar ends inside {video.key}; it was whole before")
+        crc32, left = zlib.crc32(part, crc32), left - len(part)
+        sha256.update(part)
     sample = Sample(
         key=video.key,
-        mp4_offset=video.member.offset_data,
-        mp4_bytes=len(data),
-        mp4_crc32=zlib.crc32(data),
-        json_offset=video.json_member.offset_data if video.json_member else 0,
+        mp4_offset=video.member.offset,
+        mp4_bytes=video.member.size,
+        mp4_crc32=crc32,
+        json_offset=video.json_member.offset if video.json_member else 0,
         json_bytes=len(video.json_data),
         json_crc32=zlib.crc32(video.json_data),
         video_id=video.source,
@@ -168,19 +196,19 @@ def _found(video: TarVideo, data: bytes) -> _Found:
         width=0,
         height=0,
         keyframes=(),
-        source_sha256=hashlib.sha256(data).hexdigest(),
+        source_sha256=sha256.hexdigest(),
     )
     return _Found(sample, video.label)
 
 
 def _check(
-    url: str, tars: list[str], scanned: list[tuple[list[_Found], int, str]], *, workers: int, timeout: float
+    url: str, tars: list[str], scanned: list[_Scan], *, workers: int, timeout: float
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """Decode every video in full; per sample its facts, or the reason why it is refused."""
     hello = {
         "cut": WholeCut().model_dump(),
         "transcode": TranscodeConfig().model_dump(mode="json"),
-        "memory_mib": None,
+        "memory_mib": LimitsConfig().memory_mib,  # as a build's workers have: a picture may claim any size
     }
     jobs = [
         Job(
@@ -192,8 +220,8 @@ def _check(
             },
             tag=None,
         )
-        for tar, (found, _, _) in zip(tars, scanned, strict=True)
-        for f in found
+        for tar, scan in zip(tars, scanned, strict=True)
+        for f in scan.found
     ]
     count = max(1, min(workers or len(os.sched_getaffinity(0)), len(jobs)))
     with WorkerPool(workers=count, hello=hello, clip_timeout_seconds=timeout, attempts=1) as pool:

@@ -11,6 +11,7 @@ from typing import Any
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.manifest import (
+    LEFT_OUT_FILE,
     MISSING_FILE,
     PLAN_FILE,
     PLAN_FORMAT,
@@ -23,6 +24,7 @@ from cliplift.sharding.manifest import (
     rows_to_parquet,
     shard_file,
 )
+from cliplift.sharding.sources.files import tell
 from cliplift.sharding.sources.read import listing_digest, read_source
 from cliplift.sharding.storage import Store
 
@@ -63,13 +65,21 @@ def settings_of(run: ShardRun) -> dict[str, Any]:
     return settings
 
 
-def make_plan(run: ShardRun) -> tuple[Plan, tuple[SourceVideo, ...]]:
-    """Plan a build; also the listed videos that do not exist.
+def make_plan(run: ShardRun, *, store: Store | None = None) -> tuple[Plan, tuple[SourceVideo, ...]]:
+    """Plan a build; also the listed videos that do not exist. What the source leaves out is logged.
+
+    Args:
+        run: the validated config.
+        store: where to write the list of what the source leaves out; None only logs it.
 
     Raises:
         ConfigError: no video, or more are missing than ``limits.max_missing_share`` allows.
     """
     listing = read_source(run)
+    tell(listing.root, listing.left_out, file=f"{run.output}/{LEFT_OUT_FILE}" if store else "")
+    if store is not None and listing.left_out:
+        lines = [canonical(dataclasses.asdict(item)) + b"\n" for item in listing.left_out]
+        store.write(LEFT_OUT_FILE, b"".join(lines))
     listed = len(listing.videos) + len(listing.missing)
     share = len(listing.missing) / listed
     if share > run.limits.max_missing_share:
@@ -155,7 +165,7 @@ def plan_once(run: ShardRun, store: Store) -> Plan:
     """
     found = load_plan(store)
     if found is None:
-        plan, missing = make_plan(run)
+        plan, missing = make_plan(run, store=store)
         save_plan(plan, missing, store)
         return plan
     # Read through today's schema: a setting that came later has its default in an older plan.

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 from cliplift.configs.sections import ConfigError
-from cliplift.sharding.manifest import NO_LABEL, SourceVideo, read_table
+from cliplift.configs.sources import VIDEO_SUFFIXES
+from cliplift.sharding.manifest import SourceVideo, read_table
+from cliplift.sharding.sources.files import LeftOut
 from cliplift.sharding.storage import open_store
 
 UNASSIGNED = ""
@@ -23,7 +27,8 @@ class SourceError(ValueError):
 class Listing:
     """Everything a source says, before splits are assigned.
 
-    ``videos`` carry the split the source gave, or :data:`UNASSIGNED`; ``missing`` are listed but absent.
+    ``videos`` carry the split the source gave, or :data:`UNASSIGNED`; ``missing`` are listed but absent; ``left_out``
+    lie there and are not used; ``places`` says where the rows of a clip (source, start, end) stand.
     """
 
     videos: tuple[SourceVideo, ...]
@@ -31,18 +36,8 @@ class Listing:
     root: str
     missing: tuple[SourceVideo, ...] = ()
     folds: int = 0
-
-
-def number_labels(
-    names: Sequence[str | None], given: Sequence[str], *, key: str
-) -> tuple[tuple[str, ...], list[int]]:
-    """Class names in label order and the label of each video; ``None`` is unlabelled."""
-    found = sorted({n for n in names if n is not None})
-    classes = tuple(given) or tuple(found)
-    if unknown := [n for n in found if n not in set(classes)]:
-        raise ConfigError(f"does not name the class {unknown[0]!r}", key=key, value=list(given))
-    number = {name: i for i, name in enumerate(classes)}
-    return classes, [NO_LABEL if n is None else number[n] for n in names]
+    left_out: tuple[LeftOut, ...] = ()
+    places: Mapping[tuple[str, float | None, float | None], Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,23 +84,56 @@ def read_rows(
     data = read_url(url, key=key)
     name = url.rsplit("/", 1)[-1]
     if name.endswith(".parquet"):
-        table = read_table(data, file=url)
-        header = list(table.column_names)
-        rows: Iterable[tuple[int, list[Any]]] = enumerate(
-            (list(r.values()) for r in table.to_pylist()), start=1
-        )
+        header, rows = _parquet_rows(data, url)
     else:
-        reader = csv.reader(io.StringIO(_text(data, name), newline=""), delimiter=delimiter)
-        header = [cell.strip() for cell in next(reader, [])]
-        rows = ((reader.line_num, row) for row in reader if any(cell.strip() for cell in row))
-    if missing := [c for c in needed if c not in header]:
-        raise SourceError(
-            f"{name}, line 1: column {missing[0]!r} is missing; the columns are {', '.join(header)}"
-        )
+        header, rows = _csv_rows(_text(data, name), name, delimiter)
+    _check_header(header, needed, name)
     for line, row in rows:
         if len(row) != len(header):
             raise SourceError(f"{name}, line {line}: {len(row)} cells, the header has {len(header)}")
         yield Row(name, line, dict(zip(header, row, strict=True)))
+
+
+def _csv_rows(text: str, name: str, delimiter: str) -> tuple[list[str], Iterator[tuple[int, list[Any]]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+
+    def rows() -> Iterator[tuple[int, list[Any]]]:
+        try:
+            for row in reader:
+                if any(cell.strip() for cell in row):
+                    yield reader.line_num, row
+        except csv.Error as error:
+            raise SourceError(
+                f"{name}, line {reader.line_num}: {error}; a quotation mark that is never closed?"
+            ) from error
+
+    found = rows()
+    return [cell.strip() for cell in next(found, (0, []))[1]], found
+
+
+def _parquet_rows(data: bytes, url: str) -> tuple[list[str], Iterator[tuple[int, list[Any]]]]:
+    table = read_table(data, file=url)
+    try:
+        columns = [[_cell(value) for value in column.to_pylist()] for column in table.columns]
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{url}: a cell is not UTF-8") from error
+    return list(table.column_names), enumerate((list(row) for row in zip(*columns, strict=True)), start=1)
+
+
+def _cell(value: Any) -> Any:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _check_header(header: Sequence[str], needed: Sequence[str], name: str) -> None:
+    if missing := [c for c in needed if c not in header]:
+        # What looks like a path is no name of a column: the first line is a row already.
+        row = any("/" in cell or PurePosixPath(cell).suffix.lower() in VIDEO_SUFFIXES for cell in header)
+        hint = f"; the list has no header: put a line with {','.join(needed)} above it" if row else ""
+        raise SourceError(
+            f"{name}, line 1: column {missing[0]!r} is missing; the columns are {', '.join(header)}{hint}"
+        )
+    if twice := [c for c in needed if Counter(header)[c] > 1]:
+        raise SourceError(f"{name}, line 1: {Counter(header)[twice[0]]} columns are called {twice[0]!r}")
 
 
 def read_url(url: str, *, key: str) -> bytes:

@@ -16,10 +16,11 @@ from cliplift.configs.sources import (
     YouTube8MSource,
 )
 from cliplift.sharding.manifest import SourceVideo
+from cliplift.sharding.sources.files import find_files, is_hidden
+from cliplift.sharding.sources.labels import number_labels
 from cliplift.sharding.sources.lists import (
     Listing,
     SourceError,
-    number_labels,
     read_rows,
     read_text,
     read_url,
@@ -38,9 +39,11 @@ class VideoFolder:
     def __init__(self, root: str) -> None:
         self.root = root
         self._by_stem: dict[str, list[str]] = {}
-        for file in open_store(root).list():
+        found = find_files(open_store(root))
+        self.left_out = tuple(item for item in found.left_out if not is_hidden(item.name))
+        for file in found.files:
             path = PurePosixPath(file)
-            if path.suffix.lower() in VIDEO_SUFFIXES:
+            if path.suffix.lower() in VIDEO_SUFFIXES and not is_hidden(file):
                 self._by_stem.setdefault(path.stem, []).append(file)
 
     def find(self, stem: str, *, inside: str = "") -> str | None:
@@ -59,6 +62,8 @@ def read_kinetics(source: KineticsSource) -> Listing:
     videos: list[SourceVideo] = []
     missing: list[SourceVideo] = []
     names: list[str | None] = []
+    absent: list[str | None] = []
+    places: dict[tuple[str, float | None, float | None], list[str]] = {}
     for url in source.lists:
         for row in read_rows(url, needed=KINETICS_COLUMNS, key="source.lists"):
             label = row.text("label") if "label" in row.cells else None
@@ -74,14 +79,26 @@ def read_kinetics(source: KineticsSource) -> Listing:
             if whole:
                 video = replace(video, start_seconds=start, end_seconds=end)
             (videos if file else missing).append(video)
-            if file:
-                names.append(label)
+            # A class is one of the list's, downloaded or not: else every later label would shift.
+            (names if file else absent).append(label)
+            places.setdefault((video.source, video.start_seconds, video.end_seconds), []).append(
+                f"{row.file}, line {row.line}"
+            )
     given = (
         read_text(source.classes_file, key="source.classes_file").split("\n") if source.classes_file else ()
     )
-    classes, labels = number_labels(names, [n.strip() for n in given if n.strip()], key="source.classes_file")
-    labelled = tuple(replace(v, label=n) for v, n in zip(videos, labels, strict=True))
-    return Listing(labelled, classes, source.root, missing=tuple(missing))
+    classes, labels = number_labels(
+        names + absent, [n.strip() for n in given if n.strip()], key="source.classes_file"
+    )
+    labelled = [replace(v, label=n) for v, n in zip(videos + missing, labels, strict=True)]
+    return Listing(
+        tuple(labelled[: len(videos)]),
+        classes,
+        source.root,
+        missing=tuple(labelled[len(videos) :]),
+        left_out=folder.left_out,
+        places=places,
+    )
 
 
 def read_ucf101(source: Ucf101Source) -> Listing:
@@ -108,7 +125,7 @@ def read_ucf101(source: Ucf101Source) -> Listing:
                     )
                 folds.setdefault(words[0], [""] * len(FOLDS))[fold - 1] = split
     groups = {path: _ucf101_group(path) for path in folds}
-    return _folded(source.root, folds, classes, groups)
+    return _folded(source.root, folds, classes, groups, ids=groups)
 
 
 def _ucf101_group(path: str) -> str | None:
@@ -133,11 +150,24 @@ def read_hmdb51(source: Hmdb51Source) -> Listing:
             folds.setdefault(path, [""] * len(FOLDS))[int(match.group(2)) - 1] = HMDB51_MARKS[words[1]]
     if not classes:
         raise ConfigError("holds no CLASS_test_splitN.txt", key="source.lists", value=source.lists)
-    return _folded(source.root, folds, tuple(sorted(classes)), {})
+    groups = {path: _hmdb51_film(path) for path in folds}
+    return _folded(source.root, folds, tuple(sorted(classes)), groups, ids={})
+
+
+def _hmdb51_film(path: str) -> str | None:
+    """Clips are named ``FILM_CLASS_`` and six properties: visible body parts, camera, people, view, quality, number."""
+    label, _, name = path.partition("/")
+    properties = r"[fuhl]_(?:cm|nm)_np\d+_(?:fr|ba|le|ri)_(?:bad|med|goo)_\d+"
+    match = re.fullmatch(rf"(.+)_{re.escape(label)}_{properties}", PurePosixPath(name).stem)
+    return match.group(1) if match else None
 
 
 def _folded(
-    root: str, folds: dict[str, list[str]], classes: tuple[str, ...], groups: dict[str, str | None]
+    root: str,
+    folds: dict[str, list[str]],
+    classes: tuple[str, ...],
+    groups: dict[str, str | None],
+    ids: dict[str, str | None],
 ) -> Listing:
     folder = VideoFolder(root)
     number = {name: i for i, name in enumerate(classes)}
@@ -147,7 +177,7 @@ def _folded(
         label, _, name = path.partition("/")
         file = folder.find(PurePosixPath(name).stem, inside=label)
         video = SourceVideo(
-            video_id=groups.get(path) or PurePosixPath(name).stem,
+            video_id=ids.get(path) or PurePosixPath(name).stem,
             source=file or path,
             split="all",
             label=number[label],
@@ -155,7 +185,9 @@ def _folded(
             group=groups.get(path),
         )
         (videos if file else missing).append(video)
-    return Listing(tuple(videos), classes, root, missing=tuple(missing), folds=len(FOLDS))
+    return Listing(
+        tuple(videos), classes, root, missing=tuple(missing), folds=len(FOLDS), left_out=folder.left_out
+    )
 
 
 def read_youtube8m(source: YouTube8MSource) -> Listing:
@@ -196,7 +228,7 @@ def read_youtube8m(source: YouTube8MSource) -> Listing:
                 labels=tuple(sorted(position[n] for n in labels)),
             )
             (videos if file else missing).append(video)
-    return Listing(tuple(videos), tuple(names), source.root, missing=tuple(missing))
+    return Listing(tuple(videos), tuple(names), source.root, missing=tuple(missing), left_out=folder.left_out)
 
 
 def _records(root: str, name: str) -> Iterator[tuple[str, list[int]]]:

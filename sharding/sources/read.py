@@ -22,7 +22,9 @@ from cliplift.configs.sources import (
     YouTube8MSource,
 )
 from cliplift.sharding.manifest import SourceVideo, canonical, digest
-from cliplift.sharding.sources.lists import UNASSIGNED, Listing, SourceError, number_labels, read_rows
+from cliplift.sharding.sources.files import DANGLING, find_files, is_hidden, sort_out
+from cliplift.sharding.sources.labels import LabelError, label_name, number_labels
+from cliplift.sharding.sources.lists import UNASSIGNED, Listing, Row, SourceError, read_rows
 from cliplift.sharding.sources.public_datasets import read_hmdb51, read_kinetics, read_ucf101, read_youtube8m
 from cliplift.sharding.sources.tars import read_tars
 from cliplift.sharding.storage import Store, join, open_store
@@ -55,7 +57,7 @@ def read_source(run: ShardRun) -> Listing:
         raise ConfigError(
             "no video was found", key="source", value=listing.root, hint=f"{len(listing.missing)} are missing"
         )
-    _unique_ids(listing.videos)
+    _unique_ids(listing)
     return replace(listing, videos=tuple(assign_splits(listing.videos, run.splits, folds=listing.folds)))
 
 
@@ -82,12 +84,15 @@ def _read_plugin(source: SourcePlugin) -> Listing:
     return listing
 
 
-def _unique_ids(videos: Sequence[SourceVideo]) -> None:
+def _unique_ids(listing: Listing) -> None:
     seen: set[tuple[str, float | None, float | None]] = set()
-    for video in videos:
+    for video in listing.videos:
         name = (video.source, video.start_seconds, video.end_seconds)
         if name in seen:
-            raise SourceError(f"{video.source} is listed twice; remove one of its rows")
+            places = " and ".join(listing.places.get(name, ())[:2])
+            raise SourceError(
+                f"{video.source} is listed twice{f', {places}' if places else ''}; remove one of its rows"
+            )
         seen.add(name)
 
 
@@ -137,7 +142,7 @@ def _by_hash(group: str, config: SplitConfig) -> str:
 
 def _read_folder(source: FolderSource) -> Listing:
     store = open_store(source.root)
-    files = [f for f in store.list() if PurePosixPath(f).suffix.lower() in source.suffixes and _visible(f)]
+    files, left_out = sort_out(find_files(store), source.suffixes)
     if not files:
         raise ConfigError(
             "holds no video",
@@ -146,9 +151,11 @@ def _read_folder(source: FolderSource) -> Listing:
             hint=f"looked for {' '.join(source.suffixes)}",
         )
     depth = {"split/class": 2, "class": 1, "flat": 0}[source.layout]
+    videos: list[SourceVideo] = []
     names: list[str | None] = []
-    videos = []
-    for file in files:
+    # A link to a video that is gone is a video that is missing, and its class is a class.
+    gone = [item.name for item in left_out if item.reason == DANGLING and _is_video(item.name, source)]
+    for file in (*files, *gone):
         parts = file.split("/")
         if len(parts) <= depth:
             raise ConfigError(
@@ -160,13 +167,16 @@ def _read_folder(source: FolderSource) -> Listing:
             SourceVideo(video_id=str(PurePosixPath(file).with_suffix("")), source=file, split=split)
         )
     classes, labels = number_labels(names, source.classes, key="source.classes")
+    labelled = [replace(v, label=n) for v, n in zip(videos, labels, strict=True)]
+    missing = labelled[len(files) :]
+    left_out = [item for item in left_out if item.name not in set(gone)]
     return Listing(
-        tuple(replace(v, label=n) for v, n in zip(videos, labels, strict=True)), classes, source.root
+        tuple(labelled[: len(files)]), classes, source.root, missing=tuple(missing), left_out=tuple(left_out)
     )
 
 
-def _visible(file: str) -> bool:
-    return not any(part.startswith(".") for part in file.split("/"))
+def _is_video(file: str, source: FolderSource) -> bool:
+    return PurePosixPath(file).suffix.lower() in source.suffixes and not is_hidden(file)
 
 
 def _read_csv(source: CsvSource) -> Listing:
@@ -175,6 +185,7 @@ def _read_csv(source: CsvSource) -> Listing:
               source.id_column, source.start_column, source.end_column)  # fmt: skip
     names: list[str | None] = []
     videos: list[SourceVideo] = []
+    places: dict[tuple[str, float | None, float | None], list[str]] = {}
     for row in read_rows(source.file, delimiter=source.delimiter, needed=[c for c in wanted if c]):
         path = row.text(source.path_column)
         start, end = row.seconds(source.start_column), row.seconds(source.end_column)
@@ -182,12 +193,11 @@ def _read_csv(source: CsvSource) -> Listing:
             raise SourceError(
                 f"{row.file}, line {row.line}, column {source.end_column!r}: {end:g} is not after the start"
             )
-        names.append(row.text(source.label_column) if source.label_column else None)
+        names.append(_row_label(row, source.label_column))
+        places.setdefault((path, start, end), []).append(f"{row.file}, line {row.line}")
         videos.append(
             SourceVideo(
-                video_id=row.text(source.id_column)
-                if source.id_column
-                else str(PurePosixPath(path).with_suffix("")),
+                video_id=row.text(source.id_column) if source.id_column else _without_suffix(path),
                 source=path,
                 split=row.text(source.split_column) if source.split_column else UNASSIGNED,
                 group=row.text(source.group_column) if source.group_column else None,
@@ -195,10 +205,25 @@ def _read_csv(source: CsvSource) -> Listing:
                 end_seconds=end,
             )
         )
-    classes, labels = number_labels(names, source.classes, key="source.classes")
+    classes, labels = number_labels(names, source.classes, key="source.classes", positions=True)
     labelled = [replace(v, label=n) for v, n in zip(videos, labels, strict=True)]
     present, missing = split_missing(labelled, root)
-    return Listing(tuple(present), classes, root, missing=tuple(missing))
+    return Listing(tuple(present), classes, root, missing=tuple(missing), places=places)
+
+
+def _without_suffix(path: str) -> str:
+    name = PurePosixPath(path)
+    return str(name.with_suffix("") if name.name else name)
+
+
+def _row_label(row: Row, column: str | None) -> str | None:
+    if column is None:
+        return None
+    row.text(column)  # a label that is not there is refused as every empty cell is
+    try:
+        return label_name(row.cells[column])
+    except LabelError as error:
+        raise SourceError(f"{row.place(column)}: {error}") from error
 
 
 def split_missing(videos: Sequence[SourceVideo], root: str) -> tuple[list[SourceVideo], list[SourceVideo]]:
@@ -211,14 +236,23 @@ def split_missing(videos: Sequence[SourceVideo], root: str) -> tuple[list[Source
         if "://" in video.source:
             exists = True
         elif video.source.startswith("/"):
-            exists = open_store("/").size(video.source.lstrip("/")) is not None
+            exists = _exists(open_store("/"), video.source.lstrip("/"))
         elif store.local_path("") is not None:
-            exists = store.size(video.source) is not None
+            exists = _exists(store, video.source)
         else:
             below = set(store.list()) if below is None else below
             exists = video.source in below
         (present if exists else missing).append(video)
     return present, missing
+
+
+def _exists(store: Store, name: str) -> bool:
+    """Whether there is such a local file: none has a name that is too long, holds a NUL or is out of reach."""
+    path = store.local_path(name)
+    try:
+        return path is not None and path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def video_url(root: str, video: SourceVideo) -> str:
