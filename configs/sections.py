@@ -37,6 +37,9 @@ class ConfigError(ValueError):
         return ConfigError(self.reason, key=self.key, value=self.value, hint=self.hint, file=file)
 
 
+SIGNED = r"[?&](x-amz-signature|x-goog-signature|signature|sig|token|access_token)="  # of a query
+
+
 def _expanded(text: str) -> str:
     """A path with ``~`` and environment variables filled in, as a shell would have done."""
     if "://" not in text and text.startswith("~"):
@@ -45,6 +48,11 @@ def _expanded(text: str) -> str:
     unset = re.search(r"\$(\w+|\{\w+\})", text)
     if unset:
         raise ValueError(f"names the environment variable {unset[1].strip('{}')}, which is not set")
+    if re.search(r"://[^/]*:[^/]*@", text) or re.search(SIGNED, text, re.IGNORECASE):
+        raise ValueError(
+            "holds a password or a signature, and configs are stored with runs; give the credentials by the "
+            "environment or the store's own configuration file"
+        )
     if "\0" in text:
         raise ValueError("holds a NUL character, which no path can")
     return text

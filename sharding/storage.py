@@ -11,6 +11,7 @@ import fcntl
 import glob
 import logging
 import os
+import re
 import shutil
 import sys
 import threading
@@ -232,7 +233,9 @@ class RemoteStore:
     def _whole(self, name: str, size: int) -> None:
         found = self.size(name)
         if found != size:
-            raise StorageError(f"{self.url}/{name}: {size} bytes were written, {found} arrived")
+            raise StorageError(
+                f"{without_secrets(self.url)}/{name}: {size} bytes were written, {found} arrived"
+            )
 
     def _retried(self, verb: str, name: str, action: Callable[[], R]) -> R:
         for attempt in range(REMOTE_ATTEMPTS):
@@ -242,7 +245,7 @@ class RemoteStore:
                 raise
             except _connection_errors() as error:
                 if attempt + 1 == REMOTE_ATTEMPTS or isinstance(error, PermissionError):
-                    raise StorageError(f"{self.url}/{name}: cannot {verb}: {error}") from error
+                    raise StorageError(_told(self.url, name, verb, error)) from error
                 time.sleep(REMOTE_PAUSE_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
 
@@ -254,6 +257,39 @@ def _connection_errors() -> tuple[type[Exception], ...]:
         if module in sys.modules:
             found.append(getattr(sys.modules[module], name))
     return tuple(found)
+
+
+EXPIRED = ("expiredtoken", "token has expired", "bad request", "invalidtoken")
+DENIED = ("forbidden", "accessdenied", "access denied", "permission")
+
+
+def _told(url: str, name: str, verb: str, error: Exception) -> str:
+    """What failed, in the words of the service, and what to do about it."""
+    said = str(error).replace(url, without_secrets(url)) or type(error).__name__
+    low = said.lower()
+    advice = ""
+    if any(word in low for word in EXPIRED):
+        advice = (
+            "; the credentials may have expired: fetch new ones and start again, finished shards are kept"
+        )
+    elif isinstance(error, PermissionError) or any(word in low for word in DENIED):
+        advice = "; check the credentials of this process and their rights to this place"
+    return f"{without_secrets(url)}/{name}: cannot {verb}: {said}{advice}"
+
+
+def without_secrets(url: str) -> str:
+    """A URL as it may be stored or shown: without user and password, and over HTTP without the query, which may sign.
+
+    Paths stay as they are, and so do the keys of object stores, in which ``?`` is a character like others.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return url
+    authority, slash, path = rest.partition("/")
+    authority = authority.rpartition("@")[2]
+    if scheme.rpartition("::")[2].lower() in ("http", "https", "ftp"):
+        authority, path = re.split(r"[?#]", authority)[0], re.split(r"[?#]", path)[0]
+    return f"{scheme}://{authority}{slash}{path}"
 
 
 def temporary_beside(target: Path) -> Path:

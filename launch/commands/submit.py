@@ -6,6 +6,7 @@ Everything that will run is a file one can read first: ``--print`` shows the fil
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 SUBMITTERS = {"slurm": "sbatch", "kubernetes": "kubectl", "local": "bash"}
 SUBMIT_FILE = "submit.sh"
+DIRECTIVES = ("partition", "account", "qos", "time")  # one word each of an #SBATCH line
 
 
 def add_options(submit: argparse.ArgumentParser) -> None:
@@ -73,6 +75,7 @@ def run_submit(arguments: argparse.Namespace) -> int:
     from cliplift.launch.commands.subject import load
     from cliplift.launch.jobs.plan import plan_jobs
 
+    _check_lines(arguments)
     words = [arguments.subject, *arguments.rest]
     configs = [word for word in words if "=" not in word]
     overrides = [word for word in words if "=" in word]
@@ -100,6 +103,25 @@ def run_submit(arguments: argparse.Namespace) -> int:
         )
     print(f"{folder}: {', '.join(files)}\n+ bash {folder / SUBMIT_FILE}", flush=True)
     return subprocess.run(["bash", str(folder / SUBMIT_FILE)], check=False).returncode
+
+
+def _check_lines(arguments: argparse.Namespace) -> None:
+    """Every option ends in a script or a manifest: one with a line break would write further lines into it."""
+    from cliplift.configs.sections import ConfigError
+
+    for name, value in vars(arguments).items():
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if not isinstance(text, str):
+                continue
+            broken = any(ord(character) < 32 or ord(character) == 127 for character in text)
+            if broken or (name in DIRECTIVES and re.search(r"\s", text)):
+                what = "a line break or control character" if broken else "a space"
+                raise ConfigError(
+                    f"{text!r} holds {what}, which would end in the script",
+                    key=f"--{name.replace('_', '-')}",
+                    file="command line",
+                    hint="give it without",
+                )
 
 
 def _resources(arguments: argparse.Namespace) -> Resources:

@@ -14,7 +14,7 @@ from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.build.run import BuildReport
 from cliplift.sharding.manifest import canonical, dump_dataset
 from cliplift.sharding.build.unit import Progress
-from cliplift.sharding.storage import open_store
+from cliplift.sharding.storage import open_store, without_secrets
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -67,7 +67,7 @@ class BuildTracker:
             f"shards-{self.run.name}",
             type="dataset",
             metadata={
-                "url": report.url,
+                "url": without_secrets(report.url),
                 "fingerprint": report.dataset.fingerprint,
                 "plan_id": report.plan_id,
             },

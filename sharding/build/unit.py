@@ -16,7 +16,7 @@ from cliplift.sharding.manifest import Refused, ShardIndex, SourceVideo
 from cliplift.sharding.build.plan import Plan, PlannedShard
 from cliplift.sharding.build.pool import Job, VideoResult, WorkerPool
 from cliplift.sharding.sources.read import video_url
-from cliplift.sharding.storage import Store
+from cliplift.sharding.storage import Store, without_secrets
 from cliplift.sharding.build.writer import ShardWriter
 
 
@@ -155,7 +155,7 @@ def _add_video(
         row: dict[str, Any] = {
             "key": key,
             "video_id": video.video_id,
-            "source": video.source,
+            "source": without_secrets(video.source),
             "split": video.split,
             "label": video.label,
             "labels": video.labels,
@@ -174,7 +174,13 @@ def _add_video(
         writer.add(mp4=mp4, flow=flow, facts=sample_json, look=look, **row)
     for clip, stage, reason in result.refused:
         writer.refuse(
-            Refused(video_id=video.video_id, source=video.source, clip=clip, stage=stage, reason=reason)
+            Refused(
+                video_id=video.video_id,
+                source=without_secrets(video.source),
+                clip=clip,
+                stage=stage,
+                reason=reason.replace(video.source, without_secrets(video.source)),
+            )
         )
 
 

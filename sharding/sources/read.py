@@ -27,7 +27,7 @@ from cliplift.sharding.sources.labels import LabelError, label_name, number_labe
 from cliplift.sharding.sources.lists import UNASSIGNED, Listing, Row, SourceError, read_rows
 from cliplift.sharding.sources.public_datasets import read_hmdb51, read_kinetics, read_ucf101, read_youtube8m
 from cliplift.sharding.sources.tars import read_tars
-from cliplift.sharding.storage import Store, join, open_store
+from cliplift.sharding.storage import Store, join, open_store, without_secrets
 
 
 class SourcePlugin(Protocol):
@@ -197,7 +197,9 @@ def _read_csv(source: CsvSource) -> Listing:
         places.setdefault((path, start, end), []).append(f"{row.file}, line {row.line}")
         videos.append(
             SourceVideo(
-                video_id=row.text(source.id_column) if source.id_column else _without_suffix(path),
+                video_id=row.text(source.id_column)
+                if source.id_column
+                else _without_suffix(without_secrets(path)),
                 source=path,
                 split=row.text(source.split_column) if source.split_column else UNASSIGNED,
                 group=row.text(source.group_column) if source.group_column else None,

@@ -13,7 +13,15 @@ import pytest
 from cliplift.launch import cli
 from cliplift.sharding.build.plan import load_plan
 from cliplift.sharding.build.writer import ShardWriter
-from cliplift.sharding.storage import LocalStore, StorageError, hold, open_store, temporary_beside
+from cliplift.sharding.storage import (
+    LocalStore,
+    StorageError,
+    _told,
+    hold,
+    open_store,
+    temporary_beside,
+    without_secrets,
+)
 
 TAR = "train/x-train-000000.tar"
 
@@ -150,3 +158,63 @@ def test_output_below_a_file_through_the_command(tmp_path: Path, capsys: pytest.
     )
     assert cli.main(["shard", str(tmp_path / "c.yaml")]) == 2
     assert "is a file where a folder is needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://me:secret@host.org/a/b.mp4?X-Amz-Signature=abc#t", "https://host.org/a/b.mp4"),
+        ("https://host.org?token=abc", "https://host.org"),
+        ("s3://key:secret@bucket/a?b.mp4", "s3://bucket/a?b.mp4"),
+        ("s3://bucket/a@b.mp4", "s3://bucket/a@b.mp4"),
+        ("/data/me:you@home?/x#1.mp4", "/data/me:you@home?/x#1.mp4"),
+        ("videos/x.mp4", "videos/x.mp4"),
+    ],
+)
+def test_secrets_of_urls_are_not_shown(url: str, shown: str) -> None:
+    assert without_secrets(url) == shown
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError("Forbidden"), "cannot read: Forbidden; check the credentials"),
+        (PermissionError("The provided token has expired."), "the credentials may have expired"),
+        (OSError(22, "Bad Request"), "the credentials may have expired"),
+        (PermissionError("s3://k:secret@b/x: Access Denied"), "check the credentials"),
+    ],
+)
+def test_a_refusal_of_the_service_says_what_to_do(error: Exception, told: str) -> None:
+    sentence = _told("s3://k:secret@b", "x", "read", error)
+    assert sentence.startswith("s3://b/x: cannot read: ")
+    assert told in sentence
+    assert "secret" not in sentence
+
+
+@pytest.mark.parametrize("root", ["https://me:secret@host/videos", "https://host/v?X-Amz-Signature=abc"])
+def test_a_config_holds_no_password(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "c.yaml").write_text(
+        f'stage: shard\nname: t\noutput: {tmp_path}/o\nsource: {{kind: folder, root: "{root}"}}\n'
+    )
+    assert cli.main(["shard", str(tmp_path / "c.yaml"), "--dry-run"]) == 2
+    assert "holds a password or a signature" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--partition", "a\n#SBATCH --wrap=x"],
+        ["--account", "a --wrap=x"],
+        ["--image", "x\ny"],
+        ["--folder", "a\nb"],
+        ["--time", "1:00:00\n#SBATCH --uid=0"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_submit_takes_no_option_that_writes_lines_of_its_own(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["submit", "transfer/demo", "--to", "slurm", "--print", *words]) == 2
+    told = capsys.readouterr()
+    assert words[0] in told.err
+    assert "SBATCH" not in told.out
