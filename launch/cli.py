@@ -224,9 +224,10 @@ def _guarded(arguments: argparse.Namespace) -> int:
         if not type(error).__module__.startswith("cliplift."):
             raise
         print(f"cliplift: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("cliplift: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"cliplift: {error or 'interrupted'}", file=sys.stderr)
+        status: int = getattr(error, "exit_status", 130)  # StoppedBySignalError names its signal's
+        return status
     return USER_ERROR
 
 

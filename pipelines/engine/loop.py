@@ -21,17 +21,21 @@ from torch import Tensor
 
 from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.data.loader import ClipBatch
-from cliplift.pipelines.distributed.collectives import Topology, all_reduce_max
+from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.engine import checkpoint
 from cliplift.pipelines.engine.batchnorm import estimate_statistics, lagging_statistics
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
 from cliplift.pipelines.engine.faults import (
     VERDICTS,
     DivergedError,
     LossGuard,
+    StoppedBySignalError,
     Verdict,
     beat,
     caught_signals,
     stacks_of_last_hang,
+    stop_agreed,
+    stop_requested,
     watched,
 )
 from cliplift.pipelines.engine.late import LateValues, LoggedStep, StepOutcome
@@ -59,10 +63,10 @@ def fit(
         ConfigError: the checkpoint belongs to other data, another seed or another batch size.
         DivergedError: ``engine.max_bad_steps_in_row`` steps in a row had no finite loss and gradient.
     """
-    return _Fit(task, run, loader, topology, tracker).run_to_end()
+    return Trainer(task, run, loader, topology, tracker).train()
 
 
-class _Fit:
+class Trainer:
     """One call of :func:`fit`."""
 
     def __init__(
@@ -77,7 +81,6 @@ class _Fit:
         self.guard = LossGuard(run.engine, topology)
         self.unread: StepOutcome | None = None
         self.stop_asked = False
-        self.caught: list[int] = []
         self.window = TrainingWindow()
         self.profiler = StepProfiler(
             run.track.profile_steps,
@@ -101,7 +104,8 @@ class _Fit:
         state = self.state
         return self.loader.micro_batches(start_step=state.data_step, stop_step=self.total + state.data_offset)
 
-    def run_to_end(self) -> FitResult:
+    def train(self) -> FitResult:
+        """To the end of the schedule, or to a signal."""
         started, first_step = time.monotonic(), self.state.step
         self.tracker.start(step=self.state.step, total=self.total)
         stacks = Path(self.run.output) / "stacks"
@@ -110,12 +114,12 @@ class _Fit:
         lag = lagging_statistics(self.engine.module.train(), forward_passes=self.total * self.accumulation)
         if lag is not None and not self.run.evaluation.precise_batchnorm_batches:
             self._say(lag)
-        interrupted = False
-        seconds = self.run.engine.hang_seconds
+        hang_seconds = self.run.engine.hang_seconds
         with (
-            caught_signals() as self.caught,
-            watched(seconds=seconds, folder=stacks, rank=self.topology.rank),
+            caught_signals(),
+            watched(seconds=hang_seconds, folder=stacks, rank=self.topology.rank),
         ):
+            interrupted = stop_agreed(self.topology) or not self._evaluation_caught_up()
             while self.state.step < self.total and not interrupted:
                 interrupted = self._advance()
             self.state.saver.wait()
@@ -147,12 +151,13 @@ class _Fit:
         save = last or self._due(self.run.checkpoint.every_steps)
         if (evaluate or save or self.stop_asked) and not self._settle():
             return False
-        if evaluate:
-            self._evaluate()
+        if evaluate and not self._evaluate():
+            self.state.save(self.tracker.run_id)
+            return True
         if save:
             self.state.save(self.tracker.run_id)
         if evaluate or save:  # these may take long enough for a signal to arrive in them
-            self.stop_asked |= all_reduce_max(float(bool(self.caught)), self.topology) > 0
+            self.stop_asked |= stop_agreed(self.topology)
         if last or not self.stop_asked:
             return False
         if not save:
@@ -179,7 +184,7 @@ class _Fit:
             loss = outputs["loss"]
             last = turn + 1 == self.accumulation
             if last and self.guard.factor is not None:
-                judged = self.guard.judge(sums["loss"], signalled=bool(self.caught))
+                judged = self.guard.judge(sums["loss"], signalled=stop_requested())
                 # Every ZeRO stage leaves out an update that is not finite.
                 loss = loss * torch.ones_like(loss).masked_fill(judged[0] > 0, math.nan)
             self.engine.backward(loss)
@@ -187,7 +192,7 @@ class _Fit:
             if not last:
                 self.engine.step()
         if judged is None:
-            judged = self.guard.judge(sums["loss"], signalled=bool(self.caught))
+            judged = self.guard.judge(sums["loss"], signalled=stop_requested())
         lr = self.schedule.apply(self.engine.optimizer, self.state.step, self.lr)
         judged, norm, overflow = self._update(judged)
         if self.state.average is not None:
@@ -334,13 +339,42 @@ class _Fit:
         each = clips_per_second * flops / self.topology.world_size / 1e12
         return {"speed/tflops_per_device": each, "speed/mfu": each / peak}
 
-    def _evaluate(self) -> None:
+    def _evaluation_caught_up(self) -> bool:
+        """Make the evaluation that a signal stopped before this start; False when another signal stops it again."""
+        if not self.state.evaluation_due:
+            return True
+        if not self._evaluate():
+            return False  # the checkpoint this start came from already says that it is due
+        self.state.save(self.tracker.run_id)
+        return True
+
+    def _evaluate(self) -> bool:
+        """Evaluate, with what follows from the result. False when a signal stopped it: it is due again then.
+
+        The random state from before is put back in that case, so that a continued run draws what an unbroken one does.
+        """
+        random_state = checkpoint.random_state(self.topology.device)
+        self.state.evaluation_due = True
+        try:
+            metrics = self._measured()
+        except StoppedBySignalError:
+            checkpoint.set_random_state(random_state, self.topology.device)
+            return False
+        finally:
+            self.engine.train()
+        self.state.evaluation_due = False
+        self._take_metrics(metrics)
+        return True
+
+    def _measured(self) -> dict[str, float]:
         with self.state.average.in_place() if self.state.average is not None else contextlib.nullcontext():
             self._precise_batchnorm()
             self.engine.eval()
             with torch.no_grad():
-                metrics = self.task.evaluate(topology=self.topology)
-        self.engine.train()
+                return self.task.evaluate(topology=self.topology)
+
+    def _take_metrics(self, metrics: dict[str, float]) -> None:
+        """Log them, lower the learning rate where they have stopped improving, keep the best weights."""
         self.state.metrics = metrics
         self.tracker.log(self.state.step, {f"eval/{name}": value for name, value in metrics.items()})
         if self.tracker.shows_clips:
