@@ -13,16 +13,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cliplift.configs.data import DataConfig
+from cliplift.pipelines.data.failures import WorkerError
 
 PRELOADED = ["cliplift.pipelines.data.loader"]
 POLL_SECONDS = 2.0
 
 R = TypeVar("R")
 B = TypeVar("B")
-
-
-class WorkerError(ValueError):
-    """The decoding processes died or fell silent; the message says over which samples, and what to do."""
 
 
 def batches_from_workers(

@@ -41,11 +41,11 @@ from cliplift.pipelines.engine.faults import (
 from cliplift.pipelines.engine.late import LateValues, LoggedStep, StepOutcome
 from cliplift.pipelines.engine.optim import Schedule, leave_out, peak_lr, total_steps
 from cliplift.pipelines.engine.state import RunState, run_identity
-from cliplift.pipelines.engine.task import FitResult, Loader, TrainingTask
+from cliplift.pipelines.engine.task import HALF, FitResult, Loader, TrainingTask
 from cliplift.pipelines.engine.telemetry import StepProfiler, TrainingWindow, peak_tflops
 from cliplift.pipelines.runs.tracking import Tracker
 
-SAID = {
+REASONS = {
     "spike": "the loss is far above those before it",
     "not finite": "loss or gradient is not finite",
     "overflow": "fp16 overflow, the loss scale is lowered",
@@ -94,7 +94,7 @@ class Trainer:
             schedule=self.schedule,
             identity=run_identity(run, data_fingerprint=loader.fingerprint, total_steps=self.total),
             topology=topology,
-            say=self._say,
+            say=self._log_main,
         )
         self.engine = self.state.engine
         self.tracker.resume_at(self.state.step, data_offset=self.state.data_offset)
@@ -110,10 +110,10 @@ class Trainer:
         self.tracker.start(step=self.state.step, total=self.total)
         stacks = Path(self.run.output) / "stacks"
         for path in stacks_of_last_hang(stacks) if self.topology.is_main else ():
-            self._say(f"an earlier start hung and was ended; its stacks are in {path}")
+            self._log_main(f"an earlier start hung and was ended; its stacks are in {path}")
         lag = lagging_statistics(self.engine.module.train(), forward_passes=self.total * self.accumulation)
         if lag is not None and not self.run.evaluation.precise_batchnorm_batches:
-            self._say(lag)
+            self._log_main(lag)
         hang_seconds = self.run.engine.hang_seconds
         with (
             caught_signals(),
@@ -126,7 +126,7 @@ class Trainer:
             if not interrupted:
                 self.state.take_result(refresh_statistics=self._precise_batchnorm)
         seconds = time.monotonic() - started
-        self._say_profile(self.profiler.close())
+        self._log_profile(self.profiler.close())
         clips = (self.state.step - first_step) * self.run.engine.global_batch
         return FitResult(
             steps=self.state.step,
@@ -142,7 +142,7 @@ class Trainer:
         """One step with what is due after it. True when a signal ended the run here."""
         self.profiler.before(self.state.step + 1)
         stepped = self._train_step()
-        self._say_profile(self.profiler.after(self.state.step))
+        self._log_profile(self.profiler.after(self.state.step))
         beat()
         if not stepped:
             return False  # rewound: what was due after that step is due again
@@ -184,14 +184,16 @@ class Trainer:
             loss = outputs["loss"]
             last = turn + 1 == self.accumulation
             if last and self.guard.factor is not None:
+                # A spike must be known before the last backward pass, whose gradients go into the update.
                 judged = self.guard.judge(sums["loss"], signalled=stop_requested())
                 # Every ZeRO stage leaves out an update that is not finite.
                 loss = loss * torch.ones_like(loss).masked_fill(judged[0] > 0, math.nan)
             self.engine.backward(loss)
             self.window.failed += len(batch.failed)
             if not last:
-                self.engine.step()
+                self.engine.step()  # DeepSpeed counts micro-batches here; the last call, in _update, is the update
         if judged is None:
+            # Without a spike limit the update is left out for a gradient that is not finite; judging may come late.
             judged = self.guard.judge(sums["loss"], signalled=stop_requested())
         lr = self.schedule.apply(self.engine.optimizer, self.state.step, self.lr)
         judged, norm, overflow = self._update(judged)
@@ -210,7 +212,7 @@ class Trainer:
 
         Only the input is channels-last: convolutions follow it, while ZeRO needs the weights contiguous.
         """
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.run.engine.precision)
+        dtype = HALF.get(self.run.engine.precision)
         if dtype is not None:
             inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
         if self.run.engine.channels_last:
@@ -261,23 +263,23 @@ class Trainer:
             return True
         self.state.skipped += 1
         self.bad_in_row += 1
-        said = SAID[verdict]
+        reason = REASONS[verdict]
         limit = self.run.engine.max_bad_steps_in_row
         action = "skip" if verdict == "overflow" else self.run.engine.on_bad_step
         over = self.state.rewinds >= limit if action == "rewind" else self.bad_in_row >= limit
         if action == "stop" or over:
             raise DivergedError(
-                f"{self.run.name}: step {step}: {said}, {self.bad_in_row} bad steps in a row, "
+                f"{self.run.name}: step {step}: {reason}, {self.bad_in_row} bad steps in a row, "
                 f"{self.state.rewinds} rewinds: lower optim.lr, set optim.clip_grad_norm, or use engine.precision=fp32"
             )
         position = step + self.state.data_offset
         if action == "rewind" and self._rewind(step):
-            self._say(
-                f"data position {position}: {said}; back to step {self.state.step}, "
+            self._log_main(
+                f"data position {position}: {reason}; back to step {self.state.step}, "
                 f"which goes on with data position {position + 1}"
             )
             return False
-        self._say(f"step {step}: {said}; the update was skipped")
+        self._log_main(f"step {step}: {reason}; the update was skipped")
         return True
 
     def _rewind(self, step: int) -> bool:
@@ -383,7 +385,7 @@ class Trainer:
         if found is None:
             return
         if self.schedule.observe(found):
-            self._say(f"step {self.state.step}: no improvement, learning rate lowered")
+            self._log_main(f"step {self.state.step}: no improvement, learning rate lowered")
         if self.state.best is None or found > self.state.best:
             self.state.best = found
             if self.run.checkpoint.keep_best and self.run.evaluation.every_steps is not None:
@@ -407,11 +409,11 @@ class Trainer:
             topology=self.topology,
         )
 
-    def _say_profile(self, path: Path | None) -> None:
+    def _log_profile(self, path: Path | None) -> None:
         if path is not None:
-            self._say(f"profile written to {path}")
+            self._log_main(f"profile written to {path}")
 
-    def _say(self, text: str) -> None:
+    def _log_main(self, text: str) -> None:
         if self.topology.is_main:
             print(f"{self.run.name}: {text}", flush=True)
 
