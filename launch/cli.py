@@ -241,9 +241,10 @@ def _guarded(arguments: argparse.Namespace) -> int:
             raise
         what, place = USERS_FAULTS[error.errno], error.filename or "the output or TMPDIR"
         print(f"cliplift: {place}: {what}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("cliplift: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"cliplift: {error or 'interrupted'}", file=sys.stderr)
+        status: int = getattr(error, "exit_status", 130)  # StoppedBySignalError names its signal's
+        return status
     return USER_ERROR
 
 

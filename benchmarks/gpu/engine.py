@@ -234,7 +234,7 @@ def _waits_of(setting: Setting, stage: int, precision: str, name: str) -> Any:
     net = create_model(name, num_classes=CLASSES, in_frames=8, **options)
     task: Any = Task(Classifier(net, label_smoothing=0.0, multi_label=False), 8, topology.device)
     set_numerics(run.engine, topology.device)
-    fitting = loop._Fit(task, run, RepeatingLoader(shape), topology, tracker)  # type: ignore[arg-type]
+    fitting = loop.Trainer(task, run, RepeatingLoader(shape), topology, tracker)  # type: ignore[arg-type]
     watched_steps = 2
     for step in range(2 + watched_steps):
         if step >= 2 and setting.device.type == "cuda":

@@ -19,7 +19,8 @@ from cliplift.configs.runs import ClassificationRun, TransferRun
 from cliplift.launch.check.findings import Finding
 from cliplift.launch.check.machine import ASSUMED_MFU, FP32_SHARE, Machine
 from cliplift.pipelines.cost.memory_plan import MemoryPlan, Sizes, moments_of, parts, plan_memory
-from cliplift.pipelines.data.loader import ClipLoader, TooManyFailuresError
+from cliplift.pipelines.data.failures import TooManyFailuresError
+from cliplift.pipelines.data.loader import ClipLoader
 from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
 from cliplift.pipelines.engine.optim import total_steps

@@ -71,16 +71,20 @@ def run_demo(arguments: argparse.Namespace) -> int:
 def demonstrate(run: DemoRun) -> Path | None:
     """Make videos, shard, transfer, finetune, test, report. Returns the report's path; None after a signal.
 
-    A signal that stops one of the training runs stops the demo: started again, it goes on with that run.
+    A signal stops the demo wherever it is: started again, it goes on with the run, or the step, that was stopped.
     """
-    try:
-        return _run_demo(run)
-    except _StoppedError:
-        print(f"demo: stopped by a signal; start it again to continue in {run.output}", flush=True)
-        return None
+    from cliplift.pipelines.engine.faults import StoppedBySignalError, caught_signals
+
+    with caught_signals():
+        try:
+            return _run_demo(run)
+        except (_StoppedError, StoppedBySignalError):
+            print(f"demo: stopped by a signal; start it again to continue in {run.output}", flush=True)
+            return None
 
 
 def _run_demo(run: DemoRun) -> Path:
+    from cliplift.pipelines.engine.faults import stopping_at_once
     from cliplift.pipelines.report.page import write_report
     from cliplift.pipelines.runs.folder import write_json
 
@@ -94,11 +98,12 @@ def _run_demo(run: DemoRun) -> Path:
         seconds[name] = round(seconds.get(name, 0.0) + now - since, 1)
         return now
 
-    _make_videos(run, root)
-    clock = timed("make videos", began)
-    for recipe in ("demo_actions", "demo_unlabelled"):
-        _shard(run, root, recipe)
-    clock = timed("shard", clock)
+    with stopping_at_once():
+        _make_videos(run, root)
+        clock = timed("make videos", began)
+        for recipe in ("demo_actions", "demo_unlabelled"):
+            _shard(run, root, recipe)
+        clock = timed("shard", clock)
     transfer = _train(
         "transfer/demo",
         root,
@@ -112,13 +117,14 @@ def _run_demo(run: DemoRun) -> Path:
         clock = timed(method, clock)
     facts = _facts(transfer, rows, seconds | {"total": round(time.monotonic() - began, 1)})
     write_json(root / "demo.json", facts)
-    report = write_report(
-        runs=[transfer.folder, *(Path(f) for row in rows for f in row.folders)],
-        output=root / "report.html",
-        title="cliplift demo",
-        max_clips=16,
-        demo=facts,
-    )
+    with stopping_at_once():
+        report = write_report(
+            runs=[transfer.folder, *(Path(f) for row in rows for f in row.folders)],
+            output=root / "report.html",
+            title="cliplift demo",
+            max_clips=16,
+            demo=facts,
+        )
     print(table(facts, rows))
     print(f"report: {report}")
     return report

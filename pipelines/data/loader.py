@@ -9,7 +9,6 @@ Which loader a run trains from.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
@@ -20,6 +19,7 @@ from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.data.batch import ClipBatch, merged
 from cliplift.pipelines.data.eval_loader import EvalLoader
+from cliplift.pipelines.data.failures import FailureCount, TooManyFailuresError
 from cliplift.pipelines.data.order import (
     BalancedOrder,
     Draw,
@@ -31,7 +31,7 @@ from cliplift.pipelines.data.order import (
     rank_positions,
 )
 from cliplift.pipelines.data.source import ClipSource, clips_of_video
-from cliplift.pipelines.data.workers import WorkerError, batches_from_workers
+from cliplift.pipelines.data.workers import batches_from_workers
 from cliplift.sharding.read.reader import ShardReadError
 from cliplift.sharding.video.decode import VideoDecodeError
 
@@ -39,41 +39,10 @@ __all__ = [
     "ClipBatch",
     "ClipLoader",
     "EvalLoader",
-    "TooManyFailuresError",
-    "WorkerError",
     "clips_of_video",
 ]
 
-log = logging.getLogger(__name__)
-
 MAX_SUBSTITUTES = 100
-
-
-class TooManyFailuresError(ValueError):
-    """More samples were unreadable than the config tolerates."""
-
-
-class FailureCount:
-    """Unreadable samples so far, and when they are too many."""
-
-    def __init__(self, data: DataConfig) -> None:
-        self.data = data
-        self._read = self._failed = self._in_row = 0
-
-    def count(self, batch: ClipBatch) -> None:
-        """Add a batch. Raises TooManyFailuresError above ``max_failed_in_row`` or ``max_failed_share``."""
-        self._read += len(batch.labels) // self.data.clips_per_sample
-        self._failed += len(batch.failed)
-        self._in_row = self._in_row + len(batch.failed) if batch.failed else 0
-        for message in batch.failed:
-            log.warning("another sample stands in for %s", message)
-        too_many = self._read >= 100 and self._failed > self.data.max_failed_share * self._read
-        if self._in_row > self.data.max_failed_in_row or too_many:
-            read_from = self.data.sequential.tars if self.data.sequential else self.data.urls
-            raise TooManyFailuresError(
-                f"{self._failed} of {self._read} samples could not be read (the last: {batch.failed[-1]}); "
-                f"run `cliplift verify` on {', '.join(read_from)}, or raise data.max_failed_share"
-            )
 
 
 class Request(NamedTuple):

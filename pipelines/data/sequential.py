@@ -26,7 +26,8 @@ from cliplift.configs.data import DataConfig, SequentialConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.data.batch import FLIP, ClipBatch, merged
 from cliplift.pipelines.data.clip_plan import cut, mirrored_labels, training_plan
-from cliplift.pipelines.data.loader import MAX_SUBSTITUTES, FailureCount, TooManyFailuresError
+from cliplift.pipelines.data.failures import FailureCount, TooManyFailuresError
+from cliplift.pipelines.data.loader import MAX_SUBSTITUTES
 from cliplift.pipelines.data.workers import batches_from_workers
 from cliplift.sharding.manifest import NO_LABEL
 from cliplift.sharding.read.reader import ClipShape, ShardDataset

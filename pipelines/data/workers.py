@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,16 +13,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cliplift.configs.data import DataConfig
+from cliplift.pipelines.data.failures import WorkerError
 
 PRELOADED = ["cliplift.pipelines.data.loader"]
 POLL_SECONDS = 2.0
 
 R = TypeVar("R")
 B = TypeVar("B")
-
-
-class WorkerError(ValueError):
-    """The decoding processes died or fell silent; the message says over which samples, and what to do."""
 
 
 def batches_from_workers(
@@ -91,12 +89,15 @@ def _loader(dataset: Dataset[B], requests: Iterator[Any], *, data: DataConfig, w
         # A fork would copy open remote connections and the threads of the parent; a fork server has neither.
         multiprocessing_context=context,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
     )
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
+    # A terminal and a scheduler send these to every process of a job; the trainer still needs batches to stop in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _explained(what: str, *, data: DataConfig, processes: list[Any], died: bool) -> WorkerError:

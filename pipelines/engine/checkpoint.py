@@ -3,7 +3,7 @@
 ``checkpoints/step_00000040/`` holds fp32 parameters and buffers by name, optimizer state by parameter name, each
 rank's buffers and random state, and ``state.json`` (step, schedule, fingerprints). ``COMPLETE.json`` lists every file
 with size and crc32 and is written last; the folder is renamed into place only then. A folder without it, or with a
-file that differs from it, is never resumed from: the one before is, and that is said.
+file that differs from it, is skipped with a warning; the previous checkpoint is used.
 
 DeepSpeed's own files are not used: they refuse another world size and another stage.
 
@@ -160,7 +160,7 @@ def newest_usable(folder: Path, *, say: Callable[[str], None]) -> Path | None:
         problem = damage(path)
         if problem is None:
             return path
-        say(f"checkpoint {path.name} is damaged ({problem}); trying the one before it")
+        say(f"checkpoint {path.name} is damaged ({problem}); using the previous one")
     return None
 
 

@@ -1,6 +1,8 @@
 """What a run does about a step whose loss is not finite, or far above those before it.
 
-Signals that ask a run to stop: a scheduler's SIGTERM before preemption, SIGUSR1 by Slurm's ``--signal``.
+Signals that ask a command to stop: a scheduler's SIGTERM before preemption, SIGUSR1 by Slurm's ``--signal``, SIGINT
+from the keyboard. They are caught once for a whole command, however many runs it is made of, and each run looks at the
+request where it can stop: after a step, after a batch of an evaluation, and before it starts.
 
 Hang watchdog: a process that shows no progress writes all its threads' stacks and ends.
 
@@ -14,15 +16,17 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Literal, TextIO
 
 import torch
 from torch import Tensor
 
 from cliplift.configs.training import EngineConfig
-from cliplift.pipelines.distributed.collectives import Topology, all_reduce_mean
+from cliplift.pipelines.distributed.collectives import Topology, all_reduce_max, all_reduce_mean
 
 Verdict = Literal["fine", "not finite", "spike", "overflow"]
 VERDICTS: tuple[Verdict, ...] = (
@@ -80,19 +84,98 @@ class LossGuard:
         self._known.zero_()
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# One Ctrl-C may arrive twice, from the terminal and from the launcher; a second one after this long is meant.
+SECOND_INTERRUPT_SECONDS = 2.0
+
+
+class StoppedBySignalError(KeyboardInterrupt):
+    """A signal asked the command to stop, and the work under way was given up.
+
+    A KeyboardInterrupt, so that no handler of ordinary errors takes it for one. ``exit_status`` is the shell's
+    128 + number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_status = 128 + number
+
+
+class _StopRequest:
+    """The one request to stop that a process can have."""
+
+    number = 0  # of the first signal; 0 without one
+    since = 0.0  # time.monotonic() of that signal
+    catching = 0  # open caught_signals() contexts
+    at_once = False
+
+
+_stop = _StopRequest()
+
+
+def _on_signal(number: int, _: FrameType | None) -> None:
+    if not _stop.number:
+        _stop.number, _stop.since = number, time.monotonic()
+    elif number == signal.SIGINT and time.monotonic() - _stop.since > SECOND_INTERRUPT_SECONDS:
+        raise KeyboardInterrupt
+    if _stop.at_once:
+        raise StoppedBySignalError(number)
+
+
 @contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGUSR1 instead of dying of them; the handlers from before come back afterwards."""
-    caught: list[int] = []
+def caught_signals() -> Iterator[None]:
+    """Remember SIGTERM, SIGUSR1 and SIGINT as a request to stop instead of dying of them.
+
+    The outermost context counts: a request stays until it is left, and the handlers from before come back then. A
+    second SIGINT, some seconds after the first signal, raises KeyboardInterrupt.
+    """
     before = {}
-    with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            before[number] = signal.signal(number, lambda n, _: caught.append(n))
+    if not _stop.catching:
+        _stop.number = 0
+        with contextlib.suppress(ValueError):  # signals can be caught in the main thread only
+            for number in STOP_SIGNALS:
+                before[number] = signal.signal(number, _on_signal)
+    _stop.catching += 1
     try:
-        yield caught
+        yield
     finally:
+        _stop.catching -= 1
         for number, handler in before.items():
             signal.signal(number, handler)
+        if not _stop.catching:
+            _stop.number = 0
+
+
+@contextlib.contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Inside, a signal that :func:`caught_signals` catches raises StoppedBySignalError wherever the process is.
+
+    For work of one process that is done anew, or continued, when the command is started again.
+    """
+    _stop.at_once = True
+    try:
+        if _stop.number:
+            raise StoppedBySignalError(_stop.number)
+        yield
+    finally:
+        _stop.at_once = False
+
+
+def stop_requested() -> bool:
+    """Whether a signal has reached this process; the other ranks may not know of it yet."""
+    return _stop.number > 0
+
+
+def stop_agreed(topology: Topology) -> bool:
+    """Whether a signal has reached any rank. Collective: all ranks get the same answer, and the host waits for it."""
+    _stop.number = int(all_reduce_max(float(_stop.number), topology))
+    return _stop.number > 0
+
+
+def stop_together(topology: Topology) -> None:
+    """Raise StoppedBySignalError on all ranks when a signal has reached any of them. Collective."""
+    if stop_agreed(topology):
+        raise StoppedBySignalError(_stop.number)
 
 
 class _Timer:

@@ -21,27 +21,31 @@ from torch import Tensor
 
 from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.data.loader import ClipBatch
-from cliplift.pipelines.distributed.collectives import Topology, all_reduce_max
+from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.engine import checkpoint
 from cliplift.pipelines.engine.batchnorm import estimate_statistics, lagging_statistics
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
 from cliplift.pipelines.engine.faults import (
     VERDICTS,
     DivergedError,
     LossGuard,
+    StoppedBySignalError,
     Verdict,
     beat,
     caught_signals,
     stacks_of_last_hang,
+    stop_agreed,
+    stop_requested,
     watched,
 )
 from cliplift.pipelines.engine.late import LateValues, LoggedStep, StepOutcome
 from cliplift.pipelines.engine.optim import Schedule, leave_out, peak_lr, total_steps
 from cliplift.pipelines.engine.state import RunState, run_identity
-from cliplift.pipelines.engine.task import FitResult, Loader, TrainingTask
+from cliplift.pipelines.engine.task import HALF, FitResult, Loader, TrainingTask
 from cliplift.pipelines.engine.telemetry import StepProfiler, TrainingWindow, peak_tflops
 from cliplift.pipelines.runs.tracking import Tracker
 
-SAID = {
+REASONS = {
     "spike": "the loss is far above those before it",
     "not finite": "loss or gradient is not finite",
     "overflow": "fp16 overflow, the loss scale is lowered",
@@ -59,10 +63,10 @@ def fit(
         ConfigError: the checkpoint belongs to other data, another seed or another batch size.
         DivergedError: ``engine.max_bad_steps_in_row`` steps in a row had no finite loss and gradient.
     """
-    return _Fit(task, run, loader, topology, tracker).run_to_end()
+    return Trainer(task, run, loader, topology, tracker).train()
 
 
-class _Fit:
+class Trainer:
     """One call of :func:`fit`."""
 
     def __init__(
@@ -77,7 +81,6 @@ class _Fit:
         self.guard = LossGuard(run.engine, topology)
         self.unread: StepOutcome | None = None
         self.stop_asked = False
-        self.caught: list[int] = []
         self.window = TrainingWindow()
         self.profiler = StepProfiler(
             run.track.profile_steps,
@@ -91,7 +94,7 @@ class _Fit:
             schedule=self.schedule,
             identity=run_identity(run, data_fingerprint=loader.fingerprint, total_steps=self.total),
             topology=topology,
-            say=self._say,
+            say=self._log_main,
         )
         self.engine = self.state.engine
         self.tracker.resume_at(self.state.step, data_offset=self.state.data_offset)
@@ -101,28 +104,29 @@ class _Fit:
         state = self.state
         return self.loader.micro_batches(start_step=state.data_step, stop_step=self.total + state.data_offset)
 
-    def run_to_end(self) -> FitResult:
+    def train(self) -> FitResult:
+        """To the end of the schedule, or to a signal."""
         started, first_step = time.monotonic(), self.state.step
         self.tracker.start(step=self.state.step, total=self.total)
         stacks = Path(self.run.output) / "stacks"
         for path in stacks_of_last_hang(stacks) if self.topology.is_main else ():
-            self._say(f"an earlier start hung and was ended; its stacks are in {path}")
+            self._log_main(f"an earlier start hung and was ended; its stacks are in {path}")
         lag = lagging_statistics(self.engine.module.train(), forward_passes=self.total * self.accumulation)
         if lag is not None and not self.run.evaluation.precise_batchnorm_batches:
-            self._say(lag)
-        interrupted = False
-        seconds = self.run.engine.hang_seconds
+            self._log_main(lag)
+        hang_seconds = self.run.engine.hang_seconds
         with (
-            caught_signals() as self.caught,
-            watched(seconds=seconds, folder=stacks, rank=self.topology.rank),
+            caught_signals(),
+            watched(seconds=hang_seconds, folder=stacks, rank=self.topology.rank),
         ):
+            interrupted = stop_agreed(self.topology) or not self._evaluation_caught_up()
             while self.state.step < self.total and not interrupted:
                 interrupted = self._advance()
             self.state.saver.wait()
             if not interrupted:
                 self.state.take_result(refresh_statistics=self._precise_batchnorm)
         seconds = time.monotonic() - started
-        self._say_profile(self.profiler.close())
+        self._log_profile(self.profiler.close())
         clips = (self.state.step - first_step) * self.run.engine.global_batch
         return FitResult(
             steps=self.state.step,
@@ -138,7 +142,7 @@ class _Fit:
         """One step with what is due after it. True when a signal ended the run here."""
         self.profiler.before(self.state.step + 1)
         stepped = self._train_step()
-        self._say_profile(self.profiler.after(self.state.step))
+        self._log_profile(self.profiler.after(self.state.step))
         beat()
         if not stepped:
             return False  # rewound: what was due after that step is due again
@@ -147,12 +151,13 @@ class _Fit:
         save = last or self._due(self.run.checkpoint.every_steps)
         if (evaluate or save or self.stop_asked) and not self._settle():
             return False
-        if evaluate:
-            self._evaluate()
+        if evaluate and not self._evaluate():
+            self.state.save(self.tracker.run_id)
+            return True
         if save:
             self.state.save(self.tracker.run_id)
         if evaluate or save:  # these may take long enough for a signal to arrive in them
-            self.stop_asked |= all_reduce_max(float(bool(self.caught)), self.topology) > 0
+            self.stop_asked |= stop_agreed(self.topology)
         if last or not self.stop_asked:
             return False
         if not save:
@@ -179,15 +184,17 @@ class _Fit:
             loss = outputs["loss"]
             last = turn + 1 == self.accumulation
             if last and self.guard.factor is not None:
-                judged = self.guard.judge(sums["loss"], signalled=bool(self.caught))
+                # A spike must be known before the last backward pass, whose gradients go into the update.
+                judged = self.guard.judge(sums["loss"], signalled=stop_requested())
                 # Every ZeRO stage leaves out an update that is not finite.
                 loss = loss * torch.ones_like(loss).masked_fill(judged[0] > 0, math.nan)
             self.engine.backward(loss)
             self.window.failed += len(batch.failed)
             if not last:
-                self.engine.step()
+                self.engine.step()  # DeepSpeed counts micro-batches here; the last call, in _update, is the update
         if judged is None:
-            judged = self.guard.judge(sums["loss"], signalled=bool(self.caught))
+            # Without a spike limit the update is left out for a gradient that is not finite; judging may come late.
+            judged = self.guard.judge(sums["loss"], signalled=stop_requested())
         lr = self.schedule.apply(self.engine.optimizer, self.state.step, self.lr)
         judged, norm, overflow = self._update(judged)
         if self.state.average is not None:
@@ -205,7 +212,7 @@ class _Fit:
 
         Only the input is channels-last: convolutions follow it, while ZeRO needs the weights contiguous.
         """
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.run.engine.precision)
+        dtype = HALF.get(self.run.engine.precision)
         if dtype is not None:
             inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
         if self.run.engine.channels_last:
@@ -256,23 +263,23 @@ class _Fit:
             return True
         self.state.skipped += 1
         self.bad_in_row += 1
-        said = SAID[verdict]
+        reason = REASONS[verdict]
         limit = self.run.engine.max_bad_steps_in_row
         action = "skip" if verdict == "overflow" else self.run.engine.on_bad_step
         over = self.state.rewinds >= limit if action == "rewind" else self.bad_in_row >= limit
         if action == "stop" or over:
             raise DivergedError(
-                f"{self.run.name}: step {step}: {said}, {self.bad_in_row} bad steps in a row, "
+                f"{self.run.name}: step {step}: {reason}, {self.bad_in_row} bad steps in a row, "
                 f"{self.state.rewinds} rewinds: lower optim.lr, set optim.clip_grad_norm, or use engine.precision=fp32"
             )
         position = step + self.state.data_offset
         if action == "rewind" and self._rewind(step):
-            self._say(
-                f"data position {position}: {said}; back to step {self.state.step}, "
+            self._log_main(
+                f"data position {position}: {reason}; back to step {self.state.step}, "
                 f"which goes on with data position {position + 1}"
             )
             return False
-        self._say(f"step {step}: {said}; the update was skipped")
+        self._log_main(f"step {step}: {reason}; the update was skipped")
         return True
 
     def _rewind(self, step: int) -> bool:
@@ -334,13 +341,42 @@ class _Fit:
         each = clips_per_second * flops / self.topology.world_size / 1e12
         return {"speed/tflops_per_device": each, "speed/mfu": each / peak}
 
-    def _evaluate(self) -> None:
+    def _evaluation_caught_up(self) -> bool:
+        """Make the evaluation that a signal stopped before this start; False when another signal stops it again."""
+        if not self.state.evaluation_due:
+            return True
+        if not self._evaluate():
+            return False  # the checkpoint this start came from already says that it is due
+        self.state.save(self.tracker.run_id)
+        return True
+
+    def _evaluate(self) -> bool:
+        """Evaluate, with what follows from the result. False when a signal stopped it: it is due again then.
+
+        The random state from before is put back in that case, so that a continued run draws what an unbroken one does.
+        """
+        random_state = checkpoint.random_state(self.topology.device)
+        self.state.evaluation_due = True
+        try:
+            metrics = self._measured()
+        except StoppedBySignalError:
+            checkpoint.set_random_state(random_state, self.topology.device)
+            return False
+        finally:
+            self.engine.train()
+        self.state.evaluation_due = False
+        self._take_metrics(metrics)
+        return True
+
+    def _measured(self) -> dict[str, float]:
         with self.state.average.in_place() if self.state.average is not None else contextlib.nullcontext():
             self._precise_batchnorm()
             self.engine.eval()
             with torch.no_grad():
-                metrics = self.task.evaluate(topology=self.topology)
-        self.engine.train()
+                return self.task.evaluate(topology=self.topology)
+
+    def _take_metrics(self, metrics: dict[str, float]) -> None:
+        """Log them, lower the learning rate where they have stopped improving, keep the best weights."""
         self.state.metrics = metrics
         self.tracker.log(self.state.step, {f"eval/{name}": value for name, value in metrics.items()})
         if self.tracker.shows_clips:
@@ -349,7 +385,7 @@ class _Fit:
         if found is None:
             return
         if self.schedule.observe(found):
-            self._say(f"step {self.state.step}: no improvement, learning rate lowered")
+            self._log_main(f"step {self.state.step}: no improvement, learning rate lowered")
         if self.state.best is None or found > self.state.best:
             self.state.best = found
             if self.run.checkpoint.keep_best and self.run.evaluation.every_steps is not None:
@@ -373,11 +409,11 @@ class _Fit:
             topology=self.topology,
         )
 
-    def _say_profile(self, path: Path | None) -> None:
+    def _log_profile(self, path: Path | None) -> None:
         if path is not None:
-            self._say(f"profile written to {path}")
+            self._log_main(f"profile written to {path}")
 
-    def _say(self, text: str) -> None:
+    def _log_main(self, text: str) -> None:
         if self.topology.is_main:
             print(f"{self.run.name}: {text}", flush=True)
 

@@ -33,7 +33,7 @@ class RunState:
 
     ``step`` counts optimizer steps; ``step + data_offset`` is the data position in steps: rewinds pass over the data
     that led to a bad step. ``skipped`` counts updates left out, ``best`` is the best validation metric so far and
-    ``metrics`` are those of the last evaluation.
+    ``metrics`` are those of the last evaluation. ``evaluation_due``: a signal stopped the evaluation of this step.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class RunState:
         self.step, self.data_offset, self.skipped, self.rewinds = 0, 0, 0, 0
         self.best: float | None = None
         self.metrics: dict[str, float] = {}
+        self.evaluation_due = False
         self.saver = checkpoint.Saver(topology, asynchronous=run.checkpoint.asynchronous)
         saved = resumable(self.folder, run, identity=identity, topology=topology, say=say)
         self.engine = build_engine(module, run, folder=self.folder, saved=saved, topology=topology)
@@ -83,6 +84,7 @@ class RunState:
                 "average_updates": 0 if average is None else average.updates,
                 "best": self.best,
                 "metrics": self.metrics,
+                "evaluation_due": self.evaluation_due,
                 "schedule": self.schedule.state(),
                 "identity": dict(self.identity),
                 "tracker_id": tracker_id,
@@ -99,6 +101,7 @@ class RunState:
         self.step, self.skipped = state["step"], state["skipped_steps"]
         self.data_offset, self.rewinds = state["data_offset"], state["rewinds"]
         self.best, self.metrics = state["best"], dict(state["metrics"])
+        self.evaluation_due = state.get("evaluation_due", False)  # checkpoints of earlier versions lack it
         if self.average is not None and saved.average:
             self.average.restore(saved.average, updates=state["average_updates"])
 

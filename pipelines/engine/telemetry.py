@@ -74,7 +74,7 @@ def _gpu_gib(topology: Topology) -> float | None:
 
 log = logging.getLogger(__name__)
 
-# Dense bf16/fp16 tensor-core peaks of the vendor's data sheets, 1e12 operations a second.
+# Dense bf16/fp16 tensor-core peaks of the vendor's data sheets, 1e12 operations per second.
 HALF_PEAK_TFLOPS = {
     "H100 PCIe": 756.0,
     "H100": 989.0,
@@ -115,7 +115,7 @@ def training_flops(forward: float | None) -> float | None:
 
 
 def peak_tflops(run: TrainingRun, device: torch.device) -> float | None:
-    """Peak of one device at the run's precision, 1e12 operations a second; None for CPUs and unknown cards."""
+    """Peak of one device at the run's precision, 1e12 operations per second; None for CPUs and unknown cards."""
     if run.track.peak_tflops is not None:
         return run.track.peak_tflops
     if device.type != "cuda" or run.engine.precision == "fp32":

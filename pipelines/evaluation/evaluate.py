@@ -6,6 +6,7 @@ gathered, and put back in dataset order before any number is computed.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,11 +25,11 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig
 from cliplift.models.factory import from_pretrained, read_config
 from cliplift.pipelines.data.augment import DeviceAugment
-from cliplift.pipelines.data.loader import EvalLoader
+from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
 from cliplift.pipelines.distributed.agreement import agree_on_run
-from cliplift.pipelines.distributed.collectives import Topology, gather_objects, start
-from cliplift.pipelines.engine.faults import beat
-from cliplift.pipelines.evaluation.features import FEATURES, FeatureSums
+from cliplift.pipelines.distributed.collectives import Topology, leave, start
+from cliplift.pipelines.engine.faults import StoppedBySignalError, caught_signals
+from cliplift.pipelines.evaluation.features import FEATURES, ClassifierInputs
 from cliplift.pipelines.evaluation.metrics import (
     bootstrap_interval,
     confusion_matrix,
@@ -38,6 +39,7 @@ from cliplift.pipelines.evaluation.metrics import (
     mean_class_accuracy,
     top_k_accuracy,
 )
+from cliplift.pipelines.evaluation.over_split import over_split
 from cliplift.pipelines.runs.folder import CONFIG, WEIGHTS, RunFolder
 
 
@@ -82,6 +84,23 @@ class Predictions:
             np.save(path.with_name(FEATURES), self.features)
 
 
+@dataclass(frozen=True)
+class _Sums:
+    """Of one sample, over the views seen so far."""
+
+    scores: Tensor  # (K,) in fp64: logits or probabilities
+    views: int
+    label: int
+    target: npt.NDArray[np.float32] | None  # (K,)
+    features: Tensor | None  # (D,)
+
+    def plus(self, other: _Sums) -> _Sums:
+        both = None
+        if self.features is not None and other.features is not None:
+            both = self.features + other.features
+        return replace(self, scores=self.scores + other.scores, views=self.views + other.views, features=both)
+
+
 @torch.no_grad()
 def classify_split(
     network: nn.Module,
@@ -97,6 +116,9 @@ def classify_split(
     """Class probabilities of every sample of a split, averaged over its views; complete on every rank.
 
     ``keep_features`` also keeps what the classifier saw, where the network names its classifier.
+
+    Raises:
+        StoppedBySignalError: a signal has asked the command to stop.
     """
     loader = EvalLoader(
         data,
@@ -107,53 +129,60 @@ def classify_split(
         max_samples=max_samples,
     )
     views = DeviceAugment(data.augment, network.input_spec, training=False)
-    was_training = network.training
-    network.eval()
-    sums: dict[int, tuple[Tensor, int, int, Any]] = {}
-    inside = FeatureSums(network) if keep_features else None
-    for on_host in loader:
-        moved = on_host.to(topology.device)
-        scores = network(views(moved)).float()
-        if inside is not None:
-            inside.add(on_host.sample_index.tolist())
+    inputs = ClassifierInputs(network) if keep_features else None
+
+    def forward(clips: ClipBatch) -> list[_Sums]:
+        scores = network(views(clips)).float()
         if data.views.average == "probabilities":
             scores = scores.sigmoid() if multi_label else scores.softmax(dim=1)
-        beat()
-        for row, sample in enumerate(on_host.sample_index.tolist()):
-            target = None if on_host.targets is None else on_host.targets[row].numpy()
-            total, count, label, target = sums.get(sample, (0.0, 0, int(on_host.labels[row]), target))
-            sums[sample] = (total + scores[row].double().cpu(), count + 1, label, target)
-    for on_host in loader.fillers():
-        network(views(on_host.to(topology.device)))
-        beat()
-    network.train(was_training)
-    features = None if inside is None else inside.gathered(topology)
-    rows = [(sample, total / count, label, target) for sample, (total, count, label, target) in sums.items()]
-    ordered = sorted(gather_objects(rows, topology), key=lambda r: r[0])
-    found = _predictions(ordered, loader, logits=data.views.average == "logits", multi_label=multi_label)
-    return replace(found, features=features)
+        features = None if inputs is None else inputs.take(len(scores))
+        targets = None if clips.targets is None else clips.targets.cpu().numpy()
+        return [
+            _Sums(
+                row.clone(),  # alone: a view would carry the whole batch along to the other ranks
+                views=1,
+                label=label,
+                target=None if targets is None else targets[at],
+                features=None if features is None else features[at].clone(),
+            )
+            for at, (row, label) in enumerate(
+                zip(scores.cpu().double().unbind(), clips.labels.tolist(), strict=True)
+            )
+        ]
+
+    was_training = network.training
+    network.eval()
+    try:
+        rows = over_split(loader, forward, topology, merge=_Sums.plus)
+    finally:
+        network.train(was_training)
+        if inputs is not None:
+            inputs.close()
+    return _predictions(rows, loader, logits=data.views.average == "logits", multi_label=multi_label)
 
 
 def _predictions(
-    rows: Sequence[tuple[int, Tensor, int, Any]], loader: EvalLoader, *, logits: bool, multi_label: bool
+    rows: Sequence[tuple[int, _Sums]], loader: EvalLoader, *, logits: bool, multi_label: bool
 ) -> Predictions:
-    """``rows``: sample, its mean over the views (logits or probabilities), label, target."""
-    means = torch.stack([row[1] for row in rows])
+    """``rows``: samples in dataset order, each with the sums over its views."""
+    means = torch.stack([sums.scores / sums.views for _, sums in rows])
     probabilities = means
     if logits:
         probabilities = means.sigmoid() if multi_label else means.softmax(dim=1)
-    facts = [loader.dataset.facts(row[0]) for row in rows]
-    with_targets = rows[0][3] is not None
+    facts = [loader.dataset.facts(sample) for sample, _ in rows]
+    targets = [sums.target for _, sums in rows if sums.target is not None]
+    features = [sums.features / sums.views for _, sums in rows if sums.features is not None]
     return Predictions(
         keys=tuple(f.key for f in facts),
         video_ids=tuple(f.video_id for f in facts),
-        shard_urls=tuple(loader.dataset.url_of(row[0]) for row in rows),
-        sample_index=np.array([row[0] for row in rows], dtype=np.int64),
-        labels=np.array([row[2] for row in rows], dtype=np.int64),
-        targets=np.stack([row[3] for row in rows]) if with_targets else None,
+        shard_urls=tuple(loader.dataset.url_of(sample) for sample, _ in rows),
+        sample_index=np.array([sample for sample, _ in rows], dtype=np.int64),
+        labels=np.array([sums.label for _, sums in rows], dtype=np.int64),
+        targets=np.stack(targets) if targets else None,
         probabilities=probabilities.numpy().astype(np.float32),
         classes=tuple(loader.classes),
         logits=means.numpy().astype(np.float32) if logits else None,
+        features=torch.stack(features).numpy().astype(np.float16) if len(features) == len(rows) else None,
     )
 
 
@@ -218,9 +247,25 @@ def load_finished(folder: str) -> tuple[nn.Module, DataConfig | None, Mapping[st
 
 
 def run_evaluate(run: EvaluateRun, *, command: Sequence[str]) -> dict[str, float]:
-    """``cliplift evaluate``: predictions.parquet, result.json and the numbers printed."""
-    started = time.monotonic()
+    """``cliplift evaluate``: predictions.parquet, result.json and the numbers printed.
+
+    Raises:
+        StoppedBySignalError: a signal has stopped it; nothing was written but the start of the folder. Among several
+            ranks the process ends instead, with the signal's exit status.
+    """
     topology = start(EngineConfig(device=run.device, zero_stage=0))
+    with caught_signals():
+        try:
+            return _evaluated(run, command=command, topology=topology)
+        except StoppedBySignalError as stopped:
+            if topology.world_size > 1 and topology.is_main:
+                print(f"cliplift: {stopped}: the evaluation has no result", file=sys.stderr, flush=True)
+            leave(stopped.exit_status)
+            raise
+
+
+def _evaluated(run: EvaluateRun, *, command: Sequence[str], topology: Topology) -> dict[str, float]:
+    started = time.monotonic()
     agree_on_run(run, topology)
     network, own_data, card = load_finished(run.run)
     data = run.data or own_data

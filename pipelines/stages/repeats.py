@@ -10,6 +10,7 @@ from pathlib import Path
 from cliplift.configs.runs import FinetuneRun
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.distributed.collectives import start
+from cliplift.pipelines.engine.faults import caught_signals
 from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.stages.run import StageResult, run_stage
 from cliplift.sharding.read.reader import fold_count
@@ -56,15 +57,17 @@ def _folds(run: FinetuneRun) -> Sequence[int | None]:
 def run_repeats(run: FinetuneRun, *, command: Sequence[str]) -> StageResult:
     """Run all of them, each resuming or passing over what is finished, and write the summary into ``run.output``.
 
-    A signal ends the whole: starting it again goes on with the run it stopped in.
+    A signal ends the whole, also one that arrives between two runs: starting it again goes on with the run it
+    stopped in.
     """
     started = time.monotonic()
     results = []
-    for one in repeated(run):
-        result = run_stage(one, command=command)
-        if not result.finished:
-            return result
-        results.append(result)
+    with caught_signals():
+        for single in repeated(run):
+            result = run_stage(single, command=command)
+            if not result.finished:
+                return result
+            results.append(result)
     topology = start(run.engine)
     folder = RunFolder.create(run.output, writes=topology.is_main)
     metrics = summary([result.metrics for result in results])

@@ -26,6 +26,7 @@ from cliplift.pipelines.distributed.agreement import agree_on_run, agreed_data
 from cliplift.pipelines.distributed.collectives import Topology, barrier, start
 from cliplift.pipelines.distributed.launchers import find_place
 from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_config, set_numerics
+from cliplift.pipelines.engine.faults import StoppedBySignalError, caught_signals, stop_together
 from cliplift.pipelines.engine.loop import fit
 from cliplift.pipelines.engine.task import FitResult, Stage
 from cliplift.pipelines.runs.folder import RunFolder, sole_writer
@@ -77,16 +78,26 @@ class StageResult:
 def run_stage(run: TransferRun | ClassificationRun, *, command: Sequence[str]) -> StageResult:
     """Run transfer, pretrain or finetune on this process's share of the ranks.
 
+    A signal to any rank stops all of them, wherever they are: a training step, an evaluation, or before the first step.
+    What was trained is saved, and the result says ``requeue``.
+
     Raises:
         ConfigError: the run cannot work as configured, or another process writes to its folder; names the key.
     """
     started = time.monotonic()
     check_model(run)
-    topology = start(run.engine)
-    agree_on_run(run, topology)
-    folder = RunFolder.create(run.output, writes=topology.rank == 0)
-    with sole_writer(folder.path) if topology.is_main else contextlib.nullcontext():
-        return _run_in(folder, run, command=command, topology=topology, started=started)
+    with caught_signals():
+        topology = start(run.engine)
+        agree_on_run(run, topology)
+        folder = RunFolder.create(run.output, writes=topology.rank == 0)
+        with sole_writer(folder.path) if topology.is_main else contextlib.nullcontext():
+            try:
+                stop_together(topology)  # a signal from before, or from between two runs
+                return _run_in(folder, run, command=command, topology=topology, started=started)
+            except StoppedBySignalError:
+                text = "stopped by a signal; start it again to continue"
+                log_main(topology, f"{run.name}: {text}")
+                return StageResult(folder.path, finished=False, requeue=True)
 
 
 def _run_in(
@@ -100,7 +111,7 @@ def _run_in(
     stage = str(run.stage)
     done = folder.result()
     if done is not None and run.checkpoint.resume == "auto":
-        _say(
+        log_main(
             topology,
             f"{run.name}: already finished in {folder.path}; use another output, or checkpoint.resume=never",
         )
@@ -115,13 +126,18 @@ def _run_in(
         if result.interrupted:
             result.release()
             tracker.finish()
-            _say(
+            log_main(
                 topology,
                 f"{run.name}: stopped by a signal at step {result.steps} and saved; start it again to continue",
             )
             return StageResult(folder.path, result.metrics, finished=False, requeue=True)
-        metrics = _conclude(run, task, result, folder, topology)
-        result.release()
+        try:
+            metrics = _conclude(run, task, result, folder, topology)
+        except StoppedBySignalError:  # the last step is saved: the next start evaluates it again
+            tracker.finish()
+            raise
+        finally:
+            result.release()
         seconds = time.monotonic() - started
         folder.write_result(
             stage=stage,
@@ -259,6 +275,7 @@ def _shard_urls(run: TransferRun | ClassificationRun) -> list[str]:
     return [shards if isinstance(shards, str) else shards.url for shards in run.data.shards]
 
 
-def _say(topology: Topology, text: str) -> None:
+def log_main(topology: Topology, text: str) -> None:
+    """A line on the main rank's standard output."""
     if topology.rank == 0:
         print(text, flush=True)

@@ -127,8 +127,11 @@ def _in_processes(jobs: list[dict[str, Any]]) -> None:
         children.append(child)
     try:
         _write_part(jobs[0])
-    finally:
         codes = [child.wait() for child in children]
+    finally:  # after an error, or a signal, nothing they still make is wanted
+        for child in children:
+            child.kill()
+            child.wait()
     if any(codes):
         raise RuntimeError(f"a process that makes videos ended with exit status {max(codes, key=abs)}")
 

@@ -14,11 +14,11 @@ from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.data.clip_plan import Box, cut, training_box, view_boxes
+from cliplift.pipelines.data.failures import TooManyFailuresError
 from cliplift.pipelines.data.loader import (
     ClipBatch,
     ClipLoader,
     EvalLoader,
-    TooManyFailuresError,
     clips_of_video,
 )
 from cliplift.sharding.build.run import run_shard

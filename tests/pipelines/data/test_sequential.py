@@ -18,7 +18,8 @@ from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.data.batch import ClipBatch
-from cliplift.pipelines.data.loader import ClipLoader, TooManyFailuresError, training_loader
+from cliplift.pipelines.data.failures import TooManyFailuresError
+from cliplift.pipelines.data.loader import ClipLoader, training_loader
 from cliplift.pipelines.data.sequential import SequentialLoader
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos

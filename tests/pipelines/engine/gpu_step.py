@@ -96,7 +96,7 @@ def main(folder: Path, stage: int, precision: str) -> None:
     topology = start(run.engine)
     set_numerics(run.engine, topology.device)
     tracker = Tracker(run, stage="pretrain", folder=folder, topology=topology)
-    fit: Any = loop._Fit(Task(name, topology.device), run, Repeating(), topology, tracker)  # type: ignore[arg-type]
+    fit: Any = loop.Trainer(Task(name, topology.device), run, Repeating(), topology, tracker)  # type: ignore[arg-type]
     fit.engine.step, fit.engine.backward = outside(fit.engine.step), outside(fit.engine.backward)
     for step in range(4):
         torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")  # the first steps build tables

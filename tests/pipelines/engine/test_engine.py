@@ -230,7 +230,10 @@ def test_a_diverged_run_stops_with_advice(worker: ModuleType, tmp_path: Path) ->
 def test_a_signal_saves_and_leaves_cleanly(
     worker: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGTERM in the middle: a checkpoint of that very step, and the rest later equals an unbroken run."""
+    """SIGTERM in the middle: a checkpoint, and the rest later equals an unbroken run.
+
+    The host reads of a step while the next one runs: a signal in step 3 stops the run after step 4.
+    """
     whole = worker.train(worker.run_config(str(tmp_path / "whole")))
     forward, count = worker.Net.forward, 0
 
@@ -245,7 +248,7 @@ def test_a_signal_saves_and_leaves_cleanly(
     run = worker.run_config(str(tmp_path / "parts"), checkpoint__every_steps=1000)
     stopped = worker.train(run)
     assert stopped["interrupted"]
-    assert stopped["steps"] == 3
+    assert stopped["steps"] == 4
     monkeypatch.setattr(worker.Net, "forward", forward)
     rest = worker.train(run)
     assert (rest["losses"], rest["checksum"]) == (whole["losses"], whole["checksum"])

@@ -65,7 +65,7 @@ def fitting(worker: ModuleType, folder: Path, **changes: Any) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     tracker = Tracker(run, stage="pretrain", folder=folder, topology=topology)
     loader = worker.FixedLoader(run, topology)
-    return loop._Fit(worker.Task(), run, loader, topology, tracker)
+    return loop.Trainer(worker.Task(), run, loader, topology, tracker)
 
 
 def test_the_counter_sees_a_read(repository: Path, tmp_path: Path) -> None:

@@ -8,27 +8,27 @@ import numpy as np
 import torch
 
 from cliplift.models import create_model
-from cliplift.pipelines.distributed.collectives import Topology
-from cliplift.pipelines.evaluation.features import FEATURES, FeatureSums, plane, read_features
+from cliplift.pipelines.evaluation.features import FEATURES, ClassifierInputs, plane, read_features
 from cliplift.pipelines.report.charts import scatter
 
-ONE = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
-
-def test_features_are_the_classifiers_input_averaged_over_views() -> None:
+def test_features_are_the_classifiers_input() -> None:
     torch.manual_seed(0)
     model = create_model("t3d_tiny", num_classes=3).eval()
     clips = torch.randn(4, 3, 8, 64, 64)
-    sums = FeatureSums(model)
+    inputs = ClassifierInputs(model)
     with torch.no_grad():
         model(clips)
-        sums.add([7, 7, 2, 2])  # two views of samples 7 and 2
+        found = inputs.take(4)
+        model(clips)
+        assert inputs.take(5) is None, "a row for every clip, or nothing"
+        inputs.close()
+        model(clips)
+        assert inputs.take(4) is None
         model.reset_classifier(0)  # type: ignore[operator]
         expected = model(clips)
-    found = sums.gathered(ONE)
     assert found is not None
-    means = torch.stack([expected[2:].mean(dim=0), expected[:2].mean(dim=0)]).numpy()
-    assert np.allclose(found.astype(np.float32), means, atol=2e-3 * np.abs(means).max())
+    assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_clusters_stay_together_in_the_plane() -> None:
