@@ -195,7 +195,7 @@ def _mux(stream: Any, packets: list[Any], ranks: list[int], fps: Fraction) -> by
     with scratch_folder() as folder:
         path = folder / "clip.mp4"
         options = {"movflags": "+faststart", "fflags": "+bitexact"}
-        with av.open(str(path), "w", format="mp4", options=options) as out:
+        with av.open(f"file:{path.absolute()}", "w", format="mp4", options=options) as out:
             target = out.add_stream_from_template(stream)
             target.time_base = 1 / fps
             target.metadata.clear()
