@@ -6,6 +6,7 @@ Frames are counted from 0 in display order. A stored clip has a constant frame r
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -139,12 +140,29 @@ def frame_rate(stream: Any) -> Fraction | None:
 
 
 def claimed_seconds(container: Any, stream: Any) -> float | None:
-    """Length the container claims for its video. With sound, the container's own length may be the sound's."""
+    """Length the container claims for its video, seconds after its first frame.
+
+    With sound, the container's own length may be the sound's; Matroska then states each stream's in a tag DURATION.
+    Matroska counts both from 0, also where the first frame comes later.
+    """
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
+    late = 0.0
+    if container.format.name.startswith("matroska") and stream.start_time and stream.time_base:
+        late = max(0.0, float(stream.start_time * stream.time_base))
+    tagged = _tagged_seconds(stream.metadata.get("DURATION", ""))
+    if tagged is not None and tagged > late:
+        return tagged - late
     if container.duration and not container.streams.audio:
-        return float(container.duration / 1_000_000)
+        seconds = float(container.duration / 1_000_000)
+        return seconds - late if seconds > late else seconds
     return None
+
+
+def _tagged_seconds(text: str) -> float | None:
+    """Seconds of Matroska's "hours:minutes:seconds" with up to 9 decimals; None for anything else."""
+    found = re.fullmatch(r"(\d{1,4}):(\d{2}):(\d{2}(?:\.\d{1,9})?)", text.strip(), flags=re.ASCII)
+    return None if found is None else int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3])
 
 
 def decode_frames(data: bytes, frame_numbers: Sequence[int], *, decoder: Decoder = "decord") -> Frames:

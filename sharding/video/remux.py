@@ -23,7 +23,7 @@ from cliplift.sharding.video.decode import (
     frame_rate,
 )
 from cliplift.sharding.video.full_decode import CheckedClip, check_clip
-from cliplift.sharding.video.regular_frames import ROUND_UP, target_rate, target_size
+from cliplift.sharding.video.regular_frames import ROUND_UP, target_rate, target_size, turns
 
 CONTAINERS = ("mov", "matroska")  # whose seeks land where they say, and whose packets are framed by length
 IDR, LENGTH_SIZE_AT = (
@@ -110,7 +110,7 @@ def _require_upright(container: Any, stream: Any) -> None:
     frame = next(decoded_frames(container, stream), None)
     if frame is None or frame.is_corrupt:
         raise NotCopiedError("it does not decode")
-    if frame.rotation % 360:
+    if turns(frame):
         raise NotCopiedError("rotation")
     if frame.interlaced_frame:
         raise NotCopiedError("interlaced")
