@@ -6,6 +6,7 @@ Frames are counted from 0 in display order. A stored clip has a constant frame r
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import av
+import av.error
 import numpy as np
 from av.error import FFmpegError
 from av.video.reformatter import VideoReformatter
@@ -26,6 +28,14 @@ PADDED_ROWS = "DECORDArrayCopyFromTo"
 # on is cheaper. Stored clips have a key frame every 16 frames.
 SEEK_FIRST_FRAMES = 16
 SEEK_AHEAD_FRAMES = 32
+
+# FFmpeg's demuxers (names as in `ffmpeg -demuxers`) that read one binary file and never open another. A name here is
+# matched against every alias, so "mov" stands for "mov,mp4,m4a,3gp,3g2,mj2".
+CONTAINER_FORMATS = (
+    "mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo", "m4v", "h264",
+    "hevc", "h263", "av1", "obu", "ivf", "flv", "live_flv", "asf", "ogg", "gif", "apng", "mxf", "nut", "rm", "dv",
+    "wtv", "yuv4mpegpipe", "mjpeg", "swf", "vc1", "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm",
+)  # fmt: skip
 
 
 class VideoDecodeError(ValueError):
@@ -65,13 +75,25 @@ def video_stream(container: Any) -> Any:
 def open_container(source: bytes | str | Path) -> Any:
     """An open PyAV container for a file or for bytes.
 
+    Every input is opened here. FFmpeg would otherwise choose the demuxer by content, and the text formats among
+    them (concat, HLS, DASH, SDP) open other files and sockets; it would also read a file name such as
+    `http:host.mp4` as an address. So the formats and the protocols are listed, and a name is always a path.
+
     Raises:
-        VideoDecodeError: the file is not a readable video.
+        VideoDecodeError: the file is not a readable video, or its container is not one of CONTAINER_FORMATS.
     """
+    options = {"format_whitelist": ",".join(CONTAINER_FORMATS)}
+    opened: io.BytesIO | str
+    if isinstance(source, bytes):
+        opened, options["protocol_whitelist"] = io.BytesIO(source), "none"
+    else:
+        opened, options["protocol_whitelist"] = f"file:{Path(source).absolute()}", "file"
     try:
-        return av.open(
-            io.BytesIO(source) if isinstance(source, bytes) else str(source), metadata_errors="replace"
-        )
+        return av.open(opened, container_options=options, metadata_errors="replace")
+    except av.error.ArgumentError as error:  # FFmpeg's answer to a format that is not on the list
+        raise VideoDecodeError(
+            "cannot be opened: not a container format that cliplift reads (Invalid argument)"
+        ) from error
     except (FFmpegError, ValueError) as error:
         raise VideoDecodeError(f"cannot be opened: {plain_reason(error)}") from error
 
@@ -118,12 +140,29 @@ def frame_rate(stream: Any) -> Fraction | None:
 
 
 def claimed_seconds(container: Any, stream: Any) -> float | None:
-    """Length the container claims for its video. With sound, the container's own length may be the sound's."""
+    """Length the container claims for its video, seconds after its first frame.
+
+    With sound, the container's own length may be the sound's; Matroska then states each stream's in a tag DURATION.
+    Matroska counts both from 0, also where the first frame comes later.
+    """
     if stream.duration and stream.time_base:
         return float(stream.duration * stream.time_base)
+    late = 0.0
+    if container.format.name.startswith("matroska") and stream.start_time and stream.time_base:
+        late = max(0.0, float(stream.start_time * stream.time_base))
+    tagged = _tagged_seconds(stream.metadata.get("DURATION", ""))
+    if tagged is not None and tagged > late:
+        return tagged - late
     if container.duration and not container.streams.audio:
-        return float(container.duration / 1_000_000)
+        seconds = float(container.duration / 1_000_000)
+        return seconds - late if seconds > late else seconds
     return None
+
+
+def _tagged_seconds(text: str) -> float | None:
+    """Seconds of Matroska's "hours:minutes:seconds" with up to 9 decimals; None for anything else."""
+    found = re.fullmatch(r"(\d{1,4}):(\d{2}):(\d{2}(?:\.\d{1,9})?)", text.strip(), flags=re.ASCII)
+    return None if found is None else int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3])
 
 
 def decode_frames(data: bytes, frame_numbers: Sequence[int], *, decoder: Decoder = "decord") -> Frames:
@@ -158,6 +197,7 @@ def _decord(data: bytes, frame_numbers: Sequence[int]) -> Frames:
         import decord
     except ImportError as error:
         raise VideoDecodeError("decord is not installed; use decoder: pyav") from error
+    _refuse_other_formats(data)
     try:
         # The reader decodes ahead while it lives (gigabytes at 1080p), so it dies with this frame.
         reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
@@ -170,6 +210,11 @@ def _decord(data: bytes, frame_numbers: Sequence[int]) -> Frames:
             # decord 0.6 cannot copy frames of some narrow widths (16, 24, 48, 72); PyAV's pixels are the same.
             return _pyav(data, frame_numbers)
         raise VideoDecodeError(f"decord: {plain_reason(error)}") from error
+
+
+def _refuse_other_formats(data: bytes) -> None:
+    """Raise VideoDecodeError for bytes that open_container refuses: decord and torchcodec take no list of formats."""
+    open_container(data).close()
 
 
 def _pyav(data: bytes, frame_numbers: Sequence[int]) -> Frames:
@@ -248,6 +293,7 @@ def _torchcodec(data: bytes, frame_numbers: Sequence[int]) -> Frames:
         from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found,attr-defined,unused-ignore]
     except (ImportError, RuntimeError, OSError) as error:
         raise VideoDecodeError("torchcodec is not usable here; use decoder: pyav") from error
+    _refuse_other_formats(data)
     try:
         reader = VideoDecoder(data, num_ffmpeg_threads=1, dimension_order="NHWC")
         frames: Frames = reader.get_frames_at(indices=list(frame_numbers)).data.numpy()

@@ -114,7 +114,10 @@ def _large_enough(frames: Iterable[Any]) -> Iterator[Any]:
 def _in_process(frames: Iterable[Any], path: Path, *, fps: Fraction, config: TranscodeConfig) -> None:
     count = 0
     with av.open(
-        str(path), "w", format="mp4", options={"movflags": "+faststart", "fflags": "+bitexact"}
+        f"file:{path.absolute()}",
+        "w",
+        format="mp4",
+        options={"movflags": "+faststart", "fflags": "+bitexact"},
     ) as out:
         stream: Any = None
         for frame in frames:
@@ -203,4 +206,13 @@ def ffmpeg_command(
     command += [word for name, value in encoder_options(config).items() for word in (f"-{name}", value)]
     if config.codec == "hevc":
         command += ["-tag:v", "hvc1"]
-    return [*command, "-movflags", "+faststart", "-fflags", "+bitexact", "-f", "mp4", str(path)]
+    return [
+        *command,
+        "-movflags",
+        "+faststart",
+        "-fflags",
+        "+bitexact",
+        "-f",
+        "mp4",
+        f"file:{path.absolute()}",
+    ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import av.error
 import av.filter
+import numpy as np
 
 from cliplift.configs.sharding import TranscodeConfig
 from cliplift.sharding.video.decode import VideoDecodeError, decoded_frames
@@ -160,6 +161,29 @@ def target_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     return (max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2)))
 
 
+def turns(frame: Any) -> list[tuple[str, str]]:
+    """The filters that show a frame as its display matrix asks, mirrored ones included, as the ffmpeg command does.
+
+    The matrix is FFmpeg's: nine 32-bit integers (a b u, c d v, x y w), x' = a x + c y and y' = b x + d y. A matrix of
+    zeros says nothing and is ignored.
+
+    Raises:
+        VideoDecodeError: it turns the picture by something else than a multiple of 90 degrees.
+    """
+    side = frame.side_data.get("DISPLAYMATRIX")
+    if side is None:
+        return []
+    a, b, _, c, d, *_ = np.frombuffer(bytes(side)[:36], dtype=np.int32).tolist()
+    if not (a or b) or not (c or d):
+        return []
+    if abs(b) < abs(a) / 50 and abs(c) < abs(d) / 50:
+        return [(flip, "") for flip, negative in (("hflip", a < 0), ("vflip", d < 0)) if negative]
+    if abs(a) < abs(b) / 50 and abs(d) < abs(c) / 50:
+        direction = {(True, False): "clock", (False, True): "cclock", (True, True): "cclock_flip"}
+        return [("transpose", direction.get((b > 0, c > 0), "clock_flip"))]
+    raise VideoDecodeError(f"rotated by {frame.rotation % 360} degrees")
+
+
 class Upright:
     """Brings frames to one size, upright, progressive, with square pixels, as yuv420p in BT.601 limited range."""
 
@@ -186,7 +210,7 @@ class Upright:
             yield upright
 
     def _one(self, frame: Any) -> Any:
-        layout = (frame.width, frame.height, frame.format.name, frame.rotation % 360,
+        layout = (frame.width, frame.height, frame.format.name, tuple(turns(frame)),
                   frame.colorspace, frame.color_range)  # fmt: skip
         if layout != self._layout:
             self._layout, self._graph = layout, self._build(frame)
@@ -194,25 +218,16 @@ class Upright:
         return self._graph.pull()
 
     def _build(self, frame: Any) -> Any:
-        rotation = frame.rotation % 360
-        if rotation % 90:
-            raise VideoDecodeError(f"rotated by {rotation} degrees")
+        turn = turns(frame)
         width, height = max(1, round(frame.width * self.aspect)), frame.height
-        if rotation in (90, 270):
+        if any(name == "transpose" for name, _ in turn):
             width, height = height, width
         if self._size is None:
             self._size = target_size(width, height, self.config.short_side_pixels)
-            self.rotation = rotation
+            self.rotation = frame.rotation % 360 if turn else 0
         shape = self._size[0] / self._size[1]
         if abs(width / height / shape - 1) > max(ASPECT_TOLERANCE, 2 / min(self._size)):
             raise VideoDecodeError("the picture changes its shape inside the clip")
-        # The display matrix counts counter-clockwise, transpose=cclock turns the picture the same way.
-        turn = {
-            0: [],
-            90: [("transpose", "cclock")],
-            180: [("hflip", ""), ("vflip", "")],
-            270: [("transpose", "clock")],
-        }
         scale = f"{self._size[0]}:{self._size[1]}:flags=bicubic:out_color_matrix=bt601:out_range=tv"
-        steps = [*turn[rotation], ("scale", scale), ("format", "pix_fmts=yuv420p"), ("setsar", "1")]
+        steps = [*turn, ("scale", scale), ("format", "pix_fmts=yuv420p"), ("setsar", "1")]
         return _graph(frame, self.time_base, steps)

@@ -23,7 +23,7 @@ from cliplift.sharding.video.decode import (
     frame_rate,
 )
 from cliplift.sharding.video.full_decode import CheckedClip, check_clip
-from cliplift.sharding.video.regular_frames import ROUND_UP, target_rate, target_size
+from cliplift.sharding.video.regular_frames import ROUND_UP, target_rate, target_size, turns
 
 CONTAINERS = ("mov", "matroska")  # whose seeks land where they say, and whose packets are framed by length
 IDR, LENGTH_SIZE_AT = (
@@ -110,7 +110,7 @@ def _require_upright(container: Any, stream: Any) -> None:
     frame = next(decoded_frames(container, stream), None)
     if frame is None or frame.is_corrupt:
         raise NotCopiedError("it does not decode")
-    if frame.rotation % 360:
+    if turns(frame):
         raise NotCopiedError("rotation")
     if frame.interlaced_frame:
         raise NotCopiedError("interlaced")
@@ -195,7 +195,7 @@ def _mux(stream: Any, packets: list[Any], ranks: list[int], fps: Fraction) -> by
     with scratch_folder() as folder:
         path = folder / "clip.mp4"
         options = {"movflags": "+faststart", "fflags": "+bitexact"}
-        with av.open(str(path), "w", format="mp4", options=options) as out:
+        with av.open(f"file:{path.absolute()}", "w", format="mp4", options=options) as out:
             target = out.add_stream_from_template(stream)
             target.time_base = 1 / fps
             target.metadata.clear()
