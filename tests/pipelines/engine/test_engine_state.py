@@ -244,7 +244,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_stops(worker: ModuleType, tmp_p
     first = worker.train(worker.run_config(str(tmp_path)))
     for path in complete_checkpoints(tmp_path / "checkpoints"):
         (path / "COMPLETE.json").write_text("[]")
-    with pytest.raises(ConfigError, match="all checkpoints of .* are damaged") as caught:
+    with pytest.raises(ConfigError, match=r"all checkpoints of .* are damaged") as caught:
         worker.train(worker.run_config(str(tmp_path)))
     assert caught.value.key == "checkpoint.resume"
     assert "checkpoint.resume=never" in str(caught.value)
