@@ -23,9 +23,11 @@ from torch import Tensor
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig
-from cliplift.pipelines.distributed.launchers import Place, find_place
+from cliplift.pipelines.distributed.launchers import Place, find_place, variables_of
 
 V = TypeVar("V")
+
+MEETING_SECONDS = 60.0  # from the first process that is ready to the last
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,11 @@ def _init_process_group(engine: EngineConfig, device: torch.device, place: Place
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
-        os.environ["RANK"], os.environ["WORLD_SIZE"] = str(place.rank), str(place.world_size)
-        os.environ["LOCAL_RANK"] = str(place.local_rank)
-        os.environ.setdefault("MASTER_ADDR", place.master_address)
-        os.environ.setdefault("MASTER_PORT", str(place.master_port))
+        store = meet(place, seconds=MEETING_SECONDS)
+        store.set_timeout(timeout)
+        dist.init_process_group(
+            backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout
+        )
     import deepspeed
 
     if device.type == "cpu":
@@ -119,6 +122,34 @@ def _init_process_group(engine: EngineConfig, device: torch.device, place: Place
     # DeepSpeed reduces gradients in groups of its own, which torch gives 30 minutes (gloo) or 10 (NCCL) whatever the
     # world was given: a cut cable would be noticed only then.
     deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=timeout)
+
+
+def meet(place: Place, *, seconds: float) -> dist.Store:
+    """Wait for the other processes at the address of ``place`` and return the store they share.
+
+    Raises:
+        ConfigError: they did not come in time; names the variables that made this process one of many.
+    """
+    found = variables_of(place, os.environ)
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(place.rank), str(place.world_size)
+    os.environ["LOCAL_RANK"] = str(place.local_rank)
+    os.environ.setdefault("MASTER_ADDR", place.master_address)
+    os.environ.setdefault("MASTER_PORT", str(place.master_port))
+    try:
+        meeting = dist.rendezvous(  # type: ignore[attr-defined]
+            "env://", place.rank, place.world_size, timeout=timedelta(seconds=seconds)
+        )
+        store: dist.Store = next(iter(meeting))[0]
+    except dist.DistError as error:
+        said = ", ".join(f"{name}={os.environ[name]}" for name in found)
+        raise ConfigError(
+            f"this is rank {place.rank} of {place.world_size} by the environment ({said}), and the processes did not "
+            f"meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {seconds:g} s "
+            f"({str(error).splitlines()[0]:.120})",
+            file="environment",
+            hint=f"for one process alone: unset {' '.join(found)}; for many, start them all with torchrun or srun",
+        ) from error
+    return dist.PrefixStore("cliplift", store)
 
 
 def skip_shared_memory_operator() -> None:

@@ -95,6 +95,14 @@ def ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
     return place.rank, place.world_size, place.local_rank
 
 
+def variables_of(place: Place, environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The variables in the environment that make this process one of many: unset, it is a process alone."""
+    launcher = next(launcher for launcher in LAUNCHERS if launcher.name == place.launcher)
+    names = [launcher.rank, launcher.world_size, launcher.local_rank, launcher.local_size]
+    names += ["SLURM_STEP_ID", "SLURM_STEPID"] if launcher.name == "srun" else []
+    return tuple(name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name in environment)
+
+
 def _in_slurm_task(environment: Mapping[str, str]) -> bool:
     """Whether this is a task of ``srun``.
 

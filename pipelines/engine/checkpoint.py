@@ -13,15 +13,17 @@ Format 2 added the weights' moving average and the data offset left by rewinds; 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
+import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError
@@ -122,9 +124,24 @@ def _complete(partial: Path, final: Path) -> None:
     """Seal the folder with the list of its files, and give it its name."""
     files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(partial.iterdir())}
     write_json(partial / COMPLETE, {"format": FORMAT, "files": files})
+    for path in (*partial.iterdir(), partial):
+        _to_disk(path)
     if final.exists():
         shutil.rmtree(final)
     partial.replace(final)
+    _to_disk(final.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Have the system write a file or a folder's entries: only then does a checkpoint outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -167,19 +184,42 @@ def newest_usable(folder: Path, *, say: Callable[[str], None]) -> Path | None:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        complete = json.loads((path / COMPLETE).read_text(encoding="utf-8"))
-        files: Mapping[str, Any] = complete["files"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+        files = _sealed_files(path / COMPLETE)
+        for name, (size, crc) in files.items():
+            file = path / name
+            if not file.is_file():
+                return f"{name} is missing"
+            if file.stat().st_size != size or _crc32(file) != crc:
+                return f"{name} differs from what was written"
+    except (OSError, ValueError, RecursionError) as error:
         return f"{COMPLETE}: {error}"
-    if complete.get("format") not in READABLE_FORMATS:
-        return f"format {complete.get('format')}, this version reads {READABLE_FORMATS}"
-    for name, facts in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != facts["bytes"] or _crc32(file) != facts["crc32"]:
-            return f"{name} differs from what was written"
     return None
+
+
+def _sealed_files(seal: Path) -> dict[str, tuple[int, int]]:
+    """Name -> (bytes, crc32) of every file a COMPLETE.json lists; raises ValueError where it is malformed."""
+    complete = json.loads(seal.read_text(encoding="utf-8"))
+    if not isinstance(complete, dict):
+        raise ValueError(f"holds a {type(complete).__name__}, not an object")
+    written = complete.get("format")
+    if not _is_count(written) or written not in READABLE_FORMATS:
+        raise ValueError(f"format {written!r:.40}, this version reads {READABLE_FORMATS}")
+    listed = complete.get("files")
+    if not isinstance(listed, dict) or STATE not in listed:
+        raise ValueError(f"does not list {STATE}")
+    files: dict[str, tuple[int, int]] = {}
+    for name, facts in listed.items():
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise ValueError(f"lists {name!r:.80}, which is no file of this folder")
+        size, crc = (facts.get("bytes"), facts.get("crc32")) if isinstance(facts, dict) else (None, None)
+        if not (_is_count(size) and _is_count(crc)):
+            raise ValueError(f"gives no size and crc32 of {name!r:.80}")
+        files[name] = size, crc
+    return files
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def load(path: Path, *, topology: Topology) -> Snapshot:

@@ -191,14 +191,23 @@ def resumable(
     Rank 0 chooses, so that no rank resumes from another checkpoint than the rest.
 
     Raises:
-        ConfigError: the checkpoint was made by a run that differs in ``identity``.
+        ConfigError: the checkpoint was made by a run that differs in ``identity``, or there are checkpoints and every
+            one is damaged: to start over in silence would throw away what may still be saved.
     """
-    path = None
+    path, damaged = None, 0
     if topology.is_main and run.checkpoint.resume == "never":
         checkpoint.set_aside(folder, say=say)
     elif topology.is_main:
         path = checkpoint.newest_usable(folder, say=say)
-    path = broadcast_object(path, topology)
+        damaged = 0 if path else sum(1 for _ in folder.glob("step_????????"))
+    path, damaged = broadcast_object((path, damaged), topology)
+    if damaged:
+        raise ConfigError(
+            f"all checkpoints of {folder} are damaged ({damaged} of {damaged})",
+            key="checkpoint.resume",
+            value=run.checkpoint.resume,
+            hint="restore one from a copy, or start afresh with checkpoint.resume=never",
+        )
     if path is None:
         return None
     saved = checkpoint.load(path, topology=topology)

@@ -75,7 +75,11 @@ class RunFolder:
         write_text(self.path / CONFIG, dump_run(run))
         record = self.start_record() or {"stage": stage, "name": name, "command": list(command), "starts": []}
         record |= _environment() | {"world_size": world_size, "command_line": shlex.join(command)}
-        record["starts"] = [*record["starts"], time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())]
+        starts = record.get("starts")
+        record["starts"] = [
+            *(starts if isinstance(starts, list) else []),
+            time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        ]
         record["started_utc"] = record["starts"][0]
         write_json(self.path / RUN, record)
 
@@ -105,11 +109,11 @@ class RunFolder:
         write_json(self.path / RUN, record | {"seconds": round(seconds, 3)})
 
     def start_record(self) -> dict[str, Any] | None:
-        return _read_json(self.path / RUN)
+        return read_json(self.path / RUN)
 
     def result(self) -> dict[str, Any] | None:
         """The final numbers, or None while the run has not finished."""
-        return _read_json(self.path / RESULT)
+        return read_json(self.path / RESULT)
 
 
 def _environment() -> dict[str, Any]:
@@ -151,12 +155,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file, or None. A damaged file is logged: it must not keep a run from going on."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    assert isinstance(value, dict)
+    except (ValueError, RecursionError) as error:
+        logger.warning("%s is damaged (%s) and is taken as not there", path, error)
+        return None
+    if not isinstance(value, dict):
+        logger.warning("%s is damaged (no object) and is taken as not there", path)
+        return None
     return value
 
 

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.distributed.collectives import Topology
-from cliplift.pipelines.runs.folder import RunFolder, write_json
+from cliplift.pipelines.runs.folder import RunFolder, read_json, write_json, write_text
 from cliplift.sharding.build.tracking import wandb_mode
 from cliplift.sharding.manifest import DATASET_FILE
 
@@ -73,10 +73,8 @@ class Tracker:
         assert self._lines is not None
         self._lines.close()
         path = self.folder / "metrics.jsonl"
-        kept = [
-            line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line, step) <= step
-        ]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line, step) <= step))
         self._lines = path.open("a", encoding="utf-8")
 
     def start(self, *, step: int, total: int) -> None:
@@ -176,7 +174,8 @@ class Tracker:
 
         known = self.folder / "wandb.json"
         again = known.is_file() and self.run.checkpoint.resume == "auto"
-        run_id = json.loads(known.read_text())["id"] if again else secrets.token_hex(4)
+        before = (read_json(known) or {}).get("id") if again else None
+        run_id = before if isinstance(before, str) and before else secrets.token_hex(4)
         write_json(known, {"id": run_id})
         track = self.run.track
         started = wandb.init(
@@ -232,8 +231,9 @@ def _as_uri(url: str) -> str:
 
 
 def _step_of(line: str, otherwise: int) -> int:
-    """Step of a JSONL line; a half-written last line counts as after every step and is dropped."""
+    """Step of a JSONL line; one that is half written or damaged counts as after every step and is dropped."""
     try:
-        return int(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return otherwise + 1
+    return step if isinstance(step, int) else otherwise + 1

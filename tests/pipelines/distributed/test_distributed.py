@@ -18,9 +18,10 @@ from cliplift.pipelines.distributed.collectives import (
     all_gather_tensor,
     all_reduce_max,
     gather_objects,
+    meet,
     start,
 )
-from cliplift.pipelines.distributed.launchers import ranks
+from cliplift.pipelines.distributed.launchers import find_place, ranks
 
 
 @pytest.mark.parametrize(
@@ -114,3 +115,25 @@ def test_the_time_limit_holds_in_the_groups_that_deepspeed_makes(repository: Pat
             process.wait()
     assert "ready" in output
     assert re.search("[Tt]imed out waiting 3000ms", output), output
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("kind", ["torchrun", "srun"])
+def test_a_rank_left_in_the_shell_ends_with_the_variables_to_unset(
+    kind: str, rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    variables = {
+        "torchrun": {"RANK": str(rank), "WORLD_SIZE": "4"},
+        "srun": {"SLURM_PROCID": str(rank), "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"},
+    }[kind] | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEPID"):
+        monkeypatch.setenv(name, "0")  # put back after the test, which sets them
+        monkeypatch.delenv(name)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=f"rank {rank} of 4") as caught:
+        meet(find_place(variables), seconds=1)
+    assert f"unset {' '.join(variables)};" in str(caught.value)

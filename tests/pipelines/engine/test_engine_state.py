@@ -237,3 +237,16 @@ def test_named_parameters_and_batchnorm_stay_as_they_are() -> None:
     assert all(torch.equal(value, before[name]) for name, value in network.named_buffers())
     assert module.training
     assert not any(part.training for part in batchnorms(module))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_stops(worker: ModuleType, tmp_path: Path) -> None:
+    """To start over would cost the whole run in silence; afresh only when asked for."""
+    first = worker.train(worker.run_config(str(tmp_path)))
+    for path in complete_checkpoints(tmp_path / "checkpoints"):
+        (path / "COMPLETE.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"all checkpoints of .* are damaged") as caught:
+        worker.train(worker.run_config(str(tmp_path)))
+    assert caught.value.key == "checkpoint.resume"
+    assert "checkpoint.resume=never" in str(caught.value)
+    afresh = worker.train(worker.run_config(str(tmp_path), checkpoint__resume="never"))
+    assert afresh["losses"] == first["losses"]

@@ -216,3 +216,9 @@ def test_bootstrap_of_many_samples_is_drawn_in_parts() -> None:
 def test_bad_input_is_named(call: object, said: str) -> None:
     with pytest.raises(MetricError, match=said):
         call()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("row", [[1.0, -0.5], [1.5, 0.5]])
+def test_calibration_refuses_what_lies_on_either_side_of_a_probability(row: list[float]) -> None:
+    with pytest.raises(MetricError, match="between 0 and 1"):
+        metrics.expected_calibration_error(np.array([row]), np.array([0]))

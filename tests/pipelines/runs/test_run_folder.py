@@ -116,3 +116,11 @@ def test_a_file_system_without_locks_is_said_and_used(
     with sole_writer(tmp_path):
         pass
     assert "cannot be locked (No locks available)" in caplog.text
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"starts": [', b"\xff\xfe\x00", b"[]", b"[" * 100_000])
+def test_a_damaged_start_record_does_not_block_a_restart(tmp_path: Path, damage: bytes) -> None:
+    folder = RunFolder.create(tmp_path / "run", writes=True)
+    (folder.path / "run.json").write_bytes(damage)
+    folder.write_start(RUN, stage="export", name="x", command=["cliplift"], world_size=1)
+    assert len(json.loads((folder.path / "run.json").read_text())["starts"]) == 1
