@@ -124,7 +124,7 @@ def _init_process_group(engine: EngineConfig, device: torch.device, place: Place
     deepspeed.comm.comm.cdb.new_group = partial(dist.new_group, timeout=timeout)
 
 
-def meet(place: Place, *, seconds: float) -> dist.Store:
+def meet(place: Place, *, seconds: float) -> dist.Store:  # type: ignore[name-defined]
     """Wait for the other processes at the address of ``place`` and return the store they share.
 
     Raises:
@@ -139,7 +139,7 @@ def meet(place: Place, *, seconds: float) -> dist.Store:
         meeting = dist.rendezvous(  # type: ignore[attr-defined]
             "env://", place.rank, place.world_size, timeout=timedelta(seconds=seconds)
         )
-        store: dist.Store = next(iter(meeting))[0]
+        store: dist.Store = next(iter(meeting))[0]  # type: ignore[name-defined]
     except dist.DistError as error:
         said = ", ".join(f"{name}={os.environ[name]}" for name in found)
         raise ConfigError(
@@ -149,7 +149,7 @@ def meet(place: Place, *, seconds: float) -> dist.Store:
             file="environment",
             hint=f"for one process alone: unset {' '.join(found)}; for many, start them all with torchrun or srun",
         ) from error
-    return dist.PrefixStore("cliplift", store)
+    return dist.PrefixStore("cliplift", store)  # type: ignore[attr-defined]
 
 
 def skip_shared_memory_operator() -> None:
