@@ -136,8 +136,10 @@ def meet(place: Place, *, seconds: float) -> dist.Store:  # type: ignore[name-de
     os.environ.setdefault("MASTER_ADDR", place.master_address)
     os.environ.setdefault("MASTER_PORT", str(place.master_port))
     try:
+        # Whoever is not rank 0 knocks twice, each time for the whole time limit.
+        limit = timedelta(seconds=seconds if place.rank == 0 else seconds / 2)
         meeting = dist.rendezvous(  # type: ignore[attr-defined]
-            "env://", place.rank, place.world_size, timeout=timedelta(seconds=seconds)
+            "env://", place.rank, place.world_size, timeout=limit
         )
         store: dist.Store = next(iter(meeting))[0]  # type: ignore[name-defined]
     except dist.DistError as error:
