@@ -1,0 +1,7 @@
+"""What a user may say: one frozen schema for each stage, and the YAML that becomes one of them.
+
+In reading order: ``sections`` (what every section is, and ConfigError), ``yaml_text`` (YAML read without trusting
+it), ``load`` (file, ``base:`` and overrides to a run), ``discovery`` and ``plugins`` (names other packages add); then
+the sections ``sources``, ``data`` and ``training``, and the schemas made of them, ``sharding`` and ``runs``. Packaged
+recipes lie beside them, in a folder for each stage.
+"""

@@ -3,8 +3,8 @@
 In reading order: ``protocol`` (what a model offers), ``registry`` (names, options, variants), ``state_dicts`` and
 ``streams`` (weights by name; RGB and flow), ``layers`` and ``inflate`` (shared layers; 2D weights in 3D networks),
 ``factory`` (``create_model``, export folders, the Hub), ``measure`` (parameters and products), ``correspondence`` (the
-transfer's head); then the networks by room: ``image``; ``conv3d``, ``timesformer``, ``convrnn``; ``per_frame`` and
-``late_temporal``, which are built on the others.
+transfer's head); then the networks by room: ``image``; ``conv3d``, ``timesformer``, ``video_vit``, ``convrnn``;
+``hiera``, ``per_frame`` and ``late_temporal``, which are built on the others.
 """
 
 from cliplift.models.factory import create_model, from_pretrained, save_pretrained

@@ -1,1 +1,5 @@
-"""Jobs for schedulers: Slurm scripts and Kubernetes manifests."""
+"""Jobs for schedulers.
+
+In reading order: ``plan`` (the jobs of one or several configs, and their order), ``slurm`` (sbatch scripts),
+``kubernetes`` (manifests).
+"""

@@ -17,6 +17,6 @@
         (context, context_numbers, target_numbers, grid) -> prediction (B, m, F), of the context (B, n, F) or None
     AttentiveProbe(width, num_classes=K)(tokens) -> (B, K)                   (attentive.py)
 
-Read in the order positions, blocks, model, masks, decoder, predictor, attentive; weights from and to other projects'
-files are in weights.py.
+Read in the order positions, blocks, model, variants, masks, decoder, predictor, attentive; weights from other
+projects' files are in weights.py, to Hugging Face's format in huggingface.py.
 """

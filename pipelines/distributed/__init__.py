@@ -1,1 +1,5 @@
-"""Ranks: who they are, how they talk, and that they agree."""
+"""Ranks: who they are, how they talk, and that they agree.
+
+In reading order: ``launchers`` (which process this is, from the environment), ``collectives`` (the topology and what
+is exchanged), ``agreement`` (all ranks run the same code, config and data).
+"""

@@ -1,1 +1,5 @@
-"""The folder of a run, its records, and what is sent to trackers."""
+"""The folder of a run, its records, and what is sent to trackers.
+
+In reading order: ``folder`` (what a run writes), ``records`` (runs read back), ``tracking`` (JSONL, W&B, TensorBoard,
+the progress line).
+"""

@@ -1,1 +1,10 @@
-"""The stages of training, one class an objective."""
+"""The stages of training, one class for each objective. In reading order:
+
+* ``run``: how every stage is run, and the tables of stages and objectives
+* ``starting_weights``: where a network's weights come from, and which of them training leaves alone
+* ``classification``: pretrain with labels, and finetune
+* ``forecast``: pretrain by predicting frames
+* ``transfer``: 2D to 3D, with ``matching`` (pairs and their metrics), ``teacher`` (its features, computed once) and
+  ``probe`` (features judged by labels)
+* ``repeats``: folds and seeds, one run each
+"""

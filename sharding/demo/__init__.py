@@ -1,1 +1,4 @@
-"""The made videos of the demo."""
+"""The videos the demo makes.
+
+In reading order: ``synthetic`` (the files), ``motions`` (how things move), ``shapes`` (what is seen).
+"""

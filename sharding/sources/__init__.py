@@ -1,1 +1,6 @@
-"""Raw collections: lists, folders, foreign tars and TFRecords, read as one stream of videos."""
+"""Raw collections, read as one list of videos.
+
+In reading order: ``read`` (any source to a list, and its splits), ``lists`` (rows of CSV and Parquet), ``labels``
+(what a label means), ``files`` (what lies below a folder), ``public_datasets`` (official lists as published),
+``tfrecord`` (YouTube-8M's records), ``tars`` (videos in tars of others).
+"""
