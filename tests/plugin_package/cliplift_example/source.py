@@ -9,7 +9,8 @@ from pydantic import Field
 
 from cliplift.configs.sections import ConfigError, Section
 from cliplift.sharding.manifest import SourceVideo
-from cliplift.sharding.sources.lists import UNASSIGNED, Listing, SourceError, number_labels
+from cliplift.sharding.sources.labels import number_labels
+from cliplift.sharding.sources.lists import UNASSIGNED, Listing, SourceError
 
 
 class TextSource(Section):
