@@ -110,6 +110,18 @@ def decoded_frames(container: Any, stream: Any) -> Iterator[Any]:
         raise VideoDecodeError("decode: a new stream begins inside the file") from error
 
 
+def demuxed_packets(container: Any, stream: Any) -> Iterator[Any]:
+    """The packets of a stream, in order of decoding; the last one is empty and drains the decoder.
+
+    Raises:
+        VideoDecodeError: a stream begins in the middle of the file (PyAV answers it with an IndexError).
+    """
+    try:
+        yield from container.demux(stream)
+    except IndexError as error:
+        raise VideoDecodeError("decode: a new stream begins inside the file") from error
+
+
 def probe(source: bytes | str | Path) -> VideoFacts:
     """Read the header of a video.
 

@@ -29,6 +29,7 @@ from cliplift.sharding.video.regular_frames import (
     Upright,
     constant_rate,
     progressive_frames,
+    rising_times,
     target_rate,
     timed_frames,
 )
@@ -98,7 +99,10 @@ def transcode_span(
         stream.codec_context.thread_count = 1
         source_fps = frame_rate(stream) or FALLBACK_FPS
         fps = target_rate(source_fps, config)
-        timed = timed_frames(container, stream, start_seconds=start_seconds, source_fps=source_fps)
+        clock = rising_times(container, source_fps)
+        timed = timed_frames(
+            container, stream, start_seconds=start_seconds, source_fps=source_fps, clock=clock
+        )
         timed = progressive_frames(timed, config, time_base=stream.time_base)
         chosen = constant_rate(
             timed, start=start_seconds, end=end_seconds, source_fps=source_fps, fps=fps, config=config
@@ -109,6 +113,8 @@ def transcode_span(
         except FFmpegError as error:
             raise VideoDecodeError(f"decode: {error.strerror}") from error
         facts = _source_facts(container, stream) | {"rotation": upright.rotation}
+    if clock.skipped and facts["duration_seconds"] is not None:
+        facts["duration_seconds"] -= clock.skipped  # the container counts what the time stamps jumped over
     checked = check_clip(data, look=True)
     if checked.frames != upright.emitted:
         raise VideoDecodeError(f"check: {upright.emitted} frames were encoded, {checked.frames} decode")

@@ -1,0 +1,87 @@
+"""Time stamps that do not rise: every frame the decoder gives is stored once, in its order.
+
+The frames carry their number as eight bars of bits, so what is stored is told without any decoder's clock.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cliplift.configs.sharding import TranscodeConfig
+from cliplift.sharding.video.decode import decode_frames
+from cliplift.sharding.video.transcode import EncodedClip, transcode_span
+
+BITS, BAR, HEIGHT = 8, 16, 48
+
+
+def numbered(path: Path, numbers: range, *options: str, scale: int = 1) -> Path:
+    """A film at 25 frames/s whose frames show the numbers as bars, lowest bit first."""
+    pictures = [
+        np.kron([[16 + 219 * (n >> bit & 1) for bit in range(BITS)]], np.ones((HEIGHT * scale, BAR * scale)))
+        for n in numbers
+    ]
+    size = f"{BITS * BAR * scale}x{HEIGHT * scale}"
+    raw = np.stack(pictures).astype(np.uint8).tobytes()
+    source = ["-f", "rawvideo", "-pix_fmt", "gray", "-s", size, "-r", "25", "-i", "-"]
+    command = ["ffmpeg", "-v", "error", *source, "-pix_fmt", "yuv420p", *options, str(path)]
+    subprocess.run(command, input=raw, check=True)
+    return path
+
+
+def stored(path: Path, *, start: float = 0.0, end: float | None = None) -> tuple[EncodedClip, list[int]]:
+    """The clip made of a video, and the numbers its frames show."""
+    clip = transcode_span(path, start_seconds=start, end_seconds=end, config=TranscodeConfig(min_frames=1))
+    frames = decode_frames(clip.data, range(clip.checked.frames), decoder="pyav")
+    width = frames.shape[2] / BITS
+    middles = [int((bit + 0.5) * width) for bit in range(BITS)]
+    lit = frames[:, frames.shape[1] // 2, middles].mean(axis=-1) > 120
+    return clip, [sum(1 << bit for bit in range(BITS) if row[bit]) for row in lit]
+
+
+H264 = ("-c:v", "libx264", "-crf", "12", "-g", "12")
+
+
+@pytest.mark.parametrize("b_frames", ["0", "2", "3"])
+def test_b_frames_in_avi_are_all_stored_in_order(b_frames: str, tmp_path: Path) -> None:
+    film = numbered(tmp_path / "x.avi", range(50), *H264, "-bf", b_frames)
+    assert stored(film)[1] == list(range(50))
+    assert stored(film, start=1.0, end=1.4)[1] == list(range(25, 35))
+
+
+@pytest.mark.parametrize(("ending", "codec"), [("ts", H264), ("mpg", ("-c:v", "mpeg2video", "-q:v", "2"))])
+def test_joined_recordings_are_stored_whole(ending: str, codec: tuple[str, ...], tmp_path: Path) -> None:
+    first = numbered(tmp_path / f"1.{ending}", range(50), *codec, "-bf", "2")
+    second = numbered(tmp_path / f"2.{ending}", range(100, 150), *codec, "-bf", "2")
+    both = tmp_path / f"both.{ending}"
+    both.write_bytes(first.read_bytes() + second.read_bytes())
+    assert stored(both)[1] == [*range(50), *range(100, 150)]
+
+
+def test_another_size_after_a_join_is_scaled_to_the_first(tmp_path: Path) -> None:
+    first = numbered(tmp_path / "1.ts", range(30), *H264)
+    second = numbered(tmp_path / "2.ts", range(100, 130), *H264, scale=2)
+    both = tmp_path / "both.ts"
+    both.write_bytes(first.read_bytes() + second.read_bytes())
+    clip, numbers = stored(both)
+    assert numbers == [*range(30), *range(100, 130)]
+    assert (clip.checked.width, clip.checked.height) == (BITS * BAR, HEIGHT)
+
+
+def test_a_gap_of_a_minute_in_a_transport_stream_is_closed(tmp_path: Path) -> None:
+    first = numbered(tmp_path / "1.ts", range(50), *H264)
+    second = numbered(tmp_path / "2.ts", range(100, 150), *H264, "-output_ts_offset", "60")
+    both = tmp_path / "both.ts"
+    both.write_bytes(first.read_bytes() + second.read_bytes())
+    assert stored(both)[1] == [*range(50), *range(100, 150)]
+
+
+def test_a_pause_of_two_seconds_in_a_transport_stream_stays(tmp_path: Path) -> None:
+    first = numbered(tmp_path / "1.ts", range(50), *H264, "-bf", "0")
+    second = numbered(tmp_path / "2.ts", range(100, 150), *H264, "-bf", "0", "-output_ts_offset", "4")
+    both = tmp_path / "both.ts"
+    both.write_bytes(first.read_bytes() + second.read_bytes())
+    assert stored(both)[1] == [*range(50), *[49] * 50, *range(100, 150)]
