@@ -31,6 +31,8 @@ JUMP_FORWARD_SECONDS = 10.0
 # A stamp this little before the last one is out of order, not a new beginning.
 JUMP_BACK_SECONDS = 1.0
 
+LONG_FRAME = 1.5  # a last frame shown this many times longer than usual is a slide
+
 TimedFrame = tuple[float, Any]
 
 
@@ -215,10 +217,19 @@ def constant_rate(
             slot += 1
         if slot >= last_slot:
             return
-        held, held_until = frame, (time - start + 1 / float(source_fps)) * rate
+        held, held_until = frame, (time - start + _seconds_shown(frame, source_fps)) * rate
+    if min(held_until, last_slot) > limit + 1:
+        raise VideoDecodeError(f"too long: more than {config.max_seconds:g} s; cut it into windows")
     while held is not None and slot < min(held_until - SLOT_SLACK, last_slot):
         yield held
         slot += 1
+
+
+def _seconds_shown(frame: Any, source_fps: Fraction) -> float:
+    """How long the last frame is shown: a slide's own duration, else that of any frame (durations are rounded)."""
+    usual = 1 / float(source_fps)
+    stated = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else usual
+    return stated if stated > LONG_FRAME * usual else usual
 
 
 def target_rate(source: Fraction, config: TranscodeConfig) -> Fraction:

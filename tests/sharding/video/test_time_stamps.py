@@ -85,3 +85,16 @@ def test_a_pause_of_two_seconds_in_a_transport_stream_stays(tmp_path: Path) -> N
     both = tmp_path / "both.ts"
     both.write_bytes(first.read_bytes() + second.read_bytes())
     assert stored(both)[1] == [*range(50), *[49] * 50, *range(100, 150)]
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "gif"])
+def test_the_last_slide_is_shown_as_long_as_the_others(ending: str, tmp_path: Path) -> None:
+    # 5 slides of 2 s: 10 s, each slide in a fifth of the stored frames.
+    codec = ("-c:v", "gif") if ending == "gif" else H264
+    slow = ["-vf", "setpts=50*PTS", "-r", "1/2"]
+    if ending == "gif":
+        slow += ["-pix_fmt", "gray", "-final_delay", "200"]
+    film = numbered(tmp_path / f"slides.{ending}", range(1, 6), *codec, *slow)
+    clip, numbers = stored(film)
+    assert clip.checked.frames / clip.checked.fps == 10
+    assert numbers == [n for n in range(1, 6) for _ in range(2 * int(clip.checked.fps))]
