@@ -24,6 +24,7 @@ ASPECT_TOLERANCE = 0.01
 ROUND_UP = 0.52
 SLOT_SLACK = 0.1  # the last frame does not make a slot of its own when a tenth of it or less is left
 
+FALLBACK_FPS = Fraction(25)  # where the file states no rate
 # Recordings that are joined, or miss a part, jump in their time stamps. ffmpeg's limits for transport and program
 # streams (`-dts_delta_threshold`); everywhere else a long pause is a picture that is shown long.
 JUMPING = ("mpegts", "mpeg")

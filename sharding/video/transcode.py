@@ -26,6 +26,7 @@ from cliplift.sharding.video.decode import (
 from cliplift.sharding.video.encode import encode
 from cliplift.sharding.video.full_decode import CheckedClip, check_clip
 from cliplift.sharding.video.regular_frames import (
+    FALLBACK_FPS,
     Upright,
     constant_rate,
     progressive_frames,
@@ -34,8 +35,6 @@ from cliplift.sharding.video.regular_frames import (
     timed_frames,
 )
 from cliplift.sharding.video.remux import NotCopiedError, copy_span
-
-FALLBACK_FPS = Fraction(25)
 
 
 @dataclass(frozen=True)

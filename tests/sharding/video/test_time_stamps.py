@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cliplift.configs.sharding import TranscodeConfig
+from cliplift.configs.sharding import TranscodeConfig, WindowsCut
+from cliplift.sharding.video.cuts import spans
 from cliplift.sharding.video.decode import decode_frames
 from cliplift.sharding.video.transcode import EncodedClip, transcode_span
 
@@ -98,3 +99,16 @@ def test_the_last_slide_is_shown_as_long_as_the_others(ending: str, tmp_path: Pa
     clip, numbers = stored(film)
     assert clip.checked.frames / clip.checked.fps == 10
     assert numbers == [n for n in range(1, 6) for _ in range(2 * int(clip.checked.fps))]
+
+
+@pytest.mark.parametrize("offset", ["0", "60"])
+def test_windows_reach_the_end_of_joined_recordings_and_no_further(offset: str, tmp_path: Path) -> None:
+    first = numbered(tmp_path / "1.ts", range(50), *H264)
+    second = numbered(tmp_path / "2.ts", range(100, 150), *H264, "-output_ts_offset", offset)
+    both = tmp_path / "both.ts"
+    both.write_bytes(first.read_bytes() + second.read_bytes())
+    cut = WindowsCut(length_seconds=1.0, min_seconds=1.0)
+    windows = spans(cut, both, start=0.0, end=None)
+    assert windows == [(0.0, 1.0), (1.0, 2.0), (2.0, 3.0), (3.0, 4.0)]
+    shown = [n for begin, end in windows for n in stored(both, start=begin, end=end)[1]]
+    assert shown == [*range(50), *range(100, 150)]
