@@ -75,10 +75,15 @@ def spans(
 
 
 def _length_seconds(path: Path) -> float | None:
-    """Length of a video, seconds: the container's, except where its time stamps jump, which its packets tell."""
+    """Length of a video, seconds: the container's, except where its time stamps jump, which its packets tell.
+
+    Where nothing is said of the pictures alone, as in FLV with sound, it is an upper bound: the whole container's.
+    """
     with open_container(path) as container:
         stream = video_stream(container)
         claimed = claimed_seconds(container, stream)
+        if claimed is None and container.duration:
+            claimed = float(container.duration / 1_000_000)
         if container.format.name not in JUMPING or stream.time_base is None:
             return claimed
         clock = rising_times(container, frame_rate(stream) or FALLBACK_FPS)

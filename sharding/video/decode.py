@@ -42,6 +42,10 @@ class VideoDecodeError(ValueError):
     """A video cannot be decoded as asked; the message says where it failed."""
 
 
+class PastTheEndError(VideoDecodeError):
+    """A span begins behind the last frame of its video."""
+
+
 @dataclass(frozen=True)
 class VideoFacts:
     """What the container says about its first real video stream. Containers lie: nothing here is proof."""

@@ -279,6 +279,7 @@ class Upright:
         self.aspect = Fraction(sample_aspect) if sample_aspect else Fraction(1)
         self.rotation = 0
         self.emitted = 0
+        self.ended = False  # every frame was asked for
         self._layout: tuple[Any, ...] | None = None
         self._graph: Any = None
         self._size: tuple[int, int] | None = None
@@ -293,6 +294,7 @@ class Upright:
                 previous = (frame, upright)
             self.emitted += 1
             yield upright
+        self.ended = True
 
     def _one(self, frame: Any) -> Any:
         layout = (frame.width, frame.height, frame.format.name, tuple(turns(frame)),

@@ -17,6 +17,7 @@ from av.error import FFmpegError
 from cliplift.configs.sharding import TranscodeConfig
 from cliplift.sharding.video.decode import (
     Frames,
+    PastTheEndError,
     VideoDecodeError,
     claimed_seconds,
     frame_rate,
@@ -92,6 +93,7 @@ def transcode_span(
 
     Raises:
         VideoDecodeError: the span cannot be read whole, or the written clip does not decode.
+        PastTheEndError: the video has no frame in the span or behind it.
     """
     with open_container(path) as container:
         stream = video_stream(container)
@@ -111,6 +113,10 @@ def transcode_span(
             data = encode(upright.frames(chosen), fps=fps, config=config)
         except FFmpegError as error:
             raise VideoDecodeError(f"decode: {error.strerror}") from error
+        except VideoDecodeError as error:
+            if start_seconds > 0 and upright.ended and not upright.emitted:
+                raise PastTheEndError(f"the video ends before {start_seconds:.2f} s") from error
+            raise
         facts = _source_facts(container, stream) | {"rotation": upright.rotation}
     if clock.skipped and facts["duration_seconds"] is not None:
         facts["duration_seconds"] -= clock.skipped  # the container counts what the time stamps jumped over

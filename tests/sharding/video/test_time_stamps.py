@@ -5,13 +5,17 @@ The frames carry their number as eight bars of bits, so what is stored is told w
 
 from __future__ import annotations
 
+import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cliplift.configs.sharding import TranscodeConfig, WindowsCut
+from cliplift.configs.sharding import ShardRun, TranscodeConfig, WindowsCut
+from cliplift.sharding.build.run import run_shard
+from cliplift.sharding.manifest import REFUSED_FILE
 from cliplift.sharding.video.cuts import spans
 from cliplift.sharding.video.decode import decode_frames
 from cliplift.sharding.video.transcode import EncodedClip, transcode_span
@@ -112,3 +116,24 @@ def test_windows_reach_the_end_of_joined_recordings_and_no_further(offset: str, 
     assert windows == [(0.0, 1.0), (1.0, 2.0), (2.0, 3.0), (3.0, 4.0)]
     shown = [n for begin, end in windows for n in stored(both, start=begin, end=end)[1]]
     assert shown == [*range(50), *range(100, 150)]
+
+
+def test_windows_of_flv_with_longer_sound_stop_at_the_last_frame(
+    tmp_path: Path, make_run: Callable[..., ShardRun]
+) -> None:
+    # 2 s of pictures and 6 s of sound: the container says 6 s, and nothing says how long the pictures last.
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    pictures = numbered(tmp_path / "x.mp4", range(50), *H264)
+    sound = ["-f", "lavfi", "-i", "sine=duration=6", "-c:v", "copy"]
+    subprocess.run(["ffmpeg", "-v", "error", "-i", str(pictures), *sound, str(folder / "x.flv")], check=True)
+    run = make_run(
+        tmp_path / "out",
+        source={"kind": "folder", "root": str(folder), "layout": "flat"},
+        cut={"kind": "windows", "length_seconds": 1.0},
+        limits={"max_refused_share": 0.9},
+    )
+    report = run_shard(run)
+    assert report.clips_written == 2
+    entries = [json.loads(line) for line in (tmp_path / "out" / REFUSED_FILE).read_text().splitlines()]
+    assert [entry["reason"] for entry in entries] == ["the video ends before 2.00 s"]
