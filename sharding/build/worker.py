@@ -39,7 +39,7 @@ from cliplift.sharding.video.flow import flow_member
 from cliplift.sharding.storage import StorageError, open_store
 from cliplift.sharding.sources.tars import inside_tar
 from cliplift.sharding.video.transcode import cut_span
-from cliplift.sharding.video.decode import VideoDecodeError
+from cliplift.sharding.video.decode import PastTheEndError, VideoDecodeError
 
 HEADER = struct.Struct("!II")
 PR_SET_PDEATHSIG = 1
@@ -119,7 +119,8 @@ def _do(link: socket.socket, task: dict[str, Any], cut: Any, stored: Stored, scr
     else:
         send(link, {"clips": len(clips), "sha256": sha256})
         for number in range(task["first_clip"], len(clips)):
-            _one_clip(link, path, number, clips[number], stored)
+            if not _one_clip(link, path, number, clips[number], stored):
+                break
     finally:
         if copy is not None:
             copy.unlink(missing_ok=True)
@@ -127,7 +128,8 @@ def _do(link: socket.socket, task: dict[str, Any], cut: Any, stored: Stored, scr
 
 def _one_clip(
     link: socket.socket, path: Path, number: int, span: tuple[float, float | None], stored: Stored
-) -> None:
+) -> bool:
+    """Cut and send one clip; whether the video may have more of them."""
     stage = "transcode"
     try:
         clip = cut_span(path, start_seconds=span[0], end_seconds=span[1], config=stored.transcode)
@@ -135,7 +137,7 @@ def _one_clip(
         flow = b"" if stored.flow is None else flow_member(clip.data, stored.flow, stored.transcode)
     except (VideoDecodeError, OSError, MemoryError) as error:
         send(link, {"refused": number, "stage": stage, "reason": _reason(error)})
-        return
+        return not isinstance(error, PastTheEndError)
     checked = clip.checked
     facts = {
         "clip": number,
@@ -152,6 +154,7 @@ def _one_clip(
         "flow_bytes": len(flow),
     }
     send(link, facts, clip.data + flow)
+    return True
 
 
 def _check(link: socket.socket, task: dict[str, Any]) -> None:

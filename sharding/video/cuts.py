@@ -12,8 +12,15 @@ from av.error import FFmpegError
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import Cut, ShotsCut, WholeCut, WindowsCut
-from cliplift.sharding.video.decode import VideoDecodeError, frame_rate, open_container, probe, video_stream
-from cliplift.sharding.video.regular_frames import timed_frames
+from cliplift.sharding.video.decode import (
+    VideoDecodeError,
+    claimed_seconds,
+    demuxed_packets,
+    frame_rate,
+    open_container,
+    video_stream,
+)
+from cliplift.sharding.video.regular_frames import FALLBACK_FPS, JUMPING, rising_times, timed_frames
 
 Span = tuple[float, float | None]
 
@@ -60,11 +67,34 @@ def spans(
     if isinstance(cut, ShotsCut):
         found = _shots(cut, path, start=start, end=end, alive=alive)
     else:
-        found = _windows(cut, start=start, end=end, seconds=probe(path).duration_seconds)
+        found = _windows(cut, start=start, end=end, seconds=_length_seconds(path))
     limit = cut.max_per_video
     if limit is not None and len(found) > limit:
         found = [found[(2 * i + 1) * len(found) // (2 * limit)] for i in range(limit)]
     return found
+
+
+def _length_seconds(path: Path) -> float | None:
+    """Length of a video, seconds: the container's, except where its time stamps jump, which its packets tell.
+
+    Where nothing is said of the pictures alone, as in FLV with sound, it is an upper bound: the whole container's.
+    """
+    with open_container(path) as container:
+        stream = video_stream(container)
+        claimed = claimed_seconds(container, stream)
+        if claimed is None and container.duration:
+            claimed = float(container.duration / 1_000_000)
+        if container.format.name not in JUMPING or stream.time_base is None:
+            return claimed
+        clock = rising_times(container, frame_rate(stream) or FALLBACK_FPS)
+        first: float | None = None
+        for packet in demuxed_packets(container, stream):
+            if packet.size and packet.dts is not None:
+                now = clock.time(float(packet.dts * stream.time_base))
+                first = now if first is None else first
+    if not clock.shift or clock.previous is None or first is None:
+        return claimed
+    return clock.previous - first + clock.step
 
 
 def _windows(cut: WindowsCut, *, start: float, end: float | None, seconds: float | None) -> list[Span]:

@@ -42,6 +42,10 @@ class VideoDecodeError(ValueError):
     """A video cannot be decoded as asked; the message says where it failed."""
 
 
+class PastTheEndError(VideoDecodeError):
+    """A span begins behind the last frame of its video."""
+
+
 @dataclass(frozen=True)
 class VideoFacts:
     """What the container says about its first real video stream. Containers lie: nothing here is proof."""
@@ -106,6 +110,18 @@ def decoded_frames(container: Any, stream: Any) -> Iterator[Any]:
     """
     try:
         yield from container.decode(stream)
+    except IndexError as error:
+        raise VideoDecodeError("decode: a new stream begins inside the file") from error
+
+
+def demuxed_packets(container: Any, stream: Any) -> Iterator[Any]:
+    """The packets of a stream, in order of decoding; the last one is empty and drains the decoder.
+
+    Raises:
+        VideoDecodeError: a stream begins in the middle of the file (PyAV answers it with an IndexError).
+    """
+    try:
+        yield from container.demux(stream)
     except IndexError as error:
         raise VideoDecodeError("decode: a new stream begins inside the file") from error
 

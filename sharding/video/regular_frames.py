@@ -13,7 +13,7 @@ import av.filter
 import numpy as np
 
 from cliplift.configs.sharding import TranscodeConfig
-from cliplift.sharding.video.decode import VideoDecodeError, decoded_frames
+from cliplift.sharding.video.decode import VideoDecodeError, decoded_frames, demuxed_packets
 
 # Containers whose seeks land where they say (measured); the others are decoded from the start.
 SEEKABLE = ("mov", "matroska", "webm")
@@ -24,13 +24,89 @@ ASPECT_TOLERANCE = 0.01
 ROUND_UP = 0.52
 SLOT_SLACK = 0.1  # the last frame does not make a slot of its own when a tenth of it or less is left
 
+FALLBACK_FPS = Fraction(25)  # where the file states no rate
+# Recordings that are joined, or miss a part, jump in their time stamps. ffmpeg's limits for transport and program
+# streams (`-dts_delta_threshold`); everywhere else a long pause is a picture that is shown long.
+JUMPING = ("mpegts", "mpeg")
+JUMP_FORWARD_SECONDS = 10.0
+# A stamp this little before the last one is out of order, not a new beginning.
+JUMP_BACK_SECONDS = 1.0
+
+LONG_FRAME = 1.5  # a last frame shown this many times longer than usual is a slide
+
 TimedFrame = tuple[float, Any]
 
 
+class RisingTimes:
+    """Times of frames in the decoder's order, which is the order of display: each later than the one before.
+
+    At a jump of the time stamps the time goes on where the last frame ended. A single stamp that does not rise counts
+    as one frame later.
+    """
+
+    def __init__(self, source_fps: Fraction, *, jumps_forward: bool) -> None:
+        self.step = 1 / float(source_fps)
+        self.most = JUMP_FORWARD_SECONDS if jumps_forward else math.inf
+        self.previous: float | None = None
+        self.shift = 0.0  # seconds added to every time stamp from here on
+        self.skipped = 0.0  # seconds in which the time stamps jumped over nothing
+
+    def time(self, stamp: float | None) -> float:
+        """The time of the next frame, given its time stamp, both in seconds."""
+        if self.previous is None:
+            self.previous = stamp or 0.0
+            return self.previous
+        expected = self.previous + self.step
+        time = expected if stamp is None else stamp + self.shift
+        gap = time - expected
+        if time <= self.previous - JUMP_BACK_SECONDS or gap > self.most:
+            self.shift -= gap
+            self.skipped += max(0.0, gap)
+            time = expected
+        elif time <= self.previous:
+            time = expected
+        self.previous = time
+        return time
+
+
+def _stamped(container: Any, stream: Any) -> Iterator[tuple[int | None, Any]]:
+    """Decoded frames with their time stamps, in units of the stream's time base.
+
+    AVI has no stamps of display, and the ones guessed for B frames jump back and forth: there the k-th frame shown
+    takes the k-th stamp of the packets, which count frames.
+    """
+    if container.format.name != "avi":
+        for frame in decoded_frames(container, stream):
+            yield frame.pts, frame
+        return
+    stamps: deque[int] = deque()
+    for packet in demuxed_packets(container, stream):
+        if packet.size and packet.dts is not None:
+            stamps.append(packet.dts)
+        for frame in packet.decode():
+            yield stamps.popleft() if stamps else None, frame
+
+
 def timed_frames(
-    container: Any, stream: Any, *, start_seconds: float, source_fps: Fraction
+    container: Any,
+    stream: Any,
+    *,
+    start_seconds: float,
+    source_fps: Fraction,
+    clock: RisingTimes | None = None,
 ) -> Iterator[TimedFrame]:
-    """Decoded frames and their times after the first frame of the video, seconds."""
+    """Decoded frames and their times after the first frame of the video, seconds.
+
+    Args:
+        container, stream: the open video.
+        start_seconds: frames before this time may be left out.
+        source_fps: frames/s, the length of a frame where the stamps do not say it.
+        clock: what turns stamps into times, for callers that ask it afterwards how much was jumped over.
+
+    Raises:
+        VideoDecodeError: a frame is damaged, or the seek landed behind the start.
+    """
+    clock = clock or rising_times(container, source_fps)
     origin: float | None = None
     if (
         start_seconds > SEEK_MARGIN_SECONDS
@@ -41,20 +117,20 @@ def timed_frames(
         container.seek(
             stream.start_time + int((start_seconds - SEEK_MARGIN_SECONDS) / stream.time_base), stream=stream
         )
-    previous = -float(1 / source_fps)
-    first = True
-    for frame in decoded_frames(container, stream):
+    for units, frame in _stamped(container, stream):
         if frame.is_corrupt:
-            raise VideoDecodeError(f"decode: damaged frame after {max(previous, 0):.2f} s")
-        stamp = None if frame.pts is None else float(frame.pts * frame.time_base)
+            raise VideoDecodeError(f"decode: damaged frame after {max(clock.previous or 0, 0):.2f} s")
+        stamp = None if units is None else float(units * frame.time_base)
         if origin is None:
             origin = stamp or 0.0
-        elif first and stamp is not None and stamp - origin > start_seconds:
+        elif clock.previous is None and stamp is not None and stamp - origin > start_seconds:
             raise VideoDecodeError("decode: the seek landed behind the start of the clip")
-        first = False
-        time = previous + float(1 / source_fps) if stamp is None else stamp - origin
-        yield time, frame
-        previous = time
+        yield clock.time(None if stamp is None else stamp - origin), frame
+
+
+def rising_times(container: Any, source_fps: Fraction) -> RisingTimes:
+    """The clock for a container: only transport and program streams jump forwards."""
+    return RisingTimes(source_fps, jumps_forward=container.format.name in JUMPING)
 
 
 def progressive_frames(
@@ -142,10 +218,19 @@ def constant_rate(
             slot += 1
         if slot >= last_slot:
             return
-        held, held_until = frame, (time - start + 1 / float(source_fps)) * rate
+        held, held_until = frame, (time - start + _seconds_shown(frame, source_fps)) * rate
+    if min(held_until, last_slot) > limit + 1:
+        raise VideoDecodeError(f"too long: more than {config.max_seconds:g} s; cut it into windows")
     while held is not None and slot < min(held_until - SLOT_SLACK, last_slot):
         yield held
         slot += 1
+
+
+def _seconds_shown(frame: Any, source_fps: Fraction) -> float:
+    """How long the last frame is shown: a slide's own duration, else that of any frame (durations are rounded)."""
+    usual = 1 / float(source_fps)
+    stated = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else usual
+    return stated if stated > LONG_FRAME * usual else usual
 
 
 def target_rate(source: Fraction, config: TranscodeConfig) -> Fraction:
@@ -194,6 +279,7 @@ class Upright:
         self.aspect = Fraction(sample_aspect) if sample_aspect else Fraction(1)
         self.rotation = 0
         self.emitted = 0
+        self.ended = False  # every frame was asked for
         self._layout: tuple[Any, ...] | None = None
         self._graph: Any = None
         self._size: tuple[int, int] | None = None
@@ -208,6 +294,7 @@ class Upright:
                 previous = (frame, upright)
             self.emitted += 1
             yield upright
+        self.ended = True
 
     def _one(self, frame: Any) -> Any:
         layout = (frame.width, frame.height, frame.format.name, tuple(turns(frame)),

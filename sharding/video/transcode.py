@@ -17,6 +17,7 @@ from av.error import FFmpegError
 from cliplift.configs.sharding import TranscodeConfig
 from cliplift.sharding.video.decode import (
     Frames,
+    PastTheEndError,
     VideoDecodeError,
     claimed_seconds,
     frame_rate,
@@ -26,15 +27,15 @@ from cliplift.sharding.video.decode import (
 from cliplift.sharding.video.encode import encode
 from cliplift.sharding.video.full_decode import CheckedClip, check_clip
 from cliplift.sharding.video.regular_frames import (
+    FALLBACK_FPS,
     Upright,
     constant_rate,
     progressive_frames,
+    rising_times,
     target_rate,
     timed_frames,
 )
 from cliplift.sharding.video.remux import NotCopiedError, copy_span
-
-FALLBACK_FPS = Fraction(25)
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,17 @@ def transcode_span(
 
     Raises:
         VideoDecodeError: the span cannot be read whole, or the written clip does not decode.
+        PastTheEndError: the video has no frame in the span or behind it.
     """
     with open_container(path) as container:
         stream = video_stream(container)
         stream.codec_context.thread_count = 1
         source_fps = frame_rate(stream) or FALLBACK_FPS
         fps = target_rate(source_fps, config)
-        timed = timed_frames(container, stream, start_seconds=start_seconds, source_fps=source_fps)
+        clock = rising_times(container, source_fps)
+        timed = timed_frames(
+            container, stream, start_seconds=start_seconds, source_fps=source_fps, clock=clock
+        )
         timed = progressive_frames(timed, config, time_base=stream.time_base)
         chosen = constant_rate(
             timed, start=start_seconds, end=end_seconds, source_fps=source_fps, fps=fps, config=config
@@ -108,7 +113,13 @@ def transcode_span(
             data = encode(upright.frames(chosen), fps=fps, config=config)
         except FFmpegError as error:
             raise VideoDecodeError(f"decode: {error.strerror}") from error
+        except VideoDecodeError as error:
+            if start_seconds > 0 and upright.ended and not upright.emitted:
+                raise PastTheEndError(f"the video ends before {start_seconds:.2f} s") from error
+            raise
         facts = _source_facts(container, stream) | {"rotation": upright.rotation}
+    if clock.skipped and facts["duration_seconds"] is not None:
+        facts["duration_seconds"] -= clock.skipped  # the container counts what the time stamps jumped over
     checked = check_clip(data, look=True)
     if checked.frames != upright.emitted:
         raise VideoDecodeError(f"check: {upright.emitted} frames were encoded, {checked.frames} decode")
