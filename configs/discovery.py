@@ -64,7 +64,10 @@ def find_plugins(
             try:
                 value = load()
                 check(name, value)
-            except Exception as error:  # foreign code may raise anything, and must not stop the others
+            except (
+                Exception,
+                SystemExit,
+            ) as error:  # foreign code may raise anything, and must not stop the others
                 fault = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
         if fault:
             logger.warning("plug-in %r of cliplift.%s (%s) is left out: %s", name, group, origin, fault)
@@ -113,7 +116,7 @@ def _declared(module: str) -> Mapping[str, Mapping[str, object]]:
                 raise PluginError(f"PLUGINS has the key {group!r}; it may have {', '.join(GROUPS)}")
             if not isinstance(values, Mapping):
                 raise PluginError(f"PLUGINS[{group!r}] is not a mapping of names to objects")
-    except Exception as error:  # foreign code may raise anything, and must not stop the others
+    except (Exception, SystemExit) as error:  # foreign code may raise anything, and must not stop the others
         fault = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
         logger.warning("--plugin %s is left out: %s", module, fault)
         return {}

@@ -61,6 +61,7 @@ def cliplift(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Clipl
     folder = tmp_path_factory.mktemp("work")
     (folder / "broken_plugins.py").write_text(BROKEN)
     (folder / "crashing.py").write_text("1 / 0\n")
+    (folder / "leaving.py").write_text("import sys\nsys.exit(3)\n")
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(installed))))
@@ -86,7 +87,7 @@ def test_models_lists_the_plugin(cliplift: Cliplift) -> None:
 
 
 def test_broken_ones_are_named_and_do_not_stop_the_others(cliplift: Cliplift) -> None:
-    words = ("doctor", "--plugin", "broken_plugins", "--plugin", "crashing")
+    words = ("doctor", "--plugin", "broken_plugins", "--plugin", "crashing", "--plugin", "leaving")
     done = cliplift(*words)
     rows = {
         line.split("plug-in ")[1].split()[0]: line for line in done.stdout.splitlines() if "plug-in" in line
@@ -100,6 +101,7 @@ def test_broken_ones_are_named_and_do_not_stop_the_others(cliplift: Cliplift) ->
     assert "it is not a ModelEntry" in rows["no_entry"]
     assert "note" in rows["nothing"]
     assert "--plugin crashing is left out: ZeroDivisionError" in done.stderr
+    assert "--plugin leaving is left out: SystemExit" in done.stderr
     for fault in ("it is not a Section", "it is not callable as (run, *, classes, topology)"):
         assert fault in done.stderr
     assert "Traceback" not in done.stderr
