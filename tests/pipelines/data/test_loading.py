@@ -372,7 +372,7 @@ def test_evaluation_waits_no_longer_either(shards: str, tmp_path: Path) -> None:
 
 def test_threads_share_open_files_safely(shards: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files are let go and opened again under the hands of reading threads; every read still gets its own bytes."""
-    monkeypatch.setattr("cliplift.sharding.read.open_files.MAX_OPEN_FILES", 1)
+    monkeypatch.setattr("cliplift.sharding.read.fetch.MAX_OPEN_FILES", 1)
     dataset = ShardDataset(shards, split="train")
     expected = [dataset.read(i) for i in range(len(dataset))]
     wrong: list[int] = []
