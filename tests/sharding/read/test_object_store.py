@@ -198,10 +198,14 @@ def test_a_build_through_faults_loses_nothing(
     assert verify("s3://shards/stormy", decode="none").ok
 
 
-def test_what_is_visible_is_whole_at_any_time(s3: Faults, make_run: Callable[..., ShardRun]) -> None:
+def test_what_is_visible_is_whole_at_any_time(
+    s3: Faults, make_run: Callable[..., ShardRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Uploads of tars fail for good: no index may appear without its whole tar, and no dataset at all."""
     s3.share, s3.only = 1.0, "PUT /shards/broken/train"
-    s3.kinds = ("500", "503")  # after a lost or half answer the store has the tar: those uploads have not failed
+    monkeypatch.setattr(
+        s3, "kinds", ("500", "503")
+    )  # after a lost or half answer the store has the tar: those uploads have not failed
     with pytest.raises(StorageError, match=r"s3://shards/broken/train/.*\.tar: cannot write"):
         run_shard(make_run("s3://shards/broken"))
     s3.share = 0.0
