@@ -204,9 +204,7 @@ def test_what_is_visible_is_whole_at_any_time(
     """Uploads of tars fail for good: no index may appear without its whole tar, and no dataset at all."""
     s3.share, s3.only = 1.0, "PUT /shards/broken/train"
     # After a lost or half answer the store has the tar: those uploads have not failed.
-    monkeypatch.setattr(
-        s3, "kinds", ("500", "503")
-    )  # after a lost or half answer the store has the tar: those uploads have not failed
+    monkeypatch.setattr(s3, "kinds", ("500", "503"))
     with pytest.raises(StorageError, match=r"s3://shards/broken/train/.*\.tar: cannot write"):
         run_shard(make_run("s3://shards/broken"))
     s3.share = 0.0
