@@ -63,15 +63,24 @@ class Record:
 
 
 def chosen_rows(arguments: argparse.Namespace) -> list[Any]:
+    import data
     import engine
     import nets
+    import waits
 
     rows = [
         nets.MACHINE,
         *nets.FIRST,
-        *engine.FIRST,
+        *engine.LOOPS,
+        waits.WAITS,
         *nets.SECOND,
-        *engine.SECOND,
+        nets.TRANSFER,
+        nets.RECURRENT,
+        *engine.MEMORY,
+        data.AUGMENTATION,
+        data.LOADER,
+        engine.OFFLOAD,
+        engine.CHECKPOINT,
         *nets.KERNELS,
         *nets.COMPILED,
     ]

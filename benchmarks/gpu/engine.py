@@ -1,27 +1,22 @@
-"""Rows about the engine: its loop, its waits, its memory, its data and its checkpoints."""
+"""Rows about the engine: its loop against a plain one, its memory and its checkpoints."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import time
-import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Numbers, Row, Setting, alternating, backward_of, peak_gib, seconds_of, synchronise
+from measure import Numbers, Row, Setting, peak_gib, seconds_of, synchronise
 from torch import Tensor, nn
 
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS, PretrainRun
 from cliplift.models import create_model
 from cliplift.pipelines.cost.memory_plan import plan_memory
-from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.loader import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology, start
 from cliplift.pipelines.engine import loop
@@ -38,7 +33,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "configs"
 Shape = tuple[int, int, int, int]  # B, T, H, W
 
 
-def _batch(shape: Shape) -> ClipBatch:
+def random_batch(shape: Shape) -> ClipBatch:
     B, T, H, W = shape
     index = torch.arange(B)
     clips = torch.randint(0, 256, (B, T, H, W, 3), dtype=torch.uint8)
@@ -59,7 +54,7 @@ class RepeatingLoader:
     fingerprint, steps_per_epoch = "benchmark", 10_000
 
     def __init__(self, shape: Shape) -> None:
-        self.batch, self.asked = _batch(shape), list[float]()
+        self.batch, self.asked = random_batch(shape), list[float]()
 
     def micro_batches(self, *, start_step: int, stop_step: int) -> Iterator[ClipBatch]:
         for _ in range(start_step, stop_step):
@@ -95,14 +90,14 @@ class Task:
         return {}
 
 
-def _run(folder: Path, *words: str) -> PretrainRun:
+def demo_run(folder: Path, *words: str) -> PretrainRun:
     fixed = ["track.wandb=disabled", f"output={folder}", "checkpoint.keep_best=false"]
     run = load_run(RECIPES / "pretrain" / "demo.yaml", RUNS, [*fixed, *words]).run
     assert isinstance(run, PretrainRun)
     return run
 
 
-def _device_words(setting: Setting) -> list[str]:
+def device_words(setting: Setting) -> list[str]:
     return [f"engine.device={setting.device.type}"]
 
 
@@ -162,14 +157,14 @@ def engine_loop(setting: Setting, *, name: str, shape: Shape, steps: int, stage:
     if setting.small:
         name, shape, steps = "t3d_tiny", (2, 8, 32, 32), 4
     words = [
-        *_device_words(setting), f"engine.zero_stage={stage}", f"engine.global_batch={shape[0]}",
+        *device_words(setting), f"engine.zero_stage={stage}", f"engine.global_batch={shape[0]}",
         "engine.precision=autocast_bf16", f"schedule.steps={steps}", f"checkpoint.every_steps={steps}",
         "optim.name=adamw", "optim.lr=0.0001", "optim.clip_grad_norm=1.0", f"model.name={name}",
         "engine.channels_last=true", "track.every_steps=10",
     ]  # fmt: skip
     found: dict[str, list[float]] = {"engine": [], "plain": []}
     for turn in range(1 if setting.small else 2):
-        run = _run(folder / str(turn), *words)
+        run = demo_run(folder / str(turn), *words)
         topology = start(run.engine)
         sides: list[Callable[[], None]] = [
             lambda: found["engine"].append(_engine_loop(run, name, shape, topology)),  # noqa: B023
@@ -181,82 +176,6 @@ def engine_loop(setting: Setting, *, name: str, shape: Shape, steps: int, stage:
     engine, plain = min(found["engine"]), min(found["plain"])
     return {"engine_ms": engine, "plain_ms": plain, "ratio": plain / engine, "zero_stage": stage,
             "all_ms": found, "shape": shape, "model": name}  # fmt: skip
-
-
-@contextlib.contextmanager
-def _waits(found: list[warnings.WarningMessage]) -> Iterator[None]:
-    """Collects a warning for every call inside that makes the host wait for the GPU."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    found += [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
-
-
-def waits(setting: Setting) -> Numbers:
-    """Places where the host waits for the device inside a step, by ZeRO stage and precision, with their counts."""
-    found: Numbers = {}
-    cases = [
-        (0, "tf32"),
-        (0, "autocast_bf16"),
-        (1, "autocast_bf16"),
-        (1, "bf16"),
-        (1, "fp16"),
-        (2, "bf16"),
-        (3, "bf16"),
-    ]
-    for stage, precision in cases:
-        if setting.device.type == "cpu" and precision == "fp16":
-            continue
-        name = "resnet3d_18" if precision in ("tf32", "autocast_bf16") else "timesformer_small"
-        found[f"zero {stage} {precision}"] = _waits_of(setting, stage, precision, name)
-    return found
-
-
-def _waits_of(setting: Setting, stage: int, precision: str, name: str) -> Any:
-    side = setting.size(64 if name == "resnet3d_18" else 224, 32)
-    words = [
-        *_device_words(setting), f"engine.zero_stage={stage}", f"engine.precision={precision}",
-        "engine.global_batch=2", f"model.name={name}", "data.sampling.frames=8", f"data.crop_pixels={side}",
-        f"data.resize_short_side_pixels={side}", "optim.name=adamw", "optim.lr=0.0001", "optim.clip_grad_norm=1.0",
-        "schedule.steps=6", "checkpoint.every_steps=100", "engine.channels_last=false", "track.every_steps=2",
-    ]  # fmt: skip
-    run = _run(setting.folder / f"waits-{stage}-{precision}", *words)
-    topology = start(run.engine)
-    caught: list[warnings.WarningMessage] = []
-    shape = (2, 8, side, side)
-    Path(run.output).mkdir(parents=True, exist_ok=True)
-    tracker = Tracker(run, stage="pretrain", folder=Path(run.output), topology=topology)
-    options = {"crop": side} if name.startswith("timesformer") else {}
-    net = create_model(name, num_classes=CLASSES, in_frames=8, **options)
-    task: Any = Task(Classifier(net, label_smoothing=0.0, multi_label=False), 8, topology.device)
-    set_numerics(run.engine, topology.device)
-    fitting = loop.Trainer(task, run, RepeatingLoader(shape), topology, tracker)  # type: ignore[arg-type]
-    watched_steps = 2
-    for step in range(2 + watched_steps):
-        if step >= 2 and setting.device.type == "cuda":
-            with _waits(caught):
-                fitting._train_step()
-        else:
-            fitting._train_step()
-    fitting._settle()
-    fitting.engine.destroy()
-    tracker.finish()
-    places = Counter(f"{_short(w.filename)}:{w.lineno}" for w in caught)
-    ours = sum(n for place, n in places.items() if place.startswith("cliplift"))
-    return {"per_step": len(caught) / watched_steps, "ours_per_step": ours / watched_steps,
-            "places": dict(places.most_common(12))}  # fmt: skip
-
-
-def _short(filename: str) -> str:
-    for mark in ("deepspeed/", "torch/", "cliplift/", "pipelines/", "models/"):
-        at = filename.rfind(mark)
-        if at >= 0:
-            return ("cliplift/" if mark in ("pipelines/", "models/") else "") + filename[at:]
-    return filename
 
 
 MEMORY_CASES = {
@@ -277,11 +196,11 @@ def memory(setting: Setting, *, case: str) -> Numbers:
         name, frames, side, batch = "t3d_tiny", 8, 32, 2
         engine = ["engine.zero_stage=1"]
     words = [
-        *_device_words(setting), f"model.name={name}", f"data.sampling.frames={frames}", f"data.crop_pixels={side}",
+        *device_words(setting), f"model.name={name}", f"data.sampling.frames={frames}", f"data.crop_pixels={side}",
         f"data.resize_short_side_pixels={side}", f"engine.global_batch={batch}", "optim.name=adamw",
         "optim.lr=0.001", "engine.channels_last=false", *engine,
     ]  # fmt: skip
-    run = _run(setting.folder / "memory", *words)
+    run = demo_run(setting.folder / "memory", *words)
     on_gpu = setting.device.type == "cuda"
     topology = start(run.engine)
     set_numerics(run.engine, topology.device)
@@ -314,7 +233,7 @@ def offload(setting: Setting) -> Numbers:
     if setting.device.type != "cuda":
         return {"skipped": "offloading needs a GPU"}
     for stage, kind in ((1, "none"), (2, "optimizer"), (3, "optimizer_and_parameters")):
-        run = _run(setting.folder / "offload", *_device_words(setting), "model.name=timesformer_base",
+        run = demo_run(setting.folder / "offload", *device_words(setting), "model.name=timesformer_base",
                    "data.sampling.frames=8", "data.crop_pixels=224", "data.resize_short_side_pixels=224",
                    "engine.global_batch=8", "optim.name=adamw", "optim.lr=0.001", "engine.channels_last=false",
                    "engine.precision=bf16", f"engine.zero_stage={stage}", f"engine.offload={kind}")  # fmt: skip
@@ -339,152 +258,13 @@ def offload(setting: Setting) -> Numbers:
     return found
 
 
-def transfer(setting: Setting) -> Numbers:
-    """A transfer step with the teacher's features at hand, and with the teacher run, over the student's step alone."""
-    side, frames, batch = setting.size(224, 32), setting.size(16, 8), setting.size(8, 4)
-    student, teacher_name = (
-        ("t3d_tiny", "efficientnet_lite0") if setting.small else ("t3d_121", "densenet_121")
-    )
-    words = [
-        f"output={setting.folder}/transfer", f"model.name={student}", f"teacher.name={teacher_name}",
-        "teacher.pretrained=null",
-        f"data.sampling.frames={frames}", f"data.crop_pixels={side}", f"data.resize_short_side_pixels={side}",
-        f"engine.global_batch={batch}", "engine.precision=autocast_bf16", "engine.channels_last=true",
-        "correspondence.negatives_per_clip=1", "track.wandb=disabled",
-    ]  # fmt: skip
-    run: Any = load_run(RECIPES / "transfer" / "demo.yaml", RUNS, words).run
-    set_numerics(run.engine, setting.device)
-    stage = stage_of(run, classes=(), topology=start(run.engine))
-    built = stage.build_module(weights=True)
-    inputs = stage.example_inputs(built, micro_batch=batch, world_size=1)
-    module: Any = built.module.to(setting.device)
-    teacher: Any = built.frozen
-    assert teacher is not None
-    teacher = teacher.to(setting.device).eval().requires_grad_(False)
-    inputs = {name: value.to(setting.device) for name, value in inputs.items()}
-    inputs["clips"] = torch.randn_like(inputs["clips"])
-    frames_seen = run.teacher.frames or frames
-    pictures = torch.randn(batch * frames_seen, 3, side, side, device=setting.device)
-    kind = setting.device.type
-
-    def autocast() -> Any:
-        return torch.autocast(kind, setting.half)
-
-    def alone() -> Tensor:
-        with autocast():
-            return module.student(inputs["clips"]).float().square().mean()
-
-    def cached() -> Tensor:
-        with autocast():
-            return module(inputs)["loss"]
-
-    def uncached() -> Tensor:
-        with torch.no_grad(), autocast():
-            features = teacher(pictures).float().reshape(batch, frames_seen, -1).mean(dim=1)
-        with autocast():
-            return module(inputs | {"frame_features": features})["loss"]
-
-    sides = {f.__name__: backward_of(f, module) for f in (alone, cached, uncached)}
-    ms = alternating(sides, setting, budget_seconds=4.0)
-    return {f"{name}_ms": value for name, value in ms.items()} | {
-        "cached_over_alone": ms["cached"] / ms["alone"],
-        "uncached_over_alone": ms["uncached"] / ms["alone"],
-        "teacher_frames": frames_seen,
-    }
-
-
-def recurrent(setting: Setting) -> Numbers:
-    """ConvLSTM against the concatenating design, from benchmarks/convrnn.py."""
-    import convrnn
-
-    torch.set_float32_matmul_precision("highest")  # the two sides are compared to 1e-4 first
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = True
-    found: Numbers = {}
-    sizes = [replace(size, batch=size.batch * setting.size(4, 1)) for size in convrnn.SIZES]
-    for size in sizes[:1] if setting.small else sizes:
-        try:
-            result = convrnn.compare(size, rounds=setting.size(9, 1), device=str(setting.device))
-        except RuntimeError as error:  # the rounding of another kernel: the other sizes still count
-            found[size.what] = str(error)
-            continue
-        found[size.what] = {"ours_ms": result.ours_ms, "concatenating_ms": result.concatenating_ms,
-                            "speedup": result.speedup}  # fmt: skip
-    found["best_speedup"] = max(r["speedup"] for r in found.values() if isinstance(r, dict))
-    return found
-
-
-def augmentation(setting: Setting) -> Numbers:
-    """Milliseconds a batch of what happens to clips on the device, by recipe, and waits in it."""
-    from cliplift.configs.data import AugmentConfig
-    from cliplift.models.protocol import InputSpec
-
-    spec = InputSpec(mean=(0.45, 0.45, 0.45), std=(0.225, 0.225, 0.225))
-    shape = (16, 16, 224, 224) if not setting.small else (2, 4, 16, 16)
-    batch = _batch(shape)
-    recipes = {
-        "flip": {"flip": True},
-        "colour": {"flip": True, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4},
-        "randaugment": {"flip": True, "rand_augment_ops": 2, "erase_probability": 0.25},
-    }
-    found: Numbers = {
-        "copy_ms": alternating({"it": lambda: batch.to(setting.device)}, setting, budget_seconds=0.3)["it"]
-    }
-    for name, words in recipes.items():
-        views = DeviceAugment(AugmentConfig.model_validate(words), spec, training=True)
-        moved = batch.to(setting.device)
-        found[f"{name}_ms"] = alternating({"it": partial(views, moved)}, setting, budget_seconds=0.5)["it"]
-        if setting.device.type == "cuda":
-            caught: list[warnings.WarningMessage] = []
-            with _waits(caught):
-                views(moved)
-            found[f"{name}_waits"] = [f"{_short(w.filename)}:{w.lineno}" for w in caught]
-    return found | {"shape": shape}
-
-
-def loading(setting: Setting) -> Numbers:
-    """Clips a second of the loader against a bare decode loop, and the GPU's wait for data in a training loop."""
-    import loading as benchmark
-
-    from cliplift.sharding.demo.synthetic import write_demo_videos
-
-    shards = setting.shards
-    if shards is None:
-        videos = setting.folder / "videos"
-        write_demo_videos(videos, train_per_class=2, val_per_class=1, test_per_class=1, unlabelled=16)
-        shards = Path(benchmark.shards_of(sorted(videos.rglob("*.mp4")), setting.folder, {}))
-    found: Numbers = {}
-    for workers in (1,) if setting.small else (1, 8, 16):
-        data = benchmark.data_config(
-            str(shards), decoder="pyav", processes=workers, crop_pixels=setting.size(224, 32)
-        )
-        found[f"{workers} workers"] = _loader_rate(benchmark, data, setting)
-    return found
-
-
-def _loader_rate(benchmark: Any, data: Any, setting: Setting) -> Numbers:
-    seconds, rates = setting.size(3, 1), {}
-    for name, clips in (
-        ("loader", benchmark.ours(data)),
-        ("bare", benchmark.decoding_alone(data, benchmark.bare_pyav)),
-    ):
-        with contextlib.closing(clips):
-            next(clips), next(clips)
-            begun, count = time.perf_counter(), 0
-            while time.perf_counter() - begun < seconds:
-                count += next(clips)
-            rates[name] = count / (time.perf_counter() - begun)
-    return {f"{name}_clips_per_second": rate for name, rate in rates.items()} | {
-        "loader_over_bare": rates["loader"] / rates["bare"]
-    }
-
-
 def checkpointing(setting: Setting) -> Numbers:
     """How long training stands still for an asynchronous checkpoint, against copying the same bytes to the host."""
     width, layers = (8192, 15) if not setting.small else (16, 2)
     module = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
-    run = _run(setting.folder / "checkpoint", *_device_words(setting), "engine.zero_stage=1", "engine.global_batch=1",
-               "optim.name=adamw", "optim.lr=0.001", "checkpoint.asynchronous=true")  # fmt: skip
+    run = demo_run(setting.folder / "checkpoint", *device_words(setting), "engine.zero_stage=1",
+                   "engine.global_batch=1", "optim.name=adamw", "optim.lr=0.001",
+                   "checkpoint.asynchronous=true")  # fmt: skip
     topology = start(run.engine)
     schedule = Schedule(run.schedule, total_steps=10)
     state = RunState(module, run, schedule=schedule, identity={}, topology=topology, say=print)
@@ -529,13 +309,6 @@ LOOPS = [
     for size, goal, (name, shape, steps) in (("small", 0.97, SMALL_NET), ("large", 0.99, LARGE_NET))
     for stage in (0, 1)
 ]  # fmt: skip
-FIRST = [*LOOPS, Row("waits inside a step", "none of ours", waits, 90.0)]
-SECOND = [
-    Row("transfer step", "<= 1.10 cached, <= 1.35 not", transfer, 90.0),
-    Row("ConvLSTM", ">= 1.5 of concatenating", recurrent),
-    *(Row(f"memory: {case}", "within 10 %", partial(memory, case=case)) for case in MEMORY_CASES),
-    Row("augmentation", "no waits", augmentation),
-    Row("loader", ">= .9 of bare decoding", loading, 90.0),
-    Row("offload", "runs", offload, 90.0),
-    Row("checkpoint of 1 B parameters", "<= 1.2 of the copy", checkpointing, 120.0),
-]
+MEMORY = [Row(f"memory: {case}", "within 10 %", partial(memory, case=case)) for case in MEMORY_CASES]
+OFFLOAD = Row("offload", "runs", offload, 90.0)
+CHECKPOINT = Row("checkpoint of 1 B parameters", "<= 1.2 of the copy", checkpointing, 120.0)

@@ -48,7 +48,7 @@ def test_a_row_that_fails_or_dies_is_recorded_and_the_others_run(repository: Pat
         "    from measure import Row\n"
         "    def fails(setting): raise ValueError('by design')\n"
         "    def dies(setting): os._exit(9)\n"
-        "    engine.FIRST[:] = [Row('fails', '', fails), Row('dies', '', dies), Row('runs', '', lambda s: {'a': 1})]\n"
+        "    engine.LOOPS[:] = [Row('fails', '', fails), Row('dies', '', dies), Row('runs', '', lambda s: {'a': 1})]\n"
     )
     output = tmp_path / "gpu.json"
     program = [sys.executable, str(repository / "benchmarks" / "gpu"), "--small", "--minutes", "4",

@@ -1,15 +1,10 @@
-"""The stages end to end on real mp4 files: train, evaluate, predict, export; kill and restart; W&B read back."""
+"""The stages end to end on real mp4 files: train, evaluate, predict, export."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,68 +25,8 @@ from cliplift.pipelines.evaluation.predict import run_predict
 from cliplift.pipelines.stages.repeats import run_repeats
 from cliplift.pipelines.stages.run import dry_run, run_stage
 from cliplift.pipelines.stages.transfer import TransferStage
-from cliplift.sharding.build.run import run_shard
-from cliplift.sharding.demo.synthetic import write_demo_videos
 from cliplift.sharding.read.reader import ShardDataset
 from cliplift.sharding.video.decode import decode_frames
-
-CLIPLIFT = [sys.executable, "-m", "cliplift.launch.cli"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Path:
-    """Small videos of every class, packed with the demo's recipes."""
-    folder = tmp_path_factory.mktemp("stages")
-    write_demo_videos(
-        folder / "videos",
-        seed=1,
-        train_per_class=4,
-        val_per_class=1,
-        test_per_class=2,
-        unlabelled=20,
-        size_pixels=64,
-    )
-    for name, source in (("actions", "labelled"), ("unlabelled", "unlabelled")):
-        words = [f"source.root={folder}/videos/{source}", f"output={folder}/shards/{name}", "workers=2"]
-        run_shard(load_run(repository / "configs" / "shard" / f"demo_{name}.yaml", RUNS, words).run)
-    return folder
-
-
-def load(repository: Path, place: Path, recipe: str, output: str, *words: str) -> Any:
-    shards = "unlabelled" if recipe.startswith("transfer") else "actions"
-    more = [
-        f"data.shards={place}/shards/{shards}",
-        f"output={place}/{output}",
-        "track.wandb=disabled",
-        *words,
-    ]
-    return load_run(repository / "configs" / f"{recipe}.yaml", RUNS, more).run
-
-
-@pytest.fixture(scope="module")
-def transferred(place: Path, repository: Path) -> Path:
-    run = load(
-        repository,
-        place,
-        "transfer/demo",
-        "transfer",
-        "schedule.steps=6",
-        "engine.global_batch=8",
-        "correspondence.negatives_per_clip=2",
-        "track.wandb=offline",
-    )
-    result = run_stage(run, command=["cliplift", "transfer", "transfer/demo"])
-    assert result.finished
-    return result.folder
-
-
-@pytest.fixture(scope="module")
-def finetuned(place: Path, repository: Path, transferred: Path) -> Path:
-    run = load(repository, place, "finetune/demo", "finetune", "schedule.steps=6", f"initialise_from={transferred}",
-               "evaluation.every_steps=3", "track.wandb=offline", "track.tensorboard=true",
-               "track.clip_table_rows=3")  # fmt: skip
-    return run_stage(run, command=["cliplift", "finetune", "finetune/demo"]).folder
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -124,11 +59,9 @@ def test_only_the_student_is_saved_and_it_loads(transferred: Path) -> None:
     assert not any("teacher" in name for name in model.state_dict())
 
 
-def test_finetuning_starts_from_the_transferred_backbone(
-    place: Path, repository: Path, transferred: Path
-) -> None:
+def test_finetuning_starts_from_the_transferred_backbone(load: Callable[..., Any], transferred: Path) -> None:
     """With a learning rate that changes nothing, the saved backbone is the transfer run's, the head is not."""
-    run = load(repository, place, "finetune/demo", "frozen", "schedule.steps=1", f"initialise_from={transferred}",
+    run = load("finetune/demo", "frozen", "schedule.steps=1", f"initialise_from={transferred}",
                "optim.lr=1e-30", "optim.weight_decay=0")  # fmt: skip
     after = from_pretrained(run_stage(run, command=[]).folder / "weights").state_dict()
     before = from_pretrained(transferred / "weights").state_dict()
@@ -138,15 +71,13 @@ def test_finetuning_starts_from_the_transferred_backbone(
     assert len(after) > len(before)
 
 
-def test_pretrain_learns_something_and_hands_over_its_backbone(place: Path, repository: Path) -> None:
-    run = load(repository, place, "pretrain/demo", "pretrain", "schedule.steps=6", "evaluation.every_steps=null",
+def test_pretrain_learns_something_and_hands_over_its_backbone(load: Callable[..., Any]) -> None:
+    run = load("pretrain/demo", "pretrain", "schedule.steps=6", "evaluation.every_steps=null",
                "engine.zero_stage=2", "data.augment.mixup_alpha=0.2")  # fmt: skip
     result = run_stage(run, command=["cliplift", "pretrain", "pretrain/demo"])
     assert result.finished
     assert {"accuracy", "accuracy_low", "top5_accuracy", "chance"} <= dict(result.metrics).keys()
-    onwards = load(
-        repository, place, "finetune/demo", "onwards", "schedule.steps=1", f"initialise_from={result.folder}"
-    )
+    onwards = load("finetune/demo", "onwards", "schedule.steps=1", f"initialise_from={result.folder}")
     assert run_stage(onwards, command=[]).finished
 
 
@@ -282,10 +213,9 @@ def test_explain_writes_an_overlay_of_every_view(place: Path, finetuned: Path) -
 
 
 def test_seeds_are_run_one_after_the_other_and_summed_up(
-    place: Path, repository: Path, transferred: Path, capsys: pytest.CaptureFixture[str]
+    load: Callable[..., Any], place: Path, transferred: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = load(
-        repository, place, "finetune/demo", "repeats", "schedule.steps=2", "seeds=[0,3]",
+    run = load("finetune/demo", "repeats", "schedule.steps=2", "seeds=[0,3]",
         f"initialise_from={transferred}", "data.val_split=held_out", "data.val_share=0.2", "data.label_share=0.5",
     )  # fmt: skip
     result = run_repeats(run, command=["cliplift", "finetune", "finetune/demo"])
@@ -304,9 +234,8 @@ def test_seeds_are_run_one_after_the_other_and_summed_up(
     assert caught.value.key == "folds"
 
 
-def test_a_probe_judges_the_features_at_every_evaluation(place: Path, repository: Path) -> None:
-    run = load(
-        repository, place, "transfer/demo", "probed", "schedule.steps=2", "engine.global_batch=8",
+def test_a_probe_judges_the_features_at_every_evaluation(load: Callable[..., Any], place: Path) -> None:
+    run = load("transfer/demo", "probed", "schedule.steps=2", "engine.global_batch=8",
         "correspondence.negatives_per_clip=2", "data.clips_per_sample=2", "correspondence.same_video_negatives=1",
         f"probe.shards={place}/shards/actions", "probe.test_split=test", "probe.neighbours=5",
     )  # fmt: skip
@@ -319,11 +248,11 @@ def test_a_probe_judges_the_features_at_every_evaluation(place: Path, repository
 
 
 def test_teacher_features_are_computed_once(
-    place: Path, repository: Path, monkeypatch: pytest.MonkeyPatch
+    load: Callable[..., Any], place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["schedule.steps=3", "engine.global_batch=8", "correspondence.negatives_per_clip=2",
              "teacher.cache_features=true"]  # fmt: skip
-    run = load(repository, place, "transfer/demo", "cached", *words)
+    run = load("transfer/demo", "cached", *words)
     assert run_stage(run, command=[]).finished
     (table,) = load_file(place / "cached/teacher_features.safetensors").values()
     train = ShardDataset(str(place / "shards" / "unlabelled"), split="train")
@@ -363,25 +292,23 @@ def test_a_finished_run_is_not_repeated(
         (["model.options={colour: 3}"], "model"),
     ],
 )
-def test_impossible_runs_name_the_key(place: Path, repository: Path, words: list[str], key: str) -> None:
-    run = load(repository, place, "transfer/demo", "impossible", *words)
+def test_impossible_runs_name_the_key(load: Callable[..., Any], words: list[str], key: str) -> None:
+    run = load("transfer/demo", "impossible", *words)
     with pytest.raises(ConfigError) as caught:
         run_stage(run, command=[])
     assert caught.value.key.startswith(key)
 
 
-def test_a_missing_test_split_is_told_before_the_training(place: Path, repository: Path) -> None:
-    run = load(repository, place, "finetune/demo_scratch", "no-test", "test_split=nothing")
+def test_a_missing_test_split_is_told_before_the_training(load: Callable[..., Any], place: Path) -> None:
+    run = load("finetune/demo_scratch", "no-test", "test_split=nothing")
     with pytest.raises(ConfigError, match="no split 'nothing' to evaluate") as caught:
         run_stage(run, command=[])
     assert caught.value.key == "test_split"
     assert not (place / "no-test/metrics.jsonl").exists()
 
 
-def test_unlabelled_shards_cannot_be_classified(place: Path, repository: Path) -> None:
+def test_unlabelled_shards_cannot_be_classified(load: Callable[..., Any], place: Path) -> None:
     run = load(
-        repository,
-        place,
         "finetune/demo",
         "impossible",
         f"data.shards={place}/shards/unlabelled",
@@ -391,154 +318,11 @@ def test_unlabelled_shards_cannot_be_classified(place: Path, repository: Path) -
         run_stage(run, command=[])
 
 
-def test_dry_run_derives_the_deepspeed_section(place: Path, repository: Path) -> None:
-    run = load(repository, place, "transfer/demo", "dry", "engine.micro_batch=8", "engine.zero_stage=2",
+def test_dry_run_derives_the_deepspeed_section(load: Callable[..., Any]) -> None:
+    run = load("transfer/demo", "dry", "engine.micro_batch=8", "engine.zero_stage=2",
                "engine.deepspeed={zero_optimization: {overlap_comm: true}}")  # fmt: skip
     derived = json.loads(dry_run(run).split("process:\n")[1])
     assert derived["train_micro_batch_size_per_gpu"] == 8
     assert derived["gradient_accumulation_steps"] == 4
     assert derived["zero_optimization"]["stage"] == 2
     assert derived["zero_optimization"]["overlap_comm"] is True
-
-
-def logged_blobs(data: bytes) -> Iterator[bytes]:
-    """Records of W&B's offline file: a LevelDB log (32 KiB blocks of crc32, length, kind, data)."""
-    assert data[:4] == b":W&B"
-    at, parts = 7, b""
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            yield parts
-            parts = b""
-
-
-def wandb_records(folder: Path) -> Iterator[Any]:
-    """Every record of a run's offline W&B files, oldest file first."""
-    from wandb.proto import wandb_internal_pb2
-
-    for file in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):
-        for data in logged_blobs(file.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            yield record
-
-
-def wandb_history(folder: Path) -> dict[int, dict[str, Any]]:
-    """Logged numbers by step."""
-    found: dict[int, dict[str, Any]] = {}
-    for record in wandb_records(folder):
-        if record.WhichOneof("record_type") == "history":
-            items = {(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
-            found.setdefault(int(items["_step"]), {}).update(items)
-    return found
-
-
-def test_offline_wandb_files_hold_what_the_jsonl_holds(transferred: Path) -> None:
-    history = wandb_history(transferred)
-    logged = [row for row in rows(transferred) if "train/loss" in row]
-    assert logged
-    for row in logged:
-        assert history[row["step"]]["train/loss"] == pytest.approx(row["train/loss"], rel=1e-6)
-    (run,) = {
-        r.run.run_id: r.run for r in wandb_records(transferred) if r.WhichOneof("record_type") == "run"
-    }.values()
-    assert run.run_id == json.loads((transferred / "wandb.json").read_text())["id"]
-    assert (run.project, run.job_type, run.run_group) == ("cliplift", "transfer", "demo-transfer")
-    config = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert config["optim"]["lr"] == 1e-3
-
-
-def test_wandb_shows_clips_lineage_and_the_code_state(finetuned: Path) -> None:
-    history = wandb_history(finetuned)
-    tables = {step: h["clips.path"] for step, h in history.items() if "clips.path" in h}
-    assert sorted(tables) == [3, 6]
-    stored = json.loads(next(finetuned.glob(f"wandb/*/files/{tables[3]}")).read_text())
-    assert stored["columns"] == ["key", "clip", "true", "predicted", "probability"]
-    dataset = ShardDataset(str(finetuned.parent / "shards" / "actions"), split="val")
-    known = {dataset.facts(i).key: dataset.read(i) for i in range(len(dataset))}
-    assert len(stored["data"]) == 3
-    for key, _, true, predicted, probability in stored["data"]:
-        assert key in known, "validation clips"
-        assert {true, predicted} <= set(dataset.classes)
-        assert 0 < probability <= 1
-    records = list(wandb_records(finetuned))
-    artifacts = [r.artifact for r in records if r.WhichOneof("record_type") == "artifact"]
-    first = next(a for a in artifacts if a.type == "run_table")
-    clips = [Path(e.local_path) for e in first.manifest.contents if e.path.endswith(".mp4")]
-    assert all(path.is_relative_to(finetuned) for path in clips), "the folder can be synced from elsewhere"
-    assert {path.read_bytes() for path in clips} == {known[row[0]] for row in stored["data"]}
-    config: dict[str, Any] = {}
-    for record in records:
-        kind = record.WhichOneof("record_type")
-        items = (
-            record.run.config.update if kind == "run" else record.config.update if kind == "config" else ()
-        )
-        config |= {item.key: json.loads(item.value_json) for item in items}
-    assert (
-        config["data_fingerprint"] == json.loads((finetuned / "result.json").read_text())["data_fingerprint"]
-    )
-    assert config["environment"]["torch_version"] == torch.__version__
-    assert "git_commit" in config["environment"]
-    (model,) = [a for a in artifacts if a.type == "model"]
-    assert any((finetuned / "weights").absolute().as_uri() in e.ref for e in model.manifest.contents), (
-        "by reference"
-    )
-
-
-def test_tensorboard_files_hold_what_the_jsonl_holds(finetuned: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(finetuned / "tensorboard"))
-    events.Reload()
-    expected = {r["step"]: r["train/loss"] for r in rows(finetuned) if "train/loss" in r}
-    assert expected
-    assert {e.step: e.value for e in events.Scalars("train/loss")} == pytest.approx(expected, rel=1e-6)
-
-
-def test_kill_9_and_restart_equals_an_unbroken_run(place: Path, repository: Path) -> None:
-    """Same losses to the last bit, same W&B run, every step once."""
-    words = [f"data.shards={place}/shards/unlabelled", "schedule.steps=16", "engine.global_batch=8",
-             "correspondence.negatives_per_clip=2", "checkpoint.every_steps=4",
-             "track.every_steps=1", "track.wandb=offline"]  # fmt: skip
-    command = [*CLIPLIFT, "transfer", str(repository / "configs" / "transfer" / "demo.yaml"), *words]
-
-    def finish(output: str) -> None:
-        done = subprocess.run(
-            [*command, f"output={place / output}"],
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    finish("unbroken")
-    process = subprocess.Popen(
-        [*command, f"output={place / 'killed'}"], env=ENVIRONMENT, stdout=-3, stderr=-3
-    )
-    deadline = time.monotonic() + 100
-    while not (place / "killed" / "checkpoints" / "step_00000004").is_dir():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (place / "killed" / "result.json").exists(), "it was killed before the end"
-    first_id = json.loads((place / "killed" / "wandb.json").read_text())["id"]
-    finish("killed")
-    losses = [
-        [(r["step"], r["train/loss"]) for r in rows(place / f) if "train/loss" in r]
-        for f in ("unbroken", "killed")
-    ]
-    assert losses[0] == losses[1]
-    assert [step for step, _ in losses[1]] == list(range(1, 17))
-    ids = {r.run.run_id for r in wandb_records(place / "killed") if r.WhichOneof("record_type") == "run"}
-    assert ids == {first_id}
-    a, b = (from_pretrained(place / f / "weights").state_dict() for f in ("unbroken", "killed"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
