@@ -43,6 +43,7 @@ from cliplift.pipelines.engine.optim import Schedule, leave_out, peak_lr, total_
 from cliplift.pipelines.engine.state import RunState, run_identity
 from cliplift.pipelines.engine.task import HALF, FitResult, Loader, TrainingTask
 from cliplift.pipelines.engine.telemetry import StepProfiler, TrainingWindow, peak_tflops
+from cliplift.pipelines.runs.results import evaluation_line
 from cliplift.pipelines.runs.tracking import Tracker
 
 REASONS = {
@@ -144,6 +145,7 @@ class Trainer:
         stepped = self._train_step()
         self._log_profile(self.profiler.after(self.state.step))
         beat()
+        self.tracker.heartbeat(self.state.step, self.total)
         if not stepped:
             return False  # rewound: what was due after that step is due again
         last = self.state.step == self.total
@@ -381,7 +383,11 @@ class Trainer:
         self.tracker.log(self.state.step, {f"eval/{name}": value for name, value in metrics.items()})
         if self.tracker.shows_clips:
             self.tracker.log_clips(self.state.step, self.task.clip_table(self.run.track.clip_table_rows))
-        found = metrics.get(self.task.best_metric)
+        best_metric, before = self.task.best_metric, self.state.best
+        line = evaluation_line(self.state.step, metrics, best_metric=best_metric, before=before)
+        if line is not None:
+            self._log_main(line)
+        found = metrics.get(best_metric)
         if found is None:
             return
         if self.schedule.observe(found):
@@ -414,8 +420,7 @@ class Trainer:
             self._log_main(f"profile written to {path}")
 
     def _log_main(self, text: str) -> None:
-        if self.topology.is_main:
-            print(f"{self.run.name}: {text}", flush=True)
+        self.tracker.say(text)
 
 
 def _on(value: Tensor, like: Tensor) -> Tensor:

@@ -35,12 +35,15 @@ from cliplift.pipelines.evaluation.metrics import (
     confusion_matrix,
     expected_calibration_error,
     global_average_precision,
+    log_loss,
     mean_average_precision,
     mean_class_accuracy,
     top_k_accuracy,
+    two_class_metrics,
 )
 from cliplift.pipelines.evaluation.over_split import over_split
 from cliplift.pipelines.runs.folder import CONFIG, WEIGHTS, RunFolder
+from cliplift.pipelines.runs.results import result_block
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,10 @@ def _predictions(
 
 
 def classification_metrics(predictions: Predictions) -> dict[str, float]:
-    """Top-1, top-5 (where there are more than five classes), per-class mean, calibration; mAP for multi-label."""
+    """Top-1, top-5 (where there are more than five classes), per-class mean, calibration, loss; mAP for multi-label.
+
+    Of two classes also precision, recall, F1 and the area under the ROC curve of the second.
+    """
     if predictions.targets is not None:
         return {
             "mean_average_precision": mean_average_precision(predictions.probabilities, predictions.targets),
@@ -215,10 +221,13 @@ def classification_metrics(predictions: Predictions) -> dict[str, float]:
         "mean_class_accuracy": mean_class_accuracy(confusion),
         "calibration_error": expected_calibration_error(scores, labels),
         "chance": 1.0 / K,
+        "loss": log_loss(scores, labels),
         "samples": float(len(labels)),
     }
     if K > 5:
         metrics["top5_accuracy"] = top_k_accuracy(scores, labels, k=5)
+    if K == 2:
+        metrics |= two_class_metrics(scores[:, 1], labels)
     return metrics
 
 
@@ -291,7 +300,12 @@ def _evaluated(run: EvaluateRun, *, command: Sequence[str], topology: Topology) 
     metrics = classification_metrics(predictions)
     if topology.rank == 0:
         predictions.write(folder.predictions)
-        print("\n".join(f"{name:24s} {value:.4f}" for name, value in metrics.items()))
+        best_metric = "accuracy" if "accuracy" in metrics else "mean_average_precision"
+        print(
+            result_block(
+                f"{Path(run.run).name} on {run.split}", metrics, best_metric=best_metric, folder=folder.path
+            )
+        )
     folder.write_result(
         stage="evaluate",
         metrics=metrics,

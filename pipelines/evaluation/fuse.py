@@ -29,6 +29,7 @@ from cliplift.pipelines.evaluation.evaluate import Predictions, classification_m
 from cliplift.pipelines.evaluation.metrics import top_k_accuracy
 from cliplift.pipelines.runs.folder import PREDICTIONS, RunFolder
 from cliplift.pipelines.runs.records import PredictionTable, read_predictions
+from cliplift.pipelines.runs.results import result_block
 
 Scores = npt.NDArray[np.float64]
 LOGITS = "logits"  # the optional column of predictions.parquet
@@ -190,7 +191,8 @@ def run_fuse(run: FuseRun, *, command: Sequence[str]) -> dict[str, float]:
     folder = RunFolder.create(run.output, writes=True)
     folder.write_start(run, stage="fuse", name=" + ".join(run.runs), command=command, world_size=1)
     predictions.write(folder.predictions)
-    print("\n".join(f"{name:24s} {value:.4f}" for name, value in metrics.items()))
+    title = f"{len(streams)} streams fused"
+    print(result_block(title, metrics, best_metric="accuracy", folder=folder.path))
     folder.write_result(
         stage="fuse",
         metrics=metrics,

@@ -156,6 +156,45 @@ def area_under_curve(scores: Scores, targets: npt.ArrayLike) -> float:
     return float((rank_sum - positives * (positives + 1) / 2.0) / (positives * negatives))
 
 
+def log_loss(probabilities: Scores, labels: Integers) -> float:
+    """Mean of -log of the probability of the true class, in nats; a probability of 0 counts as the smallest float.
+
+    Args:
+        probabilities: (N, K), rows that sum to one.
+        labels: (N,) classes, 0 to K - 1.
+
+    Raises:
+        MetricError: wrong shapes, a label outside the classes, or a value outside 0 to 1.
+    """
+    probabilities, labels = _classified(probabilities, labels)
+    if probabilities.min() < 0 or probabilities.max() > 1 + 1e-6:
+        raise MetricError("log loss needs probabilities from 0 to 1")
+    own = np.take_along_axis(probabilities.astype(np.float64), labels[:, None], axis=1)
+    return float(-np.log(np.maximum(own, np.finfo(np.float32).tiny)).mean())
+
+
+def two_class_metrics(scores: Scores, labels: Integers) -> dict[str, float]:
+    """``precision``, ``recall`` and ``f1`` of class 1 at one half, and ``area_under_curve`` where both classes occur.
+
+    Args:
+        scores: (N,) probability of class 1; above one half is taken for class 1.
+        labels: (N,) 0 or 1.
+
+    A ratio of nothing (no sample taken for class 1, or none that is) counts as 0.
+    """
+    scores, positive = _binary(scores, labels)
+    taken = scores > 0.5
+    hits = int(np.count_nonzero(taken & positive))
+    found = {
+        "precision": hits / max(int(taken.sum()), 1),
+        "recall": hits / max(int(positive.sum()), 1),
+        "f1": 2 * hits / max(int(taken.sum()) + int(positive.sum()), 1),
+    }
+    if 0 < positive.sum() < len(positive):
+        found["area_under_curve"] = area_under_curve(scores, labels)
+    return found
+
+
 def retrieval_recall(scores: Scores, *, k: int, matches: Integers | None = None) -> float:
     """R@k: share of queries whose own candidate is among the ``k`` best scored.
 

@@ -57,6 +57,13 @@ class Tracker:
         return None if self._wandb is None else str(self._wandb.id)
 
     @property
+    def offline_folder(self) -> Path | None:
+        """What ``wandb sync`` takes; None where W&B is online or off."""
+        if self._wandb is None or not self._wandb.offline:
+            return None
+        return Path(self._wandb.settings.sync_dir)
+
+    @property
     def shows_clips(self) -> bool:
         """Whether tables of clips have anywhere to go."""
         return self._wandb is not None and self.run.track.clip_table_rows > 0
@@ -78,6 +85,7 @@ class Tracker:
         self._lines = path.open("a", encoding="utf-8")
 
     def start(self, *, step: int, total: int) -> None:
+        self._last_line = time.monotonic()
         if self.active and sys.stderr.isatty():
             self._bar = tqdm(total=total, initial=step, desc=self.run.name, unit="step", dynamic_ncols=True)
 
@@ -109,6 +117,26 @@ class Tracker:
         if now - self._last_line >= SECONDS_BETWEEN_LINES or step == total:
             self._last_line = now
             print(f"{self.run.name}: step {step}/{total}  {text}", file=sys.stderr, flush=True)
+
+    def heartbeat(self, step: int, total: int) -> None:
+        """A line that says the run goes on, ten seconds after the last one; it reads nothing of the step."""
+        if not self.active:
+            return
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            print(f"{self.run.name}: step {step}/{total}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line on standard output, above the progress bar where there is one."""
+        if not self.active:
+            return
+        if self._bar is not None:
+            self._bar.clear()
+        print(f"{self.run.name}: {text}", flush=True)
+        if self._bar is not None:
+            self._bar.refresh()
 
     def log_clips(self, step: int, clips: ClipTable | None) -> None:
         """A W&B table; an mp4's bytes become a playable cell."""

@@ -12,7 +12,8 @@ from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.distributed.collectives import start
 from cliplift.pipelines.engine.faults import caught_signals
 from cliplift.pipelines.runs.folder import RunFolder
-from cliplift.pipelines.stages.run import StageResult, run_stage
+from cliplift.pipelines.runs.results import commands_after, result_block
+from cliplift.pipelines.stages.run import StageResult, run_stage, stage_of
 from cliplift.sharding.read.reader import fold_count
 
 
@@ -80,10 +81,12 @@ def run_repeats(run: FinetuneRun, *, command: Sequence[str]) -> StageResult:
         runs=[str(result.folder) for result in results],
     )
     if topology.is_main:
+        best_metric = stage_of(run).best_metric
+        next_commands = commands_after("finetune", folder.path, offline_run=None)[-1:]
         print(
-            f"{run.name}: accuracy {metrics['accuracy']:.4f} +- {metrics['accuracy_sd']:.4f} over {len(results)} runs"
-            if "accuracy" in metrics
-            else f"{run.name}: {metrics}",
+            result_block(
+                run.name, metrics, best_metric=best_metric, folder=folder.path, next_commands=next_commands
+            ),
             flush=True,
         )
     return StageResult(folder.path, metrics, seconds=seconds)

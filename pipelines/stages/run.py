@@ -28,8 +28,10 @@ from cliplift.pipelines.distributed.launchers import find_place
 from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_config, set_numerics
 from cliplift.pipelines.engine.faults import StoppedBySignalError, caught_signals, stop_together
 from cliplift.pipelines.engine.loop import fit
+from cliplift.pipelines.engine.optim import total_steps
 from cliplift.pipelines.engine.task import FitResult, Stage
 from cliplift.pipelines.runs.folder import RunFolder, sole_writer
+from cliplift.pipelines.runs.results import commands_after, result_block
 from cliplift.pipelines.runs.tracking import Tracker
 from cliplift.pipelines.stages.classification import ClassificationStage, FinetuneStage
 from cliplift.pipelines.stages.forecast import ForecastStage
@@ -122,6 +124,7 @@ def _run_in(
     try:
         task = _task(run, loader, topology)
         tracker = Tracker(run, stage=stage, folder=folder.path, topology=topology)
+        log_main(topology, f"{run.name}: {_setting(run, task, loader, topology)}")
         result = fit(task=task, run=run, loader=loader, topology=topology, tracker=tracker)
         if result.interrupted:
             result.release()
@@ -152,10 +155,18 @@ def _run_in(
         )
         tracker.summary(metrics)
         tracker.artifacts(shards=_shard_urls(run), fingerprint=loader.fingerprint, weights=folder.weights)
+        offline = tracker.offline_folder
         tracker.finish()
     finally:
         loader.close()
     barrier(topology)
+    next_commands = commands_after(stage, folder.path, offline_run=offline)
+    log_main(
+        topology,
+        result_block(
+            run.name, metrics, best_metric=task.best_metric, folder=folder.path, next_commands=next_commands
+        ),
+    )
     return StageResult(folder.path, metrics, seconds=seconds)
 
 
@@ -217,6 +228,27 @@ def _loader(run: TransferRun | ClassificationRun, topology: Topology) -> Trainin
         micro_batch=micro_batch,
         rank=topology.rank,
         world_size=topology.world_size,
+    )
+
+
+def _setting(
+    run: TransferRun | ClassificationRun, task: Stage, loader: TrainingLoader, topology: Topology
+) -> str:
+    """What is trained, on what, for how long, where to: said before the first step."""
+    parameters = sum(p.numel() for p in task.module.parameters())
+    trained = sum(p.numel() for p in task.module.parameters() if p.requires_grad)
+    steps = total_steps(run.schedule, steps_per_epoch=loader.steps_per_epoch)
+    ranks = "1 process" if topology.world_size == 1 else f"{topology.world_size} processes"
+    device = (
+        torch.cuda.get_device_name(topology.device)
+        if topology.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    classes = f", {len(loader.classes)} classes" if loader.classes else ""
+    return (
+        f"{run.model.name}, {parameters / 1e6:,.2f} M parameters ({trained / 1e6:,.2f} M trained), on {device}, "
+        f"{ranks}; {loader.num_samples:,} samples of split {run.data.split}{classes}; "
+        f"{steps:,} steps of {run.engine.global_batch} clips; into {run.output}"
     )
 
 

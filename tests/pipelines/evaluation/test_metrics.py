@@ -222,3 +222,42 @@ def test_bad_input_is_named(call: object, said: str) -> None:
 def test_calibration_refuses_what_lies_on_either_side_of_a_probability(row: list[float]) -> None:
     with pytest.raises(MetricError, match="between 0 and 1"):
         metrics.expected_calibration_error(np.array([row]), np.array([0]))
+
+
+def test_log_loss_by_hand() -> None:
+    probabilities = np.array([[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]])
+    assert metrics.log_loss(probabilities, np.array([0, 0, 0])) == pytest.approx(np.log(2 * 4 * 1) / 3)
+    impossible = metrics.log_loss(np.array([[1.0, 0.0]]), np.array([1]))
+    assert 80 < impossible < 100
+    with pytest.raises(MetricError, match="probabilities from 0 to 1"):
+        metrics.log_loss(np.array([[2.0, -1.0]]), np.array([0]))
+
+
+def test_two_classes_by_hand() -> None:
+    """Three taken for class 1, two of them rightly; one of three is missed. A half is not taken."""
+    scores, labels = np.array([0.9, 0.8, 0.6, 0.5, 0.1]), np.array([1, 0, 1, 1, 0])
+    found = metrics.two_class_metrics(scores, labels)
+    assert found["precision"] == pytest.approx(2 / 3)
+    assert found["recall"] == pytest.approx(2 / 3)
+    assert found["f1"] == pytest.approx(2 / 3)
+    assert found["area_under_curve"] == pytest.approx(4 / 6)
+    assert metrics.two_class_metrics(np.array([0.1, 0.2]), np.array([0, 0])) == {
+        "precision": 0.0,
+        "recall": 0.0,
+        "f1": 0.0,
+    }
+
+
+def test_two_classes_match_scikit_learn() -> None:
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(5)
+    labels = rng.integers(2, size=300)
+    scores = np.clip(0.3 * labels + 0.7 * rng.random(300), 0, 1)
+    found = metrics.two_class_metrics(scores, labels)
+    taken = scores > 0.5
+    assert found["precision"] == pytest.approx(sklearn.precision_score(labels, taken))
+    assert found["recall"] == pytest.approx(sklearn.recall_score(labels, taken))
+    assert found["f1"] == pytest.approx(sklearn.f1_score(labels, taken))
+    assert found["area_under_curve"] == pytest.approx(sklearn.roc_auc_score(labels, scores))
+    both = np.stack([1 - scores, scores], axis=1)
+    assert metrics.log_loss(both, labels) == pytest.approx(sklearn.log_loss(labels, scores), rel=1e-6)
