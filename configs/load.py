@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import difflib
 import re
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from cliplift.configs.sections import ConfigError, Section
 from cliplift.configs.yaml_text import YamlTextError, read_word, read_yaml
@@ -24,6 +24,7 @@ RECIPES = Path(__file__).resolve().parent
 MAX_BASE_FILES = 100  # base files of base files, each reading counted
 
 R = TypeVar("R", bound=Section)
+Tree = dict[str, object]  # a config as YAML has it: sections, lists and plain values
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,19 @@ class LoadedRun(Generic[R]):
 
 
 def load_run(
-    path: str | Path, schemas: Mapping[str, type[Section]], overrides: Sequence[str] = ()
-) -> LoadedRun[Any]:
+    path: str | Path,
+    schemas: Mapping[str, type[R]],
+    overrides: Sequence[str] = (),
+    *,
+    kind: str = "a stage",
+) -> LoadedRun[R]:
     """Read, merge, override and validate one run.
 
     Args:
         path: the YAML file.
         schemas: stage name -> schema; the file's ``stage:`` key chooses.
         overrides: ``key.path=value`` words; the value is read as YAML.
+        kind: what a stage in ``schemas`` is called in the message about one that is not.
 
     Raises:
         ConfigError: one sentence with file, dotted key, value and the nearest valid key.
@@ -57,7 +63,7 @@ def load_run(
     stage = tree.get("stage")
     if not isinstance(stage, str) or stage not in schemas:
         raise ConfigError(
-            f"{stage!r} is not a stage" if stage is not None else "is missing",
+            f"{stage!r} is not {kind}" if stage is not None else "is missing",
             key="stage",
             value=stage,
             file=_origin(origins, "stage", str(path)),
@@ -66,7 +72,7 @@ def load_run(
     return LoadedRun(run=validate(tree, schemas[stage], origins, str(path)), file=Path(path), origins=origins)
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
+def apply_overrides(tree: Tree, overrides: Sequence[str]) -> dict[str, str]:
     """Set ``key.path=value`` words in a tree, in place; returns the origin of each key set."""
     origins: dict[str, str] = {}
     for word in overrides:
@@ -81,7 +87,7 @@ def dump_run(run: Section) -> str:
 
 def read_tree(
     path: Path, *, parents: tuple[Path, ...] = (), read: list[Path] | None = None
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[Tree, dict[str, str]]:
     """A YAML file merged over its ``base:`` files, and the file that set each dotted key.
 
     ``parents`` are the files whose base this one is, ``read`` all files read so far.
@@ -98,7 +104,7 @@ def read_tree(
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(b, str) for b in bases):
         raise ConfigError("must be a path or a list of paths", key="base", value=bases, file=str(path))
-    tree: dict[str, Any] = {}
+    tree: Tree = {}
     origins: dict[str, str] = {}
     for base in bases:
         below, below_origins = read_tree(_base_path(path, base), parents=(*parents, resolved), read=read)
@@ -120,7 +126,7 @@ def _base_path(path: Path, base: str) -> Path:
     return beside if beside.exists() else packaged_recipe(base) or beside
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> Tree:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -143,25 +149,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _merge(tree: dict[str, Any], over: Mapping[str, Any]) -> None:
+def _merge(tree: Tree, over: Mapping[str, object]) -> None:
     """Put ``over`` on top of ``tree`` in place: sections merge key by key, everything else is replaced."""
     for key, value in over.items():
-        if (
-            isinstance(value, dict)
-            and isinstance(tree.get(key), dict)
-            and not _changes_kind(tree[key], value)
-        ):
-            _merge(tree[key], value)
+        below = tree.get(key)
+        if isinstance(value, dict) and isinstance(below, dict) and not _changes_kind(below, value):
+            _merge(below, value)
         else:
             tree[key] = value
 
 
-def _changes_kind(below: Mapping[str, Any], over: Mapping[str, Any]) -> bool:
+def _changes_kind(below: Mapping[str, object], over: Mapping[str, object]) -> bool:
     """A section that says another ``kind`` replaces the one below it: its other keys belong to the old kind."""
     return "kind" in over and "kind" in below and over["kind"] != below["kind"]
 
 
-def _dotted_keys(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _dotted_keys(tree: Mapping[str, object], prefix: str = "") -> list[str]:
     keys = []
     for key, value in tree.items():
         keys.append(f"{prefix}{key}")
@@ -170,7 +173,7 @@ def _dotted_keys(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
     return keys
 
 
-def _override(tree: dict[str, Any], origins: dict[str, str], word: str) -> None:
+def _override(tree: Tree, origins: dict[str, str], word: str) -> None:
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise ConfigError(f"{word!r} is not an override", file=COMMAND_LINE, hint="write key.path=value")
@@ -183,19 +186,20 @@ def _override(tree: dict[str, Any], origins: dict[str, str], word: str) -> None:
             file=COMMAND_LINE,
             hint=f"quote it if it is meant as text: '{key}=\"...\"'",
         ) from error
-    node: Any = tree
+    node: Tree | list[object] = tree
     *sections, leaf = key.split(".")
     for section in sections:
         if isinstance(node, list):
-            node = node[_list_index(section, node, key)]
+            below = node[_list_index(section, node, key)]
         else:
             if node.get(section) is None:
                 node[section] = {}
-            node = node[section]
-        if not isinstance(node, (dict, list)):
+            below = node[section]
+        if not isinstance(below, (dict, list)):
             raise ConfigError(
                 f"{section!r} is a value, not a section", key=key, value=value, file=COMMAND_LINE
             )
+        node = below
     if isinstance(node, list):
         node[_list_index(leaf, node, key)] = value
     else:
@@ -203,7 +207,7 @@ def _override(tree: dict[str, Any], origins: dict[str, str], word: str) -> None:
     origins[key] = COMMAND_LINE
 
 
-def _list_index(text: str, items: list[Any], key: str) -> int:
+def _list_index(text: str, items: list[object], key: str) -> int:
     if not text.isdigit() or int(text) >= len(items):
         raise ConfigError(f"{text!r} is not an index into a list of {len(items)}", key=key, file=COMMAND_LINE)
     return int(text)
@@ -217,7 +221,7 @@ def _origin(origins: Mapping[str, str], key: str, default: str) -> str:
     return default
 
 
-def validate(tree: Mapping[str, Any], schema: type[R], origins: Mapping[str, str], file: str) -> R:
+def validate(tree: Mapping[str, object], schema: type[R], origins: Mapping[str, str], file: str) -> R:
     """Validate a merged tree; the first error becomes one :class:`ConfigError` sentence."""
     try:
         return schema.model_validate(tree)
@@ -228,7 +232,11 @@ def validate(tree: Mapping[str, Any], schema: type[R], origins: Mapping[str, str
 
 
 def _sentence(
-    details: Any, tree: Mapping[str, Any], schema: type[BaseModel], origins: Mapping[str, str], file: str
+    details: ErrorDetails,
+    tree: Mapping[str, object],
+    schema: type[BaseModel],
+    origins: Mapping[str, str],
+    file: str,
 ) -> ConfigError:
     path, sections = _walk(details["loc"], tree, schema)
     key, value = ".".join(path), details["input"]
@@ -256,11 +264,13 @@ def _sentence(
     return ConfigError(f"{value!r} {message}", key=key, value=value, hint=hint, file=where)
 
 
-def _walk(loc: Sequence[Any], tree: Any, schema: type[BaseModel]) -> tuple[list[str], list[type[BaseModel]]]:
+def _walk(
+    loc: Sequence[str | int], tree: object, schema: type[BaseModel]
+) -> tuple[list[str], list[type[BaseModel]]]:
     """Turn pydantic's location into the dotted key as written (union tags dropped) and the schemas passed."""
     path: list[str] = []
     sections: list[type[BaseModel]] = [schema]
-    annotation: Any = schema
+    annotation: object = schema
     node = tree
     for part in loc:
         choices = _schemas_in(annotation)
@@ -273,7 +283,7 @@ def _walk(loc: Sequence[Any], tree: Any, schema: type[BaseModel]) -> tuple[list[
         path.append(str(part))
         if in_fields:
             owner = annotation if isinstance(annotation, type) and annotation in in_fields else in_fields[0]
-            annotation = owner.model_fields[part].annotation
+            annotation = owner.model_fields[str(part)].annotation
         else:
             annotation = annotation if not choices or isinstance(part, int) else None
         if part != loc[-1]:
@@ -282,18 +292,18 @@ def _walk(loc: Sequence[Any], tree: Any, schema: type[BaseModel]) -> tuple[list[
     return path, sections
 
 
-def _schemas_in(annotation: Any) -> list[type[BaseModel]]:
+def _schemas_in(annotation: object) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [schema for arg in typing.get_args(annotation) for schema in _schemas_in(arg)]
+    return [schema for arg in get_args(annotation) for schema in _schemas_in(arg)]
 
 
-def _kind_of(schema: type[BaseModel]) -> Any:
+def _kind_of(schema: type[BaseModel]) -> object:
     kind = schema.model_fields.get("kind")
-    return typing.get_args(kind.annotation)[0] if kind and typing.get_args(kind.annotation) else None
+    return get_args(kind.annotation)[0] if kind and get_args(kind.annotation) else None
 
 
-def _did_you_mean(word: str, choices: Any, *, leaf: bool = False) -> str:
+def _did_you_mean(word: str, choices: Iterable[str], *, leaf: bool = False) -> str:
     names = {(c.rpartition(".")[2] if leaf else c): c for c in map(str, choices)}
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f"did you mean {names[near[0]]!r}?" if near else ""
@@ -309,5 +319,5 @@ def _same_leaf_elsewhere(leaf: str, schema: type[BaseModel], prefix: str = "") -
     return ""
 
 
-def _listing(names: Any) -> str:
-    return ", ".join(sorted(map(str, names)))
+def _listing(names: Collection[str]) -> str:
+    return ", ".join(sorted(names))

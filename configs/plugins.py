@@ -11,7 +11,7 @@ import inspect
 import typing
 from collections.abc import Collection, Mapping
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, ValidatorFunctionWrapHandler
 
@@ -102,7 +102,7 @@ def _unknown(name: str, known: Collection[str], *, what: str, key: str = "") -> 
 ObjectiveName = Annotated[str, AfterValidator(_known_objective)]
 
 
-def objective_options(objective: str, options: Mapping[str, Any]) -> Section | None:
+def objective_options(objective: str, options: Mapping[str, object]) -> Section | None:
     """The options of a plug-in's objective, validated by the schema it brings; None where it has none.
 
     Raises:
@@ -118,7 +118,7 @@ def objective_options(objective: str, options: Mapping[str, Any]) -> Section | N
     return validate(options, schema, {}, "")
 
 
-def augmentations(chosen: Mapping[str, Mapping[str, Any]]) -> tuple[Section, ...]:
+def augmentations(chosen: Mapping[str, Mapping[str, object]]) -> tuple[Section, ...]:
     """The plug-in augmentations of a config, name -> options, in its order.
 
     Raises:
@@ -144,15 +144,15 @@ def augmentations(chosen: Mapping[str, Mapping[str, Any]]) -> tuple[Section, ...
     return tuple(made)
 
 
-def _checked_augmentations(chosen: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _checked_augmentations(chosen: dict[str, dict[str, object]]) -> dict[str, dict[str, object]]:
     augmentations(chosen)
     return chosen
 
 
-AugmentationOptions = Annotated[dict[str, dict[str, Any]], AfterValidator(_checked_augmentations)]
+AugmentationOptions = Annotated[dict[str, dict[str, object]], AfterValidator(_checked_augmentations)]
 
 
-def source_or_plugin(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+def source_or_plugin(value: object, handler: ValidatorFunctionWrapHandler) -> object:
     """Validate a ``source:`` section: by the plug-in its ``kind`` names, else by this package's own schemas.
 
     Raises:
@@ -165,4 +165,6 @@ def source_or_plugin(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     if kind not in known:
         raise _unknown(kind, {*SOURCE_KINDS, *known}, what="a kind of source", key="kind")
     schema: type[Section] = known[kind].value  # type: ignore[assignment]  # checked when it was found
-    return value if isinstance(value, schema) else validate(value, schema, {}, "")
+    if not isinstance(value, Mapping):
+        return value if isinstance(value, schema) else handler(value)
+    return validate(value, schema, {}, "")

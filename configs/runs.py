@@ -1,9 +1,9 @@
-"""One schema per stage. ``RUNS`` maps the ``stage:`` key of a YAML to it."""
+"""One schema per stage. ``RUNS`` maps the ``stage:`` key of a YAML to it, ``TRAINING`` those that train."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -11,7 +11,7 @@ from cliplift.configs.data import DataConfig, ViewsConfig
 from cliplift.configs.plugins import ObjectiveName, objective_options
 from cliplift.configs.sections import ConfigError, Location, Output, Section
 from cliplift.configs.sharding import ShardRun
-from cliplift.configs.training import ModelConfig, TrainingRun
+from cliplift.configs.training import TrainingRun
 
 
 class TeacherConfig(Section):
@@ -92,8 +92,6 @@ class TransferRun(TrainingRun):
     """2D to 3D supervision transfer: does this frame belong to this clip?"""
 
     stage: Literal["transfer"] = "transfer"
-    data: DataConfig
-    model: ModelConfig
     teacher: TeacherConfig = TeacherConfig()
     correspondence: CorrespondenceConfig = CorrespondenceConfig()
     probe: ProbeConfig | None = Field(
@@ -134,8 +132,6 @@ class TransferRun(TrainingRun):
 class ClassificationRun(TrainingRun):
     """Shared by pretrain and finetune: supervised classification of clips."""
 
-    data: DataConfig
-    model: ModelConfig
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the target spread over all classes")
     task: Literal["single_label", "multi_label"] = Field(
         "single_label", description="one class per clip (cross-entropy) or several (BCE, mAP)"
@@ -165,12 +161,12 @@ class PretrainRun(ClassificationRun):
         description="what is learned: classification (the labels), forecast (the frames to come; needs no labels), or "
         "the objective of a plug-in",
     )
-    objective_options: dict[str, Any] = Field({}, description="options of the objective of a plug-in")
+    objective_options: dict[str, object] = Field({}, description="options of the objective of a plug-in")
     forecast: ForecastConfig = ForecastConfig()
 
     @field_validator("objective_options")
     @classmethod
-    def _valid_options(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    def _valid_options(cls, options: dict[str, object], info: ValidationInfo) -> dict[str, object]:
         if "objective" in info.data:  # else the objective is the mistake
             objective_options(info.data["objective"], options)
         return options
@@ -353,11 +349,14 @@ class DemoRun(Section):
     workers: int = Field(2, ge=1, description="processes that make and pack the videos")
 
 
-RUNS: Mapping[str, type[Section]] = {
-    "shard": ShardRun,
+TRAINING: Mapping[str, type[TrainingRun]] = {
     "transfer": TransferRun,
     "pretrain": PretrainRun,
     "finetune": FinetuneRun,
+}
+RUNS: Mapping[str, type[Section]] = {
+    "shard": ShardRun,
+    **TRAINING,
     "evaluate": EvaluateRun,
     "fuse": FuseRun,
     "predict": PredictRun,
@@ -366,3 +365,8 @@ RUNS: Mapping[str, type[Section]] = {
     "report": ReportRun,
     "demo": DemoRun,
 }
+
+
+def stage_name(schema: type[Section]) -> str:
+    """The ``stage:`` of a run's schema."""
+    return next(name for name, known in RUNS.items() if known is schema)

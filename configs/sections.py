@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -22,7 +22,7 @@ class ConfigError(ValueError):
     """
 
     def __init__(
-        self, reason: str, *, key: str = "", value: Any = None, hint: str = "", file: str = ""
+        self, reason: str, *, key: str = "", value: object = None, hint: str = "", file: str = ""
     ) -> None:
         self.reason, self.key, self.value, self.hint, self.file = reason, key, value, hint, file
         super().__init__(self._sentence())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -112,7 +112,7 @@ class TranscodeConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _crf_of_codec(cls, given: Any) -> Any:
+    def _crf_of_codec(cls, given: object) -> object:
         if isinstance(given, dict) and "crf" not in given and given.get("codec") in CRF_OF_CODEC:
             return given | {"crf": CRF_OF_CODEC[given["codec"]]}
         return given

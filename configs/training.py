@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError, Output, Section
 
 Option = bool | int | float | str | None
@@ -139,13 +140,13 @@ class EngineConfig(Section):
     collective_timeout_seconds: float = Field(
         1800.0, gt=0, description="a collective silent for longer ends the run, seconds"
     )
-    deepspeed: dict[str, Any] = Field(
+    deepspeed: dict[str, object] = Field(
         {}, description="raw DeepSpeed keys laid over the derived ones; contradictions are errors"
     )
 
     @field_validator("deepspeed")
     @classmethod
-    def _no_derived_keys(cls, raw: dict[str, Any]) -> dict[str, Any]:
+    def _no_derived_keys(cls, raw: dict[str, object]) -> dict[str, object]:
         derived = {
             "train_batch_size": "global_batch",
             "train_micro_batch_size_per_gpu": "micro_batch",
@@ -252,7 +253,9 @@ class TrackConfig(Section):
         None, description="first and last optimizer step recorded by the torch profiler into OUTPUT/profile"
     )
     peak_tflops: float | None = Field(
-        None, gt=0, description="peak of one device for MFU, 1e12 operations a second; None is from its name"
+        None,
+        gt=0,
+        description="peak of one device for MFU, 1e12 operations per second; None is from its name",
     )
     clip_table_rows: int = Field(
         8, ge=0, description="clips with predictions logged to W&B at each evaluation"
@@ -290,6 +293,8 @@ class TrainingRun(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     track: TrackConfig = TrackConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    data: DataConfig
+    model: ModelConfig
 
     @model_validator(mode="after")
     def _whole_layers(self) -> TrainingRun:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable
-from typing import Any
 
 import yaml
 
@@ -33,7 +32,7 @@ class RunLoader(yaml.SafeLoader):
         super().__init__(text)
         self._depth = self._nodes = 0
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self._depth += 1
         self._nodes += 1
         mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
@@ -45,7 +44,7 @@ class RunLoader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
-    def construct_object(self, node: Any, deep: bool = False) -> Any:
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> object:
         try:
             return super().construct_object(node, deep=deep)
         except (ValueError, OverflowError) as error:
@@ -74,9 +73,9 @@ RunLoader.add_implicit_resolver(
 )
 
 
-def _mapping(loader: RunLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+def _mapping(loader: RunLoader, node: yaml.MappingNode) -> dict[Hashable, object]:
     """A mapping whose keys are plain values, each written once; merge keys (``<<``) are read as YAML 1.1 says."""
-    seen: set[Any] = set()
+    seen: set[object] = set()
     for key_node, _ in node.value:
         if key_node.tag == MERGE:
             continue
@@ -106,7 +105,7 @@ RunLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mappi
 RunLoader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
-def read_yaml(text: str) -> Any:
+def read_yaml(text: str) -> object:
     """The value of a YAML text.
 
     Raises:
@@ -120,7 +119,7 @@ def read_yaml(text: str) -> Any:
         raise YamlTextError(_described(error) + template) from error
 
 
-def read_word(text: str) -> Any:
+def read_word(text: str) -> object:
     """The value of one ``key=VALUE`` word of a command line.
 
     A word that YAML would cut (at `` #``), unfold (``a: b``, ``- a``) or refuse (``@a``, ``*.mp4``, ``%d``) is the text
@@ -148,7 +147,7 @@ def read_word(text: str) -> Any:
         return text
 
 
-def _composed(text: str) -> tuple[Any, RunLoader]:
+def _composed(text: str) -> tuple[yaml.Node | None, RunLoader]:
     if len(text) > MAX_CHARACTERS:
         raise YamlTextError(f": it holds {len(text)} characters, more than {MAX_CHARACTERS}")
     loader = RunLoader(text)
@@ -163,7 +162,7 @@ def _check_unfolded(root: yaml.Node) -> None:
     sizes: dict[int, int] = {}
     open_: set[int] = set()
 
-    def size(node: Any) -> int:
+    def size(node: yaml.Node) -> int:
         if id(node) in sizes:
             return sizes[id(node)]
         if id(node) in open_:

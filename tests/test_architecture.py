@@ -34,7 +34,8 @@ ROOMS: dict[str, list[set[str]]] = {
         {"sections", "discovery", "yaml_text"},
         {"load"},
         {"plugins"},
-        {"sources", "data", "training"},
+        {"sources", "data"},
+        {"training"},
         {"sharding"},
         {"runs"},
     ],
@@ -141,6 +142,25 @@ def test_files_hold_one_idea(repository: Path, folder: str) -> None:
     for path in modules(repository, folder):
         lines = len(path.read_text().splitlines())
         assert lines <= MAX_LINES, f"{path} has {lines} lines and holds more than one idea; cut it in two"
+
+
+def test_nobody_asks_which_kind_of_run_it_has(repository: Path) -> None:
+    """What differs between stages is in the stage, or in a table by type: a new stage adds rows, not branches."""
+    from cliplift.configs.runs import RUNS
+
+    kinds = {base.__name__ for run in RUNS.values() for base in run.__mro__ if base.__name__.endswith("Run")}
+    assert {"TrainingRun", "ClassificationRun", "FinetuneRun", "ShardRun"} <= kinds
+    asked = []
+    for path in (path for package in PACKAGES for path in modules(repository, package)):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+                named = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+                asked += [f"{path}:{node.lineno}: {name}" for name in named & kinds]
+            elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot):
+                sides = [node.left, *node.comparators]
+                named = {side.id for side in sides if isinstance(side, ast.Name)}
+                asked += [f"{path}:{node.lineno}: {name}" for name in named & kinds]
+    assert not asked, asked
 
 
 def test_every_package_is_in_the_wheel(repository: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from cliplift.configs.runs import ClassificationRun, TransferRun
+from cliplift.configs.training import TrainingRun
 from cliplift.launch.check.findings import Finding
 from cliplift.launch.check.machine import ASSUMED_MFU, FP32_SHARE, Machine
 from cliplift.pipelines.cost.memory_plan import MemoryPlan, Sizes, moments_of, parts, plan_memory
@@ -49,7 +49,7 @@ class Speed(NamedTuple):
 class Cost:
     """A run on a machine, with what is known of its data."""
 
-    run: TransferRun | ClassificationRun
+    run: TrainingRun
     machine: Machine
     classes: int
     train: ClipSource | None
@@ -169,7 +169,7 @@ def logged_speed(folder: Path, *, world_size: int) -> Speed | None:
     return Speed(median(rates), f"measured by {log}") if rates else None
 
 
-def tried_speed(run: TransferRun | ClassificationRun, classes: int) -> float:
+def tried_speed(run: TrainingRun, classes: int) -> float:
     """Clips a second of forward and backward of a micro-batch of two on this machine, the second of two tries."""
     stage = stage_of(run, classes=[str(k) for k in range(classes)])
     built = stage.build_module(weights=False)
@@ -238,7 +238,7 @@ def _feeding(cost: Cost, train: ClipSource, speed: Speed | None) -> Iterator[Fin
     yield Finding("ok", "object store" if remote else "disk reads", f"{rate} ({size / 1024:.0f} KiB a clip)")
 
 
-def decode_seconds(run: TransferRun | ClassificationRun) -> float:
+def decode_seconds(run: TrainingRun) -> float:
     """Median seconds to read, decode and cut one training clip in this process.
 
     Raises:

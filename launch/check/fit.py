@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from cliplift.configs.runs import ClassificationRun, TransferRun
 from cliplift.configs.sections import ConfigError
+from cliplift.configs.training import TrainingRun
 from cliplift.launch.check.cost import Cost, check_cost
 from cliplift.launch.check.findings import Finding
 from cliplift.launch.check.machine import Machine
@@ -39,7 +39,7 @@ class Known:
     classes: tuple[str, ...] = ()
 
 
-def check(run: TransferRun | ClassificationRun, machine: Machine, *, mfu: float | None) -> list[Finding]:
+def check(run: TrainingRun, machine: Machine, *, mfu: float | None) -> list[Finding]:
     """Every look at a run, in the order one would repair it."""
     known = Known()
     findings = check_fit(run, machine, known)
@@ -49,10 +49,10 @@ def check(run: TransferRun | ClassificationRun, machine: Machine, *, mfu: float 
     return [*findings, *check_tracking(run)]
 
 
-def check_fit(run: TransferRun | ClassificationRun, machine: Machine, known: Known) -> list[Finding]:
+def check_fit(run: TrainingRun, machine: Machine, known: Known) -> list[Finding]:
     """Whether data, batch, model and weights fit together; fills in what is ``known``."""
     findings = [Finding("ok", "run", f"{run.stage} {run.name} on {machine.text}")]
-    looks: tuple[Callable[[TransferRun | ClassificationRun, Machine, Known], Iterator[Finding]], ...] = (
+    looks: tuple[Callable[[TrainingRun, Machine, Known], Iterator[Finding]], ...] = (
         _training_data,
         _other_splits,
         _labels,
@@ -66,7 +66,7 @@ def check_fit(run: TransferRun | ClassificationRun, machine: Machine, known: Kno
     return findings
 
 
-def _training_data(run: TransferRun | ClassificationRun, _: Machine, known: Known) -> Iterator[Finding]:
+def _training_data(run: TrainingRun, _: Machine, known: Known) -> Iterator[Finding]:
     whole = True
     for url in run.data.urls:
         try:
@@ -103,7 +103,7 @@ def _missing_shards(url: str, dataset: Dataset) -> Iterator[Finding]:
         yield Finding("fail", "shards", f"{len(wrong)} of {len(dataset.shards)} missing or cut short", remedy)
 
 
-def _other_splits(run: TransferRun | ClassificationRun, _: Machine, known: Known) -> Iterator[Finding]:
+def _other_splits(run: TrainingRun, _: Machine, known: Known) -> Iterator[Finding]:
     if known.train is None:
         return
     for split in stage_of(run).splits().values():
@@ -115,7 +115,7 @@ def _other_splits(run: TransferRun | ClassificationRun, _: Machine, known: Known
         yield Finding("ok", f"data, {split}", f"{len(found)} clips")
 
 
-def _labels(run: TransferRun | ClassificationRun, _: Machine, known: Known) -> Iterator[Finding]:
+def _labels(run: TrainingRun, _: Machine, known: Known) -> Iterator[Finding]:
     stage = stage_of(run)
     if known.train is None:
         return
@@ -147,7 +147,7 @@ def _labels(run: TransferRun | ClassificationRun, _: Machine, known: Known) -> I
     yield Finding("note" if empty else "ok", "labels", text, remedy)
 
 
-def _batches(run: TransferRun | ClassificationRun, machine: Machine, known: Known) -> Iterator[Finding]:
+def _batches(run: TrainingRun, machine: Machine, known: Known) -> Iterator[Finding]:
     G, N = run.engine.global_batch, machine.world_size
     try:
         micro_batch, accumulation = batch_split(run, world_size=N)
@@ -174,7 +174,7 @@ def _batches(run: TransferRun | ClassificationRun, machine: Machine, known: Know
     )
 
 
-def _order(run: TransferRun | ClassificationRun, machine: Machine, known: Known) -> Iterator[Finding]:
+def _order(run: TrainingRun, machine: Machine, known: Known) -> Iterator[Finding]:
     if known.train is None:
         return
     data, shards = run.data, len(known.train.shard_ranges)
@@ -188,7 +188,7 @@ def _order(run: TransferRun | ClassificationRun, machine: Machine, known: Known)
     yield Finding("ok", "reading", text)
 
 
-def _model(run: TransferRun | ClassificationRun, _: Machine, known: Known) -> Iterator[Finding]:
+def _model(run: TrainingRun, _: Machine, known: Known) -> Iterator[Finding]:
     from cliplift.models.measure import measure_model
 
     options = dict[str, Any](run.model.options)
@@ -220,7 +220,7 @@ def _model(run: TransferRun | ClassificationRun, _: Machine, known: Known) -> It
     yield Finding("ok", "model", f"{text}, {found.parameters:,} parameters, {found.gmacs:.2f} GMACs a clip")
 
 
-def _sources(run: TransferRun | ClassificationRun, _: Machine, __: Known) -> Iterator[Finding]:
+def _sources(run: TrainingRun, _: Machine, __: Known) -> Iterator[Finding]:
     """Weights the run starts from: a stage of a chain may still have to write them."""
     named = {"model.pretrained": run.model.pretrained}
     named["initialise_from"] = getattr(run, "initialise_from", None)
@@ -232,7 +232,7 @@ def _sources(run: TransferRun | ClassificationRun, _: Machine, __: Known) -> Ite
         yield Finding("ok" if exists else "note", key, value if exists else f"{value} does not exist", remedy)
 
 
-def check_tracking(run: TransferRun | ClassificationRun) -> Iterator[Finding]:
+def check_tracking(run: TrainingRun) -> Iterator[Finding]:
     from cliplift.sharding.build.tracking import wandb_mode
 
     mode = wandb_mode(run.track.wandb, os.environ)

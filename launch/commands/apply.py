@@ -6,115 +6,164 @@ Each takes a YAML file, or a run folder from which it makes the config itself.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 from cliplift.launch.commands.command import Command
+
+if TYPE_CHECKING:
+    from cliplift.configs.runs import EvaluateRun, ExplainRun, ExportRun, FuseRun, PredictRun, ReportRun
+    from cliplift.configs.sections import Section
+    from cliplift.launch.commands.subject import FolderConfig
+
+    R = TypeVar("R", bound=Section)
 
 RUN_OR_CONFIG = "run or export folder, or a YAML file"
 
 
-def run_evaluate(arguments: argparse.Namespace) -> int:
+def _apply(
+    arguments: argparse.Namespace,
+    schema: type[R],
+    execute: Callable[[R], int],
+    *,
+    from_folder: FolderConfig,
+    extra_key: str | None = None,
+) -> int:
+    """Load the run that the words name and execute it, or print it for ``--dry-run``. Returns the exit code."""
     from cliplift.launch.commands import subject
 
-    def from_folder(folder: str, _: list[str]) -> dict[str, Any]:
-        return {"stage": "evaluate", "run": folder, "output": str(Path(folder) / "evaluate")}
-
-    loaded = subject.load_stage(arguments, "evaluate", from_folder=from_folder)
+    loaded = subject.load_stage(arguments, schema, from_folder=from_folder, extra_key=extra_key)
     if arguments.dry_run:
         return subject.print_run(loaded)
     subject.prepare_environment()
-    from cliplift.pipelines.distributed.collectives import leave
-    from cliplift.pipelines.evaluation.evaluate import run_evaluate as evaluate
+    return subject.located(loaded, lambda: execute(loaded.run))
 
-    subject.located(loaded, lambda: evaluate(loaded.run, command=subject.command_words()))
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    from cliplift.configs.runs import EvaluateRun
+
+    return _apply(
+        arguments,
+        EvaluateRun,
+        _evaluate,
+        from_folder=lambda folder, _: {"run": folder, "output": str(Path(folder) / "evaluate")},
+    )
+
+
+def _evaluate(run: EvaluateRun) -> int:
+    from cliplift.launch.commands.subject import command_words
+    from cliplift.pipelines.distributed.collectives import leave
+    from cliplift.pipelines.evaluation.evaluate import run_evaluate
+
+    run_evaluate(run, command=command_words())
     leave(0)
     return 0
 
 
 def run_fuse(arguments: argparse.Namespace) -> int:
-    from cliplift.launch.commands import subject
+    from cliplift.configs.runs import FuseRun
 
-    def from_folder(folder: str, more: list[str]) -> dict[str, Any]:
-        return {"stage": "fuse", "runs": [folder, *more], "output": str(Path(folder) / "fused")}
+    return _apply(
+        arguments,
+        FuseRun,
+        _fuse,
+        from_folder=lambda folder, more: {"runs": [folder, *more], "output": str(Path(folder) / "fused")},
+        extra_key="runs",
+    )
 
-    loaded = subject.load_stage(arguments, "fuse", from_folder=from_folder, extra_key="runs")
-    if arguments.dry_run:
-        return subject.print_run(loaded)
-    subject.prepare_environment()
-    from cliplift.pipelines.evaluation.fuse import run_fuse as fuse
 
-    subject.located(loaded, lambda: fuse(loaded.run, command=subject.command_words()))
+def _fuse(run: FuseRun) -> int:
+    from cliplift.launch.commands.subject import command_words
+    from cliplift.pipelines.evaluation.fuse import run_fuse
+
+    run_fuse(run, command=command_words())
     return 0
 
 
 def run_predict(arguments: argparse.Namespace) -> int:
+    from cliplift.configs.runs import PredictRun
+
+    return _apply(
+        arguments,
+        PredictRun,
+        _predict,
+        from_folder=lambda folder, videos: {"run": folder, "videos": videos},
+        extra_key="videos",
+    )
+
+
+def _predict(run: PredictRun) -> int:
     """Exit code 1 when a video could not be read."""
-    from cliplift.launch.commands import subject
+    from cliplift.pipelines.evaluation.predict import run_predict
 
-    def from_folder(folder: str, videos: list[str]) -> dict[str, Any]:
-        return {"stage": "predict", "run": folder, "videos": videos}
-
-    loaded = subject.load_stage(arguments, "predict", from_folder=from_folder, extra_key="videos")
-    if arguments.dry_run:
-        return subject.print_run(loaded)
-    subject.prepare_environment()
-    from cliplift.pipelines.evaluation.predict import run_predict as predict
-
-    failed = subject.located(loaded, lambda: predict(loaded.run))
-    return 1 if failed else 0
+    return 1 if run_predict(run) else 0
 
 
 def run_explain(arguments: argparse.Namespace) -> int:
-    """Exit code 1 when a video could not be read."""
-    from cliplift.launch.commands import subject
+    from cliplift.configs.runs import ExplainRun
 
-    def from_folder(folder: str, videos: list[str]) -> dict[str, Any]:
-        return {
-            "stage": "explain",
+    return _apply(
+        arguments,
+        ExplainRun,
+        _explain,
+        from_folder=lambda folder, videos: {
             "run": folder,
             "videos": videos,
             "output": str(Path(folder) / "explained"),
-        }
+        },
+        extra_key="videos",
+    )
 
-    loaded = subject.load_stage(arguments, "explain", from_folder=from_folder, extra_key="videos")
-    if arguments.dry_run:
-        return subject.print_run(loaded)
-    subject.prepare_environment()
-    from cliplift.pipelines.evaluation.explain import run_explain as explain
 
-    failed = subject.located(loaded, lambda: explain(loaded.run))
-    return 1 if failed else 0
+def _explain(run: ExplainRun) -> int:
+    """Exit code 1 when a video could not be read."""
+    from cliplift.pipelines.evaluation.explain import run_explain
+
+    return 1 if run_explain(run) else 0
 
 
 def run_report(arguments: argparse.Namespace) -> int:
-    from cliplift.launch.commands import subject
+    from cliplift.configs.runs import ReportRun
 
-    def from_folder(folder: str, more: list[str]) -> dict[str, Any]:
-        return {"stage": "report", "runs": [folder, *more], "output": str(Path(folder) / "report.html")}
+    return _apply(
+        arguments,
+        ReportRun,
+        _report,
+        from_folder=lambda folder, more: {
+            "runs": [folder, *more],
+            "output": str(Path(folder) / "report.html"),
+        },
+        extra_key="runs",
+    )
 
-    loaded = subject.load_stage(arguments, "report", from_folder=from_folder, extra_key="runs")
-    if arguments.dry_run:
-        return subject.print_run(loaded)
-    from cliplift.pipelines.report.page import run_report as report
 
-    print(subject.located(loaded, lambda: report(loaded.run)))
+def _report(run: ReportRun) -> int:
+    from cliplift.pipelines.report.page import run_report
+
+    print(run_report(run))
     return 0
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    from cliplift.launch.commands import subject
+    from cliplift.configs.runs import ExportRun
 
-    def from_folder(folder: str, more: list[str]) -> dict[str, Any]:
-        return {"stage": "export", "run": folder, "output": more[0] if more else str(Path(folder) / "export")}
+    return _apply(
+        arguments,
+        ExportRun,
+        _export,
+        from_folder=lambda folder, more: {
+            "run": folder,
+            "output": more[0] if more else str(Path(folder) / "export"),
+        },
+        extra_key="output",
+    )
 
-    loaded = subject.load_stage(arguments, "export", from_folder=from_folder, extra_key="output")
-    if arguments.dry_run:
-        return subject.print_run(loaded)
-    subject.prepare_environment()
-    from cliplift.pipelines.evaluation.export import run_export as export
 
-    print(subject.located(loaded, lambda: export(loaded.run)))
+def _export(run: ExportRun) -> int:
+    from cliplift.pipelines.evaluation.export import run_export
+
+    print(run_export(run))
     return 0
 
 

@@ -2,7 +2,7 @@
 
 ``cliplift bench gpu --minutes 7 --output FILE``: the whole table of docs/performance.md, from a checkout.
 
-``cliplift bench data CONFIG``: clips a second of the run's loader, where its time goes, and cores for GPUs.
+``cliplift bench data CONFIG``: clips per second of the run's loader, where its time goes, and cores for GPUs.
 
 ``cliplift bench train CONFIG``: where a training step's time goes, on the run's own data or a synthetic batch.
 """
@@ -14,13 +14,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cliplift.launch.commands.command import Command
 
 if TYPE_CHECKING:
     from cliplift.configs.load import LoadedRun
-    from cliplift.configs.runs import ClassificationRun, TransferRun
+    from cliplift.configs.training import TrainingRun
 
 SUBJECTS = ("data", "train", "gpu")
 
@@ -43,7 +43,7 @@ def add_options(bench: argparse.ArgumentParser) -> None:
 
 
 def bench_data(
-    loaded: LoadedRun[Any],
+    loaded: LoadedRun[TrainingRun],
     *,
     batches: int,
     warm_up: int,
@@ -94,7 +94,7 @@ def bench_data(
 
 
 def bench_train(
-    loaded: LoadedRun[TransferRun | ClassificationRun],
+    loaded: LoadedRun[TrainingRun],
     *,
     steps: int,
     warm_up: int,
@@ -155,7 +155,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
         )
     if arguments.subject == "gpu":
         return bench_gpu(minutes=arguments.minutes, output=arguments.output)
-    loaded = _load_training(list(arguments.rest))
+    loaded = _load(list(arguments.rest))
     if arguments.subject == "data":
         return bench_data(
             loaded,
@@ -175,22 +175,13 @@ def run_bench(arguments: argparse.Namespace) -> int:
     )
 
 
-def _load_training(words: list[str]) -> LoadedRun[Any]:
+def _load(words: list[str]) -> LoadedRun[TrainingRun]:
     from cliplift.configs.sections import ConfigError
-    from cliplift.configs.training import TrainingRun
-    from cliplift.launch.commands.subject import load
+    from cliplift.launch.commands.subject import load_training
 
     if not words or "=" in words[0]:
         raise ConfigError("names no config", file="command line", hint="write cliplift bench data CONFIG")
-    loaded = load(words[0], words[1:])
-    if not isinstance(loaded.run, TrainingRun):
-        raise ConfigError(
-            f"is {loaded.run.stage!r}, which trains nothing",
-            key="stage",
-            file=str(loaded.file),
-            hint="give a transfer, pretrain or finetune config",
-        )
-    return loaded
+    return load_training(words[0], words[1:])
 
 
 COMMANDS = (

@@ -24,26 +24,15 @@ def add_options(check: argparse.ArgumentParser) -> None:
 
 def run_check(arguments: argparse.Namespace) -> int:
     """Exit code 1 when a row of the table fails."""
-    from cliplift.configs.runs import ClassificationRun, FinetuneRun, TransferRun
-    from cliplift.configs.sections import ConfigError
     from cliplift.launch.check.doctor import memory_bytes, usable_cores
     from cliplift.launch.check.findings import exit_code, table
     from cliplift.launch.check.fit import check
     from cliplift.launch.check.machine import choose_machine
-    from cliplift.launch.commands.subject import load
-    from cliplift.pipelines.stages.repeats import repeated
+    from cliplift.launch.commands.subject import load_training
+    from cliplift.pipelines.stages.repeats import single_runs
 
-    loaded = load(arguments.subject, arguments.rest)
-    run = loaded.run
-    if isinstance(run, FinetuneRun) and (run.folds or run.seeds):
-        run = repeated(run)[0]  # the others differ in fold and seed alone
-    if not isinstance(run, TransferRun | ClassificationRun):
-        raise ConfigError(
-            f"is {getattr(run, 'stage', '')!r}, which does not train",
-            key="stage",
-            file=str(loaded.file),
-            hint="check takes transfer, pretrain and finetune; `cliplift verify` checks shards",
-        )
+    loaded = load_training(arguments.subject, arguments.rest)
+    run = single_runs(loaded.run)[0]  # the others differ in fold and seed alone
     machine = choose_machine(
         nodes=arguments.nodes,
         gpus=arguments.gpus,

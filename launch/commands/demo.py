@@ -53,14 +53,15 @@ class _StoppedError(Exception):
 
 def run_demo(arguments: argparse.Namespace) -> int:
     """The demo of a config, or of overrides alone."""
+    from cliplift.configs.runs import DemoRun
     from cliplift.launch.commands import subject
 
     if arguments.subject is not None and "=" in arguments.subject:
         arguments.subject, arguments.rest = None, [arguments.subject, *arguments.rest]
     if arguments.subject is None:
-        loaded = subject.load_tree({"stage": "demo"}, "demo", arguments.rest)
+        loaded = subject.load_tree({}, DemoRun, arguments.rest)
     else:
-        loaded = subject.load_stage(arguments, "demo")
+        loaded = subject.load_stage(arguments, DemoRun)
     if arguments.dry_run:
         return subject.print_run(loaded)
     subject.prepare_environment()
@@ -148,12 +149,14 @@ def _make_videos(run: DemoRun, root: Path) -> None:
 
 
 def _shard(run: DemoRun, root: Path, recipe: str) -> None:
-    from cliplift.launch.commands.subject import load
+    from cliplift.configs.sharding import ShardRun
+    from cliplift.launch.commands.subject import load_as
 
     name = recipe.removeprefix("demo_")
     source = {"actions": "labelled", "unlabelled": "unlabelled"}[name]
-    loaded = load(
+    loaded = load_as(
         f"shard/{recipe}",
+        ShardRun,
         [
             f"source.root={root / 'videos' / source}",
             f"output={root / 'shards' / name}",
@@ -164,11 +167,11 @@ def _shard(run: DemoRun, root: Path, recipe: str) -> None:
 
 
 def _train(recipe: str, root: Path, *, folder: Path, overrides: Sequence[str]) -> StageResult:
-    from cliplift.launch.commands.subject import load
+    from cliplift.launch.commands.subject import load_training
     from cliplift.pipelines.stages.run import run_stage
 
     words = [f"output={folder}", *overrides]
-    loaded = load(recipe, words)
+    loaded = load_training(recipe, words)
     print(f"{loaded.run.stage}: {loaded.run.name} -> {folder}", flush=True)
     result = run_stage(loaded.run, command=["cliplift", loaded.run.stage, recipe, *words])
     if not result.finished:

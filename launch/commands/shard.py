@@ -56,9 +56,10 @@ def add_index_options(index: argparse.ArgumentParser) -> None:
 
 def run_shard(arguments: argparse.Namespace) -> int:
     """Exit code 1 when the dataset was verified and is not sound."""
+    from cliplift.configs.sharding import ShardRun
     from cliplift.launch.commands.subject import load_stage, located, print_run
 
-    loaded = load_stage(arguments, "shard")
+    loaded = load_stage(arguments, ShardRun)
     if arguments.dry_run:
         return print_run(loaded)
     report = located(

@@ -10,22 +10,19 @@ from cliplift.launch.commands.command import Command
 
 def run_training(arguments: argparse.Namespace, *, stage: str) -> int:
     """Exit code 0 when the run is finished, or was stopped by a signal after saving."""
+    from cliplift.configs.runs import TRAINING
     from cliplift.launch.commands.subject import command_words, load_stage, located, prepare_environment
 
-    loaded = load_stage(arguments, stage)
+    loaded = load_stage(arguments, TRAINING[stage])
     prepare_environment()
     from cliplift.pipelines.distributed.collectives import leave
-    from cliplift.pipelines.stages.run import dry_run, run_stage
+    from cliplift.pipelines.stages.repeats import run_all
+    from cliplift.pipelines.stages.run import dry_run
 
     if arguments.dry_run:
         print(located(loaded, lambda: dry_run(loaded.run)))
         return 0
-    if stage == "finetune" and (loaded.run.folds or loaded.run.seeds):
-        from cliplift.pipelines.stages.repeats import run_repeats
-
-        result = located(loaded, lambda: run_repeats(loaded.run, command=command_words()))
-    else:
-        result = located(loaded, lambda: run_stage(loaded.run, command=command_words()))
+    result = located(loaded, lambda: run_all(loaded.run, command=command_words()))
     code = 0 if result.finished or result.requeue else 1
     leave(code)
     return code

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cliplift.configs.load import LoadedRun, dump_run
-from cliplift.configs.sections import ConfigError
+from cliplift.configs.runs import TRAINING, EvaluateRun, stage_name
+from cliplift.configs.sections import ConfigError, Section
 from cliplift.configs.sharding import ShardRun
 from cliplift.configs.training import TrainingRun
-
-SUBMITTED = ("shard", "transfer", "pretrain", "finetune", "evaluate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +64,7 @@ class Job:
         return f"{self.output.rstrip('/')}/result.json"
 
 
-def plan_jobs(configs: Sequence[LoadedRun[Any]], resources: Resources) -> list[Job]:
+def plan_jobs(configs: Sequence[LoadedRun[Section]], resources: Resources) -> list[Job]:
     """The jobs of these configs; each needs the ones before it to have succeeded.
 
     Raises:
@@ -80,39 +78,42 @@ def plan_jobs(configs: Sequence[LoadedRun[Any]], resources: Resources) -> list[J
     return jobs
 
 
-def _jobs_of(loaded: LoadedRun[Any], resources: Resources) -> list[Job]:
-    run = loaded.run
-    stage = str(getattr(run, "stage", ""))
-    if stage not in SUBMITTED:
-        raise loaded.locate(
-            ConfigError(
-                "is not run on a cluster", key="stage", value=stage, hint=f"use {', '.join(SUBMITTED)}"
+def _jobs_of(loaded: LoadedRun[Section], resources: Resources) -> list[Job]:
+    stage = stage_name(type(loaded.run))
+    try:
+        if stage not in PLANNERS:
+            raise ConfigError(
+                "is not run on a cluster", key="stage", value=stage, hint=f"use {', '.join(PLANNERS)}"
             )
-        )
-    if isinstance(run, ShardRun):
-        return _shard_jobs(run, resources)
-    if isinstance(run, TrainingRun):
-        try:
-            _check_training(run, resources)
-        except ConfigError as error:
-            raise loaded.locate(error) from None
-    name = str(getattr(run, "name", None) or f"{stage}-{Path(str(getattr(run, 'run', stage))).name}")
-    return [
-        Job(
-            name=job_name(name),
-            stage=stage,
-            config=dump_run(run),
-            config_file=f"{job_name(name)}.yaml",
-            output=str(getattr(run, "output", "")),
-            nodes=resources.nodes,
-            processes_per_node=resources.processes_per_node,
-            gpus=resources.gpus,
-        )
-    ]
+        return PLANNERS[stage](loaded.run, resources)
+    except ConfigError as error:
+        raise loaded.locate(error) from None
+
+
+def _training_jobs(run: TrainingRun, resources: Resources) -> list[Job]:
+    _check_training(run, resources)
+    return [_stage_job(run, resources, name=run.name, output=run.output)]
+
+
+def _evaluation_jobs(run: EvaluateRun, resources: Resources) -> list[Job]:
+    return [_stage_job(run, resources, name=f"evaluate-{Path(run.run).name}", output=run.output)]
+
+
+def _stage_job(run: Section, resources: Resources, *, name: str, output: str) -> Job:
+    return Job(
+        name=job_name(name),
+        stage=stage_name(type(run)),
+        config=dump_run(run),
+        config_file=f"{job_name(name)}.yaml",
+        output=output,
+        nodes=resources.nodes,
+        processes_per_node=resources.processes_per_node,
+        gpus=resources.gpus,
+    )
 
 
 def _check_training(run: TrainingRun, resources: Resources) -> None:
-    """Better now than after a night in the queue."""
+    """Refuse now what would otherwise fail after a night in the queue."""
     from cliplift.pipelines.engine.deepspeed_setup import batch_split
 
     batch_split(run, world_size=resources.world_size)
@@ -144,6 +145,14 @@ def _shard_jobs(run: ShardRun, resources: Resources) -> list[Job]:
         )
         for phase, parts in phases
     ]
+
+
+# Stage -> how its run becomes jobs. What is not here is not submitted.
+PLANNERS: dict[str, Callable[..., list[Job]]] = {
+    "shard": _shard_jobs,
+    **dict.fromkeys(TRAINING, _training_jobs),
+    "evaluate": _evaluation_jobs,
+}
 
 
 def job_name(text: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cliplift.configs.runs import ClassificationRun, TransferRun
+from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.cost.activation_memory import (
     ActivationMeasure,
     make_fake,
@@ -64,9 +64,7 @@ class MemoryPlan:
         return self.standing + max(self.backward, self.reduction, self.update)
 
 
-def plan_memory(
-    run: TransferRun | ClassificationRun, *, classes: int, world_size: int, on_gpu: bool
-) -> tuple[MemoryPlan, Sizes]:
+def plan_memory(run: TrainingRun, *, classes: int, world_size: int, on_gpu: bool) -> tuple[MemoryPlan, Sizes]:
     """The plan of a run on this many ranks.
 
     Args:
@@ -107,7 +105,7 @@ class _Moments:
 
 
 def _moments(
-    run: TransferRun | ClassificationRun,
+    run: TrainingRun,
     sizes: Sizes,
     measured: ActivationMeasure,
     *,
@@ -144,7 +142,7 @@ def _moments(
 
 
 def _plan(
-    run: TransferRun | ClassificationRun,
+    run: TrainingRun,
     sizes: Sizes,
     measured: ActivationMeasure,
     teacher_bytes: int,
@@ -173,18 +171,16 @@ def _plan(
     )
 
 
-def moments_of(run: TransferRun | ClassificationRun) -> int:
+def moments_of(run: TrainingRun) -> int:
     """Optimizer tensors of a trained parameter's size."""
     return 2 if run.optim.name != "sgd" else int(run.optim.momentum > 0)
 
 
-def _bytes_of_a_weight(run: TransferRun | ClassificationRun) -> int:
+def _bytes_of_a_weight(run: TrainingRun) -> int:
     return 2 if run.engine.precision in HALF else 4
 
 
-def _update_bytes(
-    run: TransferRun | ClassificationRun, sizes: Sizes, *, wide: int, world_size: int, on_gpu: bool
-) -> int:
+def _update_bytes(run: TrainingRun, sizes: Sizes, *, wide: int, world_size: int, on_gpu: bool) -> int:
     """Gradients of this rank's part, their flat fp32 copy, and the temporaries of the optimizer.
 
     Fused AdamW has none. SGD adds weight decay and then momentum to a copy of the gradients of one group (its
@@ -205,7 +201,7 @@ def _update_bytes(
     return gradients + 4 * unit * temporaries
 
 
-def _bucket(run: TransferRun | ClassificationRun, *, world_size: int) -> int:
+def _bucket(run: TrainingRun, *, world_size: int) -> int:
     zero = deepspeed_config(run, world_size=world_size)["zero_optimization"]
     return int(float(zero.get("reduce_bucket_size", DEEPSPEED_BUCKET)))
 

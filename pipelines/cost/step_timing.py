@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from cliplift.configs.runs import ClassificationRun, TransferRun
+from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.data.loader import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology, all_reduce_mean
 from cliplift.pipelines.engine.deepspeed_setup import batch_split, build_engine
@@ -64,9 +64,7 @@ class StepTiming:
         return json.dumps(dataclasses.asdict(self), indent=2)
 
 
-def time_steps(
-    run: TransferRun | ClassificationRun, *, steps: int, warm_up: int, synthetic: bool
-) -> tuple[StepTiming, Topology]:
+def time_steps(run: TrainingRun, *, steps: int, warm_up: int, synthetic: bool) -> tuple[StepTiming, Topology]:
     """Train for a few steps, no checkpoint and no tracking, with the clock stopped between the parts.
 
     Devices are synchronised at every part, so a step is slower than in training, where they overlap.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cliplift.configs.data import DataConfig
 from cliplift.configs.load import load_run
-from cliplift.configs.runs import RUNS, EvaluateRun
+from cliplift.configs.runs import TRAINING, EvaluateRun
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig
 from cliplift.models.factory import from_pretrained, read_config
@@ -251,7 +251,7 @@ def load_finished(folder: str) -> tuple[nn.Module, DataConfig | None, Mapping[st
             hint="finetune it first, with initialise_from",
         )
     config = path / CONFIG
-    data = load_run(config, RUNS).run.data if config.is_file() else None
+    data = load_run(config, TRAINING).run.data if config.is_file() else None
     return network, data, card
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from cliplift.configs.runs import FinetuneRun
 from cliplift.configs.sections import ConfigError
+from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.distributed.collectives import start
 from cliplift.pipelines.engine.faults import caught_signals
 from cliplift.pipelines.runs.folder import RunFolder
@@ -17,14 +18,21 @@ from cliplift.pipelines.stages.run import StageResult, run_stage, stage_of
 from cliplift.sharding.read.reader import fold_count
 
 
-def repeated(run: FinetuneRun) -> list[FinetuneRun]:
-    """The single runs a run with ``folds`` or ``seeds`` stands for, each with its own folder and name.
+def single_runs(run: TrainingRun) -> list[TrainingRun]:
+    """What a config stands for: one run for each of its ``folds`` and ``seeds``, or itself alone.
 
     Raises:
         ConfigError: the shards have no such fold, or none at all.
     """
+    return REPEATED[type(run)](run) if type(run) in REPEATED else [run]
+
+
+def _finetune_runs(run: FinetuneRun) -> list[TrainingRun]:
+    """One run for each fold and seed, with a folder and a name of its own."""
+    if not run.folds and not run.seeds:
+        return [run]
     folds = _folds(run)
-    runs = []
+    runs: list[TrainingRun] = []
     for fold in folds:
         for seed in run.seeds or (None,):
             parts = [f"fold{fold}"] if fold is not None else []
@@ -55,16 +63,26 @@ def _folds(run: FinetuneRun) -> Sequence[int | None]:
     return run.folds
 
 
-def run_repeats(run: FinetuneRun, *, command: Sequence[str]) -> StageResult:
-    """Run all of them, each resuming or passing over what is finished, and write the summary into ``run.output``.
+# Stages whose config may stand for several runs.
+REPEATED: dict[type[TrainingRun], Callable[..., list[TrainingRun]]] = {FinetuneRun: _finetune_runs}
+
+
+def run_all(run: TrainingRun, *, command: Sequence[str]) -> StageResult:
+    """Run whatever a config stands for.
+
+    Several runs are made one after the other, each resumed where it was stopped and left alone where it is finished;
+    their summary is written into ``run.output``.
 
     A signal ends the whole, also one that arrives between two runs: starting it again goes on with the run it
     stopped in.
     """
+    singles = single_runs(run)
+    if singles == [run]:
+        return run_stage(run, command=command)
     started = time.monotonic()
     results = []
     with caught_signals():
-        for single in repeated(run):
+        for single in singles:
             result = run_stage(single, command=command)
             if not result.finished:
                 return result

@@ -15,7 +15,7 @@ import torch
 from cliplift.configs.discovery import working
 from cliplift.configs.load import dump_run
 from cliplift.configs.plugins import stage_plugins
-from cliplift.configs.runs import ClassificationRun, FinetuneRun, PretrainRun, TransferRun
+from cliplift.configs.runs import FinetuneRun, PretrainRun, TransferRun
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import TrainingRun
 from cliplift.models.factory import save_pretrained
@@ -77,7 +77,7 @@ class StageResult:
     seconds: float = 0.0
 
 
-def run_stage(run: TransferRun | ClassificationRun, *, command: Sequence[str]) -> StageResult:
+def run_stage(run: TrainingRun, *, command: Sequence[str]) -> StageResult:
     """Run transfer, pretrain or finetune on this process's share of the ranks.
 
     A signal to any rank stops all of them, wherever they are: a training step, an evaluation, or before the first step.
@@ -104,7 +104,7 @@ def run_stage(run: TransferRun | ClassificationRun, *, command: Sequence[str]) -
 
 def _run_in(
     folder: RunFolder,
-    run: TransferRun | ClassificationRun,
+    run: TrainingRun,
     *,
     command: Sequence[str],
     topology: Topology,
@@ -179,7 +179,7 @@ class Prepared:
     task: Stage
 
 
-def prepare(run: TransferRun | ClassificationRun) -> Prepared:
+def prepare(run: TrainingRun) -> Prepared:
     """Everything of a stage but its folder, tracker and training loop.
 
     Raises:
@@ -196,12 +196,12 @@ def prepare(run: TransferRun | ClassificationRun) -> Prepared:
         raise
 
 
-def _seed(run: TransferRun | ClassificationRun, topology: Topology) -> None:
+def _seed(run: TrainingRun, topology: Topology) -> None:
     torch.manual_seed(run.seed)
     set_numerics(run.engine, topology.device)
 
 
-def dry_run(run: TransferRun | ClassificationRun) -> str:
+def dry_run(run: TrainingRun) -> str:
     """The resolved config and the DeepSpeed dictionary derived from it, as text."""
     check_model(run)
     world_size = find_place(os.environ).world_size
@@ -210,7 +210,7 @@ def dry_run(run: TransferRun | ClassificationRun) -> str:
     return f"{dump_run(run)}\n# DeepSpeed, derived for {processes}:\n{json.dumps(derived, indent=2)}"
 
 
-def check_model(run: TransferRun | ClassificationRun) -> None:
+def check_model(run: TrainingRun) -> None:
     """Raise ConfigError for an unknown model before anything else is started."""
     for key, name in stage_of(run).networks().items():
         try:
@@ -219,7 +219,7 @@ def check_model(run: TransferRun | ClassificationRun) -> None:
             raise ConfigError(str(error), key=key, value=name) from None
 
 
-def _loader(run: TransferRun | ClassificationRun, topology: Topology) -> TrainingLoader:
+def _loader(run: TrainingRun, topology: Topology) -> TrainingLoader:
     micro_batch, _ = batch_split(run, world_size=topology.world_size)
     return training_loader(
         run.data,
@@ -231,9 +231,7 @@ def _loader(run: TransferRun | ClassificationRun, topology: Topology) -> Trainin
     )
 
 
-def _setting(
-    run: TransferRun | ClassificationRun, task: Stage, loader: TrainingLoader, topology: Topology
-) -> str:
+def _setting(run: TrainingRun, task: Stage, loader: TrainingLoader, topology: Topology) -> str:
     """What is trained, on what, for how long, where to: said before the first step."""
     parameters = sum(p.numel() for p in task.module.parameters())
     trained = sum(p.numel() for p in task.module.parameters() if p.requires_grad)
@@ -252,7 +250,7 @@ def _setting(
     )
 
 
-def require_splits(run: TransferRun | ClassificationRun, splits: Sequence[str]) -> None:
+def require_splits(run: TrainingRun, splits: Sequence[str]) -> None:
     """Refuse a run whose shards, of these splits, lack one it will evaluate: after the training would be late.
 
     Raises:
@@ -269,7 +267,7 @@ def require_splits(run: TransferRun | ClassificationRun, splits: Sequence[str]) 
             )
 
 
-def _task(run: TransferRun | ClassificationRun, loader: TrainingLoader, topology: Topology) -> Stage:
+def _task(run: TrainingRun, loader: TrainingLoader, topology: Topology) -> Stage:
     """The stage with its module built, so that what is wrong with it is found before the engine is set up."""
     stage = stage_of(run, classes=loader.classes, topology=topology)
     try:
@@ -281,7 +279,7 @@ def _task(run: TransferRun | ClassificationRun, loader: TrainingLoader, topology
 
 
 def _conclude(
-    run: TransferRun | ClassificationRun,
+    run: TrainingRun,
     stage: Stage,
     result: FitResult,
     folder: RunFolder,
@@ -303,7 +301,7 @@ def _conclude(
     return metrics
 
 
-def _shard_urls(run: TransferRun | ClassificationRun) -> list[str]:
+def _shard_urls(run: TrainingRun) -> list[str]:
     return [shards if isinstance(shards, str) else shards.url for shards in run.data.shards]
 
 

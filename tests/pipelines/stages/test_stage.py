@@ -22,7 +22,7 @@ from cliplift.pipelines.evaluation.evaluate import run_evaluate
 from cliplift.pipelines.evaluation.explain import run_explain
 from cliplift.pipelines.evaluation.export import run_export
 from cliplift.pipelines.evaluation.predict import run_predict
-from cliplift.pipelines.stages.repeats import run_repeats
+from cliplift.pipelines.stages.repeats import run_all
 from cliplift.pipelines.stages.run import dry_run, run_stage
 from cliplift.pipelines.stages.transfer import TransferStage
 from cliplift.sharding.read.reader import ShardDataset
@@ -218,7 +218,7 @@ def test_seeds_are_run_one_after_the_other_and_summed_up(
     run = load("finetune/demo", "repeats", "schedule.steps=2", "seeds=[0,3]",
         f"initialise_from={transferred}", "data.val_split=held_out", "data.val_share=0.2", "data.label_share=0.5",
     )  # fmt: skip
-    result = run_repeats(run, command=["cliplift", "finetune", "finetune/demo"])
+    result = run_all(run, command=["cliplift", "finetune", "finetune/demo"])
     singles = [json.loads((place / f"repeats/seed{s}/result.json").read_text())["metrics"] for s in (0, 3)]
     values = [m["accuracy"] for m in singles]
     assert result.metrics["accuracy"] == pytest.approx(np.mean(values))
@@ -226,11 +226,11 @@ def test_seeds_are_run_one_after_the_other_and_summed_up(
     whole = ShardDataset(str(place / "shards/actions"), split="train")
     assert 0 < singles[0]["val_samples"] < 0.5 * len(whole), "validation is carved from train"
     assert "over 2 runs" in capsys.readouterr().out
-    again = run_repeats(run, command=[])
+    again = run_all(run, command=[])
     assert again.metrics == result.metrics
     assert capsys.readouterr().out.count("already finished") == 2
     with pytest.raises(ConfigError, match="single split") as caught:
-        run_repeats(run.model_copy(update={"folds": "all"}), command=[])
+        run_all(run.model_copy(update={"folds": "all"}), command=[])
     assert caught.value.key == "folds"
 
 
