@@ -16,7 +16,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from cliplift.launch.commands.command import all_commands
 
@@ -54,7 +54,7 @@ def _fields(schema: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldIn
             yield from _fields(section, f"{prefix}{name}{'[]' if many else ''}{tag}.")
 
 
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+def _sections(annotation: object) -> Iterator[type[BaseModel]]:
     from pydantic import BaseModel
 
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -64,7 +64,7 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _sections(argument)
 
 
-def type_name(annotation: Any) -> str:
+def type_name(annotation: object) -> str:
     """A type as users read it: ``int``, ``a|b``, ``list of str``."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
@@ -80,7 +80,7 @@ def type_name(annotation: Any) -> str:
     return getattr(annotation, "__name__", str(annotation))
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if value is None:
         return "null"
     if isinstance(value, tuple):

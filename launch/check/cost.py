@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -39,7 +39,7 @@ DECODED_CLIPS = 8
 
 
 class Speed(NamedTuple):
-    """Clips a second of the whole run, and where the number is from."""
+    """Clips per second of the whole run, and where the number is from."""
 
     clips_per_second: float
     source: str
@@ -59,7 +59,7 @@ class Cost:
     def samples(self) -> int:
         return 0 if self.train is None else len(self.train) * self.run.data.clips_per_sample
 
-    def planned(self, **engine: Any) -> tuple[MemoryPlan, Sizes]:
+    def planned(self, **engine: float) -> tuple[MemoryPlan, Sizes]:
         """The memory plan with other engine settings."""
         run = self.run.model_copy(update={"engine": self.run.engine.model_copy(update=engine)})
         classes = self.classes or 1
@@ -121,7 +121,7 @@ def _less_memory(cost: Cost) -> str:
     """The first of the usual ways that would fit: recompute, smaller micro-batches, both, partitioned weights."""
     micro_batch, _ = batch_split(cost.run, world_size=cost.machine.world_size)
     sizes = [n for n in range(micro_batch - 1, 0, -1) if micro_batch % n == 0]
-    ways: list[dict[str, Any]] = [{"checkpoint_blocks_share": 1.0}]
+    ways: list[dict[str, float]] = [{"checkpoint_blocks_share": 1.0}]
     ways += [{"micro_batch": n} for n in sizes]
     ways += [{"micro_batch": n, "checkpoint_blocks_share": 1.0} for n in sizes]
     if cost.machine.world_size > 1 and cost.run.engine.zero_stage < 3:
@@ -170,7 +170,7 @@ def logged_speed(folder: Path, *, world_size: int) -> Speed | None:
 
 
 def tried_speed(run: TrainingRun, classes: int) -> float:
-    """Clips a second of forward and backward of a micro-batch of two on this machine, the second of two tries."""
+    """Clips per second of forward and backward of a micro-batch of two on this machine, the second of two tries."""
     stage = stage_of(run, classes=[str(k) for k in range(classes)])
     built = stage.build_module(weights=False)
     module = as_trained(built, run)

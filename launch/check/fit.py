@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -191,7 +190,6 @@ def _order(run: TrainingRun, machine: Machine, known: Known) -> Iterator[Finding
 def _model(run: TrainingRun, _: Machine, known: Known) -> Iterator[Finding]:
     from cliplift.models.measure import measure_model
 
-    options = dict[str, Any](run.model.options)
     classes = len(stage_of(run, classes=known.classes).classes)
     try:
         check_model(run)
@@ -200,7 +198,7 @@ def _model(run: TrainingRun, _: Machine, known: Known) -> Iterator[Finding]:
             num_classes=classes,
             in_frames=run.data.sampling.frames,
             crop=run.data.crop_pixels,
-            **options,
+            **run.model.options,
         )
     except (ModelError, ConfigError) as error:
         yield Finding("fail", "model", str(error))

@@ -113,7 +113,7 @@ def _gpu_here() -> tuple[int, str, float] | None:
 
 
 def peak_of(device_name: str) -> float | None:
-    """Dense bf16 peak of a card by the name its driver gives, 1e12 operations a second; None where unknown."""
+    """Dense bf16 peak of a card by the name its driver gives, 1e12 operations per second; None where unknown."""
     from cliplift.pipelines.engine.telemetry import HALF_PEAK_TFLOPS
 
     known = HALF_PEAK_TFLOPS.items()

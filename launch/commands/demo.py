@@ -13,13 +13,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cliplift.launch.commands.command import Command
 from cliplift.launch.commands.shard import build, summary
 
 if TYPE_CHECKING:
     from cliplift.configs.runs import DemoRun
+    from cliplift.pipelines.report.page import DemoFacts
     from cliplift.pipelines.stages.run import StageResult
 
 METHODS = {
@@ -194,7 +195,7 @@ def _finetune(run: DemoRun, root: Path, method: str, recipe: str) -> Row:
     return Row(method, tuple(r.metrics["accuracy"] for r in results), tuple(str(r.folder) for r in results))
 
 
-def _facts(transfer: StageResult, rows: Sequence[Row], seconds: Mapping[str, float]) -> dict[str, Any]:
+def _facts(transfer: StageResult, rows: Sequence[Row], seconds: Mapping[str, float]) -> DemoFacts:
     return {
         "transfer": dict(transfer.metrics),
         "table": [
@@ -211,7 +212,7 @@ def _facts(transfer: StageResult, rows: Sequence[Row], seconds: Mapping[str, flo
     }
 
 
-def table(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
+def table(facts: DemoFacts, rows: Sequence[Row]) -> str:
     """The demo's one table, as text."""
     matching = facts["transfer"]
     chance = json.loads((Path(rows[0].folders[0]) / "result.json").read_text())["metrics"]["chance"]

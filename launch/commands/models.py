@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cliplift.launch.commands.command import Command
 
@@ -118,13 +118,13 @@ def run_import_weights(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def parsed_options(words: Sequence[str]) -> dict[str, Any]:
+def parsed_options(words: Sequence[str]) -> dict[str, object]:
     """``key=value`` words, their values read as YAML as in a config."""
     from cliplift.configs.load import COMMAND_LINE
     from cliplift.configs.sections import ConfigError
     from cliplift.configs.yaml_text import YamlTextError, read_word
 
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key.isidentifier():
@@ -166,7 +166,7 @@ def _head(match: WeightMatch, classes: int) -> str:
 
 
 def _matched(
-    arguments: argparse.Namespace, options: dict[str, Any], state: dict[str, Tensor]
+    arguments: argparse.Namespace, options: dict[str, object], state: dict[str, Tensor]
 ) -> tuple[int, WeightMatch]:
     """The number of classes (asked for, else the source's own, else none) and the comparison with that many."""
     from cliplift.models.state_dicts import match_weights
@@ -179,18 +179,20 @@ def _matched(
 
 
 def _build(
-    arguments: argparse.Namespace, options: dict[str, Any], *, classes: int | None, device: str = "cpu"
+    arguments: argparse.Namespace, options: dict[str, object], *, classes: int | None, device: str = "cpu"
 ) -> VideoNetwork:
     import torch
 
     from cliplift.models import create_model
 
-    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    given: dict[str, object] = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     with torch.device(device):
-        return create_model(arguments.model, num_classes=classes, in_frames=arguments.in_frames, **given)
+        return create_model(
+            arguments.model, num_classes=classes, in_frames=arguments.in_frames, pretrained=None, **given
+        )
 
 
-def _import_inflated(arguments: argparse.Namespace, options: dict[str, Any]) -> int:
+def _import_inflated(arguments: argparse.Namespace, options: dict[str, object]) -> int:
     """2D weights: the classifier is never carried over, so there is none unless ``--num-classes`` asks for one."""
     from cliplift.models.factory import load_pretrained
 
@@ -205,7 +207,7 @@ def _import_inflated(arguments: argparse.Namespace, options: dict[str, Any]) -> 
 
 
 def _write(
-    arguments: argparse.Namespace, options: dict[str, Any], model: VideoNetwork, report: LoadReport
+    arguments: argparse.Namespace, options: dict[str, object], model: VideoNetwork, report: LoadReport
 ) -> None:
     """The export folder, read back through the public loader, which must give the same tensors."""
     import torch

@@ -10,15 +10,17 @@ from __future__ import annotations
 import posixpath
 import shlex
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
 
 from cliplift.configs.sections import ConfigError
 from cliplift.launch.jobs.plan import Job, Resources
 
+Manifest = dict[str, object]  # an object of Kubernetes, or a part of one
+
 PORT = 29500
 MOUNT = "/etc/cliplift"
+CONTAINER = "cliplift"
 NOT_FINISHED = 75  # EX_TEMPFAIL of sysexits.h
 MAX_FAILURES = 6
 
@@ -39,7 +41,7 @@ class KubernetesOptions:
 
 def manifest(job: Job, resources: Resources, options: KubernetesOptions) -> str:
     """All objects of one job as YAML documents, to be read before they are applied."""
-    objects: list[dict[str, Any]] = [_config_map(job, options)]
+    objects: list[Manifest] = [_config_map(job, options)]
     if job.phase is not None:
         objects.append(_indexed_job(job, resources, options))
     elif options.pytorchjob:
@@ -52,7 +54,7 @@ def manifest(job: Job, resources: Resources, options: KubernetesOptions) -> str:
 class _Dumper(yaml.SafeDumper):
     """Texts of several lines as blocks, so that the script in a manifest can be read; no anchors."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
@@ -63,13 +65,13 @@ def _represent(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _represent)
 
 
-def _metadata(job: Job, options: KubernetesOptions, *, name: str | None = None) -> dict[str, Any]:
+def _metadata(job: Job, options: KubernetesOptions, *, name: str | None = None) -> Manifest:
     space = {"namespace": options.namespace} if options.namespace else {}
     labels = {"app.kubernetes.io/name": "cliplift", "app.kubernetes.io/instance": job.name}
     return {"name": name or job.name, **space, "labels": labels}
 
 
-def _config_map(job: Job, options: KubernetesOptions) -> dict[str, Any]:
+def _config_map(job: Job, options: KubernetesOptions) -> Manifest:
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -116,7 +118,7 @@ def run_script(job: Job, *, pytorchjob: bool) -> str:
     )
 
 
-def _service(job: Job, options: KubernetesOptions) -> dict[str, Any]:
+def _service(job: Job, options: KubernetesOptions) -> Manifest:
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -131,13 +133,13 @@ def _service(job: Job, options: KubernetesOptions) -> dict[str, Any]:
     }
 
 
-def _indexed_job(job: Job, resources: Resources, options: KubernetesOptions) -> dict[str, Any]:
+def _indexed_job(job: Job, resources: Resources, options: KubernetesOptions) -> Manifest:
     completions = job.parts if job.phase is not None else job.nodes
     pod = _pod(job, resources, options)
     if job.phase is None:
         pod["subdomain"] = job.name
     ignored = [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
-    stopped = {"containerName": "cliplift", "operator": "In", "values": [NOT_FINISHED]}
+    stopped = {"containerName": CONTAINER, "operator": "In", "values": [NOT_FINISHED]}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -153,12 +155,12 @@ def _indexed_job(job: Job, resources: Resources, options: KubernetesOptions) -> 
     }
 
 
-def _pytorch_job(job: Job, resources: Resources, options: KubernetesOptions) -> dict[str, Any]:
-    pod = _pod(job, resources, options)
-    pod["containers"][0]["name"] = "pytorch"  # the name the operator looks for
+def _pytorch_job(job: Job, resources: Resources, options: KubernetesOptions) -> Manifest:
+    # The operator looks for a container of this name, and sets the restart policy itself.
+    pod = _pod(job, resources, options, container="pytorch")
     del pod["restartPolicy"]
 
-    def replicas(count: int) -> dict[str, Any]:
+    def replicas(count: int) -> Manifest:
         # The container is started again in its pod, after code 75 as after a crash.
         return {"replicas": count, "restartPolicy": "OnFailure", "template": {"spec": pod}}
 
@@ -175,13 +177,15 @@ def _pytorch_job(job: Job, resources: Resources, options: KubernetesOptions) -> 
     }
 
 
-def _pod(job: Job, resources: Resources, options: KubernetesOptions) -> dict[str, Any]:
-    volumes: list[dict[str, Any]] = [
+def _pod(
+    job: Job, resources: Resources, options: KubernetesOptions, *, container: str = CONTAINER
+) -> Manifest:
+    volumes: list[Manifest] = [
         {"name": "config", "configMap": {"name": f"{job.name}-config"}},
         # Docker's 64 MiB of shared memory are too few for decoding workers.
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{options.shared_memory_gib}Gi"}},
     ]
-    mounts: list[dict[str, Any]] = [
+    mounts: list[Manifest] = [
         {"name": "config", "mountPath": MOUNT, "readOnly": True},
         {"name": "shm", "mountPath": "/dev/shm"},
     ]
@@ -193,26 +197,26 @@ def _pod(job: Job, resources: Resources, options: KubernetesOptions) -> dict[str
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": resources.signal_seconds,
         **account,
-        "containers": [_container(job, resources, options, mounts)],
+        "containers": [_container(job, resources, options, mounts, name=container)],
         "volumes": volumes,
     }
 
 
 def _container(
-    job: Job, resources: Resources, options: KubernetesOptions, mounts: list[dict[str, Any]]
-) -> dict[str, Any]:
+    job: Job, resources: Resources, options: KubernetesOptions, mounts: list[Manifest], *, name: str
+) -> Manifest:
     environment = [{"name": "PYTHONUNBUFFERED", "value": "1"}, {"name": "OMP_NUM_THREADS", "value": "1"}]
     if job.phase == "build":
         environment.append({"name": "JOB_COMPLETIONS", "value": str(job.parts)})  # --part auto reads I and N
     secrets = [{"secretRef": {"name": name}} for name in options.environment_from_secrets]
-    asked: dict[str, Any] = {"cpu": str(resources.cpus)}
+    asked: Manifest = {"cpu": str(resources.cpus)}
     if resources.memory_gib:
         asked["memory"] = f"{resources.memory_gib}Gi"
     limits = {k: v for k, v in asked.items() if k == "memory"}
     if job.gpus:
         limits["nvidia.com/gpu"] = str(job.gpus)
     return {
-        "name": "cliplift",
+        "name": name,
         "image": options.image,
         "command": ["/bin/bash", f"{MOUNT}/run.sh"],
         **({"workingDir": options.workdir} if options.workdir else {}),

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,11 +56,10 @@ def make_fake(module: nn.Module) -> None:
         return made[id(tensor)]
 
     for part in module.modules():
-        held: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
-        for tensors in held:
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    tensors[name] = fake(tensor)
+        parameters = list(part.named_parameters(recurse=False, remove_duplicate=False))
+        buffers = list(part.named_buffers(recurse=False, remove_duplicate=False))
+        for name, tensor in (*parameters, *buffers):
+            setattr(part, name, fake(tensor))
 
 
 def measure_activations(
@@ -98,7 +96,7 @@ class _SavedBytes:
         self.bytes = 0
         self.kept: list[Tensor] = []  # while they are held here, an identity cannot be given out again
 
-    def hooks(self) -> contextlib.AbstractContextManager[Any]:
+    def hooks(self) -> contextlib.AbstractContextManager[object]:
         def pack(tensor: Tensor) -> Tensor:
             if _identity(tensor) not in self.seen:
                 self.seen.add(_identity(tensor))
@@ -119,7 +117,13 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now = self.gradients_now = 0
         self.timeline: list[tuple[int, int]] = [(0, 0)]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):

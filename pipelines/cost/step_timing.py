@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -19,8 +19,11 @@ from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.data.loader import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology, all_reduce_mean
 from cliplift.pipelines.engine.deepspeed_setup import batch_split, build_engine
+from cliplift.pipelines.engine.task import Stage, TrainingEngine
 from cliplift.pipelines.engine.telemetry import peak_tflops
 from cliplift.pipelines.stages.run import prepare
+
+T = TypeVar("T")
 
 PROFILED_STEPS = 3
 COLLECTIVES = ("gloo:", "nccl:", "ncclDevKernel", "ncclKernel")
@@ -107,7 +110,12 @@ class _Timer:
     """One step after the other, each part on the clock."""
 
     def __init__(
-        self, run: Any, task: Any, engine: Any, batches: Iterator[ClipBatch], topology: Topology
+        self,
+        run: TrainingRun,
+        task: Stage,
+        engine: TrainingEngine,
+        batches: Iterator[ClipBatch],
+        topology: Topology,
     ) -> None:
         self.task, self.engine, self.batches, self.device = task, engine, batches, topology.device
         self.accumulation = batch_split(run, world_size=topology.world_size)[1]
@@ -119,7 +127,7 @@ class _Timer:
         found = dict.fromkeys(self.seconds, 0.0)
         begun = time.perf_counter()
 
-        def timed(name: str, call: Callable[[], Any]) -> Any:
+        def timed(name: str, call: Callable[[], T]) -> T:
             started = time.perf_counter()
             value = call()
             if self.device.type == "cuda":
@@ -165,7 +173,7 @@ def _communication(timer: _Timer) -> float:
 
 
 def _timing(
-    run: Any, task: Any, topology: Topology, parts_here: dict[str, float], communication: float
+    run: TrainingRun, task: Stage, topology: Topology, parts_here: dict[str, float], communication: float
 ) -> StepTiming:
     import resource
 

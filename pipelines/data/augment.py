@@ -8,7 +8,7 @@ Columns of ``ClipBatch.draws`` in use are named below; the last three belong to 
 from __future__ import annotations
 
 import typing
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -64,8 +64,7 @@ class DeviceAugment:
         training: whether to augment.
     """
 
-    def __init__(self, augment: AugmentConfig, input_spec: Any, *, training: bool) -> None:
-        assert isinstance(input_spec, InputSpec)
+    def __init__(self, augment: AugmentConfig, input_spec: InputSpec, *, training: bool) -> None:
         self.augment, self.training = augment, training
         self._plugins = plugin_augmentations(augment) if training else ()
         self._mean = torch.tensor(input_spec.mean).view(1, -1, 1, 1, 1)

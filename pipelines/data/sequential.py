@@ -12,7 +12,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import fsspec
 import numpy as np
@@ -34,6 +33,9 @@ from cliplift.sharding.read.reader import ClipShape, ShardDataset
 from cliplift.sharding.sources.labels import LabelError, find_class, member_label
 from cliplift.sharding.storage import StorageError
 from cliplift.sharding.video.decode import VideoDecodeError, decode_frames, probe
+
+# A sample as webdataset makes it: ``__key__`` and ``__url__`` are text, members are bytes.
+RawSample = Mapping[str, object]
 
 
 class SequentialLoader:
@@ -113,9 +115,9 @@ class _Stream(Dataset[ClipBatch | TooManyFailuresError]):
         self.seed, self.rank, self.samples = seed, rank, samples
         self._numbers = {name: number for number, name in enumerate(classes)}
         self._mirrored = mirrored_labels(data.augment, classes)
-        self._videos: Iterator[tuple[int, Mapping[str, Any]]] | None = None
+        self._videos: Iterator[tuple[int, RawSample]] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_videos": None}
 
     def __getitem__(self, request: int) -> ClipBatch | TooManyFailuresError:
@@ -128,7 +130,7 @@ class _Stream(Dataset[ClipBatch | TooManyFailuresError]):
         except (TooManyFailuresError, StorageError) as error:
             return TooManyFailuresError(str(error))
 
-    def _batch(self, videos: Iterator[tuple[int, Mapping[str, Any]]]) -> ClipBatch:
+    def _batch(self, videos: Iterator[tuple[int, RawSample]]) -> ClipBatch:
         clips: list[ClipBatch] = []
         failed: list[str] = []
         for number, video in videos:
@@ -145,9 +147,9 @@ class _Stream(Dataset[ClipBatch | TooManyFailuresError]):
             f"{len(failed)} samples of {', '.join(self.config.tars)} cannot be read; the last: {last}"
         )
 
-    def _clips(self, number: int, video: Mapping[str, Any]) -> ClipBatch:
+    def _clips(self, number: int, video: RawSample) -> ClipBatch:
         """The training clips of one raw sample. Raises SampleError, VideoDecodeError."""
-        data = video.get(self.config.video_key)
+        data = member_of(video, self.config.video_key)
         if data is None:
             raise SampleError(f"has no .{self.config.video_key} member")
         label = label_of(video, self.config.label_key, self._numbers)
@@ -178,7 +180,7 @@ class SampleError(ValueError):
     """A sample of a tar lacks something."""
 
 
-def raw_samples(config: SequentialConfig, *, seed: int) -> Iterator[Mapping[str, Any]]:
+def raw_samples(config: SequentialConfig, *, seed: int) -> Iterator[RawSample]:
     """Samples as webdataset makes them, without end: key, address of the tar, and the bytes of each member.
 
     Raises:
@@ -205,13 +207,13 @@ class _OpenedTars:
     def __init__(self, limit: int) -> None:
         self.limit, self.fruitless = limit, 0
 
-    def noted(self, samples: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    def noted(self, samples: Iterable[RawSample]) -> Iterator[RawSample]:
         """Samples as they come out of the tars."""
         for sample in samples:
             self.fruitless = 0
             yield sample
 
-    def __call__(self, tars: Iterable[Mapping[str, str]]) -> Iterator[dict[str, Any]]:
+    def __call__(self, tars: Iterable[Mapping[str, str]]) -> Iterator[dict[str, object]]:
         for tar in tars:
             self.fruitless += 1
             if self.fruitless > self.limit:
@@ -223,14 +225,20 @@ class _OpenedTars:
                 raise StorageError(f"{tar['url']}: cannot be opened: {error}") from error
 
 
-def label_of(video: Mapping[str, Any], key: str, numbers: Mapping[str, int]) -> int:
+def member_of(video: RawSample, key: str) -> bytes | None:
+    """The bytes of a member of a raw sample, or None where it has no such member."""
+    member = video.get(key)
+    return member if isinstance(member, bytes) else None
+
+
+def label_of(video: RawSample, key: str, numbers: Mapping[str, int]) -> int:
     """The label of a raw sample: what ``cliplift index`` makes of the same members; -1 has none.
 
     Raises:
         SampleError: its label cannot be read or is none of the classes.
     """
     try:
-        name = member_label(video.get("cls"), video.get("json"), key)
+        name = member_label(member_of(video, "cls"), member_of(video, "json"), key)
     except LabelError as error:
         raise SampleError(str(error)) from error
     if name is None:

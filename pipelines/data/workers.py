@@ -6,8 +6,9 @@ import multiprocessing
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.process import BaseProcess
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -59,10 +60,10 @@ def batches_from_workers(
             if not died and time.monotonic() - asked < data.worker_timeout_seconds:
                 continue
             # A process that hangs in native code or in the kernel does not hear a polite request to end.
-            explained = _explained(describe(issued[0]), data=data, processes=processes, died=died)
+            lost = _worker_lost(describe(issued[0]), data=data, processes=processes, died=died)
             for process in processes:
                 process.terminate()
-            raise explained from None
+            raise lost from None
         issued.popleft()
         yield batch
         asked = time.monotonic()
@@ -74,7 +75,7 @@ def _recorded(requests: Iterable[R], issued: deque[R]) -> Iterator[R]:
         yield request
 
 
-def _loader(dataset: Dataset[B], requests: Iterator[Any], *, data: DataConfig, workers: int) -> DataLoader[B]:
+def _loader(dataset: Dataset[B], requests: Iterator[R], *, data: DataConfig, workers: int) -> DataLoader[B]:
     context = multiprocessing.get_context("forkserver")
     # The fork server imports torch and decoders once; every worker then starts in milliseconds and shares their memory.
     context.set_forkserver_preload(PRELOADED)
@@ -100,8 +101,8 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-def _explained(what: str, *, data: DataConfig, processes: list[Any], died: bool) -> WorkerError:
-    """What happened, as the user can use it."""
+def _worker_lost(what: str, *, data: DataConfig, processes: Sequence[BaseProcess], died: bool) -> WorkerError:
+    """What happened to the processes while the batch with ``what`` was awaited, as the user can act on it."""
     if died:
         dead = [p for p in processes if p.exitcode not in (None, 0)]
         how = ", ".join(f"process {p.pid} {_ending(p.exitcode)}" for p in dead) or "how is not known"
@@ -117,5 +118,6 @@ def _explained(what: str, *, data: DataConfig, processes: list[Any], died: bool)
     )
 
 
-def _ending(code: int) -> str:
+def _ending(code: int | None) -> str:
+    assert code is not None
     return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"

@@ -16,10 +16,11 @@ from collections.abc import Callable, Mapping
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import TypedDict, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 import cliplift.pipelines
 from cliplift.configs.sections import ConfigError, Section
@@ -32,6 +33,7 @@ DATA_SECONDS = 300.0  # a remote index may take its time
 PACKAGES = ("configs", "models", "sharding", "pipelines", "launch")
 NODE_LOCAL = {"data.cache_folder"}  # may differ between hosts by design
 ABSENT = "(not set)"
+FILE = "ranks disagree"  # stands where a ConfigError names the file at fault
 FAREWELL_SECONDS = 10.0
 PACKAGE_FILE = cliplift.pipelines.__file__
 assert PACKAGE_FILE
@@ -43,6 +45,21 @@ class Facts(TypedDict):
 
     host: str
     facts: dict[str, str]
+
+
+class Disagreement(TypedDict):
+    """What of one rank is not rank 0's: the parts of a :class:`ConfigError`, as the store carries them."""
+
+    key: str
+    value: str
+    reason: str
+    hint: str
+
+
+class Outcome(Disagreement):
+    """The disagreement that all ranks stop with, and the ranks that have not answered."""
+
+    missing: list[int]
 
 
 def agree_on_run(run: Section, topology: Topology) -> None:
@@ -93,12 +110,12 @@ def agree(facts: Mapping[str, str], topology: Topology, *, seconds: float = SECO
     mine: Facts = {"host": socket.gethostname(), "facts": dict(facts)}
     if topology.is_main:
         store.set("facts", json.dumps(mine))
-    first = json.loads(_awaited(store, "facts", seconds, "rank 0"))
-    found = difference(first, mine, rank=topology.rank)
-    store.set(f"verdict/{topology.rank}", json.dumps(found))
+    first = json.loads(_get(store, "facts", seconds, "rank 0"))
+    store.set(f"verdict/{topology.rank}", json.dumps(difference(first, mine, rank=topology.rank)))
     if topology.is_main:
         store.set("outcome", json.dumps(_outcome(store, topology.world_size, seconds)))
-    outcome = json.loads(_awaited(store, "outcome", 2 * seconds, "rank 0"))
+    # Rank 0 itself waits up to ``seconds`` for the verdicts before it can answer.
+    outcome: Outcome | None = json.loads(_get(store, "outcome", 2 * seconds, "rank 0"))
     if outcome is None:
         return
     store.set(f"seen/{topology.rank}", "")
@@ -109,7 +126,7 @@ def agree(facts: Mapping[str, str], topology: Topology, *, seconds: float = SECO
         outcome["reason"],
         key=outcome["key"],
         value=outcome["value"],
-        file=outcome["file"],
+        file=FILE,
         hint=outcome["hint"],
     )
 
@@ -117,37 +134,37 @@ def agree(facts: Mapping[str, str], topology: Topology, *, seconds: float = SECO
 _calls = itertools.count()
 
 
-def _store() -> Any:
+def _store() -> Store:
     """The store of the process group, with keys no earlier comparison has used.
 
     A restarted worker's store is a new one, or torch keeps its keys apart from those of the starts before.
     """
     default = dist.distributed_c10d._get_default_store()
-    return dist.PrefixStore(f"cliplift/agree/{next(_calls)}", default)  # type: ignore[attr-defined]
+    return PrefixStore(f"cliplift/agree/{next(_calls)}", default)
 
 
-def _outcome(store: Any, world_size: int, seconds: float) -> dict[str, Any] | None:
+def _outcome(store: Store, world_size: int, seconds: float) -> Outcome | None:
     """On rank 0: the first difference any rank has found, or who has not said anything; None when all agree."""
     until = time.monotonic() + seconds
     missing = [r for r in range(world_size) if not _wait(store, f"verdict/{r}", until - time.monotonic())]
     verdicts = [json.loads(store.get(f"verdict/{r}")) for r in range(world_size) if r not in missing]
-    found: dict[str, Any] | None = next((v for v in verdicts if v is not None), None)
+    found: Disagreement | None = next((v for v in verdicts if v is not None), None)
+    # A difference explains a silence: a rank with other code may have died of it.
     if found is None and missing:
         names = ", ".join(map(str, missing))
-        found = _said("", "", f"rank {names} of {world_size} has not come after {seconds:.0f} s")
-        found["hint"] = "look at its log"
-    return None if found is None else found | {"missing": missing}
+        reason = f"rank {names} of {world_size} has not answered after {seconds:.0f} s"
+        found = Disagreement(key="", value="", reason=reason, hint="look at its log")
+    return None if found is None else Outcome(**found, missing=missing)
 
 
-def _awaited(store: Any, key: str, seconds: float, who: str) -> Any:
+def _get(store: Store, key: str, seconds: float, who: str) -> bytes:
+    """The value of a key, as soon as another rank has set it."""
     if not _wait(store, key, seconds):
-        raise ConfigError(
-            f"{who} has not answered after {seconds:.0f} s", file="ranks disagree", hint="look at its log"
-        )
+        raise ConfigError(f"{who} has not answered after {seconds:.0f} s", file=FILE, hint="look at its log")
     return store.get(key)
 
 
-def _wait(store: Any, key: str, seconds: float) -> bool:
+def _wait(store: Store, key: str, seconds: float) -> bool:
     """Whether a key came in time."""
     try:
         store.wait([key], timedelta(seconds=max(seconds, 0.05)))
@@ -156,27 +173,23 @@ def _wait(store: Any, key: str, seconds: float) -> bool:
     return True
 
 
-def difference(first: Facts, other: Facts, *, rank: int) -> dict[str, Any] | None:
+def difference(first: Facts, other: Facts, *, rank: int) -> Disagreement | None:
     """What of a rank's facts is not rank 0's, as the parts of a sentence that names both; None when all are."""
     ours, theirs = first["facts"], other["facts"]
     for key in [*ours, *(key for key in theirs if key not in ours)]:
         here, there = ours.get(key, ABSENT), theirs.get(key, ABSENT)
         if here != there:
             reason = f"rank {rank} on {other['host']} has {there} and rank 0 on {first['host']} has {here}"
-            return _said(key, there, reason)
+            hint = "start all ranks with the same command, code and data"
+            return Disagreement(key=key, value=there, reason=reason, hint=hint)
     return None
-
-
-def _said(key: str, value: str, reason: str) -> dict[str, Any]:
-    hint = "start all ranks with the same command, code and data"
-    return {"key": key, "value": value, "reason": reason, "file": "ranks disagree", "hint": hint}
 
 
 def run_facts(run: Section) -> dict[str, str]:
     """Every config value by its dotted key, except what may differ between hosts."""
     facts: dict[str, str] = {}
 
-    def walk(tree: Any, prefix: str) -> None:
+    def walk(tree: object, prefix: str) -> None:
         if isinstance(tree, Mapping) and tree:
             for key, value in tree.items():
                 walk(value, f"{prefix}.{key}" if prefix else str(key))

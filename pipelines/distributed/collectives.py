@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -190,7 +190,7 @@ def gather_objects(items: Sequence[V], topology: Topology) -> list[V]:
     """The items of all ranks, in rank order, on every rank. Ranks may have different numbers of them."""
     if topology.world_size == 1:
         return list(items)
-    parts: list[Any] = [None] * topology.world_size
+    parts: list[list[V]] = [[] for _ in range(topology.world_size)]
     dist.all_gather_object(parts, list(items))
     return [item for part in parts for item in part]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from cliplift.configs.data import DataConfig
 from cliplift.configs.training import TrainingRun
@@ -21,6 +22,23 @@ from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.runs.tracking import ClipTable
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precisions in which the weights themselves are cast
+
+
+class TrainingEngine(Protocol):
+    """What is used of a DeepSpeed engine, which has no types of its own, outside the checkpoints."""
+
+    module: nn.Module
+    optimizer: Optimizer
+    skipped_steps: int
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]: ...
+    def train(self) -> object: ...
+    def eval(self) -> object: ...
+    def backward(self, loss: Tensor) -> object: ...
+    def step(self) -> object: ...
+    def zero_optimization_stage(self) -> int: ...
+    def get_global_grad_norm(self) -> Tensor | float | None: ...
+    def destroy(self) -> None: ...
 
 
 class Loader(Protocol):
@@ -68,13 +86,28 @@ class StageModule:
     frozen: nn.Module | None = None
 
 
+class ModelCard(TypedDict, total=False):
+    """What is written beside weights: the clips they were trained on, and what their outputs mean."""
+
+    stage: str
+    run: str
+    sampling: Mapping[str, object]  # a SamplingConfig
+    crop_pixels: int
+    resize_short_side_pixels: int | None
+    normalize_brightness: bool
+    classes: list[str]
+    task: str
+    objective: str
+    forecast: Mapping[str, object]  # a ForecastConfig
+
+
 @dataclass(frozen=True, kw_only=True)
 class SavedModel:
     """The trained network without loss and projection heads, and what is written beside its weights."""
 
     network: VideoNetwork
-    options: Mapping[str, Any]  # what the registry's builder is called with
-    card: Mapping[str, Any]
+    options: Mapping[str, object]  # what the registry's builder is called with
+    card: ModelCard
 
 
 class Stage(TrainingTask, Protocol):
@@ -155,10 +188,10 @@ def network_weights(weights: Mapping[str, Tensor], *, prefix: str) -> dict[str, 
     return {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
 
 
-def data_card(run: TrainingRun, data: DataConfig) -> dict[str, Any]:
+def data_card(run: TrainingRun, data: DataConfig) -> ModelCard:
     """What whoever loads the weights has to know of the clips they were trained on."""
     return {
-        "stage": run.model_dump()["stage"],
+        "stage": run.stage,
         "run": run.name,
         "sampling": data.sampling.model_dump(mode="json"),
         "crop_pixels": data.crop_pixels,

@@ -16,7 +16,6 @@ import resource
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,7 +100,7 @@ def forward_flops(
             num_classes=classes,
             in_frames=frames,
             crop=crop_pixels,
-            **dict[str, Any](model.options),
+            **model.options,
         )
     except (ModelError, NotImplementedError, RuntimeError) as error:
         log.warning("the operations of %s cannot be counted, so MFU is not logged: %s", model.name, error)

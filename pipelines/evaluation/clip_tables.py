@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from cliplift.pipelines.evaluation.evaluate import Predictions
+from cliplift.pipelines.runs.predictions import Predictions
 from cliplift.pipelines.runs.tracking import ClipTable
 
 COLUMNS = ("key", "clip", "true", "predicted", "probability")
@@ -79,9 +79,9 @@ def prediction_table(
     N = len(predictions.keys)
     if rows == 0 or N == 0 or not predictions.classes:
         return None
-    guesses = predictions.probabilities.argmax(axis=1)
+    guesses = predictions.predicted
     sureness = predictions.probabilities.max(axis=1)
-    wrong = (guesses != predictions.labels) & (predictions.labels >= 0)
+    wrong = (guesses != predictions.labels) & predictions.labelled
     order = np.lexsort((-sureness, ~wrong))[:rows]
     shards = ShardsByUrl(open_shard_dataset, split=split, fold=fold)
     return COLUMNS, [_row(predictions, int(i), int(guesses[i]), shards) for i in order]

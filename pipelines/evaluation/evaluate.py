@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cliplift.configs.data import DataConfig
 from cliplift.configs.load import load_run
@@ -24,12 +24,14 @@ from cliplift.configs.runs import TRAINING, EvaluateRun
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig
 from cliplift.models.factory import from_pretrained, read_config
+from cliplift.models.protocol import VideoNetwork
 from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
 from cliplift.pipelines.distributed.agreement import agree_on_run
 from cliplift.pipelines.distributed.collectives import Topology, leave, start
 from cliplift.pipelines.engine.faults import StoppedBySignalError, caught_signals
-from cliplift.pipelines.evaluation.features import FEATURES, ClassifierInputs
+from cliplift.pipelines.engine.task import ModelCard
+from cliplift.pipelines.evaluation.features import ClassifierInputs
 from cliplift.pipelines.evaluation.metrics import (
     bootstrap_interval,
     confusion_matrix,
@@ -43,48 +45,8 @@ from cliplift.pipelines.evaluation.metrics import (
 )
 from cliplift.pipelines.evaluation.over_split import over_split
 from cliplift.pipelines.runs.folder import CONFIG, WEIGHTS, RunFolder
+from cliplift.pipelines.runs.predictions import Predictions
 from cliplift.pipelines.runs.results import result_block
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Averaged class probabilities of N samples, in dataset order."""
-
-    keys: tuple[str, ...]
-    video_ids: tuple[str, ...]
-    shard_urls: tuple[str, ...]
-    sample_index: npt.NDArray[np.int64]  # (N,)
-    labels: npt.NDArray[np.int64]  # (N,), -1 where unlabelled
-    targets: npt.NDArray[np.float32] | None  # (N, K) for multi-label data
-    probabilities: npt.NDArray[np.float32]  # (N, K)
-    classes: tuple[str, ...]
-    logits: npt.NDArray[np.float32] | None = None  # (N, K) means over the views, where logits were averaged
-    features: npt.NDArray[np.float16] | None = (
-        None  # (N, D) at the classifier's input, averaged over the views
-    )
-
-    def write(self, path: Path) -> None:
-        """One Parquet row a sample: key, video, label, predicted class, probabilities, and logits if there are any."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        table = pa.table(
-            {
-                "key": pa.array(self.keys, pa.string()),
-                "video_id": pa.array(self.video_ids, pa.string()),
-                "shard_url": pa.array(self.shard_urls, pa.string()),
-                "sample_index": pa.array(self.sample_index),
-                "label": pa.array(self.labels.astype(np.int32)),
-                "predicted": pa.array(self.probabilities.argmax(axis=1).astype(np.int32)),
-                "probabilities": pa.array(list(self.probabilities), pa.list_(pa.float32())),
-            }
-        )
-        if self.logits is not None:
-            table = table.append_column("logits", pa.array(list(self.logits), pa.list_(pa.float32())))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, path)
-        if self.features is not None:
-            np.save(path.with_name(FEATURES), self.features)
 
 
 @dataclass(frozen=True)
@@ -106,7 +68,7 @@ class _Sums:
 
 @torch.no_grad()
 def classify_split(
-    network: nn.Module,
+    network: VideoNetwork,
     data: DataConfig,
     *,
     split: str,
@@ -231,7 +193,7 @@ def classification_metrics(predictions: Predictions) -> dict[str, float]:
     return metrics
 
 
-def load_finished(folder: str) -> tuple[nn.Module, DataConfig | None, Mapping[str, Any]]:
+def load_finished(folder: str) -> tuple[VideoNetwork, DataConfig | None, ModelCard]:
     """The network of a run or export folder, the run's data section (None for an export), and its card."""
     path = Path(folder)
     weights = path / WEIGHTS if (path / WEIGHTS).is_dir() else path
@@ -242,7 +204,9 @@ def load_finished(folder: str) -> tuple[nn.Module, DataConfig | None, Mapping[st
             value=folder,
             hint="give the folder of a finished run, or an export folder",
         )
-    network, card = from_pretrained(weights), read_config(weights).get("extra", {})
+    network = from_pretrained(weights)
+    # A card of another make may lack any of its keys, as the type says.
+    card = cast(ModelCard, read_config(weights).get("extra", {}))
     if not network.num_classes:
         raise ConfigError(
             f"{folder!r} has no classifier: it is a {card.get('stage', 'feature')} model",
@@ -317,7 +281,7 @@ def _evaluated(run: EvaluateRun, *, command: Sequence[str], topology: Topology) 
     return metrics
 
 
-def _check_classes(card: Mapping[str, Any], predictions: Predictions, run: EvaluateRun) -> None:
+def _check_classes(card: ModelCard, predictions: Predictions, run: EvaluateRun) -> None:
     trained = tuple(card.get("classes", ()))
     if trained and predictions.classes and trained != predictions.classes:
         raise ConfigError(

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,9 +118,9 @@ def _wanted(run: ExplainRun, classes: Sequence[str], method: str) -> int | None:
 
 def _written(
     stem: Path, batch: ClipBatch, found: Explanation, classes: Sequence[str]
-) -> list[Mapping[str, Any]]:
+) -> list[Mapping[str, object]]:
     """One mp4 a view beside ``stem``, and what it shows."""
-    views: list[Mapping[str, Any]] = []
+    views: list[Mapping[str, object]] = []
     for view in range(len(batch.clips)):
         path = stem.with_name(f"{stem.name}-{view}.mp4")
         write_overlay(

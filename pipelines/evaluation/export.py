@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from cliplift.configs.runs import ExportRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models.factory import from_pretrained
-from cliplift.pipelines.runs.folder import CONFIG, RunFolder, write_text
+from cliplift.pipelines.runs.folder import CONFIG, RunFolder, classes_of, metrics_of, write_text
 
 
 def run_export(run: ExportRun) -> Path:
@@ -34,9 +33,8 @@ def run_export(run: ExportRun) -> Path:
 def model_card(source: RunFolder) -> str:
     """A model card with the numbers of the run's own result.json, and nothing else."""
     record, result = source.start_record() or {}, source.result() or {}
-    metrics: dict[str, Any] = result.get("metrics", {})
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items() if value is not None)
-    classes = ", ".join(result.get("classes", [])) or "none (features only)"
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics_of(result).items())
+    classes = ", ".join(classes_of(result)) or "none (features only)"
     return f"""---
 library_name: cliplift
 pipeline_tag: video-classification

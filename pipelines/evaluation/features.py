@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
 from cliplift.models.protocol import NamesHead
 
-FEATURES = "features.npy"
 MAX_POINTS = 2000
 PERPLEXITY = 30.0
 
@@ -24,7 +20,7 @@ class ClassifierInputs:
         head = network.get_submodule(network.head_name) if isinstance(network, NamesHead) else None
         self._hook = None if head is None else head.register_forward_pre_hook(self._watch)
 
-    def _watch(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _watch(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self._seen.append(inputs[0].detach())
 
     def take(self, clips: int) -> Tensor | None:
@@ -43,7 +39,7 @@ class ClassifierInputs:
             self._hook.remove()
 
 
-def plane(features: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def plane(features: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
     """(N, D) -> (N, 2) by t-SNE (van der Maaten, Hinton 2008) from a PCA start, the same every time.
 
     Raises:
@@ -56,12 +52,3 @@ def plane(features: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         np.asarray(features, dtype=np.float32)
     )
     return np.asarray(found, dtype=np.float64)
-
-
-def read_features(folder: Path, *, rows: int) -> npt.NDArray[Any] | None:
-    """A run's features; None where it has none, or they are of another evaluation."""
-    path = folder / FEATURES
-    if not path.is_file():
-        return None
-    found: npt.NDArray[Any] = np.load(path, allow_pickle=False)
-    return found if len(found) == rows and rows >= 5 else None

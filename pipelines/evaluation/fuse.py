@@ -16,34 +16,30 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cliplift.configs.runs import FuseRun
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.evaluation.evaluate import Predictions, classification_metrics
+from cliplift.pipelines.evaluation.evaluate import classification_metrics
 from cliplift.pipelines.evaluation.metrics import top_k_accuracy
-from cliplift.pipelines.runs.folder import PREDICTIONS, RunFolder
-from cliplift.pipelines.runs.records import PredictionTable, read_predictions
+from cliplift.pipelines.runs.folder import RunFolder, classes_of
+from cliplift.pipelines.runs.predictions import PREDICTIONS, Predictions, read_predictions
 from cliplift.pipelines.runs.results import result_block
 
 Scores = npt.NDArray[np.float64]
-LOGITS = "logits"  # the optional column of predictions.parquet
 EVALUATION = "evaluate"  # folder of an evaluation inside its run's
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One run's answers: where they come from, the rows, and the class names (empty where not recorded)."""
+    """One run's predictions, with its class names where it recorded them, and the file they come from."""
 
     source: str
-    rows: PredictionTable
-    logits: Scores | None  # (N, K)
-    classes: tuple[str, ...]
+    rows: Predictions
 
 
 def read_stream(folder: str) -> Stream:
@@ -64,25 +60,7 @@ def read_stream(folder: str) -> Stream:
         )
     rows = read_predictions(path)
     result = RunFolder(path.parent, writes=False).result() or {}
-    return Stream(str(path), rows, _logits(path, rows), tuple(result.get("classes", ())))
-
-
-def _logits(path: Path, rows: PredictionTable) -> Scores | None:
-    """(N, K), or None where the file has no such column."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    if LOGITS not in pq.read_schema(path).names:
-        return None
-    column = pq.read_table(path, columns=[LOGITS])[LOGITS]
-    flat: Scores = pc.list_flatten(column).to_numpy().astype(np.float64)
-    if flat.size != rows.probabilities.size:
-        raise ConfigError(
-            f"{path} has {flat.size} logits for {rows.probabilities.size} probabilities",
-            key="runs",
-            value=str(path),
-        )
-    return flat.reshape(rows.probabilities.shape)
+    return Stream(str(path), replace(rows, classes=classes_of(result)))
 
 
 def aligned(streams: Sequence[Stream]) -> list[Stream]:
@@ -102,7 +80,7 @@ def aligned(streams: Sequence[Stream]) -> list[Stream]:
 def _reordered(stream: Stream, first: Stream) -> Stream:
     rows, wanted = stream.rows, first.rows
     widths = rows.probabilities.shape[1], wanted.probabilities.shape[1]
-    if widths[0] != widths[1] or (stream.classes and first.classes and stream.classes != first.classes):
+    if widths[0] != widths[1] or (rows.classes and wanted.classes and rows.classes != wanted.classes):
         raise _mismatch(stream, f"has other classes ({widths[0]}) than {first.source} ({widths[1]})")
     places = {key: row for row, key in enumerate(rows.keys)}
     missing = [key for key in wanted.keys if key not in places]
@@ -122,20 +100,12 @@ def _reordered(stream: Stream, first: Stream) -> Stream:
             stream,
             f"labels {wanted.keys[row]!r} {labels[row]}, and {first.source} {wanted.labels[row]}",
         )
-    ordered = PredictionTable(
-        keys=wanted.keys,
-        video_ids=wanted.video_ids,
-        shard_urls=wanted.shard_urls,
-        sample_index=wanted.sample_index,
-        labels=wanted.labels,
-        predicted=rows.predicted[order],
-        probabilities=rows.probabilities[order],
-    )
-    logits = None if stream.logits is None else stream.logits[order]
-    return Stream(stream.source, ordered, logits, stream.classes)
+    return Stream(stream.source, rows.rows(order))
 
 
-def fused_probabilities(probabilities: Sequence[npt.NDArray[Any]], weights: Sequence[float]) -> Scores:
+def fused_probabilities(
+    probabilities: Sequence[npt.NDArray[np.floating]], weights: Sequence[float]
+) -> Scores:
     """Weighted mean of (N, K) class probabilities: rows still add up to 1."""
     total = sum(w * p.astype(np.float64) for w, p in zip(weights, probabilities, strict=True))
     mean: Scores = np.asarray(total) / sum(weights)
@@ -165,17 +135,8 @@ def fuse(streams: Sequence[Stream], *, method: str, weights: Sequence[float]) ->
         probabilities = exponents / exponents.sum(axis=1, keepdims=True)
     else:
         probabilities = fused_probabilities([stream.rows.probabilities for stream in same], weights)
-    rows = same[0].rows
-    return Predictions(
-        keys=rows.keys,
-        video_ids=rows.video_ids,
-        shard_urls=rows.shard_urls,
-        sample_index=rows.sample_index,
-        labels=rows.labels,
-        targets=None,
-        probabilities=probabilities.astype(np.float32),
-        classes=next((stream.classes for stream in same if stream.classes), ()),
-    )
+    classes = next((stream.rows.classes for stream in same if stream.rows.classes), ())
+    return replace(same[0].rows, probabilities=probabilities.astype(np.float32), classes=classes, logits=None)
 
 
 def run_fuse(run: FuseRun, *, command: Sequence[str]) -> dict[str, float]:
@@ -207,7 +168,7 @@ def run_fuse(run: FuseRun, *, command: Sequence[str]) -> dict[str, float]:
 
 def _metrics(predictions: Predictions, streams: Sequence[Stream], method: str) -> dict[str, float]:
     """Those of an evaluation, and every stream's own accuracy; no calibration for what is no probability."""
-    if (predictions.labels < 0).any():
+    if not predictions.labelled.all():
         return {"samples": float(len(predictions.labels))}
     metrics = classification_metrics(predictions)
     if method == "l2_logits":
@@ -220,14 +181,14 @@ def _metrics(predictions: Predictions, streams: Sequence[Stream], method: str) -
 
 
 def _needed_logits(stream: Stream) -> Scores:
-    if stream.logits is None:
+    if stream.rows.logits is None:
         raise ConfigError(
             f"l2_logits needs logits, and {stream.source} has only probabilities",
             key="method",
             value="l2_logits",
             hint="evaluate with views.average=logits, or use method=probabilities",
         )
-    return stream.logits
+    return stream.rows.logits.astype(np.float64)
 
 
 def _mismatch(stream: Stream, what: str) -> ConfigError:

@@ -8,13 +8,11 @@ N samples, K classes, Q queries, M candidates.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-Scores = npt.NDArray[np.floating[Any]]
-Integers = npt.NDArray[np.integer[Any]]
+Scores = npt.NDArray[np.floating]
+Integers = npt.NDArray[np.integer]
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 

@@ -4,26 +4,45 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import fsspec
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from cliplift.configs.data import AugmentConfig, DataConfig, SamplingConfig, ViewsConfig
 from cliplift.configs.runs import PredictRun
 from cliplift.configs.training import EngineConfig
+from cliplift.models.protocol import VideoNetwork
 from cliplift.models.streams import FLOW_CHANNELS
 from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.data.source import clips_of_video
 from cliplift.pipelines.data.video_files import local_copy, sliding_windows, video_names
 from cliplift.pipelines.distributed.collectives import start
+from cliplift.pipelines.engine.task import ModelCard
 from cliplift.pipelines.evaluation.evaluate import load_finished
 from cliplift.sharding.video.decode import VideoDecodeError
+
+# "class" is a keyword of Python, so the fields are written as strings.
+ClassProbability = TypedDict("ClassProbability", {"class": str, "probability": float})
+
+
+class WindowRecord(TypedDict):
+    """The likeliest classes of one window of a video."""
+
+    start_seconds: float
+    end_seconds: float
+    top: list[ClassProbability]
+
+
+class VideoRecord(TypedDict):
+    """One line of the predictions: the likeliest classes of a video, and of its windows where there are any."""
+
+    video: str
+    top: list[ClassProbability]
+    windows: NotRequired[list[WindowRecord]]
 
 
 def run_predict(run: PredictRun) -> int:
@@ -33,7 +52,8 @@ def run_predict(run: PredictRun) -> int:
     network = network.to(topology.device).eval()
     classes = class_names(card, network)
     data = data_of(card, network, run.views)
-    failed, records = 0, []
+    failed = 0
+    records: list[VideoRecord] = []
     for video in video_names(run.videos):
         try:
             probabilities, windows = _classified(network, video, data, run, topology.device)
@@ -59,7 +79,7 @@ def run_predict(run: PredictRun) -> int:
 
 
 @torch.no_grad()
-def classify(network: nn.Module, batch: ClipBatch, data: DataConfig) -> npt.NDArray[np.float32]:
+def classify(network: VideoNetwork, batch: ClipBatch, data: DataConfig) -> npt.NDArray[np.float32]:
     """(K,) class probabilities averaged over a batch's views."""
     scores = network(DeviceAugment(data.augment, network.input_spec, training=False)(batch)).float()
     if data.views.average == "probabilities":
@@ -70,23 +90,23 @@ def classify(network: nn.Module, batch: ClipBatch, data: DataConfig) -> npt.NDAr
     return probabilities
 
 
-def class_names(card: Mapping[str, Any], network: nn.Module) -> tuple[str, ...]:
+def class_names(card: ModelCard, network: VideoNetwork) -> tuple[str, ...]:
     """The classes of a model's card, or numbered ones where it names none."""
     named = tuple(card.get("classes", ()))
-    return named or tuple(f"class {k}" for k in range(int(network.num_classes)))  # type: ignore[arg-type]
+    return named or tuple(f"class {k}" for k in range(network.num_classes))
 
 
-def data_of(card: Mapping[str, Any], network: nn.Module, views: ViewsConfig) -> DataConfig:
+def data_of(card: ModelCard, network: VideoNetwork, views: ViewsConfig) -> DataConfig:
     """The sampling and crop the model was trained with, from its card; its InputSpec where the card is silent."""
     spec = network.input_spec
-    sampling = card.get("sampling") or {"frames": spec.frames, "stride": spec.frame_stride}  # type: ignore[union-attr]
+    sampling = card.get("sampling") or {"frames": spec.frames, "stride": spec.frame_stride}
     return DataConfig.model_validate(
         {
             "shards": ["unused:"],
-            "modality": "flow" if spec.channels == FLOW_CHANNELS else "rgb",  # type: ignore[union-attr]
+            "modality": "flow" if spec.channels == FLOW_CHANNELS else "rgb",
             "sampling": SamplingConfig.model_validate(sampling),
             "views": views,
-            "crop_pixels": card.get("crop_pixels", spec.crop_height),  # type: ignore[union-attr]
+            "crop_pixels": card.get("crop_pixels", spec.crop_height),
             "resize_short_side_pixels": card.get("resize_short_side_pixels"),
             "augment": AugmentConfig(normalize_brightness=card.get("normalize_brightness", False)),
             # Foreign files: PyAV reads every container correctly where decord is silently wrong on some.
@@ -96,7 +116,7 @@ def data_of(card: Mapping[str, Any], network: nn.Module, views: ViewsConfig) -> 
 
 
 def _classified(
-    network: nn.Module, video: str, data: DataConfig, run: PredictRun, device: torch.device
+    network: VideoNetwork, video: str, data: DataConfig, run: PredictRun, device: torch.device
 ) -> tuple[npt.NDArray[np.float32], list[tuple[float, float, npt.NDArray[np.float32]]]]:
     """A video's probabilities, and with ``window_seconds`` those of its windows, whose mean the former then are."""
     with local_copy(video) as path:
@@ -114,13 +134,13 @@ def _classified(
         return np.mean([one for _, _, one in windows], axis=0), windows
 
 
-def _line(record: Mapping[str, Any]) -> str:
+def _line(record: VideoRecord | WindowRecord) -> str:
     return "  ".join(f"{c['class']} {c['probability']:.3f}" for c in record["top"])
 
 
 def _record(
     video: str, probabilities: npt.NDArray[np.float32], classes: tuple[str, ...], top: int
-) -> dict[str, Any]:
+) -> VideoRecord:
     best = np.argsort(-probabilities, kind="stable")[:top]
     return {
         "video": video,

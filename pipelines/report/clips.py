@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from cliplift.pipelines.evaluation.clip_tables import OpenShards, ShardsByUrl, open_shard_dataset
-from cliplift.pipelines.runs.records import PredictionTable, RunRecord
+from cliplift.pipelines.runs.predictions import Predictions
+from cliplift.pipelines.runs.records import RunRecord
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class SampleClips:
     notes: tuple[str, ...]
 
 
-def choose_samples(predictions: PredictionTable, *, count: int) -> list[int]:
+def choose_samples(predictions: Predictions, *, count: int) -> list[int]:
     """Rows to show: up to half are mistakes, the surest first; the rest are right, in dataset order.
 
     Both are taken in turn from every true class, so that no class fills the page.
@@ -83,7 +84,8 @@ def sample_clips(run: RunRecord, *, count: int, open_shards: OpenShards = open_s
     predictions, classes = run.predictions, run.classes()
     if predictions is None or count == 0:
         return SampleClips((), ())
-    shards = ShardsByUrl(open_shards, split=_tested_split(run), fold=run.setting("data.fold"))
+    fold = run.setting("data.fold")
+    shards = ShardsByUrl(open_shards, split=_tested_split(run), fold=fold if isinstance(fold, int) else None)
     clips: list[SampleClip] = []
     notes: list[str] = []
     total = 0
@@ -109,7 +111,7 @@ def _tested_split(run: RunRecord) -> str | None:
     return None if split is None else str(split)
 
 
-def _clip(predictions: PredictionTable, row: int, classes: Sequence[str], data: bytes) -> SampleClip:
+def _clip(predictions: Predictions, row: int, classes: Sequence[str], data: bytes) -> SampleClip:
     label, predicted = int(predictions.labels[row]), int(predictions.predicted[row])
     probabilities = predictions.probabilities[row]
     best = np.argsort(-probabilities, kind="stable")[:TOP]

@@ -7,15 +7,14 @@ policy forbids everything else. All text from runs (class names, paths, configs)
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -25,11 +24,11 @@ from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.evaluation.clip_tables import OpenShards, open_shard_dataset
 from cliplift.pipelines.report.charts import value_strip
 from cliplift.pipelines.report.clips import SampleClips, sample_clips
-from cliplift.pipelines.report.feature_map import embedding
 from cliplift.pipelines.report.sections import (
     Confusions,
     confusions,
     curves,
+    embedding,
     lineage,
 )
 from cliplift.pipelines.report.tables import duration, percent, result_tables
@@ -37,6 +36,26 @@ from cliplift.pipelines.runs.folder import RUN, write_text
 from cliplift.pipelines.runs.records import RunGroup, RunRecord, group_runs, read_run
 
 DEMO = "demo.json"
+
+
+class DemoRow(TypedDict):
+    """One method of the demo: its test accuracy over the seeds, and the folders of its runs."""
+
+    method: str
+    mean: NotRequired[float | None]
+    sd: NotRequired[float | None]
+    values: NotRequired[list[float]]
+    runs: NotRequired[list[str]]
+
+
+class DemoFacts(TypedDict):
+    """What the demo has measured, as its demo.json holds it."""
+
+    table: list[DemoRow]
+    transfer: NotRequired[dict[str, float]]
+    seconds: NotRequired[dict[str, float]]
+
+
 _ENVIRONMENT = {
     "cliplift_version": "cliplift",
     "torch_version": "torch",
@@ -54,7 +73,7 @@ def run_report(run: ReportRun) -> Path:
         ConfigError: a folder holds no run, a file of a run is damaged, or the output cannot be written.
     """
     folders: list[Path] = []
-    demo: Mapping[str, Any] | None = None
+    demo: DemoFacts | None = None
     for name in run.runs:
         found, table = find_runs(Path(name))
         folders += [folder for folder in found if folder not in folders]
@@ -64,7 +83,7 @@ def run_report(run: ReportRun) -> Path:
     )
 
 
-def find_runs(folder: Path) -> tuple[list[Path], dict[str, Any] | None]:
+def find_runs(folder: Path) -> tuple[list[Path], DemoFacts | None]:
     """The run folders meant by a folder: itself, or the runs inside it, with the demo's table where it holds one.
 
     Raises:
@@ -84,11 +103,11 @@ def find_runs(folder: Path) -> tuple[list[Path], dict[str, Any] | None]:
     if not demo_file.is_file():
         return inside, None
     try:
-        demo = json.loads(demo_file.read_text(encoding="utf-8"))
+        demo: DemoFacts = json.loads(demo_file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{demo_file} is not JSON: {error.msg}", key="runs", value=str(folder)) from None
     for row in demo["table"]:  # a demo folder may have been moved since: its runs moved with it
-        row["runs"] = [p if Path(p).is_dir() else str(folder / Path(p).name) for p in row["runs"]]
+        row["runs"] = [p if Path(p).is_dir() else str(folder / Path(p).name) for p in row.get("runs", ())]
     return inside, demo
 
 
@@ -98,7 +117,7 @@ def write_report(
     output: Path,
     title: str | None,
     max_clips: int,
-    demo: Mapping[str, Any] | None = None,
+    demo: DemoFacts | None = None,
     open_shards: OpenShards = open_shard_dataset,
 ) -> Path:
     """Write the page about the runs.
@@ -153,7 +172,7 @@ def write_report(
     return Path(output)
 
 
-def _render(**context: Any) -> str:
+def _render(**context: object) -> str:
     here = files("cliplift.pipelines.report")
     environment = Environment(
         autoescape=True,
@@ -186,7 +205,7 @@ def _title(groups: Sequence[RunGroup]) -> str:
     return ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _demo_labels(demo: Mapping[str, Any] | None) -> dict[Path, str]:
+def _demo_labels(demo: DemoFacts | None) -> dict[Path, str]:
     rows = demo["table"] if demo else []
     return {Path(folder).resolve(): str(row["method"]) for row in rows for folder in row.get("runs", ())}
 
@@ -200,7 +219,7 @@ def _most_telling(found: Sequence[Confusions]) -> RunRecord | None:
     return max(with_clips, key=lambda run: run.metrics.get("accuracy", 0.0))
 
 
-def _summary(groups: Sequence[RunGroup], demo: Mapping[str, Any] | None) -> str:
+def _summary(groups: Sequence[RunGroup], demo: DemoFacts | None) -> str:
     """One sentence with what came out, whatever it is."""
     parts = [part for part in (_classification_result(groups, demo), _matching_result(groups)) if part]
     if not parts:
@@ -212,7 +231,7 @@ def _summary(groups: Sequence[RunGroup], demo: Mapping[str, Any] | None) -> str:
     return f"{sentence[0].upper()}{sentence[1:]}."
 
 
-def _classification_result(groups: Sequence[RunGroup], demo: Mapping[str, Any] | None) -> str:
+def _classification_result(groups: Sequence[RunGroup], demo: DemoFacts | None) -> str:
     tested = [group for group in groups if group.values("accuracy")]
     if not tested:
         return ""
@@ -246,11 +265,11 @@ def _spread(values: Sequence[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f} ± {100 * statistics.stdev(values):.1f} %"
 
 
-def _methods(demo: Mapping[str, Any] | None) -> list[str]:
+def _methods(demo: DemoFacts | None) -> list[str]:
     return [str(row["method"]) for row in demo["table"]] if demo else []
 
 
-def _demo_rows(demo: Mapping[str, Any] | None, groups: Sequence[RunGroup]) -> list[dict[str, Any]]:
+def _demo_rows(demo: DemoFacts | None, groups: Sequence[RunGroup]) -> list[dict[str, object]]:
     """The demo's table with a strip chart a row; a missing number is an empty cell."""
     by_label = {group.label: group for group in groups}
     rows = []
@@ -272,7 +291,7 @@ def _demo_rows(demo: Mapping[str, Any] | None, groups: Sequence[RunGroup]) -> li
     return rows
 
 
-def _timing(records: Sequence[RunRecord], demo: Mapping[str, Any] | None) -> list[tuple[str, float, float]]:
+def _timing(records: Sequence[RunRecord], demo: DemoFacts | None) -> list[tuple[str, float, float]]:
     """(what, seconds, share of the longest)."""
     known = {record.name: record.seconds for record in records if record.seconds is not None}
     if len(known) < len(records):
@@ -294,6 +313,5 @@ def _environment(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
 
 
 def _command(record: RunRecord) -> str:
-    line = record.start.get("command_line")
-    command = record.start.get("command") or ()
-    return str(line) if line else shlex.join(os.fspath(word) for word in command)
+    line, command = record.start.get("command_line"), record.start.get("command")
+    return str(line) if line else shlex.join(map(str, command if isinstance(command, list) else ()))

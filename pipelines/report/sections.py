@@ -1,4 +1,4 @@
-"""What a report shows of groups of runs: curves, confusions, classes, lineage."""
+"""What a report shows of groups of runs: curves, confusions, classes, a map of features, lineage."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
+from cliplift.pipelines.evaluation.features import MAX_POINTS, plane
 from cliplift.pipelines.evaluation.metrics import confusion_matrix, per_class_accuracy
-from cliplift.pipelines.report.charts import Line, confusion_heatmap, line_chart
+from cliplift.pipelines.report.charts import COLOURS, Line, confusion_heatmap, line_chart, scatter
+from cliplift.pipelines.runs.predictions import read_features
 from cliplift.pipelines.runs.records import TRANSFER, RunGroup, RunRecord, Series
 
 
@@ -51,6 +53,7 @@ _TITLES = {
 }
 _PRIMARY = ("loss", "accuracy", "matching_accuracy", "mean_average_precision", "lr")
 _NOT_CURVES = ("samples", "chance", "held_out_clips", "matching_prior")
+MAX_NAMED = 24  # classes in the legend of the map of features
 _SHARES = ("accuracy", "recall", "share", "precision")
 
 
@@ -196,11 +199,45 @@ def _confused_pairs(
     )
 
 
+@dataclass(frozen=True)
+class Embedding:
+    """A chart, or a sentence on why there is none."""
+
+    svg: Markup
+    text: str
+    names: Sequence[tuple[str, int]]
+
+
+def embedding(run: RunRecord) -> Embedding | None:
+    """The map of a run's labelled test clips; None for runs that kept no features."""
+    predictions = run.predictions
+    features = None if predictions is None else read_features(run.folder, rows=len(predictions.keys))
+    if features is None or predictions is None:
+        return None
+    rows = np.flatnonzero(predictions.labelled)
+    if len(rows) > MAX_POINTS:
+        rows = rows[np.linspace(0, len(rows) - 1, MAX_POINTS).astype(int)]
+    if len(rows) < 5:
+        return None
+    try:
+        points = plane(features[rows])
+    except ImportError:
+        text = "The map of features needs scikit-learn: pip install 'cliplift[tsne]'."
+        return Embedding(Markup(""), text, ())
+    classes, labels = run.classes(), predictions.labels[rows].tolist()
+    text = f"t-SNE of the classifier's input for {len(rows)} test clips of {run.name}, coloured by true class"
+    present = sorted(set(labels))[:MAX_NAMED]
+    return Embedding(
+        scatter(points, labels, classes, title=text), text, [(classes[k], k % COLOURS) for k in present]
+    )
+
+
 def lineage(group: RunGroup, groups: Sequence[RunGroup]) -> list[tuple[str, str]]:
     """Where a group's weights and data come from: (what, value) in the order things happened."""
     run = group.runs[0]
     steps: list[tuple[str, str]] = []
-    shards = run.setting("data.shards") or ()
+    shards = run.setting("data.shards")
+    shards = shards if isinstance(shards, list) else []
     urls = [str(s["url"]) if isinstance(s, Mapping) and "url" in s else str(s) for s in shards]
     fingerprint = str((run.result or {}).get("data_fingerprint") or "")
     if urls:

@@ -1,5 +1,5 @@
 """The folder of a run, its records, and what is sent to trackers.
 
-In reading order: ``folder`` (what a run writes), ``records`` (runs read back), ``results`` (its numbers in words),
-``tracking`` (JSONL, W&B, TensorBoard, the progress line).
+In reading order: ``folder`` (what a run writes), ``predictions`` (of a run's test split), ``records`` (runs read back),
+``results`` (a run's numbers in words), ``tracking`` (JSONL, W&B, TensorBoard, the progress line).
 """

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import platform
 import shlex
@@ -18,18 +19,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TypeGuard
 
 from cliplift.configs.load import dump_run
 from cliplift.configs.sections import ConfigError, Section
+from cliplift.pipelines.runs.predictions import PREDICTIONS
 
-CONFIG, RUN, RESULT, WEIGHTS, PREDICTIONS = (
-    "config.yaml",
-    "run.json",
-    "result.json",
-    "weights",
-    "predictions.parquet",
-)
+Record = dict[str, object]  # an object of JSON
+
+CONFIG, RUN, RESULT, WEIGHTS = "config.yaml", "run.json", "result.json", "weights"
 
 
 @dataclass(frozen=True)
@@ -75,12 +73,10 @@ class RunFolder:
         write_text(self.path / CONFIG, dump_run(run))
         record = self.start_record() or {"stage": stage, "name": name, "command": list(command), "starts": []}
         record |= _environment() | {"world_size": world_size, "command_line": shlex.join(command)}
-        starts = record.get("starts")
-        record["starts"] = [
-            *(starts if isinstance(starts, list) else []),
-            time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        ]
-        record["started_utc"] = record["starts"][0]
+        before = record.get("starts")
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        starts = [*(before if isinstance(before, list) else []), now]
+        record |= {"starts": starts, "started_utc": starts[0]}
         write_json(self.path / RUN, record)
 
     def write_result(
@@ -90,7 +86,7 @@ class RunFolder:
         metrics: Mapping[str, float | None],
         seconds: float,
         classes: Sequence[str] = (),
-        **facts: Any,
+        **facts: object,
     ) -> None:
         """The run's final numbers."""
         if not self.writes:
@@ -108,15 +104,15 @@ class RunFolder:
         record = self.start_record() or {}
         write_json(self.path / RUN, record | {"seconds": round(seconds, 3)})
 
-    def start_record(self) -> dict[str, Any] | None:
+    def start_record(self) -> Record | None:
         return read_json(self.path / RUN)
 
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> Record | None:
         """The final numbers, or None while the run has not finished."""
         return read_json(self.path / RESULT)
 
 
-def _environment() -> dict[str, Any]:
+def _environment() -> Record:
     from importlib.metadata import version
 
     import torch
@@ -151,11 +147,11 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> Record | None:
     """The object in a file, or None. A damaged file is logged: it must not keep a run from going on."""
     try:
         value = json.loads(path.read_bytes())
@@ -168,6 +164,30 @@ def read_json(path: Path) -> dict[str, Any] | None:
         logger.warning("%s is damaged (no object) and is taken as not there", path)
         return None
     return value
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value of a record is a finite number; true and false are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def metrics_of(result: Record) -> dict[str, float]:
+    """The metrics of a result.json; one without a number is left out."""
+    metrics = result.get("metrics")
+    found = metrics if isinstance(metrics, dict) else {}
+    return {name: float(value) for name, value in found.items() if is_number(value)}
+
+
+def classes_of(result: Record) -> tuple[str, ...]:
+    """The class names of a result.json; empty where it records none."""
+    classes = result.get("classes")
+    return tuple(map(str, classes)) if isinstance(classes, list) else ()
+
+
+def seconds_of(record: Record) -> float | None:
+    """How long the run of a result.json or run.json took; None where it does not say."""
+    seconds = record.get("seconds")
+    return float(seconds) if is_number(seconds) else None
 
 
 logger = logging.getLogger(__name__)

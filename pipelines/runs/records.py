@@ -11,26 +11,26 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import yaml
 
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.runs.folder import CONFIG, PREDICTIONS, RESULT, RUN
+from cliplift.pipelines.runs.folder import (
+    CONFIG,
+    RESULT,
+    RUN,
+    Record,
+    classes_of,
+    is_number,
+    metrics_of,
+    seconds_of,
+)
+from cliplift.pipelines.runs.predictions import PREDICTIONS, Predictions, read_predictions
 
 HISTORY = "metrics.jsonl"
 TRANSFER = "transfer"
-_PREDICTION_COLUMNS = (
-    "key",
-    "video_id",
-    "shard_url",
-    "sample_index",
-    "label",
-    "predicted",
-    "probabilities",
-)
 
 
 @dataclass(frozen=True)
@@ -42,34 +42,16 @@ class Series:
 
 
 @dataclass(frozen=True)
-class PredictionTable:
-    """The rows of predictions.parquet: N samples, K classes."""
-
-    keys: tuple[str, ...]
-    video_ids: tuple[str, ...]
-    shard_urls: tuple[str, ...]
-    sample_index: npt.NDArray[np.int64]  # (N,)
-    labels: npt.NDArray[np.int64]  # (N,), -1 where unlabelled
-    predicted: npt.NDArray[np.int64]  # (N,)
-    probabilities: npt.NDArray[np.float32]  # (N, K)
-
-    @property
-    def labelled(self) -> npt.NDArray[np.bool_]:
-        """(N,) whether each sample has a single true class."""
-        return self.labels >= 0
-
-
-@dataclass(frozen=True)
 class RunRecord:
     """Everything a run folder says about its run."""
 
     folder: Path
-    start: Mapping[str, Any]
-    config: Mapping[str, Any]
+    start: Record
+    config: Record
     config_text: str
-    result: Mapping[str, Any] | None
+    result: Record | None
     history: Mapping[str, Series]
-    predictions: PredictionTable | None
+    predictions: Predictions | None
 
     @property
     def stage(self) -> str:
@@ -82,23 +64,22 @@ class RunRecord:
     @property
     def metrics(self) -> Mapping[str, float]:
         """Final numbers; empty while the run has not finished. A metric without a number is absent."""
-        found = (self.result or {}).get("metrics", {})
-        return {name: float(value) for name, value in found.items() if _is_number(value)}
+        return metrics_of(self.result or {})
 
     @property
     def seconds(self) -> float | None:
-        value = self.start.get("seconds", (self.result or {}).get("seconds"))
-        return float(value) if _is_number(value) else None
+        seconds = seconds_of(self.start)
+        return seconds_of(self.result or {}) if seconds is None else seconds
 
     def classes(self) -> tuple[str, ...]:
         """Class names; ``class 3`` where the run recorded none."""
-        named = tuple(str(c) for c in (self.result or {}).get("classes", ()))
+        named = classes_of(self.result or {})
         known = 0 if self.predictions is None else self.predictions.probabilities.shape[1]
         return named if len(named) >= known else tuple(f"class {k}" for k in range(known))
 
-    def setting(self, dotted: str) -> Any:
+    def setting(self, dotted: str) -> object:
         """A value of the resolved config by dotted key, or None where the run has no such key."""
-        node: Any = self.config
+        node: object = self.config
         for part in dotted.split("."):
             node = node.get(part) if isinstance(node, Mapping) else None
         return node
@@ -168,7 +149,7 @@ def read_history(path: Path) -> dict[str, Series]:
                 f"{path}: line {number} is not JSON: {error.msg}", key="runs", value=str(path)
             ) from None
         step = row.get("step") if isinstance(row, dict) else None
-        if step is None or not _is_number(step):
+        if step is None or not is_number(step):
             continue
         for name, value in row.items():
             if (
@@ -178,34 +159,6 @@ def read_history(path: Path) -> dict[str, Series]:
             ):
                 found.setdefault(name, {})[float(step)] = float(value)
     return {name: _series(points) for name, points in found.items()}
-
-
-def read_predictions(path: Path) -> PredictionTable:
-    """Read a predictions.parquet; raises :class:`ConfigError` for a file that is not one."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(path)
-    except pa.ArrowException as error:
-        raise ConfigError(f"{path} cannot be read: {error}", key="runs", value=str(path)) from None
-    missing = [name for name in _PREDICTION_COLUMNS if name not in table.column_names]
-    if missing:
-        raise ConfigError(f"{path} lacks the columns {', '.join(missing)}", key="runs", value=str(path))
-    widths = pc.unique(pc.list_value_length(table["probabilities"])).to_pylist()
-    if len(widths) > 1:
-        raise ConfigError(f"{path} has rows of {sorted(widths)} probabilities", key="runs", value=str(path))
-    flat = pc.list_flatten(table["probabilities"]).to_numpy().astype(np.float32)
-    return PredictionTable(
-        keys=tuple(table["key"].to_pylist()),
-        video_ids=tuple(table["video_id"].to_pylist()),
-        shard_urls=tuple(table["shard_url"].to_pylist()),
-        sample_index=table["sample_index"].to_numpy().astype(np.int64),
-        labels=table["label"].to_numpy().astype(np.int64),
-        predicted=table["predicted"].to_numpy().astype(np.int64),
-        probabilities=flat.reshape(table.num_rows, widths[0] if widths else 0),
-    )
 
 
 def group_runs(records: Sequence[RunRecord], labels: Mapping[Path, str] | None = None) -> list[RunGroup]:
@@ -261,7 +214,7 @@ def _series(points: Mapping[float, float]) -> Series:
     return Series(np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64))
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> Record:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -275,7 +228,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_yaml(path: Path, text: str) -> dict[str, Any]:
+def _read_yaml(path: Path, text: str) -> Record:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -283,7 +236,3 @@ def _read_yaml(path: Path, text: str) -> dict[str, Any]:
             f"{path} is not YAML: {str(error).splitlines()[0]}", key="runs", value=str(path)
         ) from None
     return value if isinstance(value, dict) else {}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

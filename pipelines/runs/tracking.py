@@ -14,21 +14,25 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from tqdm import tqdm
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.distributed.collectives import Topology
-from cliplift.pipelines.runs.folder import RunFolder, read_json, write_json, write_text
+from cliplift.pipelines.runs.folder import Record, RunFolder, read_json, write_json, write_text
 from cliplift.sharding.build.tracking import wandb_mode
 from cliplift.sharding.manifest import DATASET_FILE
+
+if TYPE_CHECKING:
+    import wandb
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
 # Column names, and rows of as many cells.
-ClipTable = tuple[Sequence[str], Sequence[Sequence[Any]]]
+ClipTable = tuple[Sequence[str], Sequence[Sequence[object]]]
 
 SECONDS_BETWEEN_LINES = 10.0
 USERS_DATA_FOLDER = os.environ.get("WANDB_DATA_DIR")
@@ -40,12 +44,12 @@ class Tracker:
     def __init__(self, run: TrainingRun, *, stage: str, folder: Path, topology: Topology) -> None:
         self.run, self.stage, self.folder = run, stage, folder
         self.active = topology.is_main
-        self._wandb: Any = None
-        self._bar: tqdm[Any] | None = None
+        self._wandb: wandb.Run | None = None
+        self._bar: tqdm[int] | None = None
         self._lines: TextIO | None = None
         self._last_line = 0.0
         self._row_offset = 0
-        self._board: Any = None
+        self._board: SummaryWriter | None = None
         if self.active:
             self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
             self._board = _tensorboard(folder / "tensorboard") if run.track.tensorboard else None
@@ -160,7 +164,7 @@ class Tracker:
             return
         import wandb
 
-        self._wandb.config.update({"data_fingerprint": fingerprint}, allow_val_change=True)
+        self._wandb.config.update({"data_fingerprint": fingerprint}, allow_val_change=True)  # type: ignore[no-untyped-call]
         used = wandb.Artifact(f"data-{fingerprint[:16]}", type="dataset", metadata={"shards": list(shards)})
         for url in shards:
             # The index stands for the shards it lists; a folder would be walked file by file.
@@ -191,7 +195,7 @@ class Tracker:
             self._wandb = None
         self.active = False
 
-    def _start_wandb(self) -> Any:
+    def _start_wandb(self) -> wandb.Run | None:
         mode = wandb_mode(self.run.track.wandb, os.environ)
         if mode == "disabled":
             return None
@@ -231,7 +235,7 @@ class Tracker:
         return started
 
 
-def _environment(folder: Path) -> dict[str, Any]:
+def _environment(folder: Path) -> Record:
     """Versions and git commit of the run's start record; W&B's own probing would also take remotes and diffs."""
     record = RunFolder(folder, writes=False).start_record() or {}
     return {
@@ -241,7 +245,7 @@ def _environment(folder: Path) -> dict[str, Any]:
     }
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path) -> SummaryWriter:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

@@ -27,8 +27,9 @@ from cliplift.pipelines.engine.task import (
 )
 from cliplift.pipelines.engine.telemetry import forward_flops, training_flops
 from cliplift.pipelines.evaluation.clip_tables import prediction_table
-from cliplift.pipelines.evaluation.evaluate import Predictions, classification_metrics, classify_split
+from cliplift.pipelines.evaluation.evaluate import classification_metrics, classify_split
 from cliplift.pipelines.runs.folder import RunFolder
+from cliplift.pipelines.runs.predictions import Predictions
 from cliplift.pipelines.runs.tracking import ClipTable
 from cliplift.pipelines.stages.starting_weights import (
     batchnorms,
@@ -248,7 +249,8 @@ class ClassificationStage:
     def trained_network(self, weights: Mapping[str, Tensor]) -> SavedModel:
         network = self._network(pretrained=None)
         network.load_state_dict(network_weights(weights, prefix="network."))
-        card = data_card(self.run, self.run.data) | {"classes": list(self.classes), "task": self.run.task}
+        card = data_card(self.run, self.run.data)
+        card["classes"], card["task"] = list(self.classes), self.run.task
         return SavedModel(network=network, options=dict(self.run.model.options), card=card)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -167,10 +167,8 @@ class ForecastStage:
     def trained_network(self, weights: Mapping[str, Tensor]) -> SavedModel:
         network = build_forecaster(self.run, pretrained=None)
         network.load_state_dict(network_weights(weights, prefix="network."))
-        card = data_card(self.run, self.run.data) | {
-            "objective": "forecast",
-            "forecast": self.run.forecast.model_dump(mode="json"),
-        }
+        card = data_card(self.run, self.run.data)
+        card["objective"], card["forecast"] = "forecast", self.run.forecast.model_dump(mode="json")
         return SavedModel(network=network, options=forecaster_options(self.run), card=card)
 
 
@@ -182,9 +180,9 @@ def forecast_metrics(clips: list[dict[str, float]]) -> dict[str, float]:
     return metrics | {"samples": float(len(clips))}
 
 
-def forecaster_options(run: PretrainRun) -> dict[str, Any]:
+def forecaster_options(run: PretrainRun) -> dict[str, object]:
     """The architecture options of the run's network, forecaster included."""
-    return dict(run.model.options) | {OPTION: True}
+    return {**run.model.options, OPTION: True}
 
 
 def build_forecaster(run: PretrainRun, *, pretrained: str | None) -> EncoderForecaster:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cliplift.configs.runs import CorrespondenceConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.models.correspondence import CorrespondenceHead
+from cliplift.models.protocol import VideoNetwork
 from cliplift.pipelines.evaluation.metrics import area_under_curve, retrieval_recall
 
 
@@ -95,7 +96,7 @@ class SupervisionTransfer(nn.Module):
     (B, 1 + k); returns the loss and the matching accuracy of the batch.
     """
 
-    def __init__(self, student: nn.Module, head: CorrespondenceHead, config: CorrespondenceConfig) -> None:
+    def __init__(self, student: VideoNetwork, head: CorrespondenceHead, config: CorrespondenceConfig) -> None:
         super().__init__()
         self.student, self.head, self.config = student, head, config
 

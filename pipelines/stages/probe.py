@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cliplift.configs.data import DataConfig, ViewsConfig
 from cliplift.configs.runs import ProbeConfig, TransferRun
 from cliplift.configs.sections import ConfigError
+from cliplift.models.protocol import VideoNetwork
 from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology
@@ -22,7 +23,7 @@ from cliplift.pipelines.evaluation.over_split import over_split
 
 @torch.no_grad()
 def probe(
-    student: nn.Module, run: TransferRun, config: ProbeConfig, *, topology: Topology
+    student: VideoNetwork, run: TransferRun, config: ProbeConfig, *, topology: Topology
 ) -> dict[str, float]:
     """``probe_knn_accuracy``, ``probe_linear_accuracy`` and ``probe_chance`` of a student's features.
 
@@ -68,7 +69,7 @@ def probe(
 
 
 def features_of(
-    student: nn.Module, data: DataConfig, split: str, *, run: TransferRun, topology: Topology
+    student: VideoNetwork, data: DataConfig, split: str, *, run: TransferRun, topology: Topology
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) in fp64 and labels (N,) of a split, in dataset order, the same on every rank."""
     loader = EvalLoader(

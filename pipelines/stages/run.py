@@ -30,7 +30,7 @@ from cliplift.pipelines.engine.faults import StoppedBySignalError, caught_signal
 from cliplift.pipelines.engine.loop import fit
 from cliplift.pipelines.engine.optim import total_steps
 from cliplift.pipelines.engine.task import FitResult, Stage
-from cliplift.pipelines.runs.folder import RunFolder, sole_writer
+from cliplift.pipelines.runs.folder import RunFolder, metrics_of, seconds_of, sole_writer
 from cliplift.pipelines.runs.results import commands_after, result_block
 from cliplift.pipelines.runs.tracking import Tracker
 from cliplift.pipelines.stages.classification import ClassificationStage, FinetuneStage
@@ -117,7 +117,7 @@ def _run_in(
             topology,
             f"{run.name}: already finished in {folder.path}; use another output, or checkpoint.resume=never",
         )
-        return StageResult(folder.path, done["metrics"], seconds=done["seconds"])
+        return StageResult(folder.path, metrics_of(done), seconds=seconds_of(done) or 0.0)
     folder.write_start(run, stage=stage, name=run.name, command=command, world_size=topology.world_size)
     _seed(run, topology)
     loader = agreed_data(lambda: _loader(run, topology), lambda made: made.fingerprint, topology)

@@ -78,7 +78,7 @@ def test_the_command(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         (["date", "finetune/demo"], "'date' cannot be measured"),
         (["data"], "names no config"),
-        (["data", "shard/demo_actions"], "trains nothing"),
+        (["data", "shard/demo_actions"], "not a stage that trains"),
         (["data", "finetune/demo", "data.shards=nowhere"], "nowhere"),
     ],
 )

@@ -140,7 +140,7 @@ def test_a_rank_that_never_comes_is_named() -> None:
         for thread in threads:
             thread.join(timeout=30)
     for rank in (0, 1):
-        assert "rank 2 of 3 has not come after 1 s" in str(results[rank])
+        assert "rank 2 of 3 has not answered after 1 s" in str(results[rank])
 
 
 def test_facts_hold_every_value_but_the_node_local_ones(repository: Path) -> None:

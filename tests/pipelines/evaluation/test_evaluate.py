@@ -15,8 +15,9 @@ from cliplift.models import create_model
 from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.loader import EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology
-from cliplift.pipelines.evaluation.evaluate import Predictions, classification_metrics, classify_split
+from cliplift.pipelines.evaluation.evaluate import classification_metrics, classify_split
 from cliplift.pipelines.evaluation.fuse import read_stream
+from cliplift.pipelines.runs.predictions import Predictions
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
 
@@ -114,8 +115,8 @@ def test_averaged_logits_are_written_beside_the_probabilities(
         )
         found.write(tmp_path / average / "predictions.parquet")
     stream = read_stream(str(tmp_path / "logits"))
-    assert stream.logits is not None
+    assert stream.rows.logits is not None
     np.testing.assert_allclose(
-        torch.tensor(stream.logits).softmax(dim=1).numpy(), stream.rows.probabilities, atol=1e-6
+        torch.tensor(stream.rows.logits).softmax(dim=1).numpy(), stream.rows.probabilities, atol=1e-6
     )
-    assert read_stream(str(tmp_path / "probabilities")).logits is None
+    assert read_stream(str(tmp_path / "probabilities")).rows.logits is None

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from cliplift.models import create_model
-from cliplift.pipelines.evaluation.features import FEATURES, ClassifierInputs, plane, read_features
+from cliplift.pipelines.evaluation.features import ClassifierInputs, plane
 from cliplift.pipelines.report.charts import scatter
+from cliplift.pipelines.runs.predictions import FEATURES, read_features
 
 
 def test_features_are_the_classifiers_input() -> None:

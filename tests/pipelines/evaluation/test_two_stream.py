@@ -16,7 +16,7 @@ from cliplift.configs.runs import RUNS, FuseRun
 from cliplift.configs.sections import ConfigError
 from cliplift.launch.cli import main
 from cliplift.pipelines.evaluation.fuse import fuse, fused_logits, fused_probabilities, read_stream, run_fuse
-from cliplift.pipelines.runs.records import read_predictions
+from cliplift.pipelines.runs.predictions import read_predictions
 
 KEYS = ("a", "b", "c", "d")
 LABELS = (0, 1, 2, 0)
@@ -124,7 +124,7 @@ def test_logits_are_needed_for_the_fusion_of_logits(tmp_path: Path) -> None:
 def test_an_evaluation_below_its_run_is_found(tmp_path: Path) -> None:
     write(tmp_path / "run" / "evaluate", RGB)
     assert read_stream(str(tmp_path / "run")).rows.keys == KEYS
-    assert read_stream(str(tmp_path / "run" / "evaluate" / "predictions.parquet")).classes == (
+    assert read_stream(str(tmp_path / "run" / "evaluate" / "predictions.parquet")).rows.classes == (
         "run",
         "jump",
         "sit",
