@@ -38,7 +38,7 @@ from cliplift.sharding.video.cuts import spans
 from cliplift.sharding.video.flow import flow_member
 from cliplift.sharding.storage import StorageError, open_store
 from cliplift.sharding.sources.tars import inside_tar
-from cliplift.sharding.video.transcode import cut_span
+from cliplift.sharding.video.transcode import SpanCutter
 from cliplift.sharding.video.decode import PastTheEndError, VideoDecodeError
 
 HEADER = struct.Struct("!II")
@@ -118,21 +118,22 @@ def _do(link: socket.socket, task: dict[str, Any], cut: Any, stored: Stored, scr
         return
     else:
         send(link, {"clips": len(clips), "sha256": sha256})
-        for number in range(task["first_clip"], len(clips)):
-            if not _one_clip(link, path, number, clips[number], stored):
-                break
+        with SpanCutter(path, stored.transcode, alive=lambda: send(link, {"working": True})) as cutter:
+            for number in range(task["first_clip"], len(clips)):
+                if not _one_clip(link, cutter, number, clips[number], stored):
+                    break
     finally:
         if copy is not None:
             copy.unlink(missing_ok=True)
 
 
 def _one_clip(
-    link: socket.socket, path: Path, number: int, span: tuple[float, float | None], stored: Stored
+    link: socket.socket, cutter: SpanCutter, number: int, span: tuple[float, float | None], stored: Stored
 ) -> bool:
     """Cut and send one clip; whether the video may have more of them."""
     stage = "transcode"
     try:
-        clip = cut_span(path, start_seconds=span[0], end_seconds=span[1], config=stored.transcode)
+        clip = cutter.cut(start_seconds=span[0], end_seconds=span[1])
         stage = "flow"
         flow = b"" if stored.flow is None else flow_member(clip.data, stored.flow, stored.transcode)
     except (VideoDecodeError, OSError, MemoryError) as error:
