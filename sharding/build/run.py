@@ -31,6 +31,7 @@ from cliplift.sharding.manifest import (
 from cliplift.sharding.build.plan import Plan, PlannedShard, plan_once
 from cliplift.sharding.build.unit import Progress
 from cliplift.sharding.build.ray_engine import build_on_ray
+from cliplift.sharding.redirects import allow_private_redirects
 from cliplift.sharding.storage import Store, open_store
 from cliplift.sharding.build.unit import BuiltShard, build_shards, local_workers
 from cliplift.sharding.build.verify import VerifyReport, file_sha256, verify
@@ -85,6 +86,8 @@ def run_shard(
         BuildError: shards are missing, or more clips were refused than allowed.
     """
     started = time.monotonic()
+    if run.limits.private_redirects:
+        allow_private_redirects()
     store = open_store(run.output)
     plan = plan_once(run, store)
     progress = Progress(shards_total=len(plan.shards))
