@@ -19,6 +19,7 @@ from cliplift.sharding.video.encode import require_encoder
 from cliplift.sharding.build.finalize import finalize
 from cliplift.sharding.video.flow import require_flow
 from cliplift.sharding.manifest import (
+    RETRIED_STAGES,
     BUILD_FILE,
     DUPLICATE,
     Dataset,
@@ -39,7 +40,6 @@ from cliplift.sharding.build.verify import VerifyReport, file_sha256, verify
 Phase = Literal["plan", "build", "finalize", "verify"]
 PHASES: tuple[Phase, ...] = ("plan", "build", "finalize", "verify")
 # Reasons that may go away by themselves: a busy machine, a network, a file that arrived since.
-RETRIED_STAGES = ("read", "timeout", "crash")
 
 
 @dataclass(frozen=True)
