@@ -17,8 +17,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 
@@ -328,6 +328,28 @@ def without_secrets(url: str) -> str:
 def temporary_beside(target: Path) -> Path:
     """A new name in the same folder, recognisable as unfinished by ``verify``."""
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+
+
+def is_out_of_space(error: BaseException) -> bool:
+    """Whether an error tells of this machine's disks and not of the file that is read."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A new file beside ``target`` to write to, which takes its place at the end; on an error nothing is left."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(target)
+    try:
+        temporary.touch()
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+        yield temporary
+        temporary.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def remove_temporaries_of(target: Path) -> None:

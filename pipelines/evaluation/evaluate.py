@@ -41,6 +41,7 @@ from cliplift.pipelines.evaluation.metrics import (
 )
 from cliplift.pipelines.evaluation.over_split import over_split
 from cliplift.pipelines.runs.folder import CONFIG, WEIGHTS, RunFolder
+from cliplift.sharding.storage import whole_file
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ class Predictions:
         )
         if self.logits is not None:
             table = table.append_column("logits", pa.array(list(self.logits), pa.list_(pa.float32())))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, path)
+        with whole_file(path) as temporary:
+            pq.write_table(table, temporary)
         if self.features is not None:
             np.save(path.with_name(FEATURES), self.features)
 

@@ -84,11 +84,16 @@ def find_runs(folder: Path) -> tuple[list[Path], dict[str, Any] | None]:
     if not demo_file.is_file():
         return inside, None
     try:
-        demo = json.loads(demo_file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{demo_file} is not JSON: {error.msg}", key="runs", value=str(folder)) from None
-    for row in demo["table"]:  # a demo folder may have been moved since: its runs moved with it
-        row["runs"] = [p if Path(p).is_dir() else str(folder / Path(p).name) for p in row["runs"]]
+        demo = json.loads(demo_file.read_bytes())
+        for row in demo["table"]:  # a demo folder may have been moved since: its runs moved with it
+            row["runs"] = [p if Path(p).is_dir() else str(folder / Path(p).name) for p in row["runs"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{demo_file} is damaged ({error})",
+            key="runs",
+            value=str(folder),
+            hint="remove it, or run the demo again",
+        ) from None
     return inside, demo
 
 
