@@ -82,7 +82,8 @@ class Predictions:
         with whole_file(path) as temporary:
             pq.write_table(table, temporary)
         if self.features is not None:
-            np.save(path.with_name(FEATURES), self.features)
+            with whole_file(path.with_name(FEATURES)) as temporary, temporary.open("wb") as file:
+                np.save(file, self.features)
 
 
 @dataclass(frozen=True)
