@@ -57,7 +57,7 @@ class TimedLoader:
         )
         self.asked: list[float] = []
 
-    def micro_batches(self, *, start_step: int, stop_step: int) -> Iterator[ClipBatch]:
+    def micro_batches(self, *, start_step: int, stop_step: int, final: bool = False) -> Iterator[ClipBatch]:
         for _ in range(start_step, stop_step):
             self.asked.append(self.clock())
             yield self.batch

@@ -154,6 +154,10 @@ class LimitsConfig(Section):
     memory_mib: int | None = Field(
         4096, ge=256, description="address space of one worker process, MiB; None is unlimited"
     )
+    private_redirects: bool = Field(
+        False,
+        description="follow redirects of HTTP sources also to loopback, private and link-local addresses",
+    )
     max_missing_share: float = Field(
         0.05, ge=0, le=1, description="videos of the list that may be absent, share"
     )

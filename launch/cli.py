@@ -9,7 +9,9 @@ The config fields of a stage as text: dotted key, type, default, description. Ma
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import io
 import os
 import sys
 import textwrap
@@ -98,7 +100,16 @@ USERS_FAULTS = {
     errno.ENOTDIR: "a part of this path is a file where a folder is needed; name another output",
     errno.EISDIR: "is a folder where a file is needed; name a file",
     errno.ENAMETOOLONG: "the file name is too long for this file system",
+    errno.EEXIST: "is a file where a folder is needed; name another output",
+    errno.ENOENT: "is not there, or a folder above it is not",
+    errno.ELOOP: "its symbolic links lead in a circle",
+    errno.EFBIG: "the file is larger than this process or file system allows",
+    errno.EIO: "the device cannot read or write it; look at the system's log",
+    errno.ESTALE: "the network file system has lost it; mount it again",
 }
+# Those that say enough without a file name. Libraries below (safetensors, torch) tell some of them as text alone.
+FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+BROKEN_PIPE_STATUS = 141  # as a shell reports a process that SIGPIPE ended
 USER_ERROR = 2
 CHECK_FAILED = 1
 
@@ -201,6 +212,7 @@ def _name_plugins(modules: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line. Returns the exit code: 0 done, 1 a check failed, 2 the user's mistake."""
+    _write_any_text()
     words = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     arguments, unknown = parser.parse_known_args(words)
@@ -227,7 +239,9 @@ def _guarded(arguments: argparse.Namespace) -> int:
     try:
         if modules := [*arguments.plugins, *arguments.more_plugins]:
             _name_plugins(modules)
-        return all_commands()[arguments.command].run(arguments)
+        status = all_commands()[arguments.command].run(arguments)
+        sys.stdout.flush()  # here, where a full disk or a closed pipe is told as one
+        return status
     except ConfigError as error:
         print(f"cliplift: {error}", file=sys.stderr)
     except ValueError as error:
@@ -236,16 +250,49 @@ def _guarded(arguments: argparse.Namespace) -> int:
         if not type(error).__module__.startswith("cliplift."):
             raise
         print(f"cliplift: {error}", file=sys.stderr)
-    except OSError as error:
-        if error.errno not in USERS_FAULTS or (error.filename is None and error.errno != errno.ENOSPC):
-            raise
-        what, place = USERS_FAULTS[error.errno], error.filename or "the output or TMPDIR"
-        print(f"cliplift: {place}: {what}", file=sys.stderr)
+    except BrokenPipeError:
+        _discard_output()
+        return BROKEN_PIPE_STATUS
     except KeyboardInterrupt as error:
         print(f"cliplift: {error or 'interrupted'}", file=sys.stderr)
-        status: int = getattr(error, "exit_status", 130)  # StoppedBySignalError names its signal's
-        return status
+        stopped: int = getattr(error, "exit_status", 130)  # StoppedBySignalError names its signal's
+        return stopped
+    except Exception as error:
+        sentence = _fault_of_place(error)
+        if sentence is None:
+            raise
+        print(f"cliplift: {sentence}", file=sys.stderr)
+        _discard_output()
     return USER_ERROR
+
+
+def _fault_of_place(error: BaseException) -> str | None:
+    """What the file system refused, as a sentence; None where the error is none of its own."""
+    if isinstance(error, OSError):
+        alone = error.filename is None
+        if error.errno is not None and error.errno in (FULL_OR_BROKEN if alone else USERS_FAULTS):
+            place = error.filename2 or error.filename or "the output or TMPDIR"
+            return f"{place}: {USERS_FAULTS[error.errno]}"
+        if alone and "temporary directory" in str(error):
+            return f"TMPDIR: {error.strerror}; set it to a folder that can be written"
+        return None
+    for number in FULL_OR_BROKEN:
+        if os.strerror(number) in str(error) or f"os error {number})" in str(error):
+            return f"the output or TMPDIR: {USERS_FAULTS[number]}"
+    return None
+
+
+def _discard_output() -> None:
+    """What is left in stdout's buffer cannot be written; Python would try again at its end and say so."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
+
+
+def _write_any_text() -> None:
+    """A class or a file may have a name that the terminal's encoding lacks: it is written with escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,11 @@ PLAN_VIDEOS_FILE = "plan/videos.parquet"
 DUPLICATES_FILE = "duplicates.jsonl"
 BUILD_FILE = "build.json"
 DUPLICATE = "duplicate"  # stage of a clip that was removed because another video already gave it
+RETRIED_STAGES = (
+    "read",
+    "timeout",
+    "crash",
+)  # refusals whose cause may be gone, which --retry-failed tries again
 NO_LABEL = -1
 # Members of a sample, in the order they stand in the tar: kind, and what the name has after the key. Flow is optional.
 MEMBERS = {"mp4": "mp4", "json": "json", "flow": "flow.mp4"}

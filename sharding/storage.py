@@ -17,10 +17,12 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
+
+from cliplift.sharding.redirects import PrivateRedirectError, guard_redirects
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,28 @@ def open_store(url: str) -> Store:
     if url.startswith("file://"):
         url = url.removeprefix("file://")
     return RemoteStore(url) if "://" in url else LocalStore(url)
+
+
+# Where the URLs of a list may lead. fsspec's other file systems open further ones, run templates or read this machine.
+LISTED_SCHEMES = (
+    "http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf", "oci", "oss", "hdfs", "ftp", "sftp",
+    "smb", "memory", "file",
+)  # fmt: skip
+
+
+def require_plain_url(url: str) -> None:
+    """Refuse a URL of a list that is a chain of file systems, or of a scheme that is none of LISTED_SCHEMES.
+
+    Raises:
+        StorageError: with the scheme.
+    """
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return
+    if "::" in scheme or "::" in re.split(r"[?#]", rest)[0]:
+        raise StorageError(f"{without_secrets(url)}: a list may not chain file systems (::)")
+    if scheme.lower() not in LISTED_SCHEMES:
+        raise StorageError(f"{without_secrets(url)}: a list may not name {scheme}:// URLs")
 
 
 def join(root: str, name: str) -> str:
@@ -159,7 +183,11 @@ class RemoteStore:
             with _OPENING:  # threads that read side by side share one
                 opened = self._opened
                 if opened is None or opened[0] != os.getpid():
-                    fs, root = fsspec.core.url_to_fs(self.url)
+                    guard_redirects()
+                    try:
+                        fs, root = fsspec.core.url_to_fs(self.url)
+                    except (ValueError, ImportError) as error:  # no such protocol, or its package is missing
+                        raise StorageError(f"{without_secrets(self.url)}: {error}") from error
                     opened = (os.getpid(), fs, root)
                     self._opened = opened
         return opened[1], opened[2]
@@ -244,7 +272,9 @@ class RemoteStore:
             except FileNotFoundError:
                 raise
             except _connection_errors() as error:
-                if attempt + 1 == REMOTE_ATTEMPTS or isinstance(error, PermissionError):
+                # aiohttp wraps what refuses a connection.
+                refused = isinstance(getattr(error, "os_error", error), PermissionError)
+                if attempt + 1 == REMOTE_ATTEMPTS or refused:
                     raise StorageError(_told(self.url, name, verb, error)) from error
                 time.sleep(REMOTE_PAUSE_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
@@ -265,6 +295,7 @@ DENIED = ("forbidden", "accessdenied", "access denied", "permission")
 
 def _told(url: str, name: str, verb: str, error: Exception) -> str:
     """What failed, in the words of the service, and what to do about it."""
+    error = getattr(error, "os_error", error)
     said = str(error).replace(url, without_secrets(url)) or type(error).__name__
     low = said.lower()
     advice = ""
@@ -272,6 +303,8 @@ def _told(url: str, name: str, verb: str, error: Exception) -> str:
         advice = (
             "; the credentials may have expired: fetch new ones and start again, finished shards are kept"
         )
+    elif isinstance(error, PrivateRedirectError):
+        pass  # it says itself what to do
     elif isinstance(error, PermissionError) or any(word in low for word in DENIED):
         advice = "; check the credentials of this process and their rights to this place"
     return f"{without_secrets(url)}/{name}: cannot {verb}: {said}{advice}"
@@ -295,6 +328,28 @@ def without_secrets(url: str) -> str:
 def temporary_beside(target: Path) -> Path:
     """A new name in the same folder, recognisable as unfinished by ``verify``."""
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}{TEMPORARY_SUFFIX}")
+
+
+def is_out_of_space(error: BaseException) -> bool:
+    """Whether an error tells of this machine's disks and not of the file that is read."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[Path]:
+    """A new file beside ``target`` to write to, which takes its place at the end; on an error nothing is left."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(target)
+    try:
+        temporary.touch()
+        if target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+        yield temporary
+        temporary.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def remove_temporaries_of(target: Path) -> None:

@@ -48,7 +48,14 @@ ROOMS: dict[str, list[set[str]]] = {
         {"conv3d", "timesformer", "video_vit", "convrnn"},
         {"late_temporal", "per_frame", "hiera"},
     ],
-    "sharding": [{"storage"}, {"manifest", "scratch"}, {"video", "sources"}, {"read", "demo"}, {"build"}],
+    "sharding": [
+        {"redirects"},
+        {"storage"},
+        {"manifest", "scratch"},
+        {"video", "sources"},
+        {"read", "demo"},
+        {"build"},
+    ],
     "pipelines": [
         {"distributed"},
         {"data"},

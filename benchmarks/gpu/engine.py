@@ -56,7 +56,7 @@ class RepeatingLoader:
     def __init__(self, shape: Shape) -> None:
         self.batch, self.asked = random_batch(shape), list[float]()
 
-    def micro_batches(self, *, start_step: int, stop_step: int) -> Iterator[ClipBatch]:
+    def micro_batches(self, *, start_step: int, stop_step: int, final: bool = False) -> Iterator[ClipBatch]:
         for _ in range(start_step, stop_step):
             self.asked.append(time.perf_counter())
             yield self.batch

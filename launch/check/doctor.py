@@ -16,7 +16,7 @@ from typing import Literal
 from cliplift.launch.check.findings import Finding
 
 NEEDED = ("cliplift", "torch", "deepspeed", "webdataset", "av", "wandb", "pydantic", "pyarrow", "safetensors")
-OPTIONAL = ("decord", "torchcodec", "s3fs", "gcsfs", "huggingface_hub")
+OPTIONAL = ("decord", "torchcodec", "aiohttp", "s3fs", "gcsfs", "huggingface_hub")
 DECODED_CODECS = ("h264", "hevc", "vp9", "av1", "mpeg4", "mpeg2video", "mjpeg", "prores")
 LAUNCHERS = ("torchrun", "deepspeed", "srun", "sbatch", "mpirun", "pdsh", "kubectl")
 ENOUGH_FILES = 4096  # 256 open shards, workers with pipes of their own, sockets of every rank

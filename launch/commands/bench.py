@@ -89,7 +89,9 @@ def bench_data(
     else:
         print("with --gpus N --appetite CLIPS_PER_SECOND it says how many cores feed N GPUs")
     if output is not None:
-        Path(output).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        from cliplift.pipelines.runs.folder import write_json
+
+        write_json(Path(output), facts)
     return 0
 
 
@@ -105,6 +107,7 @@ def bench_train(
     from cliplift.configs.sections import ConfigError
     from cliplift.pipelines.cost.step_timing import time_steps
     from cliplift.pipelines.distributed.collectives import leave
+    from cliplift.pipelines.runs.folder import write_text
 
     try:
         timing, topology = time_steps(loaded.run, steps=steps, warm_up=warm_up, synthetic=synthetic)
@@ -119,7 +122,7 @@ def bench_train(
         )
         print(timing.table())
         if output is not None:
-            Path(output).write_text(timing.json() + "\n", encoding="utf-8")
+            write_text(Path(output), timing.json() + "\n")
     leave(0)
     return 0
 

@@ -134,7 +134,7 @@ def which_part(text: str | None, environment: Mapping[str, str]) -> tuple[int, i
     if text == "auto":
         return _scheduler_part(environment)
     part, slash, parts = text.partition("/")
-    if not (slash and part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+    if not (slash and part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
         from cliplift.configs.sections import ConfigError
 
         raise ConfigError(
@@ -145,6 +145,8 @@ def which_part(text: str | None, environment: Mapping[str, str]) -> tuple[int, i
 
 def _scheduler_part(environment: Mapping[str, str]) -> tuple[int, int]:
     """(index, count) from the first scheduler that says both."""
+    from cliplift.configs.sections import ConfigError
+
     pairs = (
         ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
         ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS", None),
@@ -153,8 +155,18 @@ def _scheduler_part(environment: Mapping[str, str]) -> tuple[int, int]:
     )
     for index, count, first in pairs:
         if index in environment and count in environment:
-            return int(environment[index]) - int(environment.get(first or "", "0")), int(environment[count])
-    from cliplift.configs.sections import ConfigError
+            try:
+                part = int(environment[index]) - int(environment.get(first or "", "0"))
+                parts = int(environment[count])
+            except ValueError:
+                part, parts = -1, 0
+            if 0 <= part < parts:
+                return part, parts
+            raise ConfigError(
+                f"--part auto: {index}={environment[index]!r} and {count}={environment[count]!r} are no part of a job",
+                file="command line",
+                hint=f"clear them (unset {index} {count}), or give I/N",
+            )
 
     raise ConfigError(
         "--part auto found no array job",
@@ -190,6 +202,8 @@ def progress_line(progress: Progress) -> str:
 
 def summary(report: BuildReport) -> str:
     """The closing lines of a build."""
+    from cliplift.sharding.manifest import RETRIED_STAGES
+
     refused = sum(report.refused.values())
     reasons = ", ".join(f"{reason} {n}" for reason, n in sorted(report.refused.items()))
     lines = [
@@ -197,6 +211,8 @@ def summary(report: BuildReport) -> str:
         f" {report.clips_written} clips, {report.bytes_written / 2**20:.1f} MiB in {report.seconds:.1f} s",
         f"  refused {refused}{f' ({reasons})' if reasons else ''}, missing {report.missing}",
     ]
+    if any(stage in report.refused for stage in RETRIED_STAGES):
+        lines.append(f"  {', '.join(RETRIED_STAGES)}: if the cause is gone, --retry-failed tries these again")
     if report.copied or report.not_copied:
         encoded = ", ".join(f"{reason} {n}" for reason, n in report.not_copied.items())
         lines.append(

@@ -149,8 +149,11 @@ class ClipLoader:
             for start in range(0, len(mine), samples):
                 yield Request(epoch, tuple(mine[start : start + samples]))
 
-    def micro_batches(self, *, start_step: int, stop_step: int) -> Iterator[ClipBatch]:
+    def micro_batches(self, *, start_step: int, stop_step: int, final: bool = False) -> Iterator[ClipBatch]:
         """Micro-batches of optimizer steps [start, stop), over as many epochs as that takes.
+
+        The share of unreadable samples is judged once there are a hundred, where an epoch ends, and at the last step
+        of a run (``final``).
 
         Raises:
             TooManyFailuresError: more samples failed, in a row or as a share, than the config tolerates.
@@ -170,10 +173,14 @@ class ClipLoader:
             batches = batches_from_workers(
                 dataset, requests, data=self.data, workers=workers, describe=self._describe
             )
-        for batch in batches:
+        micro_batches_per_step = self.global_batch // (self.micro_batch * self.world_size)
+        for number, batch in enumerate(batches, start=start_step * micro_batches_per_step + 1):
             if isinstance(batch, TooManyFailuresError):
                 raise batch
-            self._failures.count(batch)
+            step, inside = divmod(number, micro_batches_per_step)
+            epoch_ends = not inside and step % self.steps_per_epoch == 0
+            run_ends = final and step == stop_step
+            self._failures.count(batch, judge=epoch_ends or run_ends)
             yield batch
 
     def _describe(self, request: Request) -> str:
@@ -246,7 +253,9 @@ class TrainingLoader(Protocol):
     num_samples: int
     steps_per_epoch: int
 
-    def micro_batches(self, *, start_step: int, stop_step: int) -> Iterator[ClipBatch]: ...
+    def micro_batches(
+        self, *, start_step: int, stop_step: int, final: bool = False
+    ) -> Iterator[ClipBatch]: ...
     def close(self) -> None: ...
 
 

@@ -78,7 +78,7 @@ class SequentialLoader:
         )
         self._failures = FailureCount(data)
 
-    def micro_batches(self, *, start_step: int, stop_step: int) -> Iterator[ClipBatch]:
+    def micro_batches(self, *, start_step: int, stop_step: int, final: bool = False) -> Iterator[ClipBatch]:
         """As many micro-batches as optimizer steps [start, stop) need; which samples they hold is not said."""
         count = (stop_step - start_step) * self.global_batch // (self.micro_batch * self.world_size)
         # A run that goes on at a later step draws other samples than it began with.
@@ -94,10 +94,14 @@ class SequentialLoader:
                 workers=self.data.workers,
                 describe=lambda number: f"number {number} of the stream {self.fingerprint}",
             )
-        for batch in batches:
+        micro_batches_per_step = self.global_batch // (self.micro_batch * self.world_size)
+        for number, batch in enumerate(batches, start=start_step * micro_batches_per_step + 1):
             if isinstance(batch, TooManyFailuresError):
                 raise batch
-            self._failures.count(batch)
+            step, inside = divmod(number, micro_batches_per_step)
+            epoch_ends = not inside and step % self.steps_per_epoch == 0
+            run_ends = final and step == stop_step
+            self._failures.count(batch, judge=epoch_ends or run_ends)
             yield batch
 
     def close(self) -> None:

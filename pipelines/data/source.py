@@ -34,7 +34,7 @@ from cliplift.sharding.read.reader import ClipShape, SampleFacts, ShardDataset
 from cliplift.sharding.read.subsets import Subset
 from cliplift.sharding.video.decode import Frames, decode_frames
 from cliplift.sharding.video.flow import decode_flow, flow_member
-from cliplift.sharding.video.transcode import transcode_span
+from cliplift.sharding.video.transcode import EncodedClip, transcode_span
 
 
 class DecodedVideos:
@@ -324,15 +324,17 @@ def subset_of(data: DataConfig, split: str | None) -> Subset | None:
     return None
 
 
-def clips_of_video(
-    path: Path, data: DataConfig, *, start_seconds: float = 0.0, end_seconds: float | None = None
-) -> ClipBatch:
-    """All test views of a local video file that is in no shard, or of a span of it.
+def clips_of_video(path: Path, data: DataConfig) -> ClipBatch:
+    """All test views of a local video file that is in no shard. Raises VideoDecodeError."""
+    return clips_of_stored(transcode_span(path, start_seconds=0.0, end_seconds=None, config=FOREIGN), data)
 
-    The file is first brought to the form shards have (upright, square pixels, constant rate), so that the network
-    sees what it was trained on; flow is computed with the default method and range. Raises VideoDecodeError.
+
+def clips_of_stored(stored: EncodedClip, data: DataConfig) -> ClipBatch:
+    """All test views of a clip that was brought to the form shards have by ``FOREIGN``.
+
+    Upright, square pixels, constant rate: the network sees what it was trained on. Flow is computed with the default
+    method and range. Raises VideoDecodeError.
     """
-    stored = transcode_span(path, start_seconds=start_seconds, end_seconds=end_seconds, config=FOREIGN)
     if data.modality == "flow":
         member = flow_member(stored.data, FlowConfig(), FOREIGN)
         frames = decode_flow(member, range(stored.checked.frames), decoder=data.decoder)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import numpy as np
 
 from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sources import VIDEO_SUFFIXES
 from cliplift.pipelines.data.batch import ClipBatch
-from cliplift.pipelines.data.source import clips_of_video
+from cliplift.pipelines.data.source import FOREIGN, clips_of_stored, clips_of_video
+from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.sources.files import find_files, sort_out, tell
 from cliplift.sharding.storage import open_store
 from cliplift.sharding.video.decode import VideoDecodeError, probe
+from cliplift.sharding.video.transcode import SpanCutter
 
 
 def video_names(names: tuple[str, ...]) -> Iterator[str]:
@@ -43,11 +42,10 @@ def local_copy(video: str) -> Iterator[Path]:
     if "://" not in video:
         yield Path(video)
         return
-    with tempfile.NamedTemporaryFile(suffix=Path(video).suffix) as copy:
-        with fsspec.open(video, "rb") as file:
-            shutil.copyfileobj(file, copy)
-        copy.flush()
-        yield Path(copy.name)
+    folder, _, name = video.rpartition("/")
+    with scratch_folder() as scratch:
+        open_store(folder).fetch(name, scratch / "video")
+        yield scratch / "video"
 
 
 def views_of_video(video: str, data: DataConfig) -> ClipBatch:
@@ -71,11 +69,8 @@ def sliding_windows(
     starts = np.arange(0.0, max(duration - window_seconds, 0.0) + 1e-6, stride_seconds).tolist()
     if starts[-1] + window_seconds < duration - 1e-6:
         starts.append(duration - window_seconds)
-    for start in starts:
-        end = min(start + window_seconds, duration)
-        last = end >= duration - 1e-6
-        yield (
-            start,
-            end,
-            clips_of_video(path, data, start_seconds=start, end_seconds=None if last else end),
-        )
+    with SpanCutter(path, FOREIGN) as cutter:
+        for start in starts:
+            end = min(start + window_seconds, duration)
+            stored = cutter.cut(start_seconds=start, end_seconds=None if end >= duration - 1e-6 else end)
+            yield start, end, clips_of_stored(stored, data)

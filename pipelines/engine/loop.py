@@ -103,7 +103,9 @@ class Trainer:
 
     def _batches(self) -> Iterator[ClipBatch]:
         state = self.state
-        return self.loader.micro_batches(start_step=state.data_step, stop_step=self.total + state.data_offset)
+        return self.loader.micro_batches(
+            start_step=state.data_step, stop_step=self.total + state.data_offset, final=True
+        )
 
     def train(self) -> FitResult:
         """To the end of the schedule, or to a signal."""

@@ -47,7 +47,9 @@ class Loader(Protocol):
     fingerprint: str
     steps_per_epoch: int
 
-    def micro_batches(self, *, start_step: int, stop_step: int) -> Iterator[ClipBatch]: ...
+    def micro_batches(
+        self, *, start_step: int, stop_step: int, final: bool = False
+    ) -> Iterator[ClipBatch]: ...
 
 
 class TrainingTask(Protocol):

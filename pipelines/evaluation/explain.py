@@ -24,7 +24,9 @@ from cliplift.pipelines.distributed.collectives import start
 from cliplift.pipelines.evaluation.evaluate import load_finished
 from cliplift.pipelines.evaluation.grad_cam import Explanation, grad_cam, write_overlay
 from cliplift.pipelines.evaluation.predict import class_names, data_of
-from cliplift.pipelines.runs.folder import write_json
+from cliplift.pipelines.runs.folder import RunFolder, write_json
+from cliplift.sharding.sources.files import printable
+from cliplift.sharding.storage import StorageError, is_out_of_space
 from cliplift.sharding.video.decode import VideoDecodeError
 
 OVERLAY_FPS = 8.0
@@ -45,13 +47,14 @@ def run_explain(run: ExplainRun) -> int:
     wanted = _wanted(run, classes, method)
     if run.layer is not None and method != "grad_cam":
         raise ConfigError("is for grad_cam alone", key="layer", value=run.layer, hint="leave it out")
-    folder = Path(run.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = RunFolder.create(run.output, writes=True).path
     records, failed = [], 0
     for number, video in enumerate(video_names(run.videos)):
         try:
             batch = views_of_video(video, data)
-        except (VideoDecodeError, OSError) as error:
+        except (VideoDecodeError, StorageError, OSError) as error:
+            if is_out_of_space(error):
+                raise
             print(f"cliplift: {video}: cannot be read: {error}", file=sys.stderr)
             failed += 1
             continue
@@ -59,7 +62,7 @@ def run_explain(run: ExplainRun) -> int:
         clips = DeviceAugment(data.augment, network.input_spec, training=False)(batch)
         found = explain_clips(network, clips, method=method, wanted=wanted, layer=run.layer)
         views = _written(folder / f"{number:05d}-{Path(video).stem}", batch, found, classes)
-        records.append({"video": video, "views": views})
+        records.append({"video": printable(video), "views": views})
         print(json.dumps(records[-1], ensure_ascii=False), flush=True)
     write_json(folder / "explained.json", {"run": run.run, "method": method, "videos": records})
     return failed

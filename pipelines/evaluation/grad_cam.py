@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from cliplift.configs.sharding import TranscodeConfig
 from cliplift.models.protocol import GivesFeatures
+from cliplift.sharding.storage import whole_file
 from cliplift.sharding.video.transcode import encode_array
 
 Frames = npt.NDArray[np.uint8]  # (T, H, W, 3)
@@ -155,10 +156,8 @@ def write_overlay(path: Path, frames: Frames, heat: Heat, *, fps: float) -> None
         fps=Fraction(fps).limit_denominator(1001),
         config=TranscodeConfig.model_validate({}),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def _cut_off(features: Tensor, seen: list[Tensor]) -> Tensor:

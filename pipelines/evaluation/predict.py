@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from typing import NotRequired, TypedDict
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -23,6 +24,8 @@ from cliplift.pipelines.data.video_files import local_copy, sliding_windows, vid
 from cliplift.pipelines.distributed.collectives import start
 from cliplift.pipelines.engine.task import ModelCard
 from cliplift.pipelines.evaluation.evaluate import load_finished
+from cliplift.sharding.sources.files import printable
+from cliplift.sharding.storage import StorageError, is_out_of_space, open_store, whole_file
 from cliplift.sharding.video.decode import VideoDecodeError
 
 # "class" is a keyword of Python, so the fields are written as strings.
@@ -53,29 +56,58 @@ def run_predict(run: PredictRun) -> int:
     classes = class_names(card, network)
     data = data_of(card, network, run.views)
     failed = 0
-    records: list[VideoRecord] = []
-    for video in video_names(run.videos):
-        try:
-            probabilities, windows = _classified(network, video, data, run, topology.device)
-        except (VideoDecodeError, OSError) as error:
-            print(f"cliplift: {video}: cannot be read: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        record = _record(video, probabilities, classes, run.top)
-        print(f"{video}  {_line(record)}", flush=True)
-        if windows:
-            parts = [(begin, end, _record(video, one, classes, run.top)) for begin, end, one in windows]
-            record["windows"] = [
-                {"start_seconds": round(begin, 3), "end_seconds": round(end, 3), "top": part["top"]}
-                for begin, end, part in parts
-            ]
-            for begin, end, part in parts:
-                print(f"  {begin:8.2f} s to {end:8.2f} s  {_line(part)}", flush=True)
-        records.append(record)
-    if run.output is not None:
-        with fsspec.open(run.output, "wt", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    with _json_lines(run.output) as records:
+        for video in video_names(run.videos):
+            try:
+                probabilities, windows = _classified(network, video, data, run, topology.device)
+            except (VideoDecodeError, StorageError, OSError) as error:
+                if is_out_of_space(error):
+                    raise
+                print(f"cliplift: {video}: cannot be read: {error}", file=sys.stderr)
+                failed += 1
+                continue
+            records.append(_print_video(video, probabilities, windows, classes, run.top))
     return failed
+
+
+def _print_video(
+    video: str,
+    probabilities: npt.NDArray[np.float32],
+    windows: Sequence[tuple[float, float, npt.NDArray[np.float32]]],
+    classes: tuple[str, ...],
+    top: int,
+) -> VideoRecord:
+    """Print the lines of a video; returns its record."""
+    record = _record(video, probabilities, classes, top)
+    print(f"{video}  {_line(record)}", flush=True)
+    parts = [(begin, end, _record(video, one, classes, top)) for begin, end, one in windows]
+    if parts:
+        record["windows"] = [
+            {"start_seconds": round(begin, 3), "end_seconds": round(end, 3), "top": part["top"]}
+            for begin, end, part in parts
+        ]
+    for begin, end, part in parts:
+        print(f"  {begin:8.2f} s to {end:8.2f} s  {_line(part)}", flush=True)
+    return record
+
+
+@contextlib.contextmanager
+def _json_lines(output: str | None) -> Iterator[list[VideoRecord]]:
+    """Takes the records and writes them at the end; a file that cannot be written is refused before the work."""
+    records: list[VideoRecord] = []
+    if output is None:
+        yield records
+        return
+    folder, _, name = output.rpartition("/")
+    store = open_store(folder or ("/" if output.startswith("/") else "."))
+    target = store.local_path(name)
+    with contextlib.nullcontext() if target is None else whole_file(target) as temporary:
+        yield records
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        if temporary is None:
+            store.write(name, text)
+        else:
+            temporary.write_bytes(text)
 
 
 @torch.no_grad()
@@ -143,6 +175,6 @@ def _record(
 ) -> VideoRecord:
     best = np.argsort(-probabilities, kind="stable")[:top]
     return {
-        "video": video,
+        "video": printable(video),
         "top": [{"class": classes[k], "probability": round(float(probabilities[k]), 6)} for k in best],
     }

@@ -103,11 +103,19 @@ def find_runs(folder: Path) -> tuple[list[Path], DemoFacts | None]:
     if not demo_file.is_file():
         return inside, None
     try:
-        demo: DemoFacts = json.loads(demo_file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{demo_file} is not JSON: {error.msg}", key="runs", value=str(folder)) from None
-    for row in demo["table"]:  # a demo folder may have been moved since: its runs moved with it
-        row["runs"] = [p if Path(p).is_dir() else str(folder / Path(p).name) for p in row.get("runs", ())]
+        demo: DemoFacts = json.loads(demo_file.read_bytes())
+        for row in demo["table"]:
+            if not isinstance(row["method"], str):
+                raise TypeError(f"method {row['method']!r}")
+            # A demo folder may have been moved since: its runs moved with it.
+            row["runs"] = [p if Path(p).is_dir() else str(folder / Path(p).name) for p in row.get("runs", ())]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{demo_file} is damaged ({error})",
+            key="runs",
+            value=str(folder),
+            hint="remove it, or run the demo again",
+        ) from None
     return inside, demo
 
 

@@ -24,6 +24,7 @@ from typing import IO, TypeGuard
 from cliplift.configs.load import dump_run
 from cliplift.configs.sections import ConfigError, Section
 from cliplift.pipelines.runs.predictions import PREDICTIONS
+from cliplift.sharding.storage import whole_file
 
 Record = dict[str, object]  # an object of JSON
 
@@ -142,9 +143,9 @@ def _git_commit() -> str | None:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file at once: a reader sees the old text or the new, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        # A file name that is not UTF-8 is written with escapes, which JSON reads back.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: object) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cliplift.configs.sections import ConfigError
+from cliplift.sharding.storage import whole_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,9 +89,11 @@ class Predictions:
         if self.logits is not None:
             table = table.append_column(LOGITS, pa.array(list(self.logits), pa.list_(pa.float32())))
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, path)
+        with whole_file(path) as temporary:
+            pq.write_table(table, temporary)
         if self.features is not None:
-            np.save(path.with_name(FEATURES), self.features)
+            with whole_file(path.with_name(FEATURES)) as temporary, temporary.open("wb") as file:
+                np.save(file, self.features)
 
 
 def read_predictions(path: Path) -> Predictions:

@@ -6,6 +6,7 @@ A kind is one config up to name, seed, output folder and tracking: the seeds of 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 
 from cliplift.configs.sections import ConfigError
+from cliplift.configs.yaml_text import YamlTextError, read_yaml
 from cliplift.pipelines.runs.folder import (
     CONFIG,
     RESULT,
@@ -25,9 +26,12 @@ from cliplift.pipelines.runs.folder import (
     classes_of,
     is_number,
     metrics_of,
+    read_json,
     seconds_of,
 )
 from cliplift.pipelines.runs.predictions import PREDICTIONS, Predictions, read_predictions
+
+log = logging.getLogger(__name__)
 
 HISTORY = "metrics.jsonl"
 TRANSFER = "transfer"
@@ -105,7 +109,8 @@ def read_run(folder: Path) -> RunRecord:
     """Read a run folder.
 
     Raises:
-        ConfigError: the folder holds no run, or one of its files is damaged.
+        ConfigError: the folder holds no run, or its config or predictions are damaged. Damaged records are logged, and
+            what they say is taken as not there.
     """
     start_file = folder / RUN
     if not start_file.is_file():
@@ -116,14 +121,14 @@ def read_run(folder: Path) -> RunRecord:
             hint="give the output folder of a run",
         )
     config_file = folder / CONFIG
-    config_text = config_file.read_text(encoding="utf-8") if config_file.is_file() else ""
-    result_file, predictions_file = folder / RESULT, folder / PREDICTIONS
+    config_text = config_file.read_text(encoding="utf-8", errors="replace") if config_file.is_file() else ""
+    predictions_file = folder / PREDICTIONS
     return RunRecord(
         folder=folder,
-        start=_read_object(start_file),
+        start=read_json(start_file) or {},
         config=_read_yaml(config_file, config_text),
         config_text=config_text,
-        result=_read_object(result_file) if result_file.is_file() else None,
+        result=read_json(folder / RESULT),
         history=read_history(folder / HISTORY),
         predictions=read_predictions(predictions_file) if predictions_file.is_file() else None,
     )
@@ -132,33 +137,45 @@ def read_run(folder: Path) -> RunRecord:
 def read_history(path: Path) -> dict[str, Series]:
     """Series by name from a metrics.jsonl; empty when the run logged nothing.
 
-    A restarted run logs some steps again: the last line of a step counts. A last line cut short by a kill is left
-    out; any other line that cannot be read raises :class:`ConfigError` with its number.
+    A restarted run logs some steps again: the last line of a step counts. Lines that cannot be read, as a kill or a
+    full disk leaves them, are left out and counted in the log: one of them does not hide the others.
     """
     if not path.is_file():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
     found: dict[str, dict[float, float]] = {}
-    for number, line in enumerate(lines, start=1):
+    damaged: list[int] = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ConfigError(
-                f"{path}: line {number} is not JSON: {error.msg}", key="runs", value=str(path)
-            ) from None
-        step = row.get("step") if isinstance(row, dict) else None
-        if step is None or not is_number(step):
+            step, values = logged_numbers(line)
+        except (ValueError, OverflowError, RecursionError):
+            damaged.append(number)
             continue
-        for name, value in row.items():
-            if (
-                name not in ("step", "time")
-                and isinstance(value, (int, float))
-                and not isinstance(value, bool)
-            ):
-                found.setdefault(name, {})[float(step)] = float(value)
+        for name, value in values.items():
+            found.setdefault(name, {})[step] = value
+    if damaged:
+        log.warning(
+            "%s: %d lines cannot be read and are left out, the first is line %d",
+            path,
+            len(damaged),
+            damaged[0],
+        )
     return {name: _series(points) for name, points in found.items()}
+
+
+def logged_numbers(line: bytes) -> tuple[float, dict[str, float]]:
+    """Step and numbers of a line of metrics.jsonl; no numbers where it names no step. Raises ValueError and others."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("no object")
+    step = row.get("step")
+    if not is_number(step):
+        return 0.0, {}
+    numbers = {
+        name: float(value)
+        for name, value in row.items()
+        if name not in ("step", "time") and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    return float(step), numbers
 
 
 def group_runs(records: Sequence[RunRecord], labels: Mapping[Path, str] | None = None) -> list[RunGroup]:
@@ -214,24 +231,10 @@ def _series(points: Mapping[float, float]) -> Series:
     return Series(np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64))
 
 
-def _read_object(path: Path) -> Record:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{path} is not JSON: {error.msg} in line {error.lineno}", key="runs", value=str(path)
-        ) from None
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f"{path} must hold an object, not a {type(value).__name__}", key="runs", value=str(path)
-        )
-    return value
-
-
 def _read_yaml(path: Path, text: str) -> Record:
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = read_yaml(text)
+    except YamlTextError as error:
         raise ConfigError(
             f"{path} is not YAML: {str(error).splitlines()[0]}", key="runs", value=str(path)
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -13,8 +14,10 @@ from cliplift.sharding.manifest import (
     DATASET_FILE,
     DUPLICATE,
     REFUSED_FILE,
+    RETRIED_STAGES,
     SAMPLES_FILE,
     Dataset,
+    Refused,
     Sample,
     ShardFacts,
     ShardIndex,
@@ -34,6 +37,13 @@ class BuildError(ValueError):
     """The dataset cannot be finalized; the message says what is missing or refused."""
 
 
+def _again(refused: Sequence[Refused]) -> str:
+    """What to do where clips were refused for reasons that may be gone, as after an outage of the storage."""
+    if not any(one.stage in RETRIED_STAGES for one in refused):
+        return ""
+    return "; if the cause is gone, add --retry-failed"
+
+
 def finalize(plan: Plan, store: Store, *, max_refused_share: float) -> Dataset:
     """Write ``samples.parquet``, ``refused.jsonl`` and, last, ``dataset.json``.
 
@@ -49,13 +59,13 @@ def finalize(plan: Plan, store: Store, *, max_refused_share: float) -> Dataset:
     )
     if not samples:
         first = f", the first because: {refused[0].source}: {refused[0].reason}" if refused else ""
-        raise BuildError(f"not one clip was made; {len(refused)} were refused{first}")
+        raise BuildError(f"not one clip was made; {len(refused)} were refused{first}{_again(refused)}")
     failed = [r for r in refused if r.stage != DUPLICATE]
     if len(failed) > max_refused_share * (samples + len(refused)):
         reason, count = Counter(f"{r.stage}: {r.reason}" for r in failed).most_common(1)[0]
         raise BuildError(
             f"{len(failed)} of {samples + len(refused)} clips were refused, more than limits.max_refused_share="
-            f"{max_refused_share:g} allows; {count} because of {reason!r}; see {REFUSED_FILE}"
+            f"{max_refused_share:g} allows; {count} because of {reason!r}; see {REFUSED_FILE}{_again(failed)}"
         )
     dataset, table = describe(
         indexes,

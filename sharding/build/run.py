@@ -19,6 +19,7 @@ from cliplift.sharding.video.encode import require_encoder
 from cliplift.sharding.build.finalize import finalize
 from cliplift.sharding.video.flow import require_flow
 from cliplift.sharding.manifest import (
+    RETRIED_STAGES,
     BUILD_FILE,
     DUPLICATE,
     Dataset,
@@ -31,6 +32,7 @@ from cliplift.sharding.manifest import (
 from cliplift.sharding.build.plan import Plan, PlannedShard, plan_once
 from cliplift.sharding.build.unit import Progress
 from cliplift.sharding.build.ray_engine import build_on_ray
+from cliplift.sharding.redirects import allow_private_redirects
 from cliplift.sharding.storage import Store, open_store
 from cliplift.sharding.build.unit import BuiltShard, build_shards, local_workers
 from cliplift.sharding.build.verify import VerifyReport, file_sha256, verify
@@ -38,7 +40,6 @@ from cliplift.sharding.build.verify import VerifyReport, file_sha256, verify
 Phase = Literal["plan", "build", "finalize", "verify"]
 PHASES: tuple[Phase, ...] = ("plan", "build", "finalize", "verify")
 # Reasons that may go away by themselves: a busy machine, a network, a file that arrived since.
-RETRIED_STAGES = ("read", "timeout", "crash")
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ def run_shard(
         BuildError: shards are missing, or more clips were refused than allowed.
     """
     started = time.monotonic()
+    if run.limits.private_redirects:
+        allow_private_redirects()
     store = open_store(run.output)
     plan = plan_once(run, store)
     progress = Progress(shards_total=len(plan.shards))

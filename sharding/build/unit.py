@@ -91,6 +91,7 @@ def build_shards(
         "transcode": run.transcode.model_dump(mode="json"),
         "flow": None if run.flow is None else run.flow.model_dump(mode="json"),
         "memory_mib": run.limits.memory_mib,
+        "private_redirects": run.limits.private_redirects,
     }
     pool = WorkerPool(
         workers=min(workers, sum(s.stop - s.start for s in shards)),
@@ -141,6 +142,7 @@ def _jobs(plan: Plan, shards: Sequence[PlannedShard]) -> Iterator[Job[tuple[Plan
                 "url": video_url(plan.root, video),
                 "start": video.start_seconds,
                 "end": video.end_seconds,
+                "listed": "://" in video.source or "::" in video.source,
             }
             yield Job(message=message, tag=(shard, number))
 

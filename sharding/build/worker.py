@@ -4,7 +4,7 @@ It speaks length-prefixed JSON with an optional payload over an inherited socket
 memory; its parent (:mod:`cliplift.sharding.build.pool`) replaces it. Messages in:
 
 * first ``{"cut", "transcode", "flow", "memory_mib"}``: the settings,
-* then tasks: ``{"url", "start", "end", "first_clip"}`` to cut a video, or
+* then tasks: ``{"url", "listed", "start", "end", "first_clip"}`` to cut a video (listed: the URL is one of the list's), or
   ``{"check", "url", "offset", "bytes"}`` to decode a stored clip in full.
 
 Messages out, per task: ``{"clips": n, "sha256"}``, then for every clip ``{"clip": i, ...facts}`` with the mp4 as
@@ -36,9 +36,10 @@ from cliplift.configs.sharding import Cut, FlowConfig, TranscodeConfig
 from cliplift.sharding.video.full_decode import check_clip
 from cliplift.sharding.video.cuts import spans
 from cliplift.sharding.video.flow import flow_member
-from cliplift.sharding.storage import StorageError, open_store
+from cliplift.sharding.redirects import allow_private_redirects
+from cliplift.sharding.storage import StorageError, open_store, require_plain_url
 from cliplift.sharding.sources.tars import inside_tar
-from cliplift.sharding.video.transcode import cut_span
+from cliplift.sharding.video.transcode import SpanCutter
 from cliplift.sharding.video.decode import PastTheEndError, VideoDecodeError
 
 HEADER = struct.Struct("!II")
@@ -84,6 +85,8 @@ def _serve(link: socket.socket) -> None:
     cut: Any = TypeAdapter(Cut).validate_python(settings["cut"])
     transcode = TranscodeConfig.model_validate(settings["transcode"])
     flow = None if settings.get("flow") is None else FlowConfig.model_validate(settings["flow"])
+    if settings.get("private_redirects"):
+        allow_private_redirects()
     if settings["memory_mib"] is not None:
         resource.setrlimit(resource.RLIMIT_AS, (settings["memory_mib"] << 20,) * 2)
     # The parent made this folder for us alone and removes it, however we end.
@@ -103,6 +106,8 @@ def _serve(link: socket.socket) -> None:
 def _do(link: socket.socket, task: dict[str, Any], cut: Any, stored: Stored, scratch: Path) -> None:
     copy: Path | None = None
     try:
+        if task["listed"]:
+            require_plain_url(task["url"])
         path, copy = _local(task["url"], scratch)
         sha256 = _sha256(path)
         clips = spans(
@@ -118,21 +123,22 @@ def _do(link: socket.socket, task: dict[str, Any], cut: Any, stored: Stored, scr
         return
     else:
         send(link, {"clips": len(clips), "sha256": sha256})
-        for number in range(task["first_clip"], len(clips)):
-            if not _one_clip(link, path, number, clips[number], stored):
-                break
+        with SpanCutter(path, stored.transcode, alive=lambda: send(link, {"working": True})) as cutter:
+            for number in range(task["first_clip"], len(clips)):
+                if not _one_clip(link, cutter, number, clips[number], stored):
+                    break
     finally:
         if copy is not None:
             copy.unlink(missing_ok=True)
 
 
 def _one_clip(
-    link: socket.socket, path: Path, number: int, span: tuple[float, float | None], stored: Stored
+    link: socket.socket, cutter: SpanCutter, number: int, span: tuple[float, float | None], stored: Stored
 ) -> bool:
     """Cut and send one clip; whether the video may have more of them."""
     stage = "transcode"
     try:
-        clip = cut_span(path, start_seconds=span[0], end_seconds=span[1], config=stored.transcode)
+        clip = cutter.cut(start_seconds=span[0], end_seconds=span[1])
         stage = "flow"
         flow = b"" if stored.flow is None else flow_member(clip.data, stored.flow, stored.transcode)
     except (VideoDecodeError, OSError, MemoryError) as error:
@@ -179,7 +185,7 @@ def _reason(error: BaseException) -> str:
         return "out of memory"
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    if isinstance(error, VideoDecodeError):
+    if isinstance(error, (VideoDecodeError, StorageError)):
         return str(error)
     return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
 

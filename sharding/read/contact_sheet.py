@@ -14,8 +14,9 @@ from typing import Any
 import av
 import numpy as np
 
+from cliplift.sharding.manifest import Dataset
 from cliplift.sharding.read.reader import ShardDataset, ShardReadError, read_dataset
-from cliplift.sharding.storage import open_store
+from cliplift.sharding.storage import open_store, whole_file
 from cliplift.sharding.video.decode import Frames, VideoDecodeError, decode_frames
 
 STYLE = (
@@ -44,6 +45,14 @@ def write_contact_sheet(
         ConfigError: there is no dataset at ``url``.
     """
     dataset = read_dataset(open_store(url))
+    target = Path(output)
+    with whole_file(target) as temporary:  # before the work: a place that cannot be written is told at once
+        page = _page(url, dataset, clips_per_split, frames_per_clip, seed)
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    return target
+
+
+def _page(url: str, dataset: Dataset, clips: int, frames: int, seed: int) -> str:
     samples = ShardDataset(url)
     parts = [f"<h1>{html.escape(dataset.name)}</h1><p>{html.escape(url)}</p>", _overview(dataset.splits)]
     numbers = {
@@ -55,14 +64,11 @@ def write_contact_sheet(
     parts.append(_counts("Refused clips, by stage", Counter(dict(dataset.refused))))
     for split in dataset.splits:
         part = ShardDataset(url, split=split if not dataset.folds else None)
-        parts.append(_split(part, split, clips_per_split, frames_per_clip, random.Random(seed)))
+        parts.append(_split(part, split, clips, frames, random.Random(seed)))
     page = (
         f"<!doctype html><meta charset=utf-8><title>{html.escape(dataset.name)}</title><style>{STYLE}</style>"
     )
-    target = Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(page + "\n".join(parts), encoding="utf-8")
-    return target
+    return page + "\n".join(parts)
 
 
 def _split(part: ShardDataset, split: str, clips: int, frames: int, draw: random.Random) -> str:

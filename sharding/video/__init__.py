@@ -1,7 +1,7 @@
 """One video: the only room that decodes and encodes.
 
 In reading order: ``decode`` (facts and frames), ``cuts`` (where clips begin and end), ``transcode`` (one clip of a
-raw video), ``regular_frames`` (constant rate, upright, square pixels), ``encode``, ``remux`` (cutting without
-encoding), ``full_decode`` (the check of what was written), ``flow`` (optical flow as a second video),
-``picture_hash`` (near-duplicates).
+raw video), ``passes`` (decoding once for many clips), ``regular_frames`` (constant rate, upright, square pixels),
+``encode``, ``remux`` (cutting without encoding), ``full_decode`` (the check of what was written), ``flow`` (optical
+flow as a second video), ``picture_hash`` (near-duplicates).
 """

@@ -38,6 +38,11 @@ CONTAINER_FORMATS = (
 )  # fmt: skip
 
 
+# The largest picture that is decoded, 8192 x 8192. A few kilobytes may claim 16,000 x 16,000: 400 MB a frame.
+MOST_PIXELS = 1 << 26
+PICTURE_LIMIT = {"max_pixels": str(MOST_PIXELS)}
+
+
 class VideoDecodeError(ValueError):
     """A video cannot be decoded as asked; the message says where it failed."""
 
@@ -65,13 +70,19 @@ def video_stream(container: Any) -> Any:
     """The first video stream that is not an attached picture (cover art).
 
     Raises:
-        VideoDecodeError: there is none, or none that this FFmpeg can decode.
+        VideoDecodeError: there is none, or none that this FFmpeg can decode, or its pictures are too large.
     """
     unknown = False
     for stream in container.streams.video:
         if stream.codec_context is None:
             unknown = True
         elif not stream.disposition & stream.disposition.attached_pic:
+            width, height = stream.codec_context.width, stream.codec_context.height
+            if width * height > MOST_PIXELS:
+                raise VideoDecodeError(
+                    f"its pictures of {width} x {height} pixels exceed {MOST_PIXELS} pixels"
+                )
+            stream.codec_context.options = PICTURE_LIMIT
             return stream
     raise VideoDecodeError("no decoder for its codec" if unknown else "no video stream")
 
@@ -93,7 +104,8 @@ def open_container(source: bytes | str | Path) -> Any:
     else:
         opened, options["protocol_whitelist"] = f"file:{Path(source).absolute()}", "file"
     try:
-        return av.open(opened, container_options=options, metadata_errors="replace")
+        # The streams' options hold for the pictures that are decoded while the file is opened.
+        return av.open(opened, options=PICTURE_LIMIT, container_options=options, metadata_errors="replace")
     except av.error.ArgumentError as error:  # FFmpeg's answer to a format that is not on the list
         raise VideoDecodeError(
             "cannot be opened: not a container format that cliplift reads (Invalid argument)"
@@ -106,12 +118,25 @@ def decoded_frames(container: Any, stream: Any) -> Iterator[Any]:
     """The frames of a stream, in order of display.
 
     Raises:
-        VideoDecodeError: a stream begins in the middle of the file (PyAV answers it with an IndexError).
+        VideoDecodeError: a picture is too large, or a stream begins in the middle of the file.
+    """
+    for packet in demuxed_packets(container, stream):
+        yield from decoded_packet(packet)
+
+
+def decoded_packet(packet: Any) -> list[Any]:
+    """The frames that a decoder gives after one more packet.
+
+    Raises:
+        VideoDecodeError: a picture is too large.
     """
     try:
-        yield from container.decode(stream)
-    except IndexError as error:
-        raise VideoDecodeError("decode: a new stream begins inside the file") from error
+        frames: list[Any] = packet.decode()
+        return frames
+    except av.error.ArgumentError as error:  # FFmpeg's answer to PICTURE_LIMIT, among others
+        raise VideoDecodeError(
+            f"decode: a picture is damaged or exceeds {MOST_PIXELS} pixels (Invalid argument)"
+        ) from error
 
 
 def demuxed_packets(container: Any, stream: Any) -> Iterator[Any]:
@@ -209,11 +234,11 @@ def decode_frames(data: bytes, frame_numbers: Sequence[int], *, decoder: Decoder
 
 
 def _decord(data: bytes, frame_numbers: Sequence[int]) -> Frames:
+    _refuse_other_formats(data)
     try:
         import decord
     except ImportError as error:
         raise VideoDecodeError("decord is not installed; use decoder: pyav") from error
-    _refuse_other_formats(data)
     try:
         # The reader decodes ahead while it lives (gigabytes at 1080p), so it dies with this frame.
         reader = decord.VideoReader(io.BytesIO(data), num_threads=1)
@@ -305,11 +330,11 @@ def _frame_clock(stream: Any) -> tuple[Callable[[int], int], Callable[[int], int
 
 
 def _torchcodec(data: bytes, frame_numbers: Sequence[int]) -> Frames:
+    _refuse_other_formats(data)
     try:
         from torchcodec.decoders import VideoDecoder  # type: ignore[import-not-found,attr-defined,unused-ignore]
     except (ImportError, RuntimeError, OSError) as error:
         raise VideoDecodeError("torchcodec is not usable here; use decoder: pyav") from error
-    _refuse_other_formats(data)
     try:
         reader = VideoDecoder(data, num_ffmpeg_threads=1, dimension_order="NHWC")
         frames: Frames = reader.get_frames_at(indices=list(frame_numbers)).data.numpy()

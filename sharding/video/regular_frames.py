@@ -13,7 +13,12 @@ import av.filter
 import numpy as np
 
 from cliplift.configs.sharding import TranscodeConfig
-from cliplift.sharding.video.decode import VideoDecodeError, decoded_frames, demuxed_packets
+from cliplift.sharding.video.decode import (
+    VideoDecodeError,
+    decoded_frames,
+    decoded_packet,
+    demuxed_packets,
+)
 
 # Containers whose seeks land where they say (measured); the others are decoded from the start.
 SEEKABLE = ("mov", "matroska", "webm")
@@ -83,7 +88,7 @@ def _stamped(container: Any, stream: Any) -> Iterator[tuple[int | None, Any]]:
     for packet in demuxed_packets(container, stream):
         if packet.size and packet.dts is not None:
             stamps.append(packet.dts)
-        for frame in packet.decode():
+        for frame in decoded_packet(packet):
             yield stamps.popleft() if stamps else None, frame
 
 
@@ -108,11 +113,7 @@ def timed_frames(
     """
     clock = clock or rising_times(container, source_fps)
     origin: float | None = None
-    if (
-        start_seconds > SEEK_MARGIN_SECONDS
-        and stream.start_time is not None
-        and container.format.name.split(",")[0] in SEEKABLE
-    ):
+    if start_seconds > SEEK_MARGIN_SECONDS and is_seekable(container, stream):
         origin = float(stream.start_time * stream.time_base)
         container.seek(
             stream.start_time + int((start_seconds - SEEK_MARGIN_SECONDS) / stream.time_base), stream=stream
@@ -126,6 +127,11 @@ def timed_frames(
         elif clock.previous is None and stamp is not None and stamp - origin > start_seconds:
             raise VideoDecodeError("decode: the seek landed behind the start of the clip")
         yield clock.time(None if stamp is None else stamp - origin), frame
+
+
+def is_seekable(container: Any, stream: Any) -> bool:
+    """Whether a seek into this video lands where it says; the others are decoded from their first frame."""
+    return stream.start_time is not None and container.format.name.split(",")[0] in SEEKABLE
 
 
 def rising_times(container: Any, source_fps: Fraction) -> RisingTimes:

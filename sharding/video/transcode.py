@@ -6,6 +6,8 @@ limited range (what every decoder assumes of an untagged small video), sound is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -26,14 +28,11 @@ from cliplift.sharding.video.decode import (
 )
 from cliplift.sharding.video.encode import encode
 from cliplift.sharding.video.full_decode import CheckedClip, check_clip
+from cliplift.sharding.video.passes import Pass, Passes
 from cliplift.sharding.video.regular_frames import (
     FALLBACK_FPS,
     Upright,
     constant_rate,
-    progressive_frames,
-    rising_times,
-    target_rate,
-    timed_frames,
 )
 from cliplift.sharding.video.remux import NotCopiedError, copy_span
 
@@ -50,34 +49,52 @@ class EncodedClip:
     not_copied: str | None = None
 
 
-def cut_span(
-    path: str | Path, *, start_seconds: float, end_seconds: float | None, config: TranscodeConfig
-) -> EncodedClip:
-    """Cut one span of a video file as ``config.mode`` says; arguments and errors as of :func:`transcode_span`.
+class SpanCutter:
+    """Cuts the spans of one video file, given in order of their starts; to be used in a ``with``.
 
-    A copied clip says so in its source facts; one that could not be copied is encoded and says why.
+    A container that cannot be entered in the middle is decoded once for all its spans, not from the start for each.
+
+    Args:
+        path: local video file.
+        config: how to encode.
+        alive: called now and then while frames before a span are passed over.
     """
-    if config.mode == "encode":
-        return transcode_span(path, start_seconds=start_seconds, end_seconds=end_seconds, config=config)
-    try:
-        with open_container(path) as container:
+
+    def __init__(
+        self, path: str | Path, config: TranscodeConfig, *, alive: Callable[[], None] = lambda: None
+    ) -> None:
+        self._path, self._config = path, config
+        self._passes = Passes(path, config, alive=alive)
+
+    def __enter__(self) -> SpanCutter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._passes.close()
+
+    def cut(self, *, start_seconds: float, end_seconds: float | None) -> EncodedClip:
+        """Cut one span as ``config.mode`` says; arguments and errors as of :func:`transcode_span`.
+
+        A copied clip says so in its source facts; one that could not be copied is encoded and says why.
+        """
+        if self._config.mode == "encode":
+            return self._encoded(start_seconds, end_seconds)
+        try:
+            return self._copied(start_seconds, end_seconds)
+        except NotCopiedError as reason:
+            return replace(self._encoded(start_seconds, end_seconds), not_copied=str(reason))
+
+    def _encoded(self, start: float, end: float | None) -> EncodedClip:
+        return _transcoded(self._passes.to(start), start=start, end=end, config=self._config)
+
+    def _copied(self, start: float, end: float | None) -> EncodedClip:
+        with open_container(self._path) as container:
             stream = video_stream(container)
-            copy = copy_span(
-                container, stream, start_seconds=start_seconds, end_seconds=end_seconds, config=config
-            )
+            copy = copy_span(container, stream, start_seconds=start, end_seconds=end, config=self._config)
             facts = _source_facts(container, stream) | {"rotation": 0, "copied": True}
-    except NotCopiedError as reason:
-        clip = transcode_span(path, start_seconds=start_seconds, end_seconds=end_seconds, config=config)
-        return replace(clip, not_copied=str(reason))
-    return _accepted(
-        copy.data,
-        copy.checked,
-        facts,
-        start=start_seconds,
-        end=end_seconds,
-        fps=copy.checked.fps,
-        config=config,
-    )
+        return _accepted(
+            copy.data, copy.checked, facts, start=start, end=end, fps=copy.checked.fps, config=self._config
+        )
 
 
 def transcode_span(
@@ -95,35 +112,31 @@ def transcode_span(
         VideoDecodeError: the span cannot be read whole, or the written clip does not decode.
         PastTheEndError: the video has no frame in the span or behind it.
     """
-    with open_container(path) as container:
-        stream = video_stream(container)
-        stream.codec_context.thread_count = 1
-        source_fps = frame_rate(stream) or FALLBACK_FPS
-        fps = target_rate(source_fps, config)
-        clock = rising_times(container, source_fps)
-        timed = timed_frames(
-            container, stream, start_seconds=start_seconds, source_fps=source_fps, clock=clock
-        )
-        timed = progressive_frames(timed, config, time_base=stream.time_base)
-        chosen = constant_rate(
-            timed, start=start_seconds, end=end_seconds, source_fps=source_fps, fps=fps, config=config
-        )
-        upright = Upright(config, stream.time_base, sample_aspect=stream.sample_aspect_ratio)
-        try:
-            data = encode(upright.frames(chosen), fps=fps, config=config)
-        except FFmpegError as error:
-            raise VideoDecodeError(f"decode: {error.strerror}") from error
-        except VideoDecodeError as error:
-            if start_seconds > 0 and upright.ended and not upright.emitted:
-                raise PastTheEndError(f"the video ends before {start_seconds:.2f} s") from error
-            raise
-        facts = _source_facts(container, stream) | {"rotation": upright.rotation}
-    if clock.skipped and facts["duration_seconds"] is not None:
-        facts["duration_seconds"] -= clock.skipped  # the container counts what the time stamps jumped over
+    with closing(Passes(path, config)) as passes:
+        return _transcoded(passes.to(start_seconds), start=start_seconds, end=end_seconds, config=config)
+
+
+def _transcoded(video: Pass, *, start: float, end: float | None, config: TranscodeConfig) -> EncodedClip:
+    chosen = constant_rate(
+        video.frames(start), start=start, end=end, source_fps=video.source_fps, fps=video.fps, config=config
+    )
+    upright = Upright(config, video.stream.time_base, sample_aspect=video.sample_aspect)
+    try:
+        data = encode(upright.frames(chosen), fps=video.fps, config=config)
+    except FFmpegError as error:
+        raise VideoDecodeError(f"decode: {error.strerror}") from error
+    except VideoDecodeError as error:
+        if start > 0 and upright.ended and not upright.emitted:
+            raise PastTheEndError(f"the video ends before {start:.2f} s") from error
+        raise
+    facts = _source_facts(video.container, video.stream) | {"rotation": upright.rotation}
+    if video.clock.skipped and facts["duration_seconds"] is not None:
+        # The container counts what the time stamps jumped over.
+        facts["duration_seconds"] -= video.clock.skipped
     checked = check_clip(data, look=True)
     if checked.frames != upright.emitted:
         raise VideoDecodeError(f"check: {upright.emitted} frames were encoded, {checked.frames} decode")
-    return _accepted(data, checked, facts, start=start_seconds, end=end_seconds, fps=fps, config=config)
+    return _accepted(data, checked, facts, start=start, end=end, fps=video.fps, config=config)
 
 
 def _source_facts(container: Any, stream: Any) -> dict[str, Any]:

@@ -41,7 +41,16 @@ def test_which_part(text: str | None, environment: dict[str, str], expected: tup
     assert which_part(text, environment) == expected
 
 
-@pytest.mark.parametrize("text", ["4/4", "1", "-1/3", "a/b", "1/0", "auto"])
+@pytest.mark.parametrize(
+    ("index", "count"), [("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"), ("RANK", "WORLD_SIZE")]
+)
+@pytest.mark.parametrize("values", [("7", "4"), ("-1", "4"), ("", "4"), ("x", "4"), ("0", "0")])
+def test_stale_variables_are_named(index: str, count: str, values: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match=f"unset {index} {count}"):
+        which_part("auto", dict(zip((index, count), values, strict=True)))
+
+
+@pytest.mark.parametrize("text", ["4/4", "1", "-1/3", "a/b", "1/0", "auto", "²/4"])
 def test_impossible_parts_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--part"):
         which_part(text, {})

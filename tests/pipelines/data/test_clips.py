@@ -186,6 +186,24 @@ def test_too_many_failures_stop_the_run(shards: str, monkeypatch: pytest.MonkeyP
         list(loader(config(shards)).micro_batches(start_step=0, stop_step=40))
 
 
+@pytest.mark.parametrize(
+    ("start", "stop", "final"), [(0, 3, False), (1, 2, True)], ids=["end of an epoch", "end of a run"]
+)
+def test_the_share_is_judged_where_little_was_read(
+    shards: str, monkeypatch: pytest.MonkeyPatch, start: int, stop: int, final: bool
+) -> None:
+    """Fewer than a hundred samples say little in between, but an epoch or a run that ends has said all it will."""
+    loaded = loader(config(shards))
+    assert loaded.num_samples < 100
+    broken(monkeypatch, set(range(0, 60, 6)))
+    list(loader(config(shards)).micro_batches(start_step=1, stop_step=2))
+    with pytest.raises(
+        TooManyFailuresError,
+        match=r"of \d\d? samples could not be read .*damaged by the test.*max_failed_share",
+    ):
+        list(loaded.micro_batches(start_step=start, stop_step=stop, final=final))
+
+
 def test_a_mistake_of_ours_is_not_taken_for_a_bad_sample(
     shards: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

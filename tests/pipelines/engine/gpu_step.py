@@ -48,7 +48,7 @@ class Repeating:
             draws=torch.rand(4, NUM_DRAWS),
         ).pin_memory()
 
-    def micro_batches(self, *, start_step: int, stop_step: int) -> Any:
+    def micro_batches(self, *, start_step: int, stop_step: int, final: bool = False) -> Any:
         return (self.batch for _ in range(start_step, stop_step))
 
 

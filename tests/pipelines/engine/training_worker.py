@@ -43,7 +43,7 @@ class FixedLoader:
         self.steps_per_epoch = SAMPLES // self.G
         self.seen = Path(run.output) / f"seen-{topology.rank}-of-{topology.world_size}.txt"
 
-    def micro_batches(self, *, start_step: int, stop_step: int) -> Iterator[ClipBatch]:
+    def micro_batches(self, *, start_step: int, stop_step: int, final: bool = False) -> Iterator[ClipBatch]:
         for step in range(start_step, stop_step):
             time.sleep(self.slow_seconds)  # so that a stop finds the run before its end
             mine = range(step * self.G + self.topology.rank, (step + 1) * self.G, self.topology.world_size)

@@ -375,8 +375,6 @@ def test_config_entry_point_takes_a_folder_of_runs(tmp_path: Path) -> None:
     [
         ("no folder", "is not a folder"),
         ("empty", "holds no run"),
-        ("run.json", "run.json is not JSON"),
-        ("metrics.jsonl", "line 2 is not JSON"),
         ("config.yaml", "config.yaml is not YAML"),
         ("predictions.parquet", "predictions.parquet cannot be read"),
     ],
@@ -391,6 +389,22 @@ def test_damaged_folders_are_named(tmp_path: Path, damage: str, said: str) -> No
     with pytest.raises(ConfigError, match=said) as error:
         run_report(ReportRun(runs=(str(folder),), output=str(tmp_path / "r.html")))
     assert error.value.key == "runs"
+
+
+@pytest.mark.parametrize("damage", ["run.json", "result.json", "metrics.jsonl"])
+def test_a_damaged_record_does_not_hide_the_run(tmp_path: Path, damage: str) -> None:
+    run = write_run(tmp_path / "run")
+    (run / damage).write_bytes((run / damage).read_bytes()[:-9] + b"\xff{")
+    page = run_report(ReportRun(runs=(str(run),), output=str(tmp_path / "r.html"), max_clips=0))
+    assert "Resolved config" in page.read_text()
+
+
+@pytest.mark.parametrize("text", ["{", '{"table": 3}', "[" * 100_000, '{"table": [{}]}'])
+def test_a_damaged_table_of_a_demo_is_named(tmp_path: Path, text: str) -> None:
+    write_run(tmp_path / "demo" / "run")
+    (tmp_path / "demo" / "demo.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"demo\.json is damaged"):
+        run_report(ReportRun(runs=(str(tmp_path / "demo"),), output=str(tmp_path / "r.html")))
 
 
 def test_an_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:

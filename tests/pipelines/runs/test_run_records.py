@@ -52,11 +52,55 @@ def test_history_of_a_restarted_run_keeps_the_last_line_of_a_step(tmp_path: Path
     assert history["eval/accuracy"].values.tolist() == [0.5]
 
 
-def test_history_with_a_damaged_line_in_the_middle_is_refused(tmp_path: Path) -> None:
+DAMAGED_LINES = {
+    "cut": b'{"step": 2, "train/lo',
+    "not text": b"\xff\xfe\x00",
+    "empty": b"",
+    "no object": b"[1, 2]",
+    "deep": b"[" * 100_000,
+    "long integer": b'{"step": 2, "train/loss": ' + b"9" * 5000 + b"}",
+    "too large for a float": b'{"step": 2, "train/loss": 1' + b"0" * 400 + b"}",
+    "strange step": b'{"step": "two", "train/loss": 1}',
+    "no step": b'{"train/loss": 1}',
+}
+
+
+@pytest.mark.parametrize("line", DAMAGED_LINES.values(), ids=DAMAGED_LINES)
+def test_a_damaged_line_of_the_history_is_left_out_alone(
+    tmp_path: Path, line: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
-    with pytest.raises(ConfigError, match="line 2"):
-        read_history(path)
+    path.write_bytes(b'{"step": 1, "train/loss": 3}\n' + line + b'\n{"step": 3, "train/loss": 1}\n')
+    history = read_history(path)["train/loss"]
+    assert history.steps.tolist() == [1, 3]
+    assert history.values.tolist() == [3, 1]
+    if b'step": "two' not in line and b'{"train' not in line:
+        assert "the first is line 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b'{"metrics": {"accu', b"\xff\x00", b"[]", b'{"metrics": 3, "classes": 4}']
+)
+@pytest.mark.parametrize("name", ["run.json", "result.json"])
+def test_a_damaged_record_leaves_the_others(tmp_path: Path, name: str, damage: bytes) -> None:
+    (tmp_path / "config.yaml").write_text("stage: finetune\nname: a\n")
+    (tmp_path / "run.json").write_text('{"name": "a", "stage": "finetune", "seconds": 3}')
+    (tmp_path / "result.json").write_text('{"metrics": {"accuracy": 0.5}, "seconds": 3}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 3}\n')
+    (tmp_path / name).write_bytes(damage)
+    found = read_run(tmp_path)
+    assert found.stage == "finetune"
+    assert found.metrics == ({"accuracy": 0.5} if name == "run.json" else {})
+    assert found.history["train/loss"].values.tolist() == [3]
+    assert found.classes() == ()
+
+
+@pytest.mark.parametrize("text", ["{", "a: " + "[" * 5000, "a: 1\n b: 2", "a: \x00"])
+def test_a_config_that_is_no_yaml_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml is not YAML"):
+        read_run(tmp_path)
 
 
 def test_metrics_without_a_number_are_absent(tmp_path: Path) -> None:

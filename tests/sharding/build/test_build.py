@@ -19,6 +19,7 @@ import yaml
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
+from cliplift.launch.commands.shard import summary
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.build.finalize import BuildError
 from cliplift.sharding.manifest import BUILD_FILE, DATASET_FILE, PLAN_FILE, REFUSED_FILE
@@ -318,8 +319,12 @@ def test_retry_failed_builds_only_what_may_succeed_now(
     )
     run_shard(run, phases=["plan"])
     gone.rename(tmp_path / "away.mp4")  # a file system that is down for a while
+    strict = run.model_copy(update={"limits": run.limits.model_copy(update={"max_refused_share": 0.0})})
+    with pytest.raises(BuildError, match=r"1 of \d+ clips were refused.*--retry-failed"):
+        run_shard(strict)
     report = run_shard(run)
     assert report.refused == {"read": 1}
+    assert "--retry-failed" in summary(report)
     (tmp_path / "away.mp4").rename(gone)
     assert run_shard(run).shards_built == 0
     report = run_shard(run, retry_failed=True)

@@ -17,7 +17,7 @@ from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.manifest import BUILD_FILE
 from cliplift.sharding.read.reader import ShardDataset
 from cliplift.sharding.video.decode import VideoDecodeError, decode_frames
-from cliplift.sharding.video.transcode import cut_span, encode_array
+from cliplift.sharding.video.transcode import EncodedClip, SpanCutter, encode_array
 
 COPY = TranscodeConfig(mode="copy")
 GOP = "keyint=16:min-keyint=16:scenecut=0"
@@ -28,6 +28,13 @@ def film(frames: int = 96, *, width: int = 96, height: int = 64) -> np.ndarray:
     t, y, x = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
     field = 128 + 90 * np.sin((x + 3 * t) / 9) * np.cos((y + t) / 11)
     return np.stack([field, 255 - field, np.full_like(field, 60.0)], axis=-1).astype(np.uint8)
+
+
+def cut_span(
+    video: Path, *, start_seconds: float, end_seconds: float | None, config: TranscodeConfig
+) -> EncodedClip:
+    with SpanCutter(video, config) as cutter:
+        return cutter.cut(start_seconds=start_seconds, end_seconds=end_seconds)
 
 
 def write(
