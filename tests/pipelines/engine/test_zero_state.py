@@ -1,0 +1,273 @@
+"""A DeepSpeed engine's parameters and moments by name, against torch's own AdamW on the same gradients.
+
+One process; what two ranks share is in test_engine_state.py, and here the arithmetic of their parts.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cliplift.configs.training import EngineConfig
+from cliplift.pipelines.distributed.collectives import start
+from cliplift.pipelines.engine import zero_state
+
+LR, STEPS = 0.1, 3
+ROUNDING = 1e-6
+
+
+def net() -> nn.Sequential:
+    """Two groups of parameters, odd sizes, and one frozen parameter."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2))
+    module[0].bias.requires_grad_(False)
+    return module
+
+
+def groups(module: nn.Module) -> list[dict[str, Any]]:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+    ]
+
+
+def make_engine(stage: int, precision: str = "fp32") -> Any:
+    start(EngineConfig(device="cpu"))
+    module = net()
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "train_batch_size": 4,
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": precision == "bf16"},
+        "steps_per_print": 10**9,
+    }
+    optimizer = torch.optim.AdamW(groups(module), lr=LR)
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+def batch(step: int) -> Tensor:
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+
+
+def take_steps(engine: Any, first: int, last: int) -> None:
+    for step in range(first, last):
+        engine.backward(
+            engine(batch(step).to(next(engine.module.parameters()).dtype)).float().square().mean()
+        )
+        engine.step()
+
+
+def plain(steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters and optimizer state of the same training without DeepSpeed."""
+    module = net()
+    optimizer = torch.optim.AdamW(groups(module), lr=LR)
+    for step in range(steps):
+        optimizer.zero_grad()
+        module(batch(step)).square().mean().backward()
+        optimizer.step()
+    parameters = dict(module.named_parameters())
+    state = {
+        f"{name}|{key}": value
+        for name, parameter in parameters.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    return {name: p.detach() for name, p in parameters.items()}, state
+
+
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(
+            value, expected[name], atol=ROUNDING, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[int, Any]:
+    """An engine of each stage after three steps; read it, never change it."""
+    engines = {stage: make_engine(stage) for stage in range(4)}
+    for engine in engines.values():
+        take_steps(engine, 0, STEPS)
+    return engines
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("from_masters", [False, True])
+def test_parameters_are_those_of_plain_training(
+    trained: dict[int, Any], stage: int, from_masters: bool
+) -> None:
+    found = zero_state.gathered_parameters(trained[stage], from_masters=from_masters)
+    assert_near(found, plain(STEPS)[0])
+    # They are copies: changing them changes nothing in the engine.
+    for value in found.values():
+        value.zero_()
+    assert_near(zero_state.gathered_parameters(trained[stage], from_masters=from_masters), plain(STEPS)[0])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_moments_and_steps_are_those_of_plain_training(trained: dict[int, Any], stage: int) -> None:
+    found, expected = zero_state.gathered_optimizer(trained[stage]), plain(STEPS)[1]
+    assert_near(found, expected)
+    assert set(found) == {
+        f"{name}|{key}"
+        for name in ("0.weight", "2.weight", "2.bias")
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    }, "a frozen parameter has no state"
+    assert float(found["2.bias|step"]) == STEPS
+    for value in found.values():
+        value.zero_()
+    assert_near(zero_state.gathered_optimizer(trained[stage]), expected)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_engine_that_took_no_step_has_no_moments(stage: int) -> None:
+    assert zero_state.gathered_optimizer(make_engine(stage)) == {}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_masters_are_what_the_optimizer_updates(trained: dict[int, Any], stage: int) -> None:
+    """Together as many numbers as are trained (30 with the frozen 5 left out, but for the padding of partitions)."""
+    masters = zero_state.local_masters(trained[stage])
+    expected = torch.cat([p.flatten() for n, p in plain(STEPS)[0].items() if n != "0.bias"]).sort().values
+    found = torch.cat([m.detach().flatten().float() for m in masters])
+    assert len(found) >= len(expected) == 3 * 5 + 5 * 2 + 2
+    torch.testing.assert_close(found[found != 0].sort().values, expected, atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("saved_by", [0, 3])
+def test_restored_training_goes_on_as_if_unbroken(trained: dict[int, Any], stage: int, saved_by: int) -> None:
+    """Weights, moments and step: two further steps equal five plain ones."""
+    parameters = zero_state.gathered_parameters(trained[saved_by])
+    optimizer = zero_state.gathered_optimizer(trained[saved_by])
+    engine = make_engine(stage)
+    zero_state.put_parameters(engine, parameters)
+    zero_state.restore_optimizer(engine, optimizer)
+    assert_near(zero_state.gathered_parameters(engine), parameters)
+    assert_near(zero_state.gathered_optimizer(engine), optimizer)
+    take_steps(engine, STEPS, STEPS + 2)
+    assert_near(zero_state.gathered_parameters(engine), plain(STEPS + 2)[0])
+    assert_near(zero_state.gathered_optimizer(engine), plain(STEPS + 2)[1])
+    # The saved values were copied, not taken over: training has not changed them.
+    assert_near(optimizer, plain(STEPS)[1])
+    assert_near(parameters, plain(STEPS)[0])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_no_saved_state_leaves_the_optimizer_alone(trained: dict[int, Any], stage: int) -> None:
+    before = zero_state.gathered_optimizer(trained[stage])
+    zero_state.restore_optimizer(trained[stage], {})
+    assert_near(zero_state.gathered_optimizer(trained[stage]), before)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_half_precision_weights_keep_whole_masters(stage: int) -> None:
+    """A value that bfloat16 cannot hold: the masters keep it, the weights their nearest number."""
+    engine = make_engine(stage, "bf16")
+    value = 1 + 2**-12  # bfloat16 has 8 bits
+    saved = {name: torch.full_like(p, value) for name, p in plain(0)[0].items()}
+    zero_state.put_parameters(engine, saved)
+    found = zero_state.gathered_parameters(engine)
+    trained_names = {"0.weight", "2.weight", "2.bias"}
+    for name, tensor in found.items():
+        assert tensor.dtype == torch.float32
+        assert tensor.unique().tolist() == [value if name in trained_names else 1.0], name
+    from deepspeed.runtime.zero import GatheredParameters
+
+    weight = engine.module[0].weight
+    with GatheredParameters([weight], enabled=stage == 3):
+        assert weight.detach().float().unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_putting_masters_leaves_the_weights_alone(stage: int) -> None:
+    engine = make_engine(stage)
+    saved = {name: torch.full_like(p, 7.0) for name, p in plain(0)[0].items()}
+    before = plain(0)[0]
+    zero_state.put_masters(engine, saved)
+    from deepspeed.runtime.zero import GatheredParameters
+
+    for name, parameter in engine.module.named_parameters():
+        with GatheredParameters([parameter], enabled=stage == 3):
+            assert torch.equal(parameter.detach(), before[name])
+    masters = zero_state.gathered_parameters(engine, from_masters=True)
+    for name, value in masters.items():
+        changed = stage != 0 and name != "0.bias"
+        assert torch.equal(value, saved[name] if changed else before[name]), name
+
+
+@pytest.mark.parametrize(
+    ("numbers", "ranks", "rank", "expected"),
+    [
+        (4, 2, 0, [0, 1]), (4, 2, 1, [2, 3]), (3, 2, 0, [0, 1]), (3, 2, 1, [2, 0]),
+        (5, 4, 2, [4, 0]), (5, 4, 3, [0, 0]),
+    ],
+)  # fmt: skip
+def test_a_ranks_part_of_a_value_is_padded_with_zeros(
+    monkeypatch: pytest.MonkeyPatch, numbers: int, ranks: int, rank: int, expected: list[int]
+) -> None:
+    """Stage 3 deals ceil(numbers / ranks) to each rank; the last ranks may hold less, or nothing."""
+    monkeypatch.setattr(zero_state.dist, "get_rank", lambda: rank)
+    held = SimpleNamespace(
+        ds_tensor=SimpleNamespace(ds_numel=-(-numbers // ranks)), device=torch.device("cpu")
+    )
+    part = zero_state._own_part(held, torch.arange(numbers).reshape(1, -1))  # type: ignore[arg-type]
+    assert part.dtype == torch.float32
+    assert part.tolist() == expected
+
+
+def fragment(start: int, there: int, length: int) -> SimpleNamespace:
+    """Numbers ``start`` ... of the parameter lie at ``there`` ... of this rank's partition."""
+    address = SimpleNamespace
+    return SimpleNamespace(
+        lp_fragment_address=address(start=start, numel=length),
+        hp_fragment_address=address(start=there, numel=length),
+        param_group_index=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("mapping", "expected"),
+    [
+        (fragment(0, 0, 6), [10, 11, 12, 13, 14, 15]),
+        (fragment(2, 1, 3), [0, 0, 11, 12, 13, 0]),
+        (None, [0] * 6),
+    ],
+)
+def test_a_slice_of_a_partition_stands_where_the_mapping_says(
+    monkeypatch: pytest.MonkeyPatch, mapping: SimpleNamespace | None, expected: list[int]
+) -> None:
+    """What other ranks hold is added: they have zeros here, and this rank zeros there."""
+    flat = torch.arange(10.0, 18.0)
+    parameter = nn.Parameter(torch.zeros(2, 3))
+    parameter._hp_mapping = mapping  # type: ignore[attr-defined]
+    engine = SimpleNamespace(optimizer=SimpleNamespace(single_partition_of_fp32_groups=[flat]))
+    summed: list[Tensor] = []
+    monkeypatch.setattr(zero_state.dist, "all_reduce", lambda whole: summed.append(whole.clone()))
+    for world in (1, 2):
+        monkeypatch.setattr(zero_state.dist, "get_world_size", lambda world=world: world)
+        whole = zero_state._assembled(engine, parameter, lambda f: f)
+        assert whole.tolist() == [expected[:3], expected[3:]]
+        assert len(summed) == world - 1
+
+
+def test_a_saved_value_goes_to_its_slice_alone() -> None:
+    flat, moments = torch.zeros(8), torch.zeros(8)
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    optimizer.state[flat] = {"exp_avg": moments}  # type: ignore[index]
+    wrapper = SimpleNamespace(single_partition_of_fp32_groups=[flat], optimizer=optimizer)
+    parameter = nn.Parameter(torch.zeros(2, 3))
+    for mapping, expected in (
+        (None, [0] * 8), (fragment(2, 1, 3), [0, 3, 4, 5, 0, 0, 0, 0])
+    ):  # fmt: skip
+        parameter._hp_mapping = mapping  # type: ignore[attr-defined]
+        value = torch.arange(1.0, 7.0).reshape(2, 3)
+        zero_state._put_slice(SimpleNamespace(optimizer=wrapper), parameter, "exp_avg", value)
+        assert moments.tolist() == expected

@@ -1,0 +1,202 @@
+"""The plan of a build against the rule written out: shuffled by a hash of seed and name, cut into shards by split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cliplift.configs.sections import ConfigError
+from cliplift.configs.sharding import ShardRun
+from cliplift.sharding.build.plan import load_plan, make_plan, plan_once, save_plan, settings_of
+from cliplift.sharding.manifest import ManifestError
+from cliplift.sharding.storage import LocalStore
+
+COUNTS = {"train": 11, "val": 4, "test": 1}
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    folder = tmp_path / "videos"
+    for split, count in COUNTS.items():
+        for number in range(count):
+            path = folder / split / "ab"[number % 2] / f"{number}.mp4"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    return folder
+
+
+def run_of(videos: Path, output: Path | str = "unused", **changes: Any) -> ShardRun:
+    source = {"kind": "folder", "root": str(videos), "layout": "split/class"}
+    tree = {"name": "set", "output": str(output), "source": source, "shards": {"videos_per_shard": 4}}
+    return ShardRun.model_validate(tree | changes)
+
+
+def listed(folder: Path, present: int, missing: int, **changes: Any) -> ShardRun:
+    """A list of videos of which some do not exist."""
+    for number in range(present):
+        (folder / f"{number}.mp4").touch()
+    rows = [f"{number}.mp4,a" for number in range(present + missing)]
+    (folder / "list.csv").write_text("\n".join(["path,label", *rows]) + "\n")
+    source = {"kind": "csv", "file": str(folder / "list.csv"), "root": str(folder)}
+    return ShardRun.model_validate({"name": "set", "output": str(folder / "out"), "source": source} | changes)
+
+
+def by_hash(names: list[str], seed: int) -> list[str]:
+    return sorted(names, key=lambda name: hashlib.sha256(f"{seed}:{name}:None".encode()).hexdigest())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_videos_are_dealt_by_a_hash_of_seed_and_name(videos: Path, seed: int) -> None:
+    plan, missing = make_plan(run_of(videos, shards={"videos_per_shard": 4, "seed": seed}))
+    expected = [
+        name
+        for split in ("test", "train", "val")
+        for name in by_hash([p.relative_to(videos).as_posix() for p in (videos / split).rglob("*.mp4")], seed)
+    ]
+    assert [video.source for video in plan.videos] == expected
+    assert missing == ()
+
+
+def test_a_seed_changes_the_shards_and_the_plan(videos: Path) -> None:
+    """The default is 0, and where the seed stands in the settings is part of the plan's identity."""
+    default, _ = make_plan(run_of(videos))
+    zero, _ = make_plan(run_of(videos, shards={"videos_per_shard": 4, "seed": 0}))
+    one, _ = make_plan(run_of(videos, shards={"videos_per_shard": 4, "seed": 1}))
+    assert default == zero
+    assert [v.source for v in one.videos] != [v.source for v in zero.videos]
+    assert one.plan_id != zero.plan_id
+
+
+def test_shards_are_full_but_for_the_last_of_a_split_and_hold_one_split(videos: Path) -> None:
+    plan, _ = make_plan(run_of(videos))
+    assert [(s.shard, s.split, s.tar, s.start, s.stop) for s in plan.shards] == [
+        (0, "test", "test/set-test-000000.tar", 0, 1),
+        (1, "train", "train/set-train-000001.tar", 1, 5),
+        (2, "train", "train/set-train-000002.tar", 5, 9),
+        (3, "train", "train/set-train-000003.tar", 9, 12),
+        (4, "val", "val/set-val-000004.tar", 12, 16),
+    ]
+    assert [v.split for v in plan.videos] == ["test"] + ["train"] * 11 + ["val"] * 4
+    assert (plan.classes, plan.folds, plan.missing, plan.root) == (("a", "b"), 0, 0, str(videos))
+
+
+def test_windows_of_one_video_are_dealt_apart_and_in_order_of_their_start(tmp_path: Path) -> None:
+    (tmp_path / "v.mp4").touch()
+    starts = ("0.0", "2.5", "10.0", "30.0")
+    rows = [f"v.mp4,a,{start},{float(start) + 1}" for start in starts]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,start,end", *rows]) + "\n")
+    source = {"kind": "csv", "file": str(tmp_path / "list.csv"), "root": str(tmp_path),
+              "start_column": "start", "end_column": "end"}  # fmt: skip
+    plan, _ = make_plan(ShardRun.model_validate({"name": "set", "output": "unused", "source": source}))
+    keys = {float(s): hashlib.sha256(f"0:v.mp4:{float(s)}".encode()).hexdigest() for s in starts}
+    assert [v.start_seconds for v in plan.videos] == sorted(keys, key=lambda start: keys[start])
+
+
+def test_up_to_the_allowed_share_of_videos_may_be_missing(tmp_path: Path) -> None:
+    """3 of 12 are a quarter: allowed at exactly that, refused just below, and named."""
+    run = listed(tmp_path, 9, 3, limits={"max_missing_share": 0.25})
+    plan, missing = make_plan(run)
+    assert (len(plan.videos), plan.missing, len(missing)) == (9, 3, 3)
+    assert {video.source for video in missing} == {"9.mp4", "10.mp4", "11.mp4"}
+    strict = listed(tmp_path, 9, 3, limits={"max_missing_share": 0.24})
+    with pytest.raises(ConfigError, match="3 of 12 listed videos do not exist") as caught:
+        make_plan(strict)
+    assert (caught.value.key, caught.value.value) == ("limits.max_missing_share", 0.24)
+    assert "allow 0.25" in str(caught.value)
+
+
+def test_what_the_source_leaves_out_is_written_where_there_is_a_store(
+    videos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = LocalStore(str(tmp_path / "out"))
+    make_plan(run_of(videos), store=store)
+    assert store.list() == [], "nothing is left out"
+    (videos / "train" / "a" / "notes.txt").touch()
+    (videos / "train" / "b" / ".5.mp4").touch()
+    make_plan(run_of(videos), store=None)
+    assert "all are in" not in caplog.text
+    make_plan(run_of(videos, "there"), store=store)
+    assert "2 left out" in caplog.text
+    assert "all are in there/left_out.jsonl" in caplog.text
+    lines = [json.loads(line) for line in store.read("left_out.jsonl").splitlines()]
+    assert {line["name"]: line["reason"] for line in lines} == {
+        "train/a/notes.txt": "the ending .txt is not among those taken for videos",
+        "train/b/.5.mp4": "hidden",
+    }
+
+
+def test_a_plan_comes_back_as_it_was_saved(videos: Path, tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path / "out"))
+    assert load_plan(store) is None
+    plan, _ = make_plan(run_of(videos))
+    gone = replace(plan.videos[0], video_id="x", source="x.mp4", split="train")
+    save_plan(plan, (gone,), store)
+    assert load_plan(store) == plan
+    assert store.read("missing.jsonl") == b'{"source":"x.mp4","split":"train","video_id":"x"}\n'
+    head = json.loads(store.read("plan/plan.json"))
+    assert "videos" not in head
+    assert head["shards"][1] == {"shard": 1, "split": "train", "start": 1, "stop": 5, "tar": plan.shards[1].tar}
+
+
+def test_the_plan_is_written_last(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its presence says that the rest is there."""
+    names: list[str] = []
+    write = LocalStore.write
+    monkeypatch.setattr(
+        LocalStore, "write", lambda self, name, data: (names.append(name), write(self, name, data))
+    )
+    plan, missing = make_plan(run_of(videos))
+    save_plan(plan, missing, LocalStore(str(tmp_path / "out")))
+    assert names == ["plan/videos.parquet", "missing.jsonl", "plan/plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "not whole JSON"), ('{"format": "other"}', "not a plan of this version"), ("{}", "not a plan")]
+)  # fmt: skip
+def test_a_damaged_plan_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    store = LocalStore(str(tmp_path))
+    store.write("plan/plan.json", text.encode())
+    with pytest.raises(ManifestError, match=f"plan/plan.json: {said}"):
+        load_plan(store)
+
+
+def test_a_file_in_place_of_the_folder_holds_no_plan(tmp_path: Path) -> None:
+    (tmp_path / "plan").write_text("")
+    assert load_plan(LocalStore(str(tmp_path))) is None
+
+
+def test_a_plan_is_made_once(videos: Path, tmp_path: Path) -> None:
+    """A video that comes later is not in it; other settings are refused with the key, the same ones are not."""
+    output = tmp_path / "out"
+    store = LocalStore(str(output))
+    first = plan_once(run_of(videos, output), store)
+    (videos / "val" / "a" / "later.mp4").touch()
+    assert plan_once(run_of(videos, output, workers=3), store) == first
+    with pytest.raises(ConfigError, match="8 here, but the shards in .* were planned with 4") as caught:
+        plan_once(run_of(videos, output, shards={"videos_per_shard": 8}), store)
+    assert (caught.value.key, caught.value.value) == ("shards.videos_per_shard", 8)
+    with pytest.raises(ConfigError, match="were planned with 0") as caught:
+        plan_once(run_of(videos, output, shards={"videos_per_shard": 4, "seed": 1}), store)
+    assert caught.value.key == "shards.seed"
+
+
+def test_a_plan_of_before_a_setting_existed_is_gone_on_with(videos: Path, tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path / "out"))
+    run = run_of(videos, tmp_path / "out")
+    first = plan_once(run, store)
+    head = json.loads(store.read("plan/plan.json"))
+    del head["settings"]["duplicates"], head["settings"]["shards"]["seed"]
+    store.write("plan/plan.json", json.dumps(head).encode())
+    assert plan_once(run, store).plan_id == first.plan_id
+
+
+def test_flow_is_a_setting_only_where_it_is_asked_for(videos: Path) -> None:
+    assert set(settings_of(run_of(videos))) == {
+        "name", "source", "splits", "cut", "transcode", "shards", "duplicates"
+    }  # fmt: skip
+    assert settings_of(run_of(videos, flow={}))["flow"]["method"] == "dis"
