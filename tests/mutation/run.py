@@ -210,6 +210,8 @@ def run_module(module: Module, folder: Path, number: int | None) -> None:
     )
     if not todo:
         return
+    # What is tested is the copy, whatever becomes of the checkout meanwhile.
+    digests = {"source": module.source_digest(), "tests": module.tests_digest()}
     copy = Copy(module, folder / module.name)
     status, unchanged = copy.run_tests(cpu_seconds=3600, wall_seconds=3600, keep_compiled=True)
     if status != 0:
@@ -231,8 +233,7 @@ def run_module(module: Module, folder: Path, number: int | None) -> None:
                 outcome=outcome_of(status),
                 seconds=round(seconds, 2),
                 diff=difference(source, code, module.file),
-                source=module.source_digest(),
-                tests=module.tests_digest(),
+                **digests,
             )
             file.write(json.dumps(dataclasses.asdict(result)) + "\n")
             file.flush()

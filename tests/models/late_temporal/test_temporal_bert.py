@@ -222,6 +222,10 @@ def test_starting_values() -> None:
     [
         ({"heads": 3}, "divisor of 16"),
         ({"layers": 0}, "layers=0"),
+        ({"heads": 0}, "heads=0"),
+        ({"heads": -2}, "heads=-2"),
+        ({"keep_probability": 1.5}, "keep_probability=1.5"),
+        ({"dropout": -0.1}, "dropout=-0.1"),
         ({"keep_probability": 0.0}, "keep_probability=0.0"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"positions": "rotary"}, "positions='rotary'"),
@@ -232,6 +236,35 @@ def test_starting_values() -> None:
 def test_impossible_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         bert(**options)
+
+
+@pytest.mark.parametrize("shape", [(2, D), (2, 3, D, 1), (2, 3, D - 1), (2, 3, D + 1), (2, 0, D)])
+def test_tokens_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ModelError, match=rf"takes \(B, N, {D}\) with N up to {N}"):
+        bert().eval()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("max_tokens", [1, 3, 4])
+def test_there_is_a_position_for_every_token_and_one_for_cls(max_tokens: int) -> None:
+    for cls_token in (True, False):
+        for positions in ("learned", "sinusoidal"):
+            model = bert(max_tokens=max_tokens, cls_token=cls_token, positions=positions).eval()
+            assert model.positions.shape == (1, max_tokens + cls_token, D)
+            assert model(tokens(n=max_tokens)).tokens.shape == (B, max_tokens, D)
+    # A position that is not trained is no parameter, and not saved: it follows from the sizes.
+    assert "positions" not in model.state_dict()
+    assert torch.equal(model.positions[0], sinusoids(max_tokens, D))
+
+
+def test_one_layer_with_eight_heads_and_a_fifth_masked_unless_told_otherwise() -> None:
+    """The paper's Table 2, and its masked share."""
+    model = TemporalBert(16, max_tokens=2)
+    assert (len(model.blocks), model.blocks[0].attention.heads, model.keep_probability) == (1, 8, 0.8)
+    assert (model.cls_token is not None, isinstance(model.positions, nn.Parameter)) == (True, True)
+    assert isinstance(model.blocks[0].attention_norm, OriginalLayerNorm)
+    assert model.blocks[0].feed_forward.expand.weight.shape == (64, 16)
+    assert bert(heads=1, layers=1).blocks[0].attention.heads == 1
+    TemporalBert(16, max_tokens=2, dropout=0.0, keep_probability=1.0)  # both ends are possible
 
 
 def test_more_tokens_than_positions_are_refused() -> None:

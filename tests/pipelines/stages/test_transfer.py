@@ -13,7 +13,12 @@ from torch import nn
 from cliplift.configs.runs import CorrespondenceConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.models.correspondence import CorrespondenceHead
-from cliplift.pipelines.stages.matching import SupervisionTransfer, draw_pairs, matching_metrics
+from cliplift.pipelines.stages.matching import (
+    SupervisionTransfer,
+    draw_pairs,
+    matching_metrics,
+    module_scores,
+)
 from cliplift.pipelines.stages.transfer import recropped
 
 
@@ -146,6 +151,67 @@ def test_matching_metrics_at_both_ends() -> None:
     shifted = matching_metrics(module, clips=identity, frames=identity + 100, videos=torch.arange(40), seed=0)
     assert shifted["matching_accuracy"] == 0.5
     assert shifted["matching_prior"] == 0.5
+
+
+class Zero(nn.Module):
+    """A head that cannot tell: every score is 0."""
+
+    def score_matrix(self, clips: torch.Tensor, frames: torch.Tensor, *, chunk: int) -> torch.Tensor:
+        return torch.zeros(len(clips), len(frames))
+
+
+def test_a_score_of_zero_says_that_a_frame_does_not_belong() -> None:
+    """Right for every negative, wrong for every positive; all ranks are ties, so recall is k of the 20 clips."""
+    module = transfer_module()
+    module.head = Zero()  # type: ignore[assignment]
+    x = torch.zeros(20, 8)
+    found = matching_metrics(module, clips=x, frames=x, videos=torch.arange(20), seed=0)
+    assert found == {
+        "matching_accuracy": 0.5, "matching_prior": 0.5, "above_chance_sigmas": 0.0, "auc": 0.5,
+        "recall_at_1": pytest.approx(1 / 20), "recall_at_5": pytest.approx(5 / 20), "held_out_clips": 20.0,
+    }  # fmt: skip
+
+
+def cosines(module: SupervisionTransfer, clips: torch.Tensor, frames: torch.Tensor) -> list[list[float]]:
+    """Cosine of every clip's and every frame's embedding, one pair at a time."""
+    left, right = (
+        module.head.student_projection(clips).tolist(),
+        module.head.teacher_projection(frames).tolist(),
+    )
+
+    def cosine(a: list[float], b: list[float]) -> float:
+        return sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
+
+    return [[cosine(a, b) for b in right] for a in left]
+
+
+def test_contrastive_scores_are_cosines_around_their_mean() -> None:
+    module = transfer_module("infonce")
+    generator = torch.Generator().manual_seed(5)
+    clips, frames = torch.randn(3, 8, generator=generator), torch.randn(4, 8, generator=generator)
+    expected = torch.tensor(cosines(module, clips, frames))
+    torch.testing.assert_close(
+        module_scores(module, clips, frames), expected - expected.sum() / 12, rtol=0, atol=1e-6
+    )
+
+
+def test_contrastive_accuracy_is_the_share_of_clips_nearest_to_their_own_frames() -> None:
+    module, inputs = transfer_module("infonce", temperature=0.5), batch(1)
+    table = cosines(module, inputs["clips"].flatten(1), inputs["frame_features"])
+    right = sum(max(range(6), key=lambda j, i=i: table[i][j]) == i for i in range(6))
+    assert 0 < right < 6, "the seed must give both"
+    assert module(inputs)["matching_accuracy"].item() == pytest.approx(right / 6)
+
+
+def test_binary_accuracy_is_the_share_of_pairs_told_right() -> None:
+    module, inputs = transfer_module(), batch(3)
+    logits = module.head.pair_logits(inputs["clips"].flatten(1), inputs["frame_features"], inputs["pairs"])
+    right = [
+        (pair[1] > pair[0]) == (column == 0) for row in logits.tolist() for column, pair in enumerate(row)
+    ]
+    accuracy = module(inputs)["matching_accuracy"]
+    assert accuracy.item() == pytest.approx(sum(right) / 24)
+    assert not accuracy.requires_grad
 
 
 def test_an_untrained_head_is_at_chance() -> None:
