@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test extras test-slow test-cluster gpu lint types check wheel clean
+.PHONY: help install demo test extras test-slow test-cluster mutants gpu lint types check wheel clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,11 @@ $(VENV)/extras.stamp: $(VENV)/dev.stamp
 	$(PIP) install -e '.[dev,ray,shots,flow,decoders]' $(TORCH) $(TORCHCODEC)
 	@touch $@
 
+$(VENV)/mutation.stamp: $(VENV)/dev.stamp
+	@echo "installing the extra mutation"
+	$(PIP) install -e '.[dev,mutation]' $(TORCH)
+	@touch $@
+
 install: $(VENV)/teachers.stamp ## make .venv with cliplift and the 2D teacher
 
 demo: $(VENV)/teachers.stamp ## raw clips to a finetuned, evaluated model and a report, on a CPU in minutes
@@ -56,6 +61,12 @@ test-slow: $(VENV)/dev.stamp ## the tests that take minutes each; needs `make ex
 
 test-cluster: $(VENV)/dev.stamp ## two hosts in network namespaces and a real Slurm; needs root
 	$(BIN)/python -m pytest -m cluster
+
+MUTANTS ?= 40
+MODULES ?=
+
+mutants: $(VENV)/mutation.stamp ## change one place of a module at a time and see that its tests notice; see docs/testing.md
+	$(BIN)/python tests/mutation/run.py --mutants $(MUTANTS) --modules "$(MODULES)"
 
 MINUTES ?= 7
 GPU_TABLE ?= runs/gpu.json
