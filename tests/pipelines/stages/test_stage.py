@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS, EvaluateRun, ExplainRun, ExportRun, PredictRun
 from cliplift.configs.sections import ConfigError
+from cliplift.configs.sharding import ShardRun
 from cliplift.models import from_pretrained
 from cliplift.pipelines.evaluation.evaluate import run_evaluate
 from cliplift.pipelines.evaluation.explain import run_explain
@@ -25,6 +26,7 @@ from cliplift.pipelines.evaluation.predict import run_predict
 from cliplift.pipelines.stages.repeats import run_all
 from cliplift.pipelines.stages.run import dry_run, run_stage
 from cliplift.pipelines.stages.transfer import TransferStage
+from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.read.reader import ShardDataset
 from cliplift.sharding.video.decode import decode_frames
 
@@ -106,23 +108,43 @@ def test_evaluating_the_run_again_gives_the_same_numbers(place: Path, finetuned:
 def test_export_and_predict_agree_with_the_evaluation(
     place: Path, finetuned: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The stored clip itself, given as a file, gets the class the evaluation gave it."""
+    """A file gets the probabilities that the evaluation gives it once it has been packed into a shard."""
     export = run_export(ExportRun(run=str(finetuned), output=str(place / "export")))
     assert {p.name for p in export.iterdir()} >= {"model.safetensors", "config.json", "README.md", "run.yaml"}
     dataset = ShardDataset(str(place / "shards" / "actions"), split="test")
-    clip = place / "clip.mp4"
+    clip, label = place / "file" / "clip.mp4", dataset.facts(3).label
+    clip.parent.mkdir()
     clip.write_bytes(dataset.read(3))
     out = place / "predictions.jsonl"
     failed = run_predict(PredictRun(run=str(export), videos=(str(clip),), output=str(out), top=10))
     assert failed == 0
     (record,) = map(json.loads, out.read_text().splitlines())
     assert abs(sum(c["probability"] for c in record["top"]) - 1) < 1e-4
-    expected = pq.read_table(finetuned / "predictions.parquet").to_pydict()["probabilities"][3]
-    classes = json.loads((export / "config.json").read_text())["extra"]["classes"]
-    found = {c["class"]: c["probability"] for c in record["top"]}
-    # The file is encoded once more before it is seen, so the numbers agree roughly, not to the bit.
-    assert [found[name] for name in classes] == pytest.approx(expected, abs=0.1)
     assert str(clip) in capsys.readouterr().out
+    # The file is encoded once more before it is seen. So is it on its way into a shard, with the same settings.
+    assert label is not None
+    (clip.parent / "list.csv").write_text(f"path,label\nclip.mp4,{dataset.classes[label]}\n")
+    source = {"kind": "csv", "file": str(clip.parent / "list.csv"), "classes": dataset.classes}
+    run_shard(
+        ShardRun.model_validate(
+            {"name": "file", "output": str(place / "shards/file"), "source": source, "workers": 1,
+             "splits": {"shares": {"test": 1.0}}}
+        )
+    )  # fmt: skip
+    run = load_run(finetuned / "config.yaml", RUNS).run
+    data = run.data.model_copy(update={"shards": (str(place / "shards/file"),), "decoder": "pyav"})
+    views = PredictRun(run="", videos=()).views
+    again = EvaluateRun(
+        run=str(export),
+        output=str(place / "file/evaluated"),
+        data=data,
+        views=PredictRun(run="", videos=()).views,
+    )
+    run_evaluate(again, command=[])
+    (expected,) = pq.read_table(place / "file/evaluated/predictions.parquet").to_pydict()["probabilities"]
+    found = {c["class"]: c["probability"] for c in record["top"]}
+    assert [found[name] for name in dataset.classes] == pytest.approx(expected, abs=1e-5)
+    assert max(expected) - min(expected) > 0.01, "the clip must tell the classes apart a little"
 
 
 def test_a_model_without_a_classifier_predicts_nothing(transferred: Path, place: Path) -> None:
