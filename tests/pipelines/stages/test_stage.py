@@ -133,7 +133,6 @@ def test_export_and_predict_agree_with_the_evaluation(
     )  # fmt: skip
     run = load_run(finetuned / "config.yaml", RUNS).run
     data = run.data.model_copy(update={"shards": (str(place / "shards/file"),), "decoder": "pyav"})
-    views = PredictRun(run="", videos=()).views
     again = EvaluateRun(
         run=str(export),
         output=str(place / "file/evaluated"),
