@@ -261,3 +261,102 @@ def test_two_classes_match_scikit_learn() -> None:
     assert found["area_under_curve"] == pytest.approx(sklearn.roc_auc_score(labels, scores))
     both = np.stack([1 - scores, scores], axis=1)
     assert metrics.log_loss(both, labels) == pytest.approx(sklearn.log_loss(labels, scores), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: metrics.confusion_matrix(np.array([1]), np.array([0, 1]), num_classes=3), "equal length"),
+        (lambda: metrics.confusion_matrix(*np.zeros((2, 2, 2), int), num_classes=3), "equal length"),
+        (
+            lambda: metrics.confusion_matrix(np.array([0]), np.array([3]), num_classes=3),
+            "label 3 in row 0 is outside 0 to 2",
+        ),
+        (
+            lambda: metrics.average_precision(np.zeros(2), [1, 0, 1]),
+            r"scores \(2,\) and targets \(3,\) differ",
+        ),
+        (lambda: metrics.average_precision(np.zeros(2), [1]), r"scores \(2,\) and targets \(1,\) differ"),
+        (lambda: metrics.average_precision(np.zeros(2), [1, -1]), "0 or 1"),
+        (lambda: metrics.mean_average_precision(np.zeros((3, 2)), np.zeros((3, 3))), "differ in shape"),
+        (
+            lambda: metrics.global_average_precision(np.zeros((3, 2)), np.zeros((3, 2))),
+            "at least one positive",
+        ),
+        (lambda: metrics.global_average_precision(np.zeros((1, 2)), np.ones((1, 2)), top=0), "top=0"),
+        (lambda: metrics.area_under_curve(np.zeros(2), [0, 0]), "0 positives and 2 negatives"),
+        (lambda: metrics.top_k_accuracy(np.zeros((2, 3)), np.array([0, 1]), k=0), "k=0 needs 1 to 3"),
+        (lambda: metrics.top_k_accuracy(np.zeros((2, 3)), np.array([0]), k=1), "one label a row"),
+        (
+            lambda: metrics.top_k_accuracy(np.zeros((2, 3)), np.array([0, 3]), k=1),
+            "label 3 in row 1 is outside",
+        ),
+        (lambda: metrics.top_k_accuracy(np.zeros(3), np.array([0]), k=1), "array of 2 axes"),
+        (
+            lambda: metrics.top_k_accuracy(np.array([[0.0], [np.nan], [np.nan]]), np.zeros(3, int), k=1),
+            "2 of 3 rows hold NaN, first in row 1",
+        ),
+        (lambda: metrics.retrieval_recall(np.zeros((2, 3)), k=0), "k=0"),
+        (
+            lambda: metrics.retrieval_recall(np.zeros((2, 3)), k=1, matches=np.array([0])),
+            "each of the 2 queries",
+        ),
+        (lambda: metrics.bootstrap_interval([1.0, 0.0], seed=0, groups=[1]), "differ in length"),
+        (lambda: metrics.bootstrap_interval([1.0, 0.0], seed=0, groups=[1, 2, 3]), "differ in length"),
+        (lambda: metrics.bootstrap_interval([1.0], seed=0, level=0.0), "level=0.0"),
+        (lambda: metrics.bootstrap_interval([1.0], seed=0, resamples=0), "resamples=0"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(call: object, said: str) -> None:
+    with pytest.raises(MetricError, match=said):
+        call()  # type: ignore[operator]
+
+
+def test_gap_takes_twenty_classes_of_a_sample_unless_told_otherwise() -> None:
+    """The only positive is the 20th of 21 classes, and then the 21st: precision 1/20, and not found at all."""
+    scores = -np.arange(21.0)[None]
+    assert metrics.global_average_precision(scores, np.eye(21)[19:20]) == pytest.approx(1 / 20)
+    assert metrics.global_average_precision(scores, np.eye(21)[20:21]) == 0.0
+    assert metrics.global_average_precision(scores, np.eye(21)[20:21], top=21) == pytest.approx(1 / 21)
+
+
+def test_a_class_without_samples_divides_nothing_by_zero() -> None:
+    with np.errstate(all="raise"):
+        shares = metrics.per_class_accuracy(np.array([[3, 1], [0, 0]]))
+        assert metrics.mean_class_accuracy(np.array([[3, 1], [0, 0]])) == 0.75
+    assert shares[0] == 0.75
+    assert np.isnan(shares[1])
+
+
+def test_calibration_bins_are_fifteen_and_hold_both_ends() -> None:
+    """0.51 and 0.52 fall into one bin of fifteen (7/15 to 8/15), where their gaps nearly cancel."""
+    probabilities = np.array([[0.51, 0.49], [0.52, 0.48]])
+    found = metrics.expected_calibration_error(probabilities, np.array([0, 1]))
+    assert found == pytest.approx(abs((1 - 0.51) + (0 - 0.52)) / 2)
+    certain = np.array([[1.0, 0.0], [1.0, 0.0]])
+    assert metrics.expected_calibration_error(certain, np.array([0, 1])) == pytest.approx(0.5)
+    # Rounding of a softmax is no mistake.
+    assert metrics.expected_calibration_error(certain + [5e-7, -5e-7], np.array([0, 0])) == pytest.approx(
+        0, abs=1e-6
+    )
+
+
+def test_the_bootstraps_interval_is_the_quantiles_of_the_resampled_means() -> None:
+    """The rule written out: N draws with replacement, their mean, and where the outer 5 % of 2000 such means begin."""
+    values = np.array([0.0, 1.0, 1.0, 4.0, 2.0])
+    draws = np.random.default_rng(3).integers(5, size=(2000, 5))
+    means = np.sort([np.mean(values[row]) for row in draws])
+    low, high = metrics.bootstrap_interval(values, seed=3)
+    assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
+    low, high = metrics.bootstrap_interval(values, seed=3, level=0.5, resamples=2000)
+    assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.25, 0.75])), abs=1e-12)
+
+
+def test_groups_of_different_size_are_drawn_whole() -> None:
+    """Three videos of 1, 2 and 3 clips: the mean of a draw is the sum over its clips by their number."""
+    values, groups = np.array([1.0, 0.0, 1.0, 1.0, 0.0, 0.0]), ["a", "b", "b", "c", "c", "c"]
+    sums, sizes = np.array([1.0, 1.0, 1.0]), np.array([1.0, 2.0, 3.0])
+    draws = np.random.default_rng(5).integers(3, size=(100, 3))
+    means = [sums[row].sum() / sizes[row].sum() for row in draws]
+    found = metrics.bootstrap_interval(values, seed=5, resamples=100, groups=groups)
+    assert found == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
