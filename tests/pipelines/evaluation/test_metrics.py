@@ -336,9 +336,8 @@ def test_calibration_bins_are_fifteen_and_hold_both_ends() -> None:
     certain = np.array([[1.0, 0.0], [1.0, 0.0]])
     assert metrics.expected_calibration_error(certain, np.array([0, 1])) == pytest.approx(0.5)
     # Rounding of a softmax is no mistake.
-    assert metrics.expected_calibration_error(certain + [5e-7, -5e-7], np.array([0, 0])) == pytest.approx(
-        0, abs=1e-6
-    )
+    rounded = np.array([[1 + 5e-7, -5e-7], [1 + 5e-7, -5e-7]])
+    assert metrics.expected_calibration_error(rounded, np.array([0, 0])) == pytest.approx(0, abs=1e-6)
 
 
 def test_the_bootstraps_interval_is_the_quantiles_of_the_resampled_means() -> None:
