@@ -28,11 +28,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from queue import Queue
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -60,7 +61,7 @@ class Speed(NamedTuple):
     cpu_ms_per_clip: float
 
 
-def shards_of(videos: Sequence[Path], folder: Path, transcode: dict[str, Any]) -> str:
+def shards_of(videos: Sequence[Path], folder: Path, transcode: Mapping[str, object]) -> str:
     """A dataset of the videos in windows of ten seconds, built unless it is there."""
     listing = folder / "videos.csv"
     listing.write_text("path\n" + "".join(f"{path.resolve()}\n" for path in videos))
@@ -105,7 +106,7 @@ def decoding_alone(data: DataConfig, decode: Callable[[bytes, list[int]], object
             frames = loader.dataset.plan(index, request.epoch).frames[0]
             work.append((loader.dataset.read(index), frames.tolist()))
     context = multiprocessing.get_context("forkserver")
-    done: Any = context.Queue()
+    done = context.Queue()
     processes = [
         context.Process(target=_decode_for_ever, args=(work[n :: data.workers], decode, done), daemon=True)
         for n in range(data.workers)
@@ -122,7 +123,7 @@ def decoding_alone(data: DataConfig, decode: Callable[[bytes, list[int]], object
 
 
 def _decode_for_ever(
-    work: list[tuple[bytes, list[int]]], decode: Callable[[bytes, list[int]], object], done: Any
+    work: list[tuple[bytes, list[int]]], decode: Callable[[bytes, list[int]], object], done: Queue[int]
 ) -> None:
     for number, (data, frames) in enumerate(itertools.cycle(work), start=1):
         decode(data, frames)

@@ -19,11 +19,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
+from multiprocessing.context import SpawnProcess
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import fsspec
 import torch
@@ -33,17 +35,20 @@ from cliplift.configs.data import DataConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from loading import Speed, data_config, loader_of, shards_of, speed, videos_of
 
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
 BUCKET = "s3://shards"
 
 
-def serve(port: int, latency: Any) -> None:
+def serve(port: int, latency: Synchronized[float]) -> None:
     """An S3 API whose every answer waits for ``latency`` seconds."""
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import run_simple
 
     application = DomainDispatcherApplication(create_backend_app)
 
-    def delayed(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+    def delayed(environ: WSGIEnvironment, start: StartResponse) -> Iterable[bytes]:
         time.sleep(latency.value)
         answer: Iterable[bytes] = application(environ, start)
         return answer
@@ -52,7 +57,7 @@ def serve(port: int, latency: Any) -> None:
     run_simple("127.0.0.1", port, delayed, threaded=True)
 
 
-def started(latency: Any) -> Any:
+def started(latency: Synchronized[float]) -> SpawnProcess:
     """The serving process, once it answers; credentials and address go to the environment of the readers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -105,8 +110,10 @@ def main() -> None:
         server.terminate()
 
 
-def _compare(local: str, remote: str, latency: Any, options: argparse.Namespace) -> dict[str, object]:
-    def loader(shards: str, **changes: int) -> Any:
+def _compare(
+    local: str, remote: str, latency: Synchronized[float], options: argparse.Namespace
+) -> dict[str, object]:
+    def loader(shards: str, **changes: int) -> DataConfig:
         data = data_config(
             shards, decoder="pyav", processes=options.processes, crop_pixels=options.crop_pixels
         )

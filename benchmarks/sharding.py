@@ -60,20 +60,20 @@ def timed(action: Callable[[], None]) -> tuple[float, float]:
 
 def ours(files: list[Path], config: TranscodeConfig) -> list[bytes]:
     """Cut and check the files in one worker process; the clips."""
-    hello = {"cut": {"kind": "whole"}, "transcode": config.model_dump(mode="json"), "memory_mib": None}
-    jobs = [Job(message={"url": str(f), "start": None, "end": None}, tag=None) for f in files]
-    with WorkerPool(workers=1, hello=hello, clip_timeout_seconds=300, attempts=1) as pool:
+    settings = {"cut": {"kind": "whole"}, "transcode": config.model_dump(mode="json"), "memory_mib": None}
+    jobs = [Job(message={"url": str(f), "start": None, "end": None}, context=None) for f in files]
+    with WorkerPool(workers=1, settings=settings, clip_timeout_seconds=300, attempts=1) as pool:
         return [mp4 for _, result in pool.run(jobs) for _, mp4 in result.clips]
 
 
 def soak(files: list[Path], config: TranscodeConfig, clips: int) -> dict[str, float]:
     """Resident memory of one worker after an eighth of the clips and at the end, MiB."""
-    hello = {"cut": {"kind": "whole"}, "transcode": config.model_dump(mode="json"), "memory_mib": None}
+    settings = {"cut": {"kind": "whole"}, "transcode": config.model_dump(mode="json"), "memory_mib": None}
     jobs = (
-        Job(message={"url": str(f), "start": None, "end": None}, tag=None) for f in itertools.cycle(files)
+        Job(message={"url": str(f), "start": None, "end": None}, context=None) for f in itertools.cycle(files)
     )
     readings: list[float] = []
-    with WorkerPool(workers=1, hello=hello, clip_timeout_seconds=300, attempts=1) as pool:
+    with WorkerPool(workers=1, settings=settings, clip_timeout_seconds=300, attempts=1) as pool:
         for done, _ in enumerate(pool.run(itertools.islice(jobs, clips)), start=1):
             if done % max(1, clips // 8) == 0:
                 readings.append(_children_mib())

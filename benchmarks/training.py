@@ -19,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +132,7 @@ def plain_loop(
     assert run.schedule.steps is not None
     decay = [p for p in module.parameters() if p.ndim > 1]
     rest = [p for p in module.parameters() if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [
+    groups = [
         {"params": decay, "weight_decay": run.optim.weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
@@ -152,7 +151,7 @@ def plain_loop(
     return loader
 
 
-def compare(arguments: argparse.Namespace, *, stage: int, topology: Topology) -> dict[str, Any]:
+def compare(arguments: argparse.Namespace, *, stage: int, topology: Topology) -> dict[str, object]:
     """Medians over all steps of all rounds; which loop goes first alternates."""
     ours: list[float] = []
     plain: list[float] = []

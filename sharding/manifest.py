@@ -12,7 +12,13 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from _typeshed import DataclassInstance
+
+R = TypeVar("R", bound="DataclassInstance")
 
 FORMAT = "cliplift-shards/1"
 INDEX_FORMAT = "cliplift-index/1"
@@ -88,6 +94,27 @@ class Sample:
     flow_crc32: int = 0
 
 
+class SampleRow(TypedDict):
+    """The fields of a :class:`Sample` that do not say where its members lie."""
+
+    key: str
+    video_id: str
+    source: str
+    split: str
+    label: int
+    labels: tuple[int, ...]
+    folds: tuple[str, ...]
+    group: str | None
+    start_seconds: float
+    end_seconds: float
+    num_frames: int
+    fps: float
+    width: int
+    height: int
+    keyframes: tuple[int, ...]
+    source_sha256: str
+
+
 @dataclass(frozen=True)
 class Refused:
     """A clip or video that is not in the shards, and why."""
@@ -126,6 +153,14 @@ class ShardFacts:
     sha256: str
 
 
+class SplitFacts(TypedDict, total=False):
+    """One split as ``dataset.json`` lists it; ``shards`` came later than the others."""
+
+    samples: int
+    seconds: float
+    shards: int
+
+
 @dataclass(frozen=True)
 class Dataset:
     """``dataset.json``."""
@@ -135,12 +170,12 @@ class Dataset:
     shards: tuple[ShardFacts, ...]
     samples: int
     samples_sha256: str
-    splits: Mapping[str, Mapping[str, Any]]
+    splits: Mapping[str, SplitFacts]
     folds: int
     refused: Mapping[str, int]
     missing: int
     plan_id: str
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     versions: Mapping[str, str]
     fingerprint: str
 
@@ -155,7 +190,7 @@ def index_file(tar: str) -> str:
     return tar.removesuffix(".tar") + ".index.json"
 
 
-def canonical(tree: Any) -> bytes:
+def canonical(tree: object) -> bytes:
     """JSON in one fixed form, for hashing and for reproducible files."""
     return json.dumps(
         tree, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
@@ -227,13 +262,13 @@ def dataset_fingerprint(
 
 
 def rows_to_parquet(
-    rows: Sequence[Any], row_type: type[Any], *, extra: Mapping[str, Sequence[Any]] | None = None
+    rows: Sequence[R], row_type: type[R], *, extra: Mapping[str, Sequence[int]] | None = None
 ) -> bytes:
     """Dataclass rows as a Parquet file; the same rows give the same bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns: dict[str, Any] = {}
+    columns: dict[str, pa.Array] = {}
     for field in dataclasses.fields(row_type):
         values = [getattr(row, field.name) for row in rows]
         if field.name in _FLOW and not any(values):
@@ -246,7 +281,7 @@ def rows_to_parquet(
     return out.getvalue()
 
 
-def rows_from_parquet(data: bytes, row_type: type[Any], *, file: str) -> list[Any]:
+def rows_from_parquet(data: bytes, row_type: type[R], *, file: str) -> list[R]:
     """Rows written by :func:`rows_to_parquet`; columns that the type lacks are left out.
 
     Raises:
@@ -267,7 +302,7 @@ def rows_from_parquet(data: bytes, row_type: type[Any], *, file: str) -> list[An
     return [row_type(**dict(zip(names, values, strict=True))) for values in zip(*tuples, strict=True)]
 
 
-def read_table(data: bytes, *, file: str) -> Any:
+def read_table(data: bytes, *, file: str) -> pa.Table:
     """A Parquet file as an Arrow table.
 
     Raises:
@@ -290,7 +325,7 @@ def _stored(sample: dict[str, Any]) -> dict[str, Any]:
     return sample if sample["flow_bytes"] else {k: v for k, v in sample.items() if k not in _FLOW}
 
 
-def _arrow_type(annotation: str) -> Any:
+def _arrow_type(annotation: str) -> pa.DataType:
     import pyarrow as pa
 
     kinds = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}

@@ -10,7 +10,10 @@ import ipaddress
 import socket
 from contextvars import ContextVar
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import aiohttp
 
 # Whether the request of this task follows a redirect.
 _REDIRECTED: ContextVar[bool] = ContextVar("redirected", default=False)
@@ -53,7 +56,7 @@ def allow_private_redirects() -> None:
         conf.setdefault(scheme, {})["get_client"] = _unguarded_client
 
 
-def _require_public(peer: Any) -> None:
+def _require_public(peer: object) -> None:
     if _REDIRECTED.get() and not (isinstance(peer, tuple) and is_public(str(peer[0]))):
         raise PrivateRedirectError(
             "redirected to an address that is not on the public internet; list that address itself, or set "
@@ -61,21 +64,22 @@ def _require_public(peer: Any) -> None:
         )
 
 
-async def _unguarded_client(**settings: Any) -> Any:
+async def _unguarded_client(**settings: Any) -> aiohttp.ClientSession:
     import aiohttp
 
     return aiohttp.ClientSession(**settings)
 
 
-async def _client(**settings: Any) -> Any:
+async def _client(**settings: Any) -> aiohttp.ClientSession:
     """fsspec's HTTP client, whose connections are looked at after a redirect, by the address they lead to."""
     import aiohttp
 
     class Connector(aiohttp.TCPConnector):
         async def connect(self, *arguments: Any, **named: Any) -> Any:
-            connection: Any = await super().connect(*arguments, **named)
+            connection = await super().connect(*arguments, **named)
             try:  # a connection that was open already, perhaps by the address's own name in a list
-                _require_public(connection.transport.get_extra_info("peername"))
+                transport = connection.transport
+                _require_public(None if transport is None else transport.get_extra_info("peername"))
             except PrivateRedirectError:
                 connection.close()
                 raise
@@ -86,10 +90,10 @@ async def _client(**settings: Any) -> Any:
         _require_public(peer)
         return socket.socket(family, kind, protocol)
 
-    async def started(*_: Any) -> None:
+    async def started(*_: object) -> None:
         _REDIRECTED.set(False)
 
-    async def redirected(session: Any, context: SimpleNamespace, parameters: Any) -> None:
+    async def redirected(session: object, context: SimpleNamespace, parameters: object) -> None:
         _REDIRECTED.set(True)
 
     trace = aiohttp.TraceConfig()

@@ -17,10 +17,10 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Protocol, TypeVar
 
 from cliplift.sharding.redirects import PrivateRedirectError, guard_redirects
 
@@ -31,6 +31,19 @@ REMOTE_ATTEMPTS = 5
 REMOTE_PAUSE_SECONDS = 0.5
 
 R = TypeVar("R")
+
+
+class FileSystem(Protocol):
+    """What is used of an fsspec file system; paths are absolute inside it."""
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes: ...
+    def info(self, path: str) -> Mapping[str, object]: ...
+    def find(self, path: str) -> Sequence[str]: ...
+    def pipe_file(self, path: str, value: bytes) -> object: ...
+    def put_file(self, lpath: str, rpath: str) -> object: ...
+    def get_file(self, rpath: str, lpath: str) -> object: ...
+    def rm_file(self, path: str) -> object: ...
+    def invalidate_cache(self) -> object: ...
 
 
 class StorageError(ValueError):
@@ -169,12 +182,12 @@ class RemoteStore:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._opened: tuple[int, Any, str] | None = None
+        self._opened: tuple[int, FileSystem, str] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {"url": self.url, "_opened": None}
 
-    def _fs(self) -> tuple[Any, str]:
+    def _fs(self) -> tuple[FileSystem, str]:
         # fsspec's asynchronous file systems do not survive a fork: each process opens its own.
         opened = self._opened
         if opened is None or opened[0] != os.getpid():
@@ -197,15 +210,13 @@ class RemoteStore:
 
     def read(self, name: str) -> bytes:
         fs, root = self._fs()
-        data: bytes = self._retried("read", name, lambda: fs.cat_file(f"{root}/{name}"))
-        return data
+        return self._retried("read", name, lambda: fs.cat_file(f"{root}/{name}"))
 
     def read_range(self, name: str, start: int, length: int) -> bytes:
         fs, root = self._fs()
-        data: bytes = self._retried(
+        return self._retried(
             "read", name, lambda: fs.cat_file(f"{root}/{name}", start=start, end=start + length)
         )
-        return data
 
     def size(self, name: str) -> int | None:
         fs, root = self._fs()
@@ -213,7 +224,7 @@ class RemoteStore:
         def ask() -> int | None:
             fs.invalidate_cache()
             try:
-                return int(fs.info(f"{root}/{name}")["size"])
+                return int(str(fs.info(f"{root}/{name}")["size"]))
             except FileNotFoundError:
                 return None
 

@@ -23,7 +23,12 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from measure import Row, Setting
+
+Facts = dict[str, Any]  # a row as FILE holds it, or the whole FILE
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -47,22 +52,22 @@ class Record:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> dict[str, Any]:
+    def read(self) -> Facts:
         return json.loads(self.path.read_text()) if self.path.exists() else {"rows": []}
 
-    def write(self, content: dict[str, Any]) -> None:
+    def write(self, content: Facts) -> None:
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
         partial.replace(self.path)
 
-    def put(self, row: dict[str, Any]) -> None:
+    def put(self, row: Facts) -> None:
         """Add a row, or replace the one of this name."""
         content = self.read()
         content["rows"] = [r for r in content["rows"] if r["name"] != row["name"]] + [row]
         self.write(content)
 
 
-def chosen_rows(arguments: argparse.Namespace) -> list[Any]:
+def chosen_rows(arguments: argparse.Namespace) -> list[Row]:
     import data
     import engine
     import nets
@@ -112,11 +117,11 @@ def run_rows(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def run_row(row: Any, setting: Any, record: Record) -> bool:
+def run_row(row: Row, setting: Setting, record: Record) -> bool:
     """False where the process can run no further rows."""
     import torch
 
-    facts: dict[str, Any] = {"name": row.name, "goal": row.goal}
+    facts: Facts = {"name": row.name, "goal": row.goal}
     # A CPU that others use too may take any time for a tiny net.
     limit = 10 * row.limit_seconds if setting.small else row.limit_seconds
     record.put(facts | {"error": "did not end", "limit_seconds": limit, "started": time.time()})
@@ -140,7 +145,7 @@ def run_row(row: Any, setting: Any, record: Record) -> bool:
     return not poisoned
 
 
-def line_of(row: dict[str, Any]) -> str:
+def line_of(row: Facts) -> str:
     """A row for people."""
     if "error" in row:
         said = "FAILED: " + row["error"].splitlines()[0][:160]

@@ -7,18 +7,18 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from engine import random_batch
 from measure import Numbers, Row, Setting, alternating
 from waits import noted_waits, short_place
 
+from cliplift.configs.data import AugmentConfig, DataConfig
 from cliplift.pipelines.data.augment import DeviceAugment
 
 
 def augmentation(setting: Setting) -> Numbers:
     """Milliseconds per batch of what happens to clips on the device, by recipe, and waits in it."""
-    from cliplift.configs.data import AugmentConfig
     from cliplift.models.protocol import InputSpec
 
     spec = InputSpec(mean=(0.45, 0.45, 0.45), std=(0.225, 0.225, 0.225))
@@ -64,7 +64,7 @@ def loading(setting: Setting) -> Numbers:
     return found
 
 
-def _loader_rate(benchmark: Any, data: Any, setting: Setting) -> Numbers:
+def _loader_rate(benchmark: ModuleType, data: DataConfig, setting: Setting) -> Numbers:
     seconds, rates = setting.size(3, 1), {}
     for name, clips in (
         ("loader", benchmark.ours(data)),

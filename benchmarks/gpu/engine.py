@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from measure import Numbers, Row, Setting, peak_gib, seconds_of, synchronise
@@ -26,6 +26,9 @@ from cliplift.pipelines.engine.state import RunState
 from cliplift.pipelines.runs.tracking import Tracker
 from cliplift.pipelines.stages.classification import Classifier
 from cliplift.pipelines.stages.run import stage_of
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 CLASSES, WARM_UP = 16, 8
 CLASS_NAMES = tuple(f"class {number}" for number in range(CLASSES))
@@ -112,7 +115,7 @@ def _engine_loop(run: PretrainRun, name: str, shape: Shape, topology: Topology) 
     set_numerics(run.engine, topology.device)
     tracker = Tracker(run, stage="pretrain", folder=Path(run.output), topology=topology)
     loader = RepeatingLoader(shape)
-    task: Any = Task(_classifier(name, shape), shape[1], topology.device)
+    task = Task(_classifier(name, shape), shape[1], topology.device)
     loop.fit(task=task, run=run, loader=loader, topology=topology, tracker=tracker).release()
     tracker.finish()
     return loader.step_ms()
@@ -124,7 +127,7 @@ def _plain_loop(run: PretrainRun, name: str, shape: Shape, device: torch.device)
     assert run.schedule.steps is not None
     wide = [p for p in module.parameters() if p.ndim > 1]
     rest = [p for p in module.parameters() if p.ndim <= 1]
-    groups: list[dict[str, Any]] = [
+    groups = [
         {"params": wide, "weight_decay": run.optim.weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
@@ -211,7 +214,7 @@ def memory(setting: Setting, *, case: str) -> Numbers:
     before = torch.cuda.memory_allocated() if on_gpu else 0
     stage = stage_of(run, classes=CLASS_NAMES, topology=topology)
     built = stage.build_module(weights=True)
-    engine_: Any = build_engine(built.module, run, folder=setting.folder, saved=None, topology=topology)
+    engine_ = build_engine(built.module, run, folder=setting.folder, saved=None, topology=topology)
     for _ in range(2):
         inputs = stage.example_inputs(built, micro_batch=batch, world_size=1)
         engine_.backward(engine_({k: v.to(topology.device) for k, v in inputs.items()})["loss"])
@@ -241,11 +244,11 @@ def offload(setting: Setting) -> Numbers:
         torch.cuda.reset_peak_memory_stats()
         stage_ = stage_of(run, classes=CLASS_NAMES, topology=topology)
         built = stage_.build_module(weights=True)
-        engine: Any = build_engine(built.module, run, folder=setting.folder, saved=None, topology=topology)
+        engine = build_engine(built.module, run, folder=setting.folder, saved=None, topology=topology)
         inputs = stage_.example_inputs(built, micro_batch=8, world_size=1)
         inputs = {k: v.to(topology.device) for k, v in inputs.items()}
 
-        def step(engine: Any = engine, inputs: dict[str, Tensor] = inputs) -> None:
+        def step(engine: DeepSpeedEngine = engine, inputs: dict[str, Tensor] = inputs) -> None:
             engine.backward(engine(inputs)["loss"])
             engine.step()
 

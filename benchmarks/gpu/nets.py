@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +133,7 @@ def _large(build: Callable[[], nn.Module], shape: Sequence[int], batch: int, set
             "peak_gib": peak_gib(setting)}  # fmt: skip
 
 
-def _video_vit(size: str, setting: Setting, **options: Any) -> nn.Module:
+def _video_vit(size: str, setting: Setting, **options: object) -> nn.Module:
     if setting.small:
         return create_model("video_vit_tiny_8", in_frames=4, crop=16, depth=2, width=48, hidden=96, **options)
     return create_model(f"video_vit_{size}_16", in_frames=16, crop=224, **options)
@@ -186,13 +185,13 @@ def vit_masked(setting: Setting, *, size: str, compiled: bool = False) -> Number
     from cliplift.models.video_vit.huggingface import videomae_to_huggingface
     from cliplift.models.video_vit.masks import MaskDraws, token_numbers, tube_mask
 
-    encoder: Any = _video_vit(size, setting, num_classes=0, final_norm="tokens")
+    encoder = _video_vit(size, setting, num_classes=0, final_norm="tokens")
     width, depth, heads = {"base": (384, 4, 6), "large": (512, 12, 8)}[size]
     if setting.small:
         width, depth, heads = 24, 1, 3
-    ours: Any = MaskedAutoencoder(encoder, width=width, depth=depth, heads=heads)
+    ours = MaskedAutoencoder(encoder, width=width, depth=depth, heads=heads)
     state, config = videomae_to_huggingface(ours)
-    theirs: Any = VideoMAEForPreTraining(VideoMAEConfig(**config))
+    theirs = VideoMAEForPreTraining(VideoMAEConfig(**config))
     theirs.load_state_dict(state, strict=False)  # the hub's names of two biases are older
     ours, theirs = (net.to(setting.device, setting.half).train() for net in (ours, theirs))
     plain = ours
@@ -350,13 +349,13 @@ def transfer(setting: Setting) -> Numbers:
         f"engine.global_batch={batch}", "engine.precision=autocast_bf16", "engine.channels_last=true",
         "correspondence.negatives_per_clip=1", "track.wandb=disabled",
     ]  # fmt: skip
-    run: Any = load_run(RECIPES / "transfer" / "demo.yaml", RUNS, words).run
+    run = load_run(RECIPES / "transfer" / "demo.yaml", RUNS, words).run
     set_numerics(run.engine, setting.device)
     stage = stage_of(run, classes=(), topology=start(run.engine))
     built = stage.build_module(weights=True)
     inputs = stage.example_inputs(built, micro_batch=batch, world_size=1)
-    module: Any = built.module.to(setting.device)
-    teacher: Any = built.frozen
+    module = built.module.to(setting.device)
+    teacher = built.frozen
     assert teacher is not None
     teacher = teacher.to(setting.device).eval().requires_grad_(False)
     inputs = {name: value.to(setting.device) for name, value in inputs.items()}
@@ -365,7 +364,7 @@ def transfer(setting: Setting) -> Numbers:
     pictures = torch.randn(batch * frames_seen, 3, side, side, device=setting.device)
     kind = setting.device.type
 
-    def autocast() -> Any:
+    def autocast() -> torch.autocast:
         return torch.autocast(kind, setting.half)
 
     def alone() -> Tensor:

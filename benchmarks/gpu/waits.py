@@ -7,7 +7,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from engine import CLASSES, RepeatingLoader, Task, demo_run, device_words
@@ -54,7 +53,7 @@ def host_waits(setting: Setting) -> Numbers:
     return found
 
 
-def count_waits(setting: Setting, stage: int, precision: str, name: str) -> Any:
+def count_waits(setting: Setting, stage: int, precision: str, name: str) -> Numbers:
     side = setting.size(64 if name == "resnet3d_18" else 224, 32)
     words = [
         *device_words(setting), f"engine.zero_stage={stage}", f"engine.precision={precision}",
@@ -70,7 +69,7 @@ def count_waits(setting: Setting, stage: int, precision: str, name: str) -> Any:
     tracker = Tracker(run, stage="pretrain", folder=Path(run.output), topology=topology)
     options = {"crop": side} if name.startswith("timesformer") else {}
     net = create_model(name, num_classes=CLASSES, in_frames=8, **options)
-    task: Any = Task(Classifier(net, label_smoothing=0.0, multi_label=False), 8, topology.device)
+    task = Task(Classifier(net, label_smoothing=0.0, multi_label=False), 8, topology.device)
     set_numerics(run.engine, topology.device)
     fitting = loop.Trainer(task, run, RepeatingLoader(shape), topology, tracker)  # type: ignore[arg-type]
     watched_steps = 2

@@ -10,7 +10,7 @@ Gate order i, f, g, o. Shape letters: B clips, C channels, T steps, N state chan
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -50,6 +50,19 @@ def flat_steps(x: Tensor) -> Tensor:
     return frames if frames.ndim == 2 else frames.contiguous(memory_format=torch.channels_last)
 
 
+class Context(Protocol):
+    """What :class:`LSTMUnroll` keeps for its backward pass, on the object that autograd hands it."""
+
+    reverse: bool
+    new_cell: bool
+    input_shape: torch.Size
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
 class LSTMUnroll(torch.autograd.Function):
     """``apply(x, weight_input, bias, weight_hidden, peephole, h, c, real, reverse, new_cell)``.
 
@@ -60,7 +73,7 @@ class LSTMUnroll(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0917 - autograd passes them by position
-        ctx: Any,
+        ctx: Context,
         x: Tensor,
         weight_input: Tensor | None,
         bias: Tensor,
@@ -104,7 +117,7 @@ class LSTMUnroll(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, d_hidden: Tensor | None, d_h: Tensor | None, d_c: Tensor | None
+        ctx: Context, d_hidden: Tensor | None, d_h: Tensor | None, d_c: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         frames, weight_input, weight_hidden, peephole, h0, c0, real, gates, hidden, cells = ctx.saved_tensors
         T = len(hidden)

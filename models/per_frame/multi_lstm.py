@@ -171,7 +171,7 @@ def combined_frames(
     opinions = logits[:, step, torch.arange(N, device=logits.device)]
     weights = b * inside * real[:, step]  # (B, T, N)
     # A padded frame would have no weight at all; its result is not used, but must not be NaN in the backward pass.
-    weights[..., 0] = torch.where(real > 0, weights[..., 0], 1.0)
+    weights[..., 0].masked_fill_(real <= 0, 1.0)
     flat = averaged_predictions(opinions.flatten(0, 1), weights.flatten(0, 1), multi_label=multi_label)
     return torch.unflatten(flat, 0, (B, T))
 

@@ -11,16 +11,16 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import BinaryIO, Literal, cast
 
 from cliplift.sharding.video.picture_hash import alike, bands
 from cliplift.sharding.build.finalize import BuildError, load_indexes
 from cliplift.sharding.manifest import (
     DUPLICATE,
     DUPLICATES_FILE,
-    MEMBERS,
     Refused,
     Sample,
+    SampleRow,
     ShardIndex,
     canonical,
     index_file,
@@ -65,7 +65,7 @@ def find_duplicates(samples: Sequence[Sample], looks: Sequence[Sequence[int]]) -
         looks: picture hashes of their key frames; an empty one is compared by content only.
     """
     order = sorted(range(len(samples)), key=lambda i: (samples[i].split == "train", i))
-    by_content: dict[Any, list[int]] = defaultdict(list)
+    by_content: dict[tuple[object, ...], list[int]] = defaultdict(list)
     by_look: dict[tuple[int, int], list[int]] = defaultdict(list)
     found = []
     for number in order:
@@ -88,7 +88,7 @@ def find_duplicates(samples: Sequence[Sample], looks: Sequence[Sequence[int]]) -
     return sorted(found, key=lambda duplicate: duplicate.number)
 
 
-def _contents(sample: Sample) -> tuple[Any, ...]:
+def _contents(sample: Sample) -> tuple[tuple[object, ...], ...]:
     """What tells that two clips are the same: one file under two names, or streams that encode to the same bytes."""
     return (
         (sample.source_sha256, sample.start_seconds, sample.end_seconds),
@@ -182,15 +182,13 @@ def _rewrite(
                 if i in removed:
                     writer.refuse(_removed(sample, samples[removed[i].of], removed[i].kind))
                     continue
-                row = {
-                    k: v for k, v in vars(sample).items() if not k.startswith(tuple(f"{m}_" for m in MEMBERS))
-                }
+                row = {k: v for k, v in vars(sample).items() if k in SampleRow.__annotations__}
                 writer.add_members(
                     mp4=_member(file, sample, "mp4", index.tar),
                     payload=_member(file, sample, "json", index.tar),
                     flow=_member(file, sample, "flow", index.tar),
                     look=index.looks[i] if index.looks else (),
-                    **row,
+                    **cast(SampleRow, row),
                 )
             writer.commit()
         except BaseException:
@@ -204,10 +202,10 @@ def _removed(sample: Sample, of: Sample, kind: Kind) -> Refused:
     return Refused(video_id=sample.video_id, source=sample.source, clip=clip, stage=DUPLICATE, reason=reason)
 
 
-def _member(file: Any, sample: Sample, kind: str, tar: str) -> bytes:
+def _member(file: BinaryIO, sample: Sample, kind: str, tar: str) -> bytes:
     facts = asdict(sample)
     file.seek(facts[f"{kind}_offset"])
-    data: bytes = file.read(facts[f"{kind}_bytes"])
+    data = file.read(facts[f"{kind}_bytes"])
     if zlib.crc32(data) != facts[f"{kind}_crc32"]:
         raise BuildError(f"{tar}, {sample.key}.{kind}: crc32 differs; build again")
     return data

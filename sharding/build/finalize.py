@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 import av
 
@@ -21,6 +20,7 @@ from cliplift.sharding.manifest import (
     Sample,
     ShardFacts,
     ShardIndex,
+    SplitFacts,
     canonical,
     dataset_fingerprint,
     digest,
@@ -116,7 +116,7 @@ def describe(
     folds: int,
     missing: int,
     plan_id: str,
-    settings: dict[str, Any],
+    settings: Mapping[str, object],
 ) -> tuple[Dataset, bytes]:
     """``dataset.json`` and ``samples.parquet`` for finished shards."""
     rows = [sample for index in indexes for sample in index.samples]
@@ -133,7 +133,7 @@ def describe(
         )
         for i in indexes
     )
-    splits: dict[str, dict[str, Any]] = {}
+    splits: dict[str, SplitFacts] = {}
     for row in rows:
         entry = splits.setdefault(row.split, {"samples": 0, "seconds": 0.0})
         entry["samples"] += 1
@@ -141,6 +141,7 @@ def describe(
     for facts in shards:
         if facts.split in splits:
             splits[facts.split]["shards"] = splits[facts.split].get("shards", 0) + 1
+    cut = settings.get("cut")
     dataset = Dataset(
         name=name,
         classes=classes,
@@ -153,7 +154,7 @@ def describe(
         missing=missing,
         plan_id=plan_id,
         settings=settings,
-        versions=versions(shots=(settings.get("cut") or {}).get("kind") == "shots"),
+        versions=versions(shots=isinstance(cut, Mapping) and cut.get("kind") == "shots"),
         fingerprint=dataset_fingerprint(name, classes, shards, digest(table)),
     )
     return dataset, table

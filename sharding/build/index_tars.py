@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from cliplift.configs.sections import ConfigError
-from cliplift.configs.sharding import LimitsConfig, TranscodeConfig, WholeCut
+from cliplift.configs.sharding import LimitsConfig
 from cliplift.sharding.build.finalize import describe
 from cliplift.sharding.manifest import (
     DATASET_FILE,
@@ -34,6 +34,7 @@ from cliplift.sharding.manifest import (
     index_file,
 )
 from cliplift.sharding.build.pool import Job, WorkerPool
+from cliplift.sharding.build.worker import ClipFacts, decoding_settings, decoding_task
 from cliplift.sharding.sources.labels import number_labels
 from cliplift.sharding.scratch import local_copy
 from cliplift.sharding.sources.files import LeftOut, find_files, is_hidden, tell
@@ -103,10 +104,10 @@ def index_tars(
         for item in scan.found:
             sample = replace(item.sample, split=split, label=next(numbers))
             facts, reason = next(checked)
-            if reason:
+            if facts is None:
                 refused.append(Refused(sample.video_id, tar, clip=0, stage="decode", reason=reason))
             else:
-                samples.append(replace(sample, **facts))
+                samples.append(_described(sample, facts))
         indexes.append(
             ShardIndex(
                 shard=shard,
@@ -203,42 +204,33 @@ def _found(video: TarVideo, file: BinaryIO) -> _Found:
 
 def _check(
     url: str, tars: list[str], scanned: list[_Scan], *, workers: int, timeout: float
-) -> Iterator[tuple[dict[str, Any], str]]:
+) -> Iterator[tuple[ClipFacts | None, str]]:
     """Decode every video in full; per sample its facts, or the reason why it is refused."""
-    hello = {
-        "cut": WholeCut().model_dump(),
-        "transcode": TranscodeConfig().model_dump(mode="json"),
-        "memory_mib": LimitsConfig().memory_mib,  # as a build's workers have: a picture may claim any size
-    }
+    # As much memory as a build's workers have: a picture may claim any size.
+    settings = decoding_settings(memory_mib=LimitsConfig().memory_mib)
     jobs = [
-        Job(
-            message={
-                "check": True,
-                "url": join(url, tar),
-                "offset": f.sample.mp4_offset,
-                "bytes": f.sample.mp4_bytes,
-            },
-            tag=None,
-        )
+        Job(decoding_task(f.sample, join(url, tar)), None)
         for tar, scan in zip(tars, scanned, strict=True)
         for f in scan.found
     ]
     count = max(1, min(workers or len(os.sched_getaffinity(0)), len(jobs)))
-    with WorkerPool(workers=count, hello=hello, clip_timeout_seconds=timeout, attempts=1) as pool:
+    with WorkerPool[None](workers=count, settings=settings, clip_timeout_seconds=timeout, attempts=1) as pool:
         for _, result in pool.run(jobs):
             if result.refused:
-                yield {}, result.refused[0][2]
+                yield None, result.refused[0][2]
                 continue
-            facts, _ = result.clips[0]
-            fps = facts["fps"][0] / facts["fps"][1]
-            yield (
-                {
-                    "num_frames": facts["num_frames"],
-                    "width": facts["width"],
-                    "height": facts["height"],
-                    "keyframes": tuple(facts["keyframes"]),
-                    "fps": fps,
-                    "end_seconds": round(facts["num_frames"] / fps, 6),
-                },
-                "",
-            )
+            yield result.clips[0][0], ""
+
+
+def _described(sample: Sample, facts: ClipFacts) -> Sample:
+    """The sample with what its full decode found."""
+    fps = facts["fps"][0] / facts["fps"][1]
+    return replace(
+        sample,
+        num_frames=facts["num_frames"],
+        fps=fps,
+        width=facts["width"],
+        height=facts["height"],
+        keyframes=tuple(facts["keyframes"]),
+        end_seconds=round(facts["num_frames"] / fps, 6),
+    )

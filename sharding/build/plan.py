@@ -6,7 +6,6 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
@@ -50,12 +49,12 @@ class Plan:
     classes: tuple[str, ...]
     folds: int
     missing: int
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     shards: tuple[PlannedShard, ...]
     videos: tuple[SourceVideo, ...]
 
 
-def settings_of(run: ShardRun) -> dict[str, Any]:
+def settings_of(run: ShardRun) -> dict[str, object]:
     """The part of a run that decides the bytes of the shards."""
     settings = run.model_dump(
         mode="json", include={"name", "source", "splits", "cut", "transcode", "flow", "shards", "duplicates"}
@@ -181,7 +180,7 @@ def plan_once(run: ShardRun, store: Store) -> Plan:
     return found
 
 
-def _first_difference(before: Any, now: Any, key: str) -> tuple[str, Any, Any]:
+def _first_difference(before: object, now: object, key: str) -> tuple[str, object, object]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in sorted({*before, *now}):
             path = f"{key}.{name}" if key else name

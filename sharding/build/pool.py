@@ -15,14 +15,14 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from cliplift.sharding.scratch import scratch_folder
-from cliplift.sharding.build.worker import receive, send
+from cliplift.sharding.build.worker import ClipFacts, Message, WorkerSettings, receive, send
 
 LOOK_AHEAD_PER_WORKER = 4
 START_SECONDS = 60.0  # importing the libraries on a busy machine
@@ -43,10 +43,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Job(Generic[T]):
-    """A video to cut: what the worker is told, and whatever the caller wants back with the result."""
+    """A video to cut: the task as it is sent to a worker, and whatever the caller wants back with the result."""
 
-    message: dict[str, Any]
-    tag: T
+    message: Mapping[str, object]
+    context: T
 
 
 @dataclass
@@ -54,12 +54,12 @@ class VideoResult:
     """Everything that came of one video."""
 
     sha256: str = ""
-    clips: list[tuple[dict[str, Any], bytes]] = field(default_factory=list)
+    clips: list[tuple[ClipFacts, bytes]] = field(default_factory=list)
     refused: list[tuple[int, str, str]] = field(default_factory=list)
 
 
-class _Worker:
-    def __init__(self, hello: dict[str, Any], scratch: Path) -> None:
+class _Worker(Generic[T]):
+    def __init__(self, settings: WorkerSettings, scratch: Path) -> None:
         self.scratch = scratch
         scratch.mkdir()
         ours, theirs = socket.socketpair()
@@ -74,8 +74,8 @@ class _Worker:
             )
         self.link = ours
         self.link.settimeout(START_SECONDS)
-        send(ours, hello)
-        self.slot: _Slot | None = None
+        send(ours, settings)
+        self.slot: _Slot[T] | None = None
         self.deadline = 0.0
         self.fresh = True
         self.last_words = ""
@@ -97,10 +97,10 @@ class _Worker:
 
 
 @dataclass
-class _Slot:
+class _Slot(Generic[T]):
     """A job under way."""
 
-    job: Job[Any]
+    job: Job[T]
     result: VideoResult = field(default_factory=VideoResult)
     next_clip: int = 0
     clips: int | None = None
@@ -108,28 +108,28 @@ class _Slot:
     done: bool = False
 
 
-class WorkerPool:
+class WorkerPool(Generic[T]):
     """Run jobs in isolated processes.
 
     Args:
         workers: processes.
-        hello: settings sent to each worker at its start.
+        settings: sent to each worker at its start.
         clip_timeout_seconds: time without a finished clip after which a worker is killed.
         attempts: times a clip is tried when its worker died or was killed.
     """
 
     def __init__(
-        self, *, workers: int, hello: dict[str, Any], clip_timeout_seconds: float, attempts: int
+        self, *, workers: int, settings: WorkerSettings, clip_timeout_seconds: float, attempts: int
     ) -> None:
-        self._count, self._hello = workers, hello
+        self._count, self._settings = workers, settings
         self._timeout, self._attempts = clip_timeout_seconds, attempts
-        self._workers: list[_Worker] = []
+        self._workers: list[_Worker[T]] = []
         self._selector = selectors.DefaultSelector()
         self._held = ExitStack()
         self._scratch = Path()
         self._started = 0
 
-    def __enter__(self) -> WorkerPool:
+    def __enter__(self) -> WorkerPool[T]:
         self._scratch = self._held.enter_context(scratch_folder())
         return self
 
@@ -145,8 +145,8 @@ class WorkerPool:
     def run(self, jobs: Iterable[Job[T]]) -> Iterator[tuple[Job[T], VideoResult]]:
         """Results in the order of the jobs. At most a few jobs per worker are held in memory."""
         source = iter(jobs)
-        window: deque[_Slot] = deque()
-        waiting: deque[_Slot] = deque()
+        window: deque[_Slot[T]] = deque()
+        waiting: deque[_Slot[T]] = deque()
         exhausted = False
         while True:
             while not exhausted and len(window) < LOOK_AHEAD_PER_WORKER * self._count:
@@ -166,7 +166,7 @@ class WorkerPool:
                 self._dispatch(waiting)
                 self._wait(waiting)
 
-    def _dispatch(self, waiting: deque[_Slot]) -> None:
+    def _dispatch(self, waiting: deque[_Slot[T]]) -> None:
         idle = [w for w in self._workers if w.slot is None]
         while waiting and (idle or len(self._workers) < self._count):
             worker = idle.pop() if idle else self._start()
@@ -174,37 +174,37 @@ class WorkerPool:
             # A new worker's first answer includes the time its libraries take to load.
             worker.deadline = time.monotonic() + self._timeout + (START_SECONDS if worker.fresh else 0.0)
             try:
-                send(worker.link, worker.slot.job.message | {"first_clip": worker.slot.next_clip})
+                send(worker.link, {**worker.slot.job.message, "first_clip": worker.slot.next_clip})
             except OSError:
-                self._lost(worker, waiting, stage="crash")
+                self._worker_lost(worker, waiting, stage="crash")
 
-    def _start(self) -> _Worker:
+    def _start(self) -> _Worker[T]:
         self._started += 1
-        worker = _Worker(self._hello, self._scratch / f"worker-{self._started}")
+        worker: _Worker[T] = _Worker(self._settings, self._scratch / f"worker-{self._started}")
         self._workers.append(worker)
         self._selector.register(worker.link, selectors.EVENT_READ, worker)
         return worker
 
-    def _wait(self, waiting: deque[_Slot]) -> None:
+    def _wait(self, waiting: deque[_Slot[T]]) -> None:
         busy = [w for w in self._workers if w.slot is not None]
         if not busy:
             return
         patience = max(0.0, min(w.deadline for w in busy) - time.monotonic())
         for key, _ in self._selector.select(patience):
-            worker: _Worker = key.data
+            worker: _Worker[T] = key.data
             try:
                 worker.link.settimeout(max(0.01, worker.deadline - time.monotonic()))
                 message, payload = receive(worker.link)
             except TimeoutError:
-                self._lost(worker, waiting, stage="timeout")
+                self._worker_lost(worker, waiting, stage="timeout")
             except (EOFError, OSError):
-                self._lost(worker, waiting, stage="crash")
+                self._worker_lost(worker, waiting, stage="crash")
             else:
-                self._take(worker, message, payload)
+                self._handle_message(worker, message, payload)
         for worker in [w for w in busy if w.slot is not None and time.monotonic() > w.deadline]:
-            self._lost(worker, waiting, stage="timeout")
+            self._worker_lost(worker, waiting, stage="timeout")
 
-    def _take(self, worker: _Worker, message: dict[str, Any], payload: bytes) -> None:
+    def _handle_message(self, worker: _Worker[T], message: Message, payload: bytes) -> None:
         slot = worker.slot
         assert slot is not None, "a worker spoke without a job"
         worker.fresh = False
@@ -223,12 +223,12 @@ class WorkerPool:
             refused = message.get("refused")
             number = message["clip"] if refused is None else refused
             if refused is None:
-                slot.result.clips.append((message, payload))
+                slot.result.clips.append((cast(ClipFacts, message), payload))
             else:
                 slot.result.refused.append((number, message["stage"], message["reason"]))
             slot.next_clip, slot.failures = number + 1, 0
 
-    def _lost(self, worker: _Worker, waiting: deque[_Slot], *, stage: str) -> None:
+    def _worker_lost(self, worker: _Worker[T], waiting: deque[_Slot[T]], *, stage: str) -> None:
         """A worker is gone or must go; its clip is tried again or refused."""
         slot = worker.slot
         self._selector.unregister(worker.link)

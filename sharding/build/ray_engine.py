@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from types import ModuleType
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
@@ -53,7 +53,7 @@ def build_on_ray(
             ray.shutdown()
 
 
-def _ray() -> Any:
+def _ray() -> ModuleType:
     try:
         import ray
     except ImportError as error:
@@ -66,7 +66,7 @@ def _ray() -> Any:
     return ray
 
 
-def _connect(ray: Any, run: ShardRun) -> bool:
+def _connect(ray: ModuleType, run: ShardRun) -> bool:
     """Join the cluster, or start one on this machine; whether this call did."""
     if ray.is_initialized():
         return False
@@ -94,7 +94,7 @@ def _knock(address: str) -> None:
 
 
 def _map(
-    ray: Any,
+    ray: ModuleType,
     run: ShardRun,
     plan: Plan,
     shards: Sequence[PlannedShard],
@@ -114,7 +114,7 @@ def _map(
     task = ray.remote(num_cpus=run.ray.cpus_per_shard, max_retries=run.ray.retries)(build_one)
     at_once = max(1, int(ray.cluster_resources().get("CPU", 1) // run.ray.cpus_per_shard))
     waiting = list(reversed(shards))
-    running: dict[Any, PlannedShard] = {}
+    running: dict[object, PlannedShard] = {}
     built: list[BuiltShard] = []
     while waiting or running:
         while waiting and len(running) < TASKS_AHEAD * at_once:
@@ -142,7 +142,7 @@ def _own_part(plan: Plan, shard: PlannedShard) -> tuple[Plan, PlannedShard]:
 
 
 def _result(
-    ray: Any, reference: Any, shard: PlannedShard, run: ShardRun, *, others: dict[Any, PlannedShard]
+    ray: ModuleType, reference: object, shard: PlannedShard, run: ShardRun, *, others: dict[object, PlannedShard]
 ) -> tuple[list[BuiltShard], Progress]:
     try:
         result: tuple[list[BuiltShard], Progress] = ray.get(reference)

@@ -8,13 +8,16 @@ import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.build.run import BuildReport
 from cliplift.sharding.manifest import canonical, dump_dataset
 from cliplift.sharding.build.unit import Progress
 from cliplift.sharding.storage import open_store, without_secrets
+
+if TYPE_CHECKING:
+    import wandb
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -31,7 +34,7 @@ class BuildTracker:
         self.run = run
         self._name = run.name if part is None else f"{run.name} part {part[0]} of {part[1]}"
         self._id_file = "wandb.json" if part is None else f"wandb-{part[0]}-of-{part[1]}.json"
-        self._wandb: Any = None
+        self._wandb: wandb.Run | None = None
         self._last = float("-inf")
 
     def __enter__(self) -> BuildTracker:
@@ -76,7 +79,7 @@ class BuildTracker:
             file.write(dump_dataset(report.dataset))
         self._wandb.log_artifact(artifact)
 
-    def _start(self, mode: Mode) -> Any:
+    def _start(self, mode: Mode) -> wandb.Run:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
@@ -137,9 +140,9 @@ def progress_numbers(progress: Progress) -> dict[str, float]:
     return numbers
 
 
-def summary_numbers(report: BuildReport) -> dict[str, Any]:
+def summary_numbers(report: BuildReport) -> dict[str, float | str]:
     """The closing numbers of a build."""
-    numbers: dict[str, Any] = {
+    numbers: dict[str, float | str] = {
         "shards_built": report.shards_built,
         "shards_kept": report.shards_kept,
         "clips_written": report.clips_written,

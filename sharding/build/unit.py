@@ -10,13 +10,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 from cliplift.configs.sharding import ShardRun
-from cliplift.sharding.manifest import Refused, ShardIndex, SourceVideo
+from cliplift.sharding.manifest import Refused, SampleRow, ShardIndex, SourceVideo
 from cliplift.sharding.build.plan import Plan, PlannedShard
 from cliplift.sharding.build.pool import Job, VideoResult, WorkerPool
 from cliplift.sharding.sources.read import video_url
 from cliplift.sharding.storage import Store, without_secrets
+from cliplift.sharding.build.worker import ClipFacts, WorkerSettings
 from cliplift.sharding.build.writer import ShardWriter
 
 
@@ -86,16 +86,16 @@ def build_shards(
     if not shards:
         return []
     started = time.monotonic()
-    hello = {
+    settings: WorkerSettings = {
         "cut": run.cut.model_dump(mode="json"),
         "transcode": run.transcode.model_dump(mode="json"),
         "flow": None if run.flow is None else run.flow.model_dump(mode="json"),
         "memory_mib": run.limits.memory_mib,
         "private_redirects": run.limits.private_redirects,
     }
-    pool = WorkerPool(
+    pool = WorkerPool[tuple[PlannedShard, int]](
         workers=min(workers, sum(s.stop - s.start for s in shards)),
-        hello=hello,
+        settings=settings,
         clip_timeout_seconds=run.limits.clip_timeout_seconds,
         attempts=run.limits.attempts,
     )
@@ -104,7 +104,7 @@ def build_shards(
     with pool:
         try:
             for job, result in pool.run(_jobs(plan, shards)):
-                shard, number = job.tag
+                shard, number = job.context
                 if writer is None:
                     writer = ShardWriter(
                         store, shard.tar, shard=shard.shard, split=shard.split, plan_id=plan.plan_id
@@ -144,7 +144,7 @@ def _jobs(plan: Plan, shards: Sequence[PlannedShard]) -> Iterator[Job[tuple[Plan
                 "end": video.end_seconds,
                 "listed": "://" in video.source or "::" in video.source,
             }
-            yield Job(message=message, tag=(shard, number))
+            yield Job(message=message, context=(shard, number))
 
 
 def _add_video(
@@ -154,7 +154,7 @@ def _add_video(
     for facts, data in result.clips:
         mp4, flow = data[: len(data) - facts["flow_bytes"]], data[len(data) - facts["flow_bytes"] :]
         key = f"{shard.shard:06d}-{number:05d}-{facts['clip']:05d}"
-        row: dict[str, Any] = {
+        row: SampleRow = {
             "key": key,
             "video_id": video.video_id,
             "source": without_secrets(video.source),
@@ -187,8 +187,8 @@ def _add_video(
 
 
 def _sample_json(
-    plan: Plan, video: SourceVideo, facts: dict[str, Any], row: dict[str, Any]
-) -> dict[str, Any]:
+    plan: Plan, video: SourceVideo, facts: ClipFacts, row: SampleRow
+) -> dict[str, object]:
     """The JSON member of a sample: everything a reader of the bare tar needs to know."""
     numbers = (video.label,) if video.label >= 0 else ()
     return {

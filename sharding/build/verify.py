@@ -12,6 +12,7 @@ from cliplift.configs.sharding import TranscodeConfig, WholeCut
 from cliplift.sharding.video.picture_hash import near_duplicates
 from cliplift.sharding.manifest import Dataset, Sample, ShardFacts
 from cliplift.sharding.build.pool import Job, VideoResult, WorkerPool
+from cliplift.sharding.build.worker import decoding_settings, decoding_task
 from cliplift.sharding.storage import join
 import hashlib
 import tarfile
@@ -59,19 +60,14 @@ def decode_clips(
         timeout: a clip not decoded in this time is an error, seconds.
     """
     jobs = list(_jobs(dataset, samples, url, extent))
-    hello = {
-        "cut": WholeCut().model_dump(),
-        "transcode": TranscodeConfig().model_dump(mode="json"),
-        "memory_mib": None,
-    }
     problems: list[Problem] = []
     looks: list[list[int]] = []
     count = min(workers or len(os.sched_getaffinity(0)), max(1, len(jobs)))
-    with WorkerPool(workers=count, hello=hello, clip_timeout_seconds=timeout, attempts=1) as pool:
+    with WorkerPool[tuple[ShardFacts, Sample]](workers=count, settings=decoding_settings(), clip_timeout_seconds=timeout, attempts=1) as pool:
         for job, result in pool.run(jobs):
             looks.append(result.clips[0][0]["look"] if result.clips else [])
-            problems += _wrong(*job.tag, result)
-    problems += _look_alikes([job.tag[1] for job in jobs], looks)
+            problems += _wrong(*job.context, result)
+    problems += _look_alikes([job.context[1] for job in jobs], looks)
     return problems, len(jobs)
 
 
@@ -82,8 +78,7 @@ def _jobs(
     for shard in dataset.shards:
         for i, sample in enumerate(samples[number : number + shard.samples]):
             if extent == "full" or i % SAMPLE_EVERY == 0:
-                place = {"offset": sample.mp4_offset, "bytes": sample.mp4_bytes}
-                yield Job({"check": True, "url": join(url, shard.file), **place}, (shard, sample))
+                yield Job(decoding_task(sample, join(url, shard.file)), (shard, sample))
         number += shard.samples
 
 
@@ -92,12 +87,13 @@ def _wrong(shard: ShardFacts, sample: Sample, result: VideoResult) -> Iterator[P
     member = f"{sample.key}.mp4"
     for _, _, reason in result.refused:
         yield Problem("decode", shard.file, f"{member}: {reason}")
-    for found, _ in result.clips:
+    for facts, _ in result.clips:
         expected = {name: getattr(sample, name) for name in ("num_frames", "width", "height")}
         expected["keyframes"] = list(sample.keyframes)
-        wrong = [name for name, value in expected.items() if found[name] != value]
+        decoded = dict(facts)
+        wrong = [name for name, value in expected.items() if decoded[name] != value]
         if wrong:
-            detail = f"{member}: {wrong[0]} is {found[wrong[0]]}, the index says {expected[wrong[0]]}"
+            detail = f"{member}: {wrong[0]} is {decoded[wrong[0]]}, the index says {expected[wrong[0]]}"
             yield Problem("decode", shard.file, detail)
 
 

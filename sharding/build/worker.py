@@ -26,28 +26,73 @@ import struct
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from pydantic import TypeAdapter
 
-from cliplift.configs.sharding import Cut, FlowConfig, TranscodeConfig
+from cliplift.configs.sharding import Cut, FlowConfig, TranscodeConfig, WholeCut
+from cliplift.sharding.manifest import Sample
 from cliplift.sharding.video.full_decode import check_clip
 from cliplift.sharding.video.cuts import spans
 from cliplift.sharding.video.flow import flow_member
 from cliplift.sharding.redirects import allow_private_redirects
 from cliplift.sharding.storage import StorageError, open_store, require_plain_url
 from cliplift.sharding.sources.tars import inside_tar
-from cliplift.sharding.video.transcode import SpanCutter
+from cliplift.sharding.video.transcode import SourceFacts, SpanCutter
 from cliplift.sharding.video.decode import PastTheEndError, VideoDecodeError
 
 HEADER = struct.Struct("!II")
 PR_SET_PDEATHSIG = 1
 CHUNK_BYTES = 1 << 20
 
+Message = dict[str, Any]  # a JSON object as it arrives; its keys are listed above
 
-def send(link: socket.socket, message: dict[str, Any], payload: bytes = b"") -> None:
+
+class WorkerSettings(TypedDict):
+    """The first message: sections of the run as JSON, and the limit of a worker's memory, MiB."""
+
+    cut: object
+    transcode: object
+    flow: NotRequired[object]
+    private_redirects: NotRequired[bool]
+    memory_mib: int | None
+
+
+class ClipFacts(TypedDict, total=False):
+    """What comes back with a clip. Of a stored clip that was only decoded, the facts up to ``look``."""
+
+    clip: int
+    num_frames: int
+    fps: list[int]  # numerator, denominator
+    width: int
+    height: int
+    keyframes: list[int]
+    look: list[int]
+    start_seconds: float
+    end_seconds: float
+    source_facts: SourceFacts
+    not_copied: str | None
+    flow_bytes: int
+
+
+def decoding_settings(*, memory_mib: int | None = None) -> WorkerSettings:
+    """The settings of workers that cut nothing and only decode stored clips."""
+    return {
+        "cut": WholeCut().model_dump(),
+        "transcode": TranscodeConfig().model_dump(mode="json"),
+        "memory_mib": memory_mib,
+    }
+
+
+def decoding_task(sample: Sample, tar_url: str) -> dict[str, object]:
+    """The task to decode a stored clip in full."""
+    return {"check": True, "url": tar_url, "offset": sample.mp4_offset, "bytes": sample.mp4_bytes}
+
+
+def send(link: socket.socket, message: Mapping[str, object], payload: bytes = b"") -> None:
     """Send one message."""
     head = json.dumps(message, ensure_ascii=True).encode()
     link.sendall(HEADER.pack(len(head), len(payload)) + head)
@@ -55,7 +100,7 @@ def send(link: socket.socket, message: dict[str, Any], payload: bytes = b"") -> 
         link.sendall(payload)
 
 
-def receive(link: socket.socket) -> tuple[dict[str, Any], bytes]:
+def receive(link: socket.socket) -> tuple[Message, bytes]:
     """Receive one message; ``EOFError`` when the other side is gone."""
     head_bytes, payload_bytes = HEADER.unpack(_exactly(link, HEADER.size))
     head = json.loads(_exactly(link, head_bytes))
@@ -82,7 +127,7 @@ class Stored:
 
 def _serve(link: socket.socket) -> None:
     settings, _ = receive(link)
-    cut: Any = TypeAdapter(Cut).validate_python(settings["cut"])
+    cut: Cut = TypeAdapter(Cut).validate_python(settings["cut"])
     transcode = TranscodeConfig.model_validate(settings["transcode"])
     flow = None if settings.get("flow") is None else FlowConfig.model_validate(settings["flow"])
     if settings.get("private_redirects"):
@@ -97,13 +142,13 @@ def _serve(link: socket.socket) -> None:
         except EOFError:
             return
         if "check" in task:
-            _check(link, task)
+            _decode_clip(link, task)
         else:
-            _do(link, task, cut, Stored(transcode, flow), scratch)
+            _cut_video(link, task, cut, Stored(transcode, flow), scratch)
         send(link, {"done": True})
 
 
-def _do(link: socket.socket, task: dict[str, Any], cut: Any, stored: Stored, scratch: Path) -> None:
+def _cut_video(link: socket.socket, task: Message, cut: Cut, stored: Stored, scratch: Path) -> None:
     copy: Path | None = None
     try:
         if task["listed"]:
@@ -125,14 +170,14 @@ def _do(link: socket.socket, task: dict[str, Any], cut: Any, stored: Stored, scr
         send(link, {"clips": len(clips), "sha256": sha256})
         with SpanCutter(path, stored.transcode, alive=lambda: send(link, {"working": True})) as cutter:
             for number in range(task["first_clip"], len(clips)):
-                if not _one_clip(link, cutter, number, clips[number], stored):
+                if not _cut_clip(link, cutter, number, clips[number], stored):
                     break
     finally:
         if copy is not None:
             copy.unlink(missing_ok=True)
 
 
-def _one_clip(
+def _cut_clip(
     link: socket.socket, cutter: SpanCutter, number: int, span: tuple[float, float | None], stored: Stored
 ) -> bool:
     """Cut and send one clip; whether the video may have more of them."""
@@ -145,7 +190,7 @@ def _one_clip(
         send(link, {"refused": number, "stage": stage, "reason": _reason(error)})
         return not isinstance(error, PastTheEndError)
     checked = clip.checked
-    facts = {
+    facts: ClipFacts = {
         "clip": number,
         "start_seconds": clip.start_seconds,
         "end_seconds": clip.end_seconds,
@@ -163,21 +208,23 @@ def _one_clip(
     return True
 
 
-def _check(link: socket.socket, task: dict[str, Any]) -> None:
+def _decode_clip(link: socket.socket, task: Message) -> None:
     folder, _, name = task["url"].rpartition("/")
     try:
         checked = check_clip(open_store(folder).read_range(name, task["offset"], task["bytes"]), look=True)
     except (VideoDecodeError, OSError, StorageError, MemoryError) as error:
         send(link, {"refused": 0, "stage": "decode", "reason": _reason(error)})
         return
-    found = {
+    facts: ClipFacts = {
+        "clip": 0,
         "num_frames": checked.frames,
         "width": checked.width,
         "height": checked.height,
         "fps": [checked.fps.numerator, checked.fps.denominator],
+        "keyframes": list(checked.keyframes),
         "look": list(checked.look),
     }
-    send(link, {"clip": 0, **found, "keyframes": list(checked.keyframes)})
+    send(link, facts)
 
 
 def _reason(error: BaseException) -> str:

@@ -6,11 +6,12 @@ import hashlib
 import json
 import tarfile
 import zlib
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, Unpack
 
-from cliplift.sharding.manifest import MEMBERS, Refused, Sample, ShardIndex, dump_index, index_file
+from cliplift.sharding.manifest import MEMBERS, Refused, Sample, SampleRow, ShardIndex, dump_index, index_file
 from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.storage import Store, hold, remove_temporaries_of, temporary_beside
 
@@ -44,17 +45,16 @@ class ShardWriter:
         hold(self._file)
 
     def add(
-        self, *, mp4: bytes, flow: bytes = b"", facts: dict[str, Any], look: tuple[int, ...], **row: Any
+        self, *, mp4: bytes, flow: bytes = b"", facts: Mapping[str, object], look: tuple[int, ...], **row: Unpack[SampleRow]
     ) -> None:
         """Append ``KEY.mp4``, ``KEY.json`` and, if there is flow, ``KEY.flow.mp4``.
 
-        ``row`` holds the :class:`Sample` fields other than the places.
         """
         payload = json.dumps(facts, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=None).encode()
         self.add_members(mp4=mp4, payload=payload, flow=flow, look=look, **row)
 
     def add_members(
-        self, *, mp4: bytes, payload: bytes, flow: bytes = b"", look: tuple[int, ...], **row: Any
+        self, *, mp4: bytes, payload: bytes, flow: bytes = b"", look: tuple[int, ...], **row: Unpack[SampleRow]
     ) -> None:
         """The same with the JSON member as bytes."""
         key = row["key"]

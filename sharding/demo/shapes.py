@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,7 +88,7 @@ def background(rng: np.random.Generator, look: Look, side: int) -> Array:
     phase = rng.uniform(0, 2 * np.pi, 4)
     a, b = rng.integers(1, 5, 2)
     wobble = 0.25 * np.sin(2 * np.pi * x + phase[0]) + 0.25 * np.cos(2 * np.pi * y + phase[1])
-    field: Any
+    field: Array
     if family.startswith("clouds"):
         field = _clouds(rng, side, finest=3 if family == "clouds" else 5)
     elif family == "stripes":
@@ -120,7 +119,7 @@ def _clouds(rng: np.random.Generator, side: int, *, finest: int) -> Array:
     return np.asarray(noise / (np.abs(noise).max() + 1e-9), np.float32)
 
 
-def _cells(rng: np.random.Generator, x: Any, y: Any) -> Array:
+def _cells(rng: np.random.Generator, x: NDArray[np.float64], y: NDArray[np.float64]) -> Array:
     points = rng.random((12, 2))
     apart = np.stack([np.hypot((x - px + 0.5) % 1 - 0.5, (y - py + 0.5) % 1 - 0.5) for px, py in points])
     return np.asarray(apart.min(axis=0) * 6 - 1, np.float32)

@@ -6,15 +6,15 @@ import base64
 import html
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
+import numpy.typing as npt
 
-from cliplift.sharding.manifest import Dataset
+from cliplift.sharding.manifest import Dataset, SplitFacts
 from cliplift.sharding.read.reader import ShardDataset, ShardReadError, read_dataset
 from cliplift.sharding.storage import open_store, whole_file
 from cliplift.sharding.video.decode import Frames, VideoDecodeError, decode_frames
@@ -107,11 +107,11 @@ def jpeg(frame: Frames) -> bytes:
     picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
         format="yuvj420p"
     )
-    packets: Sequence[Any] = [*codec.encode(picture), *codec.encode(None)]
+    packets = [*codec.encode(picture), *codec.encode(None)]
     return b"".join(bytes(packet) for packet in packets)
 
 
-def _overview(splits: Any) -> str:
+def _overview(splits: Mapping[str, SplitFacts]) -> str:
     rows = "".join(
         f"<tr><td>{html.escape(name)}<td>{s['samples']}<td>{s.get('shards', 0)}<td>{s['seconds'] / 3600:.3f}</tr>"
         for name, s in splits.items()
@@ -119,7 +119,7 @@ def _overview(splits: Any) -> str:
     return f"<table><tr><th>split<th>clips<th>shards<th>hours</tr>{rows}</table>"
 
 
-def _quantiles(title: str, values: Any) -> str:
+def _quantiles(title: str, values: npt.NDArray[np.float64 | np.int64]) -> str:
     points = np.quantile(values, [0, 0.05, 0.5, 0.95, 1])
     cells = "".join(f"<td>{p:.4g}" for p in points)
     return (

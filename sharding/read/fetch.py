@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from cliplift.sharding.manifest import ShardFacts
 from cliplift.sharding.storage import StorageError, Store, temporary_beside
@@ -31,10 +30,10 @@ class OpenFiles:
         self._files: dict[Path, _OpenFile] = {}
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {}
 
-    def __setstate__(self, _: dict[str, Any]) -> None:
+    def __setstate__(self, _: dict[str, object]) -> None:
         self._files, self._lock = {}, threading.Lock()
 
     def read(self, path: Path, offset: int, length: int) -> bytes:

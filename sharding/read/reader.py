@@ -10,9 +10,10 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from cliplift.configs.sections import ConfigError
 from cliplift.sharding.manifest import (
@@ -31,6 +32,9 @@ from cliplift.sharding.manifest import (
 from cliplift.sharding.read.fetch import OpenFiles, ShardCache
 from cliplift.sharding.read.subsets import Subset
 from cliplift.sharding.storage import StorageError, Store, open_store
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 UNUSED = ""
 
@@ -120,7 +124,7 @@ class ShardDataset:
             raise ManifestError(f"{url}/{SAMPLES_FILE}: does not belong to {DATASET_FILE}; finalize again")
         self._load(dataset, read_table(data, file=SAMPLES_FILE))
 
-    def _load(self, dataset: Dataset, table: Any) -> None:
+    def _load(self, dataset: Dataset, table: pa.Table) -> None:
         splits = _resolved_splits(dataset, table, self.url, self.fold)
         names, counts = np.unique(splits, return_counts=True)
         self.splits = tuple(str(name) for name in names if name != UNUSED)
@@ -200,7 +204,7 @@ class ShardDataset:
         values: list[Any] = self._table.column(name).to_pylist()
         return values
 
-    def encoded(self, name: str) -> tuple[list[str], Any]:
+    def encoded(self, name: str) -> tuple[list[str], npt.NDArray[np.int32]]:
         """The different values of a column in order of appearance, and the place of every sample's among them."""
         coded = self._table.column(name).combine_chunks().dictionary_encode()
         return coded.dictionary.to_pylist(), coded.indices.to_numpy()
@@ -242,9 +246,9 @@ class ShardDataset:
         self._files.announce(path, offset, length)
         return True
 
-    def read_json(self, i: int) -> dict[str, Any]:
+    def read_json(self, i: int) -> dict[str, object]:
         """The JSON member of sample ``i``; raises as :meth:`read` does."""
-        tree: dict[str, Any] = json.loads(self._member(i, "json"))
+        tree: dict[str, object] = json.loads(self._member(i, "json"))
         return tree
 
     def close(self) -> None:
@@ -313,7 +317,9 @@ def fold_count(url: str) -> int:
     return read_dataset(open_store(url)).folds
 
 
-def _resolved_splits(dataset: Dataset, table: Any, url: str, fold: int | None) -> Any:
+def _resolved_splits(
+    dataset: Dataset, table: pa.Table, url: str, fold: int | None
+) -> npt.NDArray[np.object_]:
     """The split of every sample under a fold; :data:`UNUSED` where the fold leaves it out."""
     if not dataset.folds:
         if fold is not None:

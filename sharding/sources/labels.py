@@ -11,7 +11,6 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from cliplift.configs.sections import ConfigError
 from cliplift.sharding.manifest import NO_LABEL
@@ -69,7 +68,7 @@ def _encodable(name: str) -> bool:
     return True
 
 
-def json_facts(data: bytes) -> dict[str, Any]:
+def json_facts(data: bytes) -> dict[str, object]:
     """The JSON member of a sample; empty where it holds something other than an object.
 
     Raises:

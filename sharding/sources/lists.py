@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sources import VIDEO_SUFFIXES
@@ -46,7 +45,7 @@ class Row:
 
     file: str
     line: int
-    cells: dict[str, Any]
+    cells: dict[str, object]
 
     def place(self, column: str) -> str:
         """Where a cell stands, for messages."""
@@ -64,7 +63,7 @@ class Row:
         if column is None or self.cells.get(column) in (None, ""):
             return None
         try:
-            value = float(self.cells[column])
+            value = float(self.cells[column])  # type: ignore[arg-type]  # what is no number raises
         except (TypeError, ValueError):
             value = -1.0
         if not 0 <= value < float("inf"):
@@ -94,10 +93,12 @@ def read_rows(
         yield Row(name, line, dict(zip(header, row, strict=True)))
 
 
-def _csv_rows(text: str, name: str, delimiter: str) -> tuple[list[str], Iterator[tuple[int, list[Any]]]]:
+def _csv_rows(
+    text: str, name: str, delimiter: str
+) -> tuple[list[str], Iterator[tuple[int, Sequence[object]]]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
 
-    def rows() -> Iterator[tuple[int, list[Any]]]:
+    def rows() -> Iterator[tuple[int, Sequence[object]]]:
         try:
             for row in reader:
                 if any(cell.strip() for cell in row):
@@ -107,11 +108,12 @@ def _csv_rows(text: str, name: str, delimiter: str) -> tuple[list[str], Iterator
                 f"{name}, line {reader.line_num}: {error}; a quotation mark that is never closed?"
             ) from error
 
-    found = rows()
-    return [cell.strip() for cell in next(found, (0, []))[1]], found
+    lines = rows()
+    header = [str(cell).strip() for cell in next(lines, (0, []))[1]]
+    return header, lines
 
 
-def _parquet_rows(data: bytes, url: str) -> tuple[list[str], Iterator[tuple[int, list[Any]]]]:
+def _parquet_rows(data: bytes, url: str) -> tuple[list[str], Iterator[tuple[int, Sequence[object]]]]:
     table = read_table(data, file=url)
     try:
         columns = [[_cell(value) for value in column.to_pylist()] for column in table.columns]
@@ -120,7 +122,7 @@ def _parquet_rows(data: bytes, url: str) -> tuple[list[str], Iterator[tuple[int,
     return list(table.column_names), enumerate((list(row) for row in zip(*columns, strict=True)), start=1)
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: object) -> object:
     return value.decode() if isinstance(value, bytes) else value
 
 

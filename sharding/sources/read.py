@@ -267,6 +267,6 @@ def listing_digest(videos: Sequence[SourceVideo]) -> str:
     return digest(canonical([_plain(v) for v in videos]))
 
 
-def _plain(video: SourceVideo) -> list[Any]:
+def _plain(video: SourceVideo) -> list[object]:
     return [video.video_id, video.source, video.split, video.label, video.labels, video.folds,
             video.group, video.start_seconds, video.end_seconds]  # fmt: skip

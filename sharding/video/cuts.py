@@ -6,13 +6,16 @@ import itertools
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 from av.error import FFmpegError
+from av.video.frame import VideoFrame
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import Cut, ShotsCut, WholeCut, WindowsCut
 from cliplift.sharding.video.decode import (
+    Frames,
     VideoDecodeError,
     claimed_seconds,
     demuxed_packets,
@@ -21,6 +24,9 @@ from cliplift.sharding.video.decode import (
     video_stream,
 )
 from cliplift.sharding.video.regular_frames import FALLBACK_FPS, JUMPING, rising_times, timed_frames
+
+if TYPE_CHECKING:
+    from scenedetect import SceneDetector
 
 Span = tuple[float, float | None]
 
@@ -182,7 +188,7 @@ def _detected(
     yield times[-1] + 1 / float(fps)
 
 
-def _detector(cut: ShotsCut) -> Any:
+def _detector(cut: ShotsCut) -> SceneDetector:
     import cv2
     from scenedetect.detectors import AdaptiveDetector, ContentDetector
 
@@ -197,7 +203,8 @@ def _detector(cut: ShotsCut) -> Any:
     )
 
 
-def _small(frame: Any) -> Any:
+def _small(frame: VideoFrame) -> Frames:
     width = min(frame.width, DETECTOR_WIDTH_PIXELS)
     height = max(1, round(frame.height * width / frame.width))
-    return frame.reformat(width=width, height=height, format="bgr24", interpolation="AREA").to_ndarray()
+    small = frame.reformat(width=width, height=height, format="bgr24", interpolation="AREA")
+    return small.to_ndarray().astype(np.uint8, copy=False)

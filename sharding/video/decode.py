@@ -11,13 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import av
 import av.error
 import numpy as np
+from av.container import InputContainer
 from av.error import FFmpegError
+from av.packet import Packet
+from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
+from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 Decoder = Literal["decord", "pyav", "torchcodec"]
@@ -66,7 +70,7 @@ class VideoFacts:
     has_audio: bool
 
 
-def video_stream(container: Any) -> Any:
+def video_stream(container: InputContainer) -> VideoStream:
     """The first video stream that is not an attached picture (cover art).
 
     Raises:
@@ -87,7 +91,7 @@ def video_stream(container: Any) -> Any:
     raise VideoDecodeError("no decoder for its codec" if unknown else "no video stream")
 
 
-def open_container(source: bytes | str | Path) -> Any:
+def open_container(source: bytes | str | Path) -> InputContainer:
     """An open PyAV container for a file or for bytes.
 
     Every input is opened here. FFmpeg would otherwise choose the demuxer by content, and the text formats among
@@ -105,7 +109,9 @@ def open_container(source: bytes | str | Path) -> Any:
         opened, options["protocol_whitelist"] = f"file:{Path(source).absolute()}", "file"
     try:
         # The streams' options hold for the pictures that are decoded while the file is opened.
-        return av.open(opened, options=PICTURE_LIMIT, container_options=options, metadata_errors="replace")
+        return av.open(
+            opened, "r", options=PICTURE_LIMIT, container_options=options, metadata_errors="replace"
+        )
     except av.error.ArgumentError as error:  # FFmpeg's answer to a format that is not on the list
         raise VideoDecodeError(
             "cannot be opened: not a container format that cliplift reads (Invalid argument)"
@@ -114,7 +120,7 @@ def open_container(source: bytes | str | Path) -> Any:
         raise VideoDecodeError(f"cannot be opened: {plain_reason(error)}") from error
 
 
-def decoded_frames(container: Any, stream: Any) -> Iterator[Any]:
+def decoded_frames(container: InputContainer, stream: VideoStream) -> Iterator[VideoFrame]:
     """The frames of a stream, in order of display.
 
     Raises:
@@ -124,22 +130,21 @@ def decoded_frames(container: Any, stream: Any) -> Iterator[Any]:
         yield from decoded_packet(packet)
 
 
-def decoded_packet(packet: Any) -> list[Any]:
+def decoded_packet(packet: Packet[VideoStream]) -> list[VideoFrame]:
     """The frames that a decoder gives after one more packet.
 
     Raises:
         VideoDecodeError: a picture is too large.
     """
     try:
-        frames: list[Any] = packet.decode()
-        return frames
+        return packet.decode()
     except av.error.ArgumentError as error:  # FFmpeg's answer to PICTURE_LIMIT, among others
         raise VideoDecodeError(
             f"decode: a picture is damaged or exceeds {MOST_PIXELS} pixels (Invalid argument)"
         ) from error
 
 
-def demuxed_packets(container: Any, stream: Any) -> Iterator[Any]:
+def demuxed_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
     """The packets of a stream, in order of decoding; the last one is empty and drains the decoder.
 
     Raises:
@@ -172,7 +177,7 @@ def probe(source: bytes | str | Path) -> VideoFacts:
         )
 
 
-def frame_rate(stream: Any) -> Fraction | None:
+def frame_rate(stream: VideoStream) -> Fraction | None:
     """The stream's frame rate, frames/s: the average where it is credible, else the guessed one."""
     for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate):
         if rate is not None and 1 <= rate <= 1000:
@@ -180,7 +185,7 @@ def frame_rate(stream: Any) -> Fraction | None:
     return None
 
 
-def claimed_seconds(container: Any, stream: Any) -> float | None:
+def claimed_seconds(container: InputContainer, stream: VideoStream) -> float | None:
     """Length the container claims for its video, seconds after its first frame.
 
     With sound, the container's own length may be the sound's; Matroska then states each stream's in a tag DURATION.
@@ -284,7 +289,9 @@ def _pyav(data: bytes, frame_numbers: Sequence[int]) -> Frames:
     return rows if wanted == list(frame_numbers) else rows[np.searchsorted(wanted, frame_numbers)]
 
 
-def _numbered(container: Any, stream: Any, wanted: Sequence[int]) -> Iterator[tuple[int, Any]]:
+def _numbered(
+    container: InputContainer, stream: VideoStream, wanted: Sequence[int]
+) -> Iterator[tuple[int, VideoFrame]]:
     """The wanted frames with their numbers, decoding from the nearest key frame where they lie far apart."""
     number_of, stamp_of = _frame_clock(stream)
     place, position = 0, -1
@@ -315,7 +322,7 @@ def _numbered(container: Any, stream: Any, wanted: Sequence[int]) -> Iterator[tu
             return
 
 
-def _frame_clock(stream: Any) -> tuple[Callable[[int], int], Callable[[int], int]]:
+def _frame_clock(stream: VideoStream) -> tuple[Callable[[int], int], Callable[[int], int]]:
     """Time stamp to frame number, and back, in integers. Raises VideoDecodeError where no rate is stated."""
     rate = frame_rate(stream)
     if rate is None or stream.time_base is None:

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import av
+from av.container import OutputContainer
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import TranscodeConfig
@@ -83,7 +85,7 @@ def encoder_options(config: TranscodeConfig) -> dict[str, str]:
     return options | {"x264-params": f"{regular}:threads=1:lookahead-threads=1"}
 
 
-def encode(frames: Iterable[Any], *, fps: Fraction, config: TranscodeConfig) -> bytes:
+def encode(frames: Iterable[VideoFrame], *, fps: Fraction, config: TranscodeConfig) -> bytes:
     """Encode yuv420p PyAV frames of one size as a stored clip.
 
     Raises:
@@ -101,7 +103,7 @@ def encode(frames: Iterable[Any], *, fps: Fraction, config: TranscodeConfig) -> 
         return path.read_bytes()
 
 
-def _large_enough(frames: Iterable[Any]) -> Iterator[Any]:
+def _large_enough(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
     for frame in frames:
         if min(frame.width, frame.height) < HEVC_LEAST_PIXELS:
             raise VideoDecodeError(
@@ -111,7 +113,7 @@ def _large_enough(frames: Iterable[Any]) -> Iterator[Any]:
         yield frame
 
 
-def _in_process(frames: Iterable[Any], path: Path, *, fps: Fraction, config: TranscodeConfig) -> None:
+def _in_process(frames: Iterable[VideoFrame], path: Path, *, fps: Fraction, config: TranscodeConfig) -> None:
     count = 0
     with av.open(
         f"file:{path.absolute()}",
@@ -119,16 +121,10 @@ def _in_process(frames: Iterable[Any], path: Path, *, fps: Fraction, config: Tra
         format="mp4",
         options={"movflags": "+faststart", "fflags": "+bitexact"},
     ) as out:
-        stream: Any = None
+        stream: VideoStream | None = None
         for frame in frames:
             if stream is None:
-                stream = out.add_stream(LIBRARIES[config.codec], rate=fps, options=encoder_options(config))
-                stream.width, stream.height, stream.pix_fmt = frame.width, frame.height, "yuv420p"
-                stream.codec_context.thread_count = 1
-                stream.codec_context.time_base = 1 / fps
-                stream.codec_context.colorspace, stream.codec_context.color_range = SMPTE170M, LIMITED
-                if config.codec == "hevc":
-                    stream.codec_context.codec_tag = "hvc1"  # the tag that players of Apple's require
+                stream = _encoder(out, frame, fps=fps, config=config)
             frame.pts, frame.time_base = count, 1 / fps
             frame.pict_type = 0
             count += 1
@@ -138,7 +134,24 @@ def _in_process(frames: Iterable[Any], path: Path, *, fps: Fraction, config: Tra
         out.mux(stream.encode(None))
 
 
-def _with_command(frames: Iterable[Any], path: Path, *, fps: Fraction, config: TranscodeConfig) -> None:
+def _encoder(
+    out: OutputContainer, first: VideoFrame, *, fps: Fraction, config: TranscodeConfig
+) -> VideoStream:
+    """The stream of an mp4 that encodes frames like this one."""
+    stream = out.add_stream(LIBRARIES[config.codec], rate=fps, options=encoder_options(config))
+    assert isinstance(stream, VideoStream)
+    stream.width, stream.height, stream.pix_fmt = first.width, first.height, "yuv420p"
+    stream.codec_context.thread_count = 1
+    stream.codec_context.time_base = 1 / fps
+    stream.codec_context.colorspace, stream.codec_context.color_range = SMPTE170M, LIMITED
+    if config.codec == "hevc":
+        stream.codec_context.codec_tag = "hvc1"  # Apple's players require this tag
+    return stream
+
+
+def _with_command(
+    frames: Iterable[VideoFrame], path: Path, *, fps: Fraction, config: TranscodeConfig
+) -> None:
     process: subprocess.Popen[bytes] | None = None
     messages = path.with_suffix(".log")
     with (

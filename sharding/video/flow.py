@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from importlib import import_module
-from typing import Any
 
 import av
 import numpy as np
@@ -99,7 +98,9 @@ def flow_member(data: bytes, options: FlowConfig, config: TranscodeConfig) -> by
         fps = frame_rate(stream)
         if fps is None:
             raise VideoDecodeError("flow: the clip has no frame rate")
-        grey = (frame.to_ndarray(format="gray") for frame in container.decode(stream))
+        grey = (
+            frame.to_ndarray(format="gray").astype(np.uint8, copy=False) for frame in container.decode(stream)
+        )
         pictures = (_picture(flow, options.bound_pixels) for flow in flow_fields(grey, options))
         try:
             return encode(pictures, fps=Fraction(fps), config=config)
@@ -121,7 +122,7 @@ def decode_flow(data: bytes, frame_numbers: Sequence[int], *, decoder: Decoder =
     return planes
 
 
-def _picture(flow: Flow, bound_pixels: float) -> Any:
+def _picture(flow: Flow, bound_pixels: float) -> av.VideoFrame:
     """x above y as a yuv420p frame without colour."""
     stored = to_bytes(flow, bound_pixels)
     grey = np.concatenate([stored[..., 0], stored[..., 1]], axis=0)
@@ -131,10 +132,10 @@ def _picture(flow: Flow, bound_pixels: float) -> Any:
     )
 
 
-def _estimator(options: FlowConfig) -> Callable[[Gray, Gray, None], Any]:
+def _estimator(options: FlowConfig) -> Callable[[Gray, Gray, None], Flow]:
     """``calc`` of OpenCV's estimator: (before, after, None) -> (H, W, 2)."""
     try:
-        cv2: Any = import_module("cv2")
+        cv2 = import_module("cv2")
     except ImportError:
         raise ConfigError(
             "optical flow needs OpenCV",
@@ -144,7 +145,7 @@ def _estimator(options: FlowConfig) -> Callable[[Gray, Gray, None], Any]:
         ) from None
     if options.method == "dis":
         preset = getattr(cv2, f"DISOPTICAL_FLOW_PRESET_{options.preset.upper()}")
-        fast: Callable[[Gray, Gray, None], Any] = cv2.DISOpticalFlow_create(preset).calc
+        fast: Callable[[Gray, Gray, None], Flow] = cv2.DISOpticalFlow_create(preset).calc
         return fast
     if not hasattr(cv2, "optflow"):
         raise ConfigError(
@@ -153,14 +154,14 @@ def _estimator(options: FlowConfig) -> Callable[[Gray, Gray, None], Any]:
             value="tvl1",
             hint="install opencv-contrib-python-headless, or use dis",
         )
-    slow: Callable[[Gray, Gray, None], Any] = cv2.optflow.DualTVL1OpticalFlow_create().calc
+    slow: Callable[[Gray, Gray, None], Flow] = cv2.optflow.DualTVL1OpticalFlow_create().calc
     return slow
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """OpenCV on one thread: a build has one process a core already, and sums do not depend on the machine."""
-    cv2: Any = import_module("cv2")
+    cv2 = import_module("cv2")
     before = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:

@@ -35,6 +35,7 @@ class Pass:
 
     Attributes:
         container, stream: the open video.
+        time_base: unit of the stream's time stamps, seconds.
         source_fps, fps: frames/s of the video and of the stored clips.
         sample_aspect: width over height of a pixel, as the header says.
         clock: what turned the time stamps into times so far.
@@ -47,6 +48,9 @@ class Pass:
         self.container = open_container(path)
         try:
             self.stream = video_stream(self.container)
+            if self.stream.time_base is None:
+                raise VideoDecodeError("decode: the stream states no time base")
+            self.time_base = self.stream.time_base
             self.stream.codec_context.thread_count = 1
             self.source_fps = frame_rate(self.stream) or FALLBACK_FPS
             self.fps = target_rate(self.source_fps, config)
@@ -63,7 +67,7 @@ class Pass:
             source_fps=self.source_fps,
             clock=self.clock,
         )
-        self._timed = progressive_frames(timed, config, time_base=self.stream.time_base)
+        self._timed = progressive_frames(timed, config, time_base=self.time_base)
         # The frame that a span ended before, and the one shown until then: the next span may begin with either.
         self._last: deque[TimedFrame] = deque(maxlen=2)
         self._damage: str | None = None

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+
+from av.video.frame import VideoFrame
 
 ALIKE_BITS = 3  # flipped bits of 64 up to which two pictures count as the same
 BANDS = 4  # more than ALIKE_BITS, so that two alike pictures agree in at least one band
@@ -18,7 +19,7 @@ BAND_BITS = 16
 FLAT_BITS = 4  # a picture with fewer set or clear bits is nearly even and says nothing
 
 
-def picture_hash(frame: Any) -> int:
+def picture_hash(frame: VideoFrame) -> int:
     """Difference hash of a PyAV frame, 64 bits."""
     gray = frame.reformat(width=9, height=8, format="gray", interpolation="AREA").to_ndarray()
     bits = (gray[:, :-1] < gray[:, 1:]).ravel()

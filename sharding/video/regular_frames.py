@@ -6,11 +6,15 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
-from typing import Any
 
 import av.error
 import av.filter
 import numpy as np
+from av.container import InputContainer
+from av.filter import Graph
+from av.sidedata.sidedata import SideData
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
 
 from cliplift.configs.sharding import TranscodeConfig
 from cliplift.sharding.video.decode import (
@@ -39,7 +43,7 @@ JUMP_BACK_SECONDS = 1.0
 
 LONG_FRAME = 1.5  # a last frame shown this many times longer than usual is a slide
 
-TimedFrame = tuple[float, Any]
+TimedFrame = tuple[float, VideoFrame]
 
 
 class RisingTimes:
@@ -74,7 +78,7 @@ class RisingTimes:
         return time
 
 
-def _stamped(container: Any, stream: Any) -> Iterator[tuple[int | None, Any]]:
+def _stamped(container: InputContainer, stream: VideoStream) -> Iterator[tuple[int | None, VideoFrame]]:
     """Decoded frames with their time stamps, in units of the stream's time base.
 
     AVI has no stamps of display, and the ones guessed for B frames jump back and forth: there the k-th frame shown
@@ -93,8 +97,8 @@ def _stamped(container: Any, stream: Any) -> Iterator[tuple[int | None, Any]]:
 
 
 def timed_frames(
-    container: Any,
-    stream: Any,
+    container: InputContainer,
+    stream: VideoStream,
     *,
     start_seconds: float,
     source_fps: Fraction,
@@ -114,6 +118,7 @@ def timed_frames(
     clock = clock or rising_times(container, source_fps)
     origin: float | None = None
     if start_seconds > SEEK_MARGIN_SECONDS and is_seekable(container, stream):
+        assert stream.start_time is not None and stream.time_base is not None  # noqa: PT018 - is_seekable says so
         origin = float(stream.start_time * stream.time_base)
         container.seek(
             stream.start_time + int((start_seconds - SEEK_MARGIN_SECONDS) / stream.time_base), stream=stream
@@ -121,7 +126,7 @@ def timed_frames(
     for units, frame in _stamped(container, stream):
         if frame.is_corrupt:
             raise VideoDecodeError(f"decode: damaged frame after {max(clock.previous or 0, 0):.2f} s")
-        stamp = None if units is None else float(units * frame.time_base)
+        stamp = None if units is None or frame.time_base is None else float(units * frame.time_base)
         if origin is None:
             origin = stamp or 0.0
         elif clock.previous is None and stamp is not None and stamp - origin > start_seconds:
@@ -129,12 +134,13 @@ def timed_frames(
         yield clock.time(None if stamp is None else stamp - origin), frame
 
 
-def is_seekable(container: Any, stream: Any) -> bool:
+def is_seekable(container: InputContainer, stream: VideoStream) -> bool:
     """Whether a seek into this video lands where it says; the others are decoded from their first frame."""
-    return stream.start_time is not None and container.format.name.split(",")[0] in SEEKABLE
+    timed = stream.start_time is not None and stream.time_base is not None
+    return timed and container.format.name.split(",")[0] in SEEKABLE
 
 
-def rising_times(container: Any, source_fps: Fraction) -> RisingTimes:
+def rising_times(container: InputContainer, source_fps: Fraction) -> RisingTimes:
     """The clock for a container: only transport and program streams jump forwards."""
     return RisingTimes(source_fps, jumps_forward=container.format.name in JUMPING)
 
@@ -143,7 +149,7 @@ def progressive_frames(
     timed: Iterable[TimedFrame], config: TranscodeConfig, *, time_base: Fraction
 ) -> Iterator[TimedFrame]:
     """Weave the two fields of interlaced frames into whole pictures; progressive frames pass untouched."""
-    graph: Any = None
+    graph: Graph | None = None
     layout: tuple[int, int, str] | None = None
     times: deque[float] = deque()  # the filter answers one frame late
     for time, frame in timed:
@@ -164,7 +170,7 @@ def progressive_frames(
         times.append(time)
         graph.push(frame)
         try:
-            done = graph.pull()
+            done = graph.vpull()
         except av.error.BlockingIOError:
             continue
         yield times.popleft(), done
@@ -172,23 +178,21 @@ def progressive_frames(
         yield from zip(times, _drained(graph), strict=False)
 
 
-def _drained(graph: Any) -> Iterator[Any]:
+def _drained(graph: Graph) -> Iterator[VideoFrame]:
     graph.push(None)
     while True:
         try:
-            yield graph.pull()
+            yield graph.vpull()
         except (av.error.EOFError, av.error.BlockingIOError):
             return
 
 
-def _graph(frame: Any, time_base: Fraction, steps: list[tuple[str, str]]) -> Any:
+def _graph(frame: VideoFrame, time_base: Fraction, steps: list[tuple[str, str]]) -> Graph:
     """A single-threaded chain of filters for frames like this one."""
     graph = av.filter.Graph()
     graph.threads = 1
     nodes = [
-        graph.add_buffer(
-            width=frame.width, height=frame.height, format=frame.format.name, time_base=time_base
-        )
+        graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=time_base)
     ]
     nodes += [graph.add(name, options) if options else graph.add(name) for name, options in steps]
     graph.link_nodes(*nodes, graph.add("buffersink")).configure()
@@ -203,7 +207,7 @@ def constant_rate(
     source_fps: Fraction,
     fps: Fraction,
     config: TranscodeConfig,
-) -> Iterator[Any]:
+) -> Iterator[VideoFrame]:
     """Frames at a constant rate: slot k shows the last frame whose time rounds to k or earlier.
 
     Raises:
@@ -212,7 +216,7 @@ def constant_rate(
     rate = float(fps)
     last_slot = math.inf if end is None else round((end - start) * rate)
     limit = config.max_seconds * rate
-    held: Any = None
+    held: VideoFrame | None = None
     held_until = 0.0  # in slots
     slot = 0
     for time, frame in timed:
@@ -232,7 +236,7 @@ def constant_rate(
         slot += 1
 
 
-def _seconds_shown(frame: Any, source_fps: Fraction) -> float:
+def _seconds_shown(frame: VideoFrame, source_fps: Fraction) -> float:
     """How long the last frame is shown: a slide's own duration, else that of any frame (durations are rounded)."""
     usual = 1 / float(source_fps)
     stated = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else usual
@@ -252,7 +256,7 @@ def target_size(width: int, height: int, short_side: int) -> tuple[int, int]:
     return (max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2)))
 
 
-def turns(frame: Any) -> list[tuple[str, str]]:
+def turns(frame: VideoFrame) -> list[tuple[str, str]]:
     """The filters that show a frame as its display matrix asks, mirrored ones included, as the ffmpeg command does.
 
     The matrix is FFmpeg's: nine 32-bit integers (a b u, c d v, x y w), x' = a x + c y and y' = b x + d y. A matrix of
@@ -262,7 +266,7 @@ def turns(frame: Any) -> list[tuple[str, str]]:
         VideoDecodeError: it turns the picture by something else than a multiple of 90 degrees.
     """
     side = frame.side_data.get("DISPLAYMATRIX")
-    if side is None:
+    if not isinstance(side, SideData):
         return []
     a, b, _, c, d, *_ = np.frombuffer(bytes(side)[:36], dtype=np.int32).tolist()
     if not (a or b) or not (c or d):
@@ -286,31 +290,31 @@ class Upright:
         self.rotation = 0
         self.emitted = 0
         self.ended = False  # every frame was asked for
-        self._layout: tuple[Any, ...] | None = None
-        self._graph: Any = None
+        self._layout: tuple[object, ...] | None = None
+        self._graph: Graph | None = None
         self._size: tuple[int, int] | None = None
 
-    def frames(self, frames: Iterable[Any]) -> Iterator[Any]:
-        previous: tuple[Any, Any] | None = None
+    def frames(self, frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
+        previous: tuple[VideoFrame, VideoFrame] | None = None
         for frame in frames:
             if previous is not None and previous[0] is frame:
                 upright = previous[1]
             else:
-                upright = self._one(frame)
+                upright = self._straighten(frame)
                 previous = (frame, upright)
             self.emitted += 1
             yield upright
         self.ended = True
 
-    def _one(self, frame: Any) -> Any:
+    def _straighten(self, frame: VideoFrame) -> VideoFrame:
         layout = (frame.width, frame.height, frame.format.name, tuple(turns(frame)),
                   frame.colorspace, frame.color_range)  # fmt: skip
-        if layout != self._layout:
+        if self._graph is None or layout != self._layout:
             self._layout, self._graph = layout, self._build(frame)
         self._graph.push(frame)
-        return self._graph.pull()
+        return self._graph.vpull()
 
-    def _build(self, frame: Any) -> Any:
+    def _build(self, frame: VideoFrame) -> Graph:
         turn = turns(frame)
         width, height = max(1, round(frame.width * self.aspect)), frame.height
         if any(name == "transpose" for name, _ in turn):

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TypeAlias
 
 import av
+from av.container import InputContainer
 from av.error import FFmpegError
+from av.packet import Packet
+from av.video.stream import VideoStream
 
 from cliplift.configs.sharding import TranscodeConfig
 from cliplift.sharding.scratch import scratch_folder
@@ -34,6 +37,9 @@ BT601 = (5, 6, 2)  # bt470bg, smpte170m, unspecified: what decoders take a small
 LIMITED = (0, 1)  # unspecified, mpeg
 
 
+VideoPacket: TypeAlias = "Packet[VideoStream]"
+
+
 class NotCopiedError(Exception):
     """The span must be encoded; the message says why, in words that can be counted."""
 
@@ -47,7 +53,12 @@ class CopiedClip:
 
 
 def copy_span(
-    container: Any, stream: Any, *, start_seconds: float, end_seconds: float | None, config: TranscodeConfig
+    container: InputContainer,
+    stream: VideoStream,
+    *,
+    start_seconds: float,
+    end_seconds: float | None,
+    config: TranscodeConfig,
 ) -> CopiedClip:
     """Cut a span of an open video without re-encoding and decode the result in full.
 
@@ -79,7 +90,7 @@ def copy_span(
     return CopiedClip(data, checked)
 
 
-def _require_fit(container: Any, stream: Any, config: TranscodeConfig) -> Fraction:
+def _require_fit(container: InputContainer, stream: VideoStream, config: TranscodeConfig) -> Fraction:
     """What the headers say; returns the frame rate."""
     context = stream.codec_context
     fps = frame_rate(stream)
@@ -95,7 +106,7 @@ def _require_fit(container: Any, stream: Any, config: TranscodeConfig) -> Fracti
         (target_size(*size, config.short_side_pixels) == size, "size"),
         ((stream.sample_aspect_ratio or 1) == 1, "sample aspect"),
         (fps is not None and target_rate(fps, config) == fps, "frame rate"),
-        (bool(context.extradata) and context.extradata[0] == 1, "no avcC header"),
+        ((context.extradata or b"")[:1] == b"\x01", "no avcC header"),
         (config.deinterlace != "always", "deinterlace: always"),
     )
     for fits, reason in checks:
@@ -105,7 +116,7 @@ def _require_fit(container: Any, stream: Any, config: TranscodeConfig) -> Fracti
     return fps
 
 
-def _require_upright(container: Any, stream: Any) -> None:
+def _require_upright(container: InputContainer, stream: VideoStream) -> None:
     """What only a decoded frame says."""
     frame = next(decoded_frames(container, stream), None)
     if frame is None or frame.is_corrupt:
@@ -120,8 +131,14 @@ def _require_upright(container: Any, stream: Any) -> None:
 
 
 def _packets(
-    container: Any, stream: Any, *, start: float, end: float | None, fps: Fraction, config: TranscodeConfig
-) -> tuple[list[Any], list[int]]:
+    container: InputContainer,
+    stream: VideoStream,
+    *,
+    start: float,
+    end: float | None,
+    fps: Fraction,
+    config: TranscodeConfig,
+) -> tuple[list[VideoPacket], list[int]]:
     """The packets of a span in order of decoding, and each one's place in order of display."""
     if stream.time_base is None:
         raise NotCopiedError("time stamps")
@@ -133,11 +150,11 @@ def _packets(
         raise NotCopiedError("too long")
     container.seek(int(first), stream=stream)
     groups = _closed_groups(container, stream)
-    group: list[Any] = next(groups, [])
-    if not group or abs(group[0].pts - (first - float(step) * (1 - ROUND_UP))) > float(step) / 2:
+    group: list[VideoPacket] = next(groups, [])
+    if not group or abs(_shown_at(group[0]) - (first - float(step) * (1 - ROUND_UP))) > float(step) / 2:
         raise NotCopiedError("no key frame at the cut")
-    begin = group[0].pts
-    packets: list[Any] = []
+    begin = _shown_at(group[0])
+    packets: list[VideoPacket] = []
     while group and len(packets) < limit:
         if len(group) > config.gop_frames:
             raise NotCopiedError("long groups")
@@ -145,9 +162,10 @@ def _packets(
         group = next(groups, [])
     if end is None and (group or len(packets) > limit):
         raise NotCopiedError("too long")
-    ranks = [round((packet.pts - begin) / step) for packet in packets]
+    ranks = [round((_shown_at(packet) - begin) / step) for packet in packets]
     if sorted(ranks) != list(range(len(ranks))) or any(
-        abs(packet.pts - begin - rank * step) > step / 2 for packet, rank in zip(packets, ranks, strict=True)
+        abs(_shown_at(packet) - begin - rank * step) > step / 2
+        for packet, rank in zip(packets, ranks, strict=True)
     ):
         raise NotCopiedError("variable frame rate")
     count = min(len(packets), int(limit))
@@ -156,10 +174,11 @@ def _packets(
     return packets[:count], ranks[:count]
 
 
-def _closed_groups(container: Any, stream: Any) -> Iterator[list[Any]]:
+def _closed_groups(container: InputContainer, stream: VideoStream) -> Iterator[list[VideoPacket]]:
     """Packets from one key frame to the next. No frame of a group may be shown before its key frame."""
+    assert stream.codec_context.extradata is not None, "_require_fit found its avcC header"
     length_size = (stream.codec_context.extradata[LENGTH_SIZE_AT] & 3) + 1
-    group: list[Any] = []
+    group: list[VideoPacket] = []
     for packet in container.demux(stream):
         if packet.size == 0:
             continue
@@ -173,11 +192,17 @@ def _closed_groups(container: Any, stream: Any) -> Iterator[list[Any]]:
                 raise NotCopiedError("open groups")
         elif not group:
             raise NotCopiedError("no key frame at the cut")
-        elif packet.pts < group[0].pts:
+        elif packet.pts < _shown_at(group[0]):
             raise NotCopiedError("open groups")
         group.append(packet)
     if group:
         yield group
+
+
+def _shown_at(packet: VideoPacket) -> int:
+    """Time stamp of display, in units of the stream's time base."""
+    assert packet.pts is not None, "_closed_groups refuses packets without one"
+    return packet.pts
 
 
 def _nal_types(data: bytes, length_size: int) -> set[int]:
@@ -189,7 +214,7 @@ def _nal_types(data: bytes, length_size: int) -> set[int]:
     return types
 
 
-def _mux(stream: Any, packets: list[Any], ranks: list[int], fps: Fraction) -> bytes:
+def _mux(stream: VideoStream, packets: list[VideoPacket], ranks: list[int], fps: Fraction) -> bytes:
     """An mp4 of the packets, one frame apart, as an encoder would have stamped them."""
     delay = max(place - rank for place, rank in enumerate(ranks))
     with scratch_folder() as folder:

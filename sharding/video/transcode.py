@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import av
+from av.container import InputContainer
 from av.error import FFmpegError
+from av.video.stream import VideoStream
 
 from cliplift.configs.sharding import TranscodeConfig
 from cliplift.sharding.video.decode import (
@@ -37,6 +39,20 @@ from cliplift.sharding.video.regular_frames import (
 from cliplift.sharding.video.remux import NotCopiedError, copy_span
 
 
+class SourceFacts(TypedDict):
+    """What a clip's source was, as the sample's JSON tells it."""
+
+    width: int
+    height: int
+    fps: float
+    codec: str
+    pix_fmt: str | None
+    container: str
+    duration_seconds: float | None
+    rotation: int  # degrees
+    copied: NotRequired[bool]
+
+
 @dataclass(frozen=True)
 class EncodedClip:
     """A stored clip and what its full decode proved."""
@@ -45,7 +61,7 @@ class EncodedClip:
     checked: CheckedClip
     start_seconds: float
     end_seconds: float
-    source: dict[str, Any] = field(default_factory=dict)
+    source: SourceFacts
     not_copied: str | None = None
 
 
@@ -91,7 +107,8 @@ class SpanCutter:
         with open_container(self._path) as container:
             stream = video_stream(container)
             copy = copy_span(container, stream, start_seconds=start, end_seconds=end, config=self._config)
-            facts = _source_facts(container, stream) | {"rotation": 0, "copied": True}
+            facts = _source_facts(container, stream, rotation=0)
+            facts["copied"] = True
         return _accepted(
             copy.data, copy.checked, facts, start=start, end=end, fps=copy.checked.fps, config=self._config
         )
@@ -120,7 +137,7 @@ def _transcoded(video: Pass, *, start: float, end: float | None, config: Transco
     chosen = constant_rate(
         video.frames(start), start=start, end=end, source_fps=video.source_fps, fps=video.fps, config=config
     )
-    upright = Upright(config, video.stream.time_base, sample_aspect=video.sample_aspect)
+    upright = Upright(config, video.time_base, sample_aspect=video.sample_aspect)
     try:
         data = encode(upright.frames(chosen), fps=video.fps, config=config)
     except FFmpegError as error:
@@ -129,7 +146,7 @@ def _transcoded(video: Pass, *, start: float, end: float | None, config: Transco
         if start > 0 and upright.ended and not upright.emitted:
             raise PastTheEndError(f"the video ends before {start:.2f} s") from error
         raise
-    facts = _source_facts(video.container, video.stream) | {"rotation": upright.rotation}
+    facts = _source_facts(video.container, video.stream, rotation=upright.rotation)
     if video.clock.skipped and facts["duration_seconds"] is not None:
         # The container counts what the time stamps jumped over.
         facts["duration_seconds"] -= video.clock.skipped
@@ -139,7 +156,7 @@ def _transcoded(video: Pass, *, start: float, end: float | None, config: Transco
     return _accepted(data, checked, facts, start=start, end=end, fps=video.fps, config=config)
 
 
-def _source_facts(container: Any, stream: Any) -> dict[str, Any]:
+def _source_facts(container: InputContainer, stream: VideoStream, *, rotation: int) -> SourceFacts:
     return {
         "width": stream.codec_context.width,
         "height": stream.codec_context.height,
@@ -148,13 +165,14 @@ def _source_facts(container: Any, stream: Any) -> dict[str, Any]:
         "pix_fmt": stream.codec_context.pix_fmt,
         "container": container.format.name,
         "duration_seconds": claimed_seconds(container, stream),
+        "rotation": rotation,
     }
 
 
 def _accepted(
     data: bytes,
     checked: CheckedClip,
-    facts: dict[str, Any],
+    facts: SourceFacts,
     *,
     start: float,
     end: float | None,
