@@ -138,7 +138,9 @@ def test_a_plan_comes_back_as_it_was_saved(videos: Path, tmp_path: Path) -> None
     save_plan(plan, (gone,), store)
     assert load_plan(store) == plan
     assert store.read("missing.jsonl") == b'{"source":"x.mp4","split":"train","video_id":"x"}\n'
-    head = json.loads(store.read("plan/plan.json"))
+    text = store.read("plan/plan.json").decode()
+    head = json.loads(text)
+    assert text == json.dumps(head, indent=1, ensure_ascii=False, sort_keys=True) + "\n", "the same bytes anywhere"
     assert "videos" not in head
     assert head["shards"][1] == {"shard": 1, "split": "train", "start": 1, "stop": 5, "tar": plan.shards[1].tar}
 
