@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cliplift.configs.runs import CorrespondenceConfig
 from cliplift.configs.sections import ConfigError
+from cliplift.configs.supervision import CorrespondenceConfig
 from cliplift.models.correspondence import CorrespondenceHead
+from cliplift.pipelines.data.augment import recropped
 from cliplift.pipelines.stages.matching import (
     SupervisionTransfer,
     draw_pairs,
     matching_metrics,
     module_scores,
 )
-from cliplift.pipelines.stages.transfer import recropped
 
 
 @settings(max_examples=60, deadline=None)
