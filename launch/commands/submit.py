@@ -229,9 +229,11 @@ def _local_files(
     files = {}
     for job in jobs:
         files[job.config_file] = job.config
-        stage = ["-m", "cliplift.launch.cli", job.stage, str(folder / job.config_file)]
+        # One process builds all parts of a dataset here, so the words for parts of an array are left out.
+        words = [word for word in job.words if word not in ("--part", "auto")]
+        stage = ["-m", "cliplift.launch.cli", job.stage, str(folder / job.config_file), *words]
         if job.phase is not None:
-            command = [sys.executable, *stage, "--phase", job.phase]
+            command = [sys.executable, *stage]
         elif resources.processes_per_node > 1:
             count = str(resources.processes_per_node)
             torchrun = [

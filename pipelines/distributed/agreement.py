@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 import cliplift.pipelines
+from cliplift.configs.discovery import plugin_versions
 from cliplift.configs.sections import ConfigError, Section
 from cliplift.pipelines.distributed.collectives import Topology
 
@@ -207,7 +208,7 @@ def code_facts() -> dict[str, str]:
         "torch version": torch.__version__,
         "deepspeed version": metadata.version("deepspeed"),
         "python version": ".".join(platform.python_version_tuple()[:2]),
-    }
+    } | {f"plug-in {name}": version for name, version in plugin_versions().items()}
 
 
 def code_digest(root: Path = ROOT) -> str:

@@ -36,6 +36,7 @@ from cliplift.pipelines.engine.faults import (
     stacks_of_last_hang,
     stop_agreed,
     stop_requested,
+    stop_together,
     watched,
 )
 from cliplift.pipelines.engine.late import LateValues, LoggedStep, StepOutcome
@@ -127,7 +128,10 @@ class Trainer:
                 interrupted = self._advance()
             self.state.saver.wait()
             if not interrupted:
-                self.state.take_result(refresh_statistics=self._precise_batchnorm)
+                try:
+                    self.state.take_result(refresh_statistics=self._precise_batchnorm)
+                except StoppedBySignalError:
+                    interrupted = True  # the last step is saved: the next start comes here again
         seconds = time.monotonic() - started
         self._log_profile(self.profiler.close())
         clips = (self.state.step - first_step) * self.run.engine.global_batch
@@ -410,12 +414,23 @@ class Trainer:
         ahead = self.loader.micro_batches(start_step=start, stop_step=start + steps)
         estimate_statistics(
             self.engine.module,
-            (next(ahead) for _ in range(count)),
+            self._watched(ahead, count),
             forward=lambda batch: self.engine.module(
                 self._cast(self.task.inputs(batch, training=True, step=self.state.step))
             ),
             topology=self.topology,
         )
+
+    def _watched(self, batches: Iterator[ClipBatch], count: int) -> Iterator[ClipBatch]:
+        """The first ``count`` batches, with a beat and a look for signals after each has been used.
+
+        The pass for BatchNorm may take longer than ``engine.hang_seconds``, and all ranks make it together: a signal
+        to one of them stops all after the same batch.
+        """
+        for _ in range(count):
+            yield next(batches)
+            beat()
+            stop_together(self.topology)
 
     def _log_profile(self, path: Path | None) -> None:
         if path is not None:

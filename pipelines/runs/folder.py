@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeGuard
 
+from cliplift.configs.discovery import plugin_versions
 from cliplift.configs.load import dump_run
 from cliplift.configs.sections import ConfigError, Section
 from cliplift.pipelines.runs.predictions import PREDICTIONS
@@ -118,12 +119,14 @@ def _environment() -> Record:
 
     import torch
 
+    plugins = plugin_versions()
     return {
         "cliplift_version": version("cliplift"),
         "torch_version": torch.__version__,
         "deepspeed_version": version("deepspeed"),
         "python": platform.python_version(),
         "git_commit": _git_commit(),
+        **({"plugins": plugins} if plugins else {}),
     }
 
 
