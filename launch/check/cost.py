@@ -18,12 +18,12 @@ import torch
 from cliplift.configs.training import TrainingRun
 from cliplift.launch.check.findings import Finding
 from cliplift.launch.check.machine import ASSUMED_MFU, FP32_SHARE, Machine
-from cliplift.pipelines.cost.memory_plan import MemoryPlan, Sizes, moments_of, parts, plan_memory
+from cliplift.pipelines.cost.memory_plan import MemoryPlan, Sizes, parts, plan_memory
 from cliplift.pipelines.data.failures import TooManyFailuresError
 from cliplift.pipelines.data.loader import ClipLoader
 from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
-from cliplift.pipelines.engine.optim import total_steps
+from cliplift.pipelines.engine.optim import optimizer_moments, total_steps
 from cliplift.pipelines.engine.task import as_trained
 from cliplift.pipelines.stages.run import stage_of
 from cliplift.sharding.read.reader import ShardReadError
@@ -263,7 +263,7 @@ def decode_seconds(run: TrainingRun) -> float:
 
 def check_disk(cost: Cost, sizes: Sizes) -> Iterator[Finding]:
     run = cost.run
-    states = moments_of(run) + int(run.optim.average_decay > 0)
+    states = optimizer_moments(run.optim) + int(run.optim.average_decay > 0)
     one = 4 * (sizes.parameters + states * sizes.trained) + sizes.buffer_bytes
     kept = run.checkpoint.keep_last + 1  # a new one is whole before the oldest goes
     best = run.checkpoint.keep_best and run.evaluation.every_steps is not None

@@ -23,7 +23,7 @@ from cliplift.models.layers import checkpoint_blocks
 from cliplift.pipelines.distributed.collectives import Topology, broadcast_object
 from cliplift.pipelines.engine import checkpoint
 from cliplift.pipelines.engine.batchnorm import refuse_half_batchnorm
-from cliplift.pipelines.engine.optim import build_optimizer, network_with_blocks
+from cliplift.pipelines.engine.optim import build_optimizer, network_with_blocks, optimizer_moments
 from cliplift.pipelines.engine.zero_state import put_masters, restore_optimizer
 
 NEVER = 10**9
@@ -228,6 +228,6 @@ def _check_space(folder: Path, module: nn.Module, run: TrainingRun) -> None:
         folder,
         parameters=sum(n for n, _ in sizes),
         trainable=sum(n for n, trained in sizes if trained),
-        moments=int(run.optim.momentum > 0) if run.optim.name == "sgd" else 2,
+        moments=optimizer_moments(run.optim),
         averaged=run.optim.average_decay > 0,
     )

@@ -108,6 +108,11 @@ def leave_out(optimizer: Any, bad: Tensor) -> None:
     optimizer.found_inf = bad.float()
 
 
+def optimizer_moments(optim: OptimConfig) -> int:
+    """Tensors of a parameter's size that the optimizer keeps for it: AdamW and LAMB two, SGD its momentum."""
+    return int(optim.momentum > 0) if optim.name == "sgd" else 2
+
+
 def peak_lr(optim: OptimConfig, *, global_batch: int) -> float:
     """The learning rate after the linear scaling rule: lr * global_batch / lr_reference_batch."""
     if optim.lr_reference_batch is None:

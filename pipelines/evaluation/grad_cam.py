@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from cliplift.configs.sharding import TranscodeConfig
 from cliplift.models.protocol import GivesFeatures
+from cliplift.models.streams import LUMA
 from cliplift.sharding.storage import whole_file
 from cliplift.sharding.video.transcode import encode_array
 
@@ -130,7 +131,7 @@ def overlay(frames: Frames, heat: Heat, *, strength: float = 0.65) -> Frames:
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or heat.shape != frames.shape[:3]:
         raise ExplainError(f"frames {frames.shape} and heat {heat.shape} do not belong together")
-    luma = frames @ np.array([0.299, 0.587, 0.114])  # (T, H, W)
+    luma = frames @ np.array(LUMA)  # (T, H, W)
     ground = 0.6 * luma[..., None].repeat(3, axis=-1)
     position = np.clip(heat, 0, 1).astype(np.float64) * (len(_HEAT_COLOURS) - 1)
     colours = np.stack(
