@@ -199,6 +199,7 @@ def _update_bytes(run: TrainingRun, sizes: Sizes, *, wide: int, world_size: int,
 
 def _bucket(run: TrainingRun, *, world_size: int) -> int:
     zero = deepspeed_config(run, world_size=world_size)["zero_optimization"]
+    assert isinstance(zero, dict)
     return int(float(zero.get("reduce_bucket_size", DEEPSPEED_BUCKET)))
 
 

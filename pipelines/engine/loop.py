@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,7 +179,7 @@ class Trainer:
         self.engine.train()
         begun = time.monotonic()
         waited = 0.0
-        sums: dict[str, Any] = {}
+        sums: dict[str, Tensor] = {}
         judged: Tensor | None = None
         for turn in range(self.accumulation):
             asked = time.monotonic()
@@ -188,7 +187,8 @@ class Trainer:
             waited += time.monotonic() - asked
             outputs = self.engine(self._cast(self.task.inputs(batch, training=True, step=self.state.step)))
             for name, value in outputs.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().float() / self.accumulation
+                part = value.detach().float() / self.accumulation
+                sums[name] = sums[name] + part if name in sums else part
             loss = outputs["loss"]
             last = turn + 1 == self.accumulation
             if last and self.guard.factor is not None:
