@@ -140,7 +140,7 @@ def augmentations(chosen: Mapping[str, Mapping[str, object]]) -> tuple[Section, 
             raise ConfigError(error.reason, key=key, value=error.value, hint=error.hint) from None
     if (total := sum(one.num_draws for one in made)) > MAX_DRAWS:  # type: ignore[attr-defined]
         raise ConfigError(
-            f"need {total} random numbers a clip; there are {MAX_DRAWS}", hint="use fewer of them"
+            f"need {total} random numbers per clip; there are {MAX_DRAWS}", hint="use fewer of them"
         )
     return tuple(made)
 

@@ -101,9 +101,9 @@ def _memory(cost: Cost, plan: MemoryPlan) -> Iterator[Finding]:
     text = f"{plan.total / GIB:.2f} GiB ({what}) + {cost.reserve_bytes / GIB:.1f} reserve, of {room:.1f}"
     kind = "GPU" if cost.machine.gpu else "rank"
     if cost.fits(plan):
-        yield Finding("ok", f"memory a {kind}", text)
+        yield Finding("ok", f"memory per {kind}", text)
     else:
-        yield Finding("fail", f"memory a {kind}", text, _less_memory(cost))
+        yield Finding("fail", f"memory per {kind}", text, _less_memory(cost))
     kept = f"{plan.saved_activations / GIB:.3f} GiB kept for backward at checkpoint_blocks_share={share:g}"
     other = 0.0 if share else 1.0
     try:
@@ -213,14 +213,14 @@ def _feeding(cost: Cost, train: ClipSource, speed: Speed | None) -> Iterator[Fin
     except (ShardReadError, TooManyFailuresError) as error:
         yield Finding("fail", "decoding", str(error), "run `cliplift verify --decode sample` on the shards")
         return
-    clip = f"{1000 * seconds:.1f} ms a clip on one core here"
+    clip = f"{1000 * seconds:.1f} ms per clip on one core here"
     if speed is None:
         yield Finding("ok", "decoding", clip)
         return
     machine, workers = cost.machine, cost.run.data.workers
     per_node = speed.clips_per_second / machine.nodes
     cores = per_node * seconds
-    text = f"{clip}: {cores:.1f} cores a node feed {per_node:.1f} clips/s"
+    text = f"{clip}: {cores:.1f} cores per node feed {per_node:.1f} clips/s"
     kept = " (from the second epoch on from memory)" if cost.run.data.cache_decoded_mib else ""
     wanted = max(1, math.ceil(cores / machine.ranks_per_node))
     if cores > machine.cores_per_node:
@@ -234,8 +234,10 @@ def _feeding(cost: Cost, train: ClipSource, speed: Speed | None) -> Iterator[Fin
     stored = sum(s.bytes / s.samples for one in train.sets for s in one.shards)
     size = stored / sum(len(one.shards) for one in train.sets) / cost.run.data.clips_per_sample
     remote = any("://" in url for url in cost.run.data.urls)
-    rate = f"{per_node * size / 2**20:.1f} MiB/s a node, {speed.clips_per_second * size / 2**20:.1f} in all"
-    yield Finding("ok", "object store" if remote else "disk reads", f"{rate} ({size / 1024:.0f} KiB a clip)")
+    rate = f"{per_node * size / 2**20:.1f} MiB/s per node, {speed.clips_per_second * size / 2**20:.1f} in all"
+    yield Finding(
+        "ok", "object store" if remote else "disk reads", f"{rate} ({size / 1024:.0f} KiB per clip)"
+    )
 
 
 def decode_seconds(run: TrainingRun) -> float:
@@ -271,7 +273,7 @@ def check_disk(cost: Cost, sizes: Sizes) -> Iterator[Finding]:
     folder = Path(run.output).absolute()
     place = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(place).free
-    text = f"{needed / GIB:.2f} GiB ({one / GIB:.2f} a checkpoint, {kept + int(best)} at once), {free / GIB:.1f} free"
+    text = f"{needed / GIB:.2f} GiB ({one / GIB:.2f} per checkpoint, {kept + int(best)} at once), {free / GIB:.1f} free"
     if needed <= free:
         yield Finding("ok", "disk", text)
         return

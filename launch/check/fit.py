@@ -169,7 +169,9 @@ def _batches(run: TrainingRun, machine: Machine, known: Known) -> Iterator[Findi
     left = loader.num_samples - loader.steps_per_epoch * loader.samples_per_step
     loader.close()
     yield Finding(
-        "ok", "batch", f"{text}; {loader.steps_per_epoch} steps an epoch, {left} clips of each left out"
+        "ok",
+        "batch",
+        f"{text}; {loader.steps_per_epoch} steps per epoch, {left} clips of each epoch left out",
     )
 
 
@@ -215,7 +217,7 @@ def _model(run: TrainingRun, _: Machine, known: Known) -> Iterator[Finding]:
         return
     shapes = "x".join(map(str, found.input_shape)), "x".join(map(str, found.feature_shape))
     text = f"{run.model.name}: {shapes[0]} -> {shapes[1]} -> {found.feature_dim} features"
-    yield Finding("ok", "model", f"{text}, {found.parameters:,} parameters, {found.gmacs:.2f} GMACs a clip")
+    yield Finding("ok", "model", f"{text}, {found.parameters:,} parameters, {found.gmacs:.2f} GMACs per clip")
 
 
 def _sources(run: TrainingRun, _: Machine, __: Known) -> Iterator[Finding]:

@@ -56,7 +56,7 @@ def run_models(arguments: argparse.Namespace) -> int:
 
 
 def zoo_table(pattern: str, *, markdown: bool) -> str:
-    """One row a model that matches the pattern. Raises ConfigError when none does."""
+    """One row per model that matches the pattern. Raises ConfigError when none does."""
     from cliplift.configs.sections import ConfigError
     from cliplift.models import list_models
     from cliplift.models.registry import model_plugins

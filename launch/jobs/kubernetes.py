@@ -1,6 +1,6 @@
 """Kubernetes manifests: an Indexed Job with a headless service, or a Kubeflow PyTorchJob.
 
-A pod runs torchrun, which starts one rank a GPU; pod 0 is where all meet, under the name the headless service gives
+A pod runs torchrun, which starts one rank per GPU; pod 0 is where all meet, under the name the headless service gives
 it. A stage that was stopped by a drained node has saved: its pod ends with a code that Kubernetes answers by
 starting the pod again, without counting it as a failure. Only a run that wrote its result has succeeded.
 """

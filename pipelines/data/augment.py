@@ -176,7 +176,7 @@ def mix_clips(
         labels: (B,).
         num_classes: K.
         augment: which of the two, and their Beta parameters; with both, each is used for half of the batches.
-        draws: the batch's draws, on the host; the first clip's decide, as one amount is drawn a batch.
+        draws: the batch's draws, on the host; the first clip's decide, as one amount is drawn per batch.
 
     Returns:
         Mixed clips and soft targets (B, K).

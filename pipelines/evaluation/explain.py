@@ -1,4 +1,4 @@
-"""``cliplift explain``: an mp4 a video, the clip beside the same clip under its heat map."""
+"""``cliplift explain``: one mp4 per video, the clip beside the same clip under its heat map."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _wanted(run: ExplainRun, classes: Sequence[str], method: str) -> int | None:
 def _written(
     stem: Path, batch: ClipBatch, found: Explanation, classes: Sequence[str]
 ) -> list[Mapping[str, object]]:
-    """One mp4 a view beside ``stem``, and what it shows."""
+    """One mp4 per view beside ``stem``, and what it shows."""
     views: list[Mapping[str, object]] = []
     for view in range(len(batch.clips)):
         path = stem.with_name(f"{stem.name}-{view}.mp4")

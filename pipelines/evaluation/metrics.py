@@ -247,7 +247,7 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean of per-sample values.
 
     Args:
-        values: (N,) one number a sample, such as 1 for a right prediction and 0 for a wrong one.
+        values: (N,) one number per sample, such as 1 for a right prediction and 0 for a wrong one.
         seed: the same seed gives the same interval.
         level: share of the resampled means inside the interval.
         resamples: number of resampled means.
@@ -286,7 +286,7 @@ def _at_distinct_scores(scores: Scores, positive: npt.NDArray[np.bool_]) -> tupl
 def _classified(scores: Scores, labels: Integers) -> tuple[Scores, Integers]:
     scores, labels = _numbers(scores, ndim=2), np.asarray(labels)
     if labels.shape != scores.shape[:1]:
-        raise MetricError(f"scores {scores.shape} need one label a row, got labels {labels.shape}")
+        raise MetricError(f"scores {scores.shape} need one label per row, got labels {labels.shape}")
     _check_classes(labels, scores.shape[1], "label")
     return scores, labels
 

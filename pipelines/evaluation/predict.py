@@ -49,7 +49,7 @@ class VideoRecord(TypedDict):
 
 
 def run_predict(run: PredictRun) -> int:
-    """``cliplift predict``: one line a video on stdout, JSON lines in ``output``. Returns how many videos failed."""
+    """``cliplift predict``: one line per video on stdout, JSON lines in ``output``. Returns how many videos failed."""
     topology = start(EngineConfig(device=run.device, zero_stage=0))
     network, _, card = load_finished(run.run)
     network = network.to(topology.device).eval()
