@@ -84,7 +84,7 @@ def _unpacked(
     )
 
 
-def merged(batches: Sequence[ClipBatch], *, failed: Sequence[str] = ()) -> ClipBatch:
+def merge_batches(batches: Sequence[ClipBatch], *, failed: Sequence[str] = ()) -> ClipBatch:
     """Several batches as one. In a worker process the clips are written straight to shared memory."""
     began = time.perf_counter()
     clips: Tensor = default_collate([clip for b in batches for clip in b.clips])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch.utils.data import Dataset
 
 from cliplift.configs.data import DataConfig
-from cliplift.pipelines.data.batch import ClipBatch, merged
+from cliplift.pipelines.data.batch import ClipBatch, merge_batches
 from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.data.workers import batches_from_workers
 
@@ -28,7 +28,7 @@ class _TestViews(Dataset[ClipBatch]):
 
     def __getitem__(self, request: ViewsRequest) -> ClipBatch:
         self.source.expect((*request.samples, *request.following))
-        return merged([self.source.test_views(index) for index in request.samples])
+        return merge_batches([self.source.test_views(index) for index in request.samples])
 
 
 class EvalLoader:

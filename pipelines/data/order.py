@@ -72,7 +72,7 @@ class GlobalOrder:
             if value < self.num_samples:
                 return value
 
-    def near(self, position: int) -> range:
+    def substitutes(self, position: int) -> range:
         """Positions that may stand in for this one: all of them, as reads are spread over everything anyway."""
         return range(self.num_samples)
 
@@ -118,7 +118,7 @@ class WindowedOrder:
         )
         return dealt.sample(stream, first + int(shuffled[inside]))
 
-    def near(self, position: int) -> range:
+    def substitutes(self, position: int) -> range:
         """Positions read at about the same time as this one: the same windows of all streams."""
         size = self.streams * self.window_samples
         start = position // size * size
@@ -211,7 +211,7 @@ class Mixture:
         passes, at = divmod(drawn, self.parts[part].num_samples)
         return Draw(self._starts[part] + self.parts[part].sample(passes, at), passes)
 
-    def near(self, position: int) -> range:
+    def substitutes(self, position: int) -> range:
         """Positions dealt together with this one."""
         start = position // BLOCK * BLOCK
         return range(start, min(start + BLOCK, self.num_samples))
@@ -291,7 +291,7 @@ class BalancedOrder:
         passes, at = divmod(turn, len(self.members[k]))
         return Draw(int(self.members[k][self.within[k].sample(passes, at)]), passes)
 
-    def near(self, position: int) -> range:
+    def substitutes(self, position: int) -> range:
         """Positions that may stand in for this one."""
         return range(self.num_samples)
 

@@ -79,7 +79,7 @@ def grad_cam(
     with _evaluating(model), watching as seen, torch.enable_grad():
         logits = model(clips).float()
         features = _feature_map(seen, layer or type(model).__name__, clips)
-        chosen = logits.argmax(dim=1) if classes is None else _checked(classes, logits)
+        chosen = logits.argmax(dim=1) if classes is None else _check_classes(classes, logits)
         # Clips of a batch do not meet in eval mode: the gradient of the sum is each clip's own gradient.
         own = logits.gather(1, chosen[:, None]).sum()
         (gradient,) = torch.autograd.grad(own, features, allow_unused=True)
@@ -240,7 +240,7 @@ def _feature_map(seen: list[Tensor], name: str, clips: Tensor) -> Tensor:
     return features
 
 
-def _checked(classes: Tensor, logits: Tensor) -> Tensor:
+def _check_classes(classes: Tensor, logits: Tensor) -> Tensor:
     B, K = logits.shape
     if classes.shape != (B,) or classes.dtype != torch.int64:
         raise ExplainError(

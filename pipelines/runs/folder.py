@@ -212,7 +212,7 @@ def sole_writer(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> Iterator
         ConfigError: another process holds it; names its host and number.
     """
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
-        _take(file, wait_seconds=wait_seconds)
+        _lock_file(file, wait_seconds=wait_seconds)
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {platform.node()}\n")
@@ -220,7 +220,7 @@ def sole_writer(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> Iterator
         yield
 
 
-def _take(file: IO[str], *, wait_seconds: float) -> None:
+def _lock_file(file: IO[str], *, wait_seconds: float) -> None:
     deadline = time.monotonic() + wait_seconds
     while True:
         try:
