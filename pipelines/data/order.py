@@ -64,6 +64,8 @@ class GlobalOrder:
 
     def sample(self, epoch: int, position: int) -> int:
         """The sample at a position of an epoch."""
+        # A Feistel network permutes 2**(2 half) values, at most 4 N. Values of N and above are sent through it again
+        # (cycle walking): as the larger map is one to one, so is what it makes of the N samples.
         bits = max(2, (self.num_samples - 1).bit_length())
         half = (bits + 1) // 2
         value = position
@@ -110,6 +112,8 @@ class WindowedOrder:
     def sample(self, epoch: int, position: int) -> int:
         """The sample at a position of an epoch."""
         dealt = self._dealt(epoch)
+        # Streams take turns, so that neighbouring positions come from different shards. Within a stream only a window
+        # of neighbours is shuffled, so that reads stay near each other.
         stream, turn = dealt.place(position)
         window, inside = divmod(turn, self.window_samples)
         first = window * self.window_samples
@@ -137,6 +141,8 @@ class WindowedOrder:
         key = (epoch, stream, window)
         found = self._windows.get(key)
         if found is None:
+            # A first window is keyed by its stream alone: streams of one window keep the order of the versions in which
+            # a stream had one generator for all its windows.
             words = (self.seed, epoch, 2, stream, *((window,) if window else ()))
             found = generator(*words).permutation(np.arange(size, dtype=np.int64))
             while len(self._windows) > 2 * self.streams:

@@ -118,6 +118,7 @@ class ClipSource:
 
     def _video_numbers(self) -> Ints:
         """The number of every sample's source video, counted over all datasets in order of appearance."""
+        # By dataset and id: two datasets may both have a video "0001", and those are different videos.
         numbers: dict[tuple[str, str], int] = {}
         found = []
         for one in self.sets:
@@ -136,6 +137,7 @@ class ClipSource:
         return int(self.starts[-1])
 
     def __getstate__(self) -> dict[str, object]:
+        # Threads and open files do not travel to a worker process; it starts its own when it first needs them.
         return self.__dict__ | {"_ahead": None}
 
     def _place(self, index: int) -> tuple[ShardDataset, int]:
@@ -176,6 +178,8 @@ class ClipSource:
         remote = []
         for index in indices:
             one, inside = self._place(index)
+            # A local shard is announced to the system, which reads it in the background. Only bytes behind a URL need
+            # threads of ours.
             if self._decoded_video(index) is None and not one.announce(inside, self._member):
                 remote.append(index)
         if remote and self._ahead is None:
@@ -227,8 +231,10 @@ class ClipSource:
         data = self._ahead.take(index) if self._ahead is not None else self.read(index)
         read = time.perf_counter()
         if self._cache is not None:
+            # The next pass will ask for other frames, so what is kept must be the whole video.
             wanted = np.arange(self.shape(index).num_frames)
         else:
+            # Clips of a sample overlap, and a short video repeats frames: each frame is decoded once.
             wanted = np.unique(np.concatenate(clips))
         decode = decode_flow if self.data.modality == "flow" else decode_frames
         decoded = decode(data, wanted.tolist(), decoder=self.data.decoder)

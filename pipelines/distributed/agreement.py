@@ -132,6 +132,7 @@ def agree(facts: Mapping[str, str], topology: Topology, *, seconds: float = SECO
     )
 
 
+# All ranks make the same comparisons in the same order, so their counts agree without being exchanged.
 _calls = itertools.count()
 
 
@@ -147,6 +148,7 @@ def _store() -> Store:
 def _outcome(store: Store, world_size: int, seconds: float) -> Outcome | None:
     """On rank 0: the first difference any rank has found, or who has not said anything; None when all agree."""
     until = time.monotonic() + seconds
+    # One deadline for all: many silent ranks must not add up to many times the waiting.
     missing = [r for r in range(world_size) if not _wait(store, f"verdict/{r}", until - time.monotonic())]
     verdicts = [json.loads(store.get(f"verdict/{r}")) for r in range(world_size) if r not in missing]
     found: Disagreement | None = next((v for v in verdicts if v is not None), None)

@@ -156,6 +156,7 @@ class Trainer:
         last = self.state.step == self.total
         evaluate = last or self._due(self.run.evaluation.every_steps)
         save = last or self._due(self.run.checkpoint.every_steps)
+        # Weights of a step that turns out to be bad must be neither evaluated nor saved, so here the host waits.
         if (evaluate or save or self.stop_asked) and not self._settle():
             return False
         if evaluate and not self._evaluate():
@@ -187,6 +188,7 @@ class Trainer:
             waited += time.monotonic() - asked
             outputs = self.engine(self._cast(self.task.inputs(batch, training=True, step=self.state.step)))
             for name, value in outputs.items():
+                # Summed on the device: a number read here would make the host wait for this forward pass.
                 part = value.detach().float() / self.accumulation
                 sums[name] = sums[name] + part if name in sums else part
             loss = outputs["loss"]
@@ -203,6 +205,7 @@ class Trainer:
         if judged is None:
             # Without a spike limit the update is left out for a gradient that is not finite; judging may come late.
             judged = self.guard.judge(sums["loss"], signalled=stop_requested())
+        # Set anew for every step from the step alone: a run that resumes or rewinds is on its schedule at once.
         lr = self.schedule.apply(self.engine.optimizer, self.state.step, self.lr)
         judged, norm, overflow = self._update(judged)
         if self.state.average is not None:
@@ -212,6 +215,7 @@ class Trainer:
         self.window.add(sums, seconds=time.monotonic() - begun, waited=waited)
         if self.state.step % self.run.track.every_steps == 0 or self.state.step == self.total:
             outcome.log = self._summary(lr, norm)
+        # The step before this one is done by now, or nearly: while the host reads it, the device has this one to do.
         before, self.unread = self.unread, outcome
         return before is None or self._read(before)
 
@@ -237,6 +241,7 @@ class Trainer:
             before = self.engine.skipped_steps
             self.engine.step()
             return judged, self.engine.get_global_grad_norm(), self.engine.skipped_steps != before
+        # At stage 0 DeepSpeed would look for an overflow on the host; norm, verdict and clipping stay on the device.
         parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         unbounded = (judged[0] == 0) & ~total.isfinite()
@@ -292,10 +297,12 @@ class Trainer:
 
     def _rewind(self, step: int) -> bool:
         """Back to the last checkpoint, and on with the data after the bad ``step``'s; False where there is none."""
+        # The verdict is one step old, so the run has already passed the bad step: its data are what is left out.
         ahead, self.state.step = self.state.step, step
         if not self.state.rewind():
             self.state.step = ahead
             return False
+        # The window knows losses of weights that are gone, which were higher or lower than those to come.
         self.guard.forget()
         self.window, self.unread = TrainingWindow(), None
         self.tracker.resume_at(self.state.step, data_offset=self.state.data_offset)
@@ -409,6 +416,7 @@ class Trainer:
         if not count:
             return
         self.engine.train()
+        # Batches are a function of their position: drawing the coming ones here does not change the steps to come.
         start = self.state.data_step
         steps = math.ceil(count / self.accumulation)
         ahead = self.loader.micro_batches(start_step=start, stop_step=start + steps)

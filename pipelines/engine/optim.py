@@ -179,6 +179,7 @@ def _block_factors(module: nn.Module, optim: OptimConfig) -> dict[str, float]:
         return {}
     prefix, network = network_with_blocks(module, key="optim.layer_decay")
     blocks = list(network.checkpoint_blocks())
+    # Parameters are declared in forward order, so one between two blocks belongs to the block before it.
     names = [name for name, _ in network.named_parameters()]
     inside = [next((i for i, b in enumerate(blocks) if name.startswith(f"{b}.")), None) for name in names]
     last = max((at for at, number in enumerate(inside) if number is not None), default=-1)
