@@ -32,9 +32,7 @@ GIB = 2**30
 # Driver context, NCCL's buffers, cuDNN workspaces; and what the caching allocator cannot use for its fragments.
 GPU_RESERVE_BYTES, FRAGMENTS_SHARE = 2.0 * GIB, 0.05
 CPU_RESERVE_BYTES = 1.0 * GIB  # the interpreter with torch and DeepSpeed, measured at 0.7
-MEASURED_FLOPS = (
-    2e11  # a CPU step larger than this is not tried out: it would take longer than reading the table
-)
+MEASURED_FLOPS = 2e11  # a larger CPU step is not tried: it would take longer than reading the table
 DECODED_CLIPS = 8
 
 
@@ -199,7 +197,7 @@ def _time(cost: Cost, flops: float | None, speed: Speed | None) -> Iterator[Find
     yield Finding("ok", "length", f"{steps} steps, {epochs}{steps * G} clips{operations}")
     if speed is None:
         remedy = "give --mfu, or run a few steps: check reads the run's own log"
-        yield Finding("note", "time", "speed of this machine is not known", remedy)
+        yield Finding("note", "time", "the speed of this machine is not known", remedy)
         return
     hours = steps * G / speed.clips_per_second / 3600
     text = f"{hours:.2f} h at {speed.clips_per_second:.1f} clips/s ({speed.source})"

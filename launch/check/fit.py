@@ -32,14 +32,14 @@ UNREADABLE = (ConfigError, ManifestError, StorageError, OSError)
 
 @dataclass
 class Known:
-    """What the looks before have found; a later look that needs something missing says nothing."""
+    """What earlier checks have found; a later one that needs something missing yields nothing."""
 
     train: ClipSource | None = None
     classes: tuple[str, ...] = ()
 
 
 def check(run: TrainingRun, machine: Machine, *, mfu: float | None) -> list[Finding]:
-    """Every look at a run, in the order one would repair it."""
+    """All checks of a run, in the order in which one would repair it."""
     known = Known()
     findings = check_fit(run, machine, known)
     if not any(f.status == "fail" and f.subject in ("model", "batch") for f in findings):

@@ -27,7 +27,7 @@ MAX_FAILURES = 6
 
 @dataclass(frozen=True, kw_only=True)
 class KubernetesOptions:
-    """How the cluster wants to be asked. ``volumes``: (claim, mount path)."""
+    """What this cluster expects in a manifest. ``volumes``: (claim, mount path)."""
 
     image: str
     namespace: str | None = None
@@ -257,7 +257,7 @@ def kind_of(files: dict[str, str], job: Job) -> str:
 
 
 def check_output(job: Job, options: KubernetesOptions) -> None:
-    """Raise ConfigError where a job would write to a disk that dies with its pod."""
+    """Raise ConfigError where a job would write to a disk that is deleted with its pod."""
     if "://" in job.output:
         return
     place = posixpath.normpath(posixpath.join(options.workdir or "/", job.output))

@@ -17,7 +17,7 @@ from cliplift.configs.training import TrainingRun
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What every job is given. ``gpus`` are per node; 0 trains on CPUs with one process per node."""
+    """What each job may use. ``gpus`` are per node; 0 trains on CPUs with one process per node."""
 
     nodes: int
     gpus: int

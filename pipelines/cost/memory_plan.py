@@ -45,7 +45,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes on one rank: what always lies there, and the three moments of a step one of which is the peak."""
+    """Bytes on one rank: what is always there, and the three moments of a step, one of which is the peak."""
 
     weights: int  # with buffers, frozen parts and the teacher
     masters: int
@@ -72,8 +72,8 @@ def plan_memory(run: TrainingRun, *, classes: int, world_size: int, on_gpu: bool
         run: the run.
         classes: K, number of classes of its data.
         world_size: N, number of ranks.
-        on_gpu: DeepSpeed's buckets and the caching allocator take what they are given there; on a CPU a page that
-            is never written costs nothing.
+        on_gpu: on a GPU, DeepSpeed's buckets and the caching allocator hold whatever they allocate; on a CPU, a page
+            that is never written takes no memory.
 
     Raises:
         ConfigError: the run cannot work as configured; the error names the key.

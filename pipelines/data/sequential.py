@@ -3,8 +3,8 @@
 What is lost against :class:`cliplift.pipelines.data.loader.ClipLoader`: the order depends on ranks, workers and chance,
 tars are drawn with replacement (so a sample may come twice before another comes once), a resumed run goes on with other
 samples, and what webdataset cannot read behind a damaged place of a tar is left out without being counted. What is
-kept: every rank always gets equal batches, the number of steps is the config's, undecodable videos are counted, silent
-workers are an error. ``cliplift index`` makes the same tars readable exactly.
+kept: every rank always gets equal batches, the number of steps is the config's, undecodable videos are counted, workers
+that hang are an error. ``cliplift index`` makes the same tars readable exactly.
 """
 
 from __future__ import annotations

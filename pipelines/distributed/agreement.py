@@ -1,7 +1,7 @@
-"""All ranks say what they run, and stop together when one runs something else.
+"""Ranks compare what they run before the first step, and stop together when one of them differs.
 
 A rank with another batch size, an older checkout or other shards does not crash: it hangs in a collective, or trains
-on silently wrong gradients. So before anything is computed every rank shows config, code and data to the others.
+on wrong gradients without a word. So all ranks first compare config, code, plug-ins and data.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from cliplift.pipelines.distributed.collectives import Topology
 
 V = TypeVar("V")
 
-SECONDS = 60.0  # a rank that has not answered by then is missing
-DATA_SECONDS = 300.0  # a remote index may take its time
+SECONDS = 60.0  # a rank that has not answered by then counts as missing
+DATA_SECONDS = 300.0  # reading a remote index may be slow
 PACKAGES = ("configs", "models", "sharding", "pipelines", "launch")
 NODE_LOCAL = {"data.cache_folder"}  # may differ between hosts by design
 ABSENT = "(not set)"

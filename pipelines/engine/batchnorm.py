@@ -57,7 +57,7 @@ def lagging_statistics(module: nn.Module, *, forward_passes: int) -> str | None:
 def estimate_statistics(
     module: nn.Module, batches: Iterable[B], *, forward: Callable[[B], object], topology: Topology
 ) -> None:
-    """Set every trained BatchNorm's running statistics to those of all batches of all ranks under the weights now.
+    """Set every trained BatchNorm's running statistics to those of all batches of all ranks under the current weights.
 
     Each layer's mean is the mean over batches of the batch means, its variance E[x^2] - mean^2, which is exact for
     batches of equal size. Layers that training holds in eval mode keep their statistics.

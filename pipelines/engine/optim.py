@@ -148,7 +148,7 @@ class ParameterGroup(TypedDict):
 def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[ParameterGroup]:
     """Trainable parameters by (weight decay, lr factor), each group with the names of its parameters.
 
-    Normalisation weights and biases are told by their shape (one dimension). Groups are in order of first
+    Normalisation weights and biases are recognised by their shape (one dimension). Groups are in order of first
     appearance, so that equal configs give equal groups.
     """
     factors = _block_factors(module, optim)
