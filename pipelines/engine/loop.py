@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cliplift.configs.training import TrainingRun
-from cliplift.pipelines.data.loader import ClipBatch
+from cliplift.pipelines.data.loader import ClipBatch, TrainingLoader
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine import checkpoint
 from cliplift.pipelines.engine.batchnorm import estimate_statistics, lagging_statistics
@@ -41,7 +41,7 @@ from cliplift.pipelines.engine.faults import (
 from cliplift.pipelines.engine.late import LateValues, LoggedStep, StepOutcome
 from cliplift.pipelines.engine.optim import Schedule, leave_out, peak_lr, total_steps
 from cliplift.pipelines.engine.state import RunState, run_identity
-from cliplift.pipelines.engine.task import HALF, FitResult, Loader, TrainingTask
+from cliplift.pipelines.engine.task import HALF, FitResult, TrainingTask
 from cliplift.pipelines.engine.telemetry import StepProfiler, TrainingWindow, peak_tflops
 from cliplift.pipelines.runs.results import evaluation_line
 from cliplift.pipelines.runs.tracking import Tracker
@@ -54,7 +54,7 @@ REASONS = {
 
 
 def fit(
-    *, task: TrainingTask, run: TrainingRun, loader: Loader, topology: Topology, tracker: Tracker
+    *, task: TrainingTask, run: TrainingRun, loader: TrainingLoader, topology: Topology, tracker: Tracker
 ) -> FitResult:
     """Train to the end of the schedule, or to a signal.
 
@@ -71,7 +71,12 @@ class Trainer:
     """One call of :func:`fit`."""
 
     def __init__(
-        self, task: TrainingTask, run: TrainingRun, loader: Loader, topology: Topology, tracker: Tracker
+        self,
+        task: TrainingTask,
+        run: TrainingRun,
+        loader: TrainingLoader,
+        topology: Topology,
+        tracker: Tracker,
     ) -> None:
         self.task, self.run, self.loader, self.topology, self.tracker = task, run, loader, topology, tracker
         self.total = total_steps(run.schedule, steps_per_epoch=loader.steps_per_epoch)

@@ -1,6 +1,6 @@
 """The folder of a run: what was asked (config.yaml), how it was started (run.json), what came out (result.json).
 
-One run a folder: a second job started on the same output would mix its checkpoints with those of the first.
+One run per folder: a second job started on the same output would mix its checkpoints with those of the first.
 """
 
 from __future__ import annotations
