@@ -12,7 +12,9 @@ A plug-in that is broken is reported once and left out; the others work. Needs t
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -87,6 +89,54 @@ def named_modules() -> tuple[str, ...]:
     return tuple(name for name in os.environ.get(VARIABLE, "").split(",") if name)
 
 
+def plugin_versions() -> dict[str, str]:
+    """Who adds plug-ins: each package with its version, each ``--plugin MODULE`` with a digest of its source.
+
+    None of them is imported. Two processes that differ here may compute different things under one config.
+    """
+    versions: dict[str, str] = {}
+    for group in GROUPS:
+        for point in metadata.entry_points(group=f"cliplift.{group}"):
+            if point.dist is not None:
+                versions[point.dist.name] = point.dist.version
+    for module in named_modules():
+        versions[f"{module} (--plugin)"] = _source_digest(module)
+    return dict(sorted(versions.items()))
+
+
+def search_here() -> None:
+    """Let imports find modules in the working directory, after everything that is installed."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+
+
+def module_exists(name: str) -> bool:
+    """Whether there is a module of this name, be it broken. Imports the packages it lies in, never itself."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError as error:
+        # A package on the way that misses something else is there, and says so when it is imported.
+        return not (error.name and f"{name}.".startswith(f"{error.name}."))
+    except (Exception, SystemExit):
+        return True
+
+
+def _source_digest(module: str) -> str:
+    """A short digest of a module's file, or of all Python files of a package."""
+    search_here()
+    spec = importlib.util.find_spec(module) if module_exists(module) else None
+    if spec is None or spec.origin is None:
+        return "not found"
+    origin = Path(spec.origin)
+    files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
+    total = hashlib.sha256()
+    for file in files:
+        total.update(f"{file.relative_to(origin.parent).as_posix()}\0".encode())
+        total.update(file.read_bytes())
+    return total.hexdigest()[:12]
+
+
 def _candidates(group: str) -> Iterator[tuple[str, str, Callable[[], object]]]:
     """(name, origin, how to load it), installed packages first, in an order that does not depend on the disk."""
     found = metadata.entry_points(group=f"cliplift.{group}")
@@ -96,19 +146,17 @@ def _candidates(group: str) -> Iterator[tuple[str, str, Callable[[], object]]]:
     for module in named_modules():
         values = _declared(module).get(group, {})
         for name, value in values.items():
-            yield name, f"--plugin {module}", partial(_same, value)
+            yield name, f"--plugin {module}", partial(_unchanged, value)
 
 
-def _same(value: object) -> object:
+def _unchanged(value: object) -> object:
     return value
 
 
 @cache
 def _declared(module: str) -> Mapping[str, Mapping[str, object]]:
     """``PLUGINS`` of a module named by ``--plugin``; of one that is broken, nothing, after a warning."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
+    search_here()
     try:
         declared = importlib.import_module(module).PLUGINS
         for group, values in declared.items():

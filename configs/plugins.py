@@ -73,7 +73,8 @@ def _check_source(name: str, source: object) -> None:
 def _check_augmentation(_: str, augmentation: object) -> None:
     if not _is_section(augmentation):
         raise PluginError("it is not a Section")
-    if "__call__" not in dir(augmentation) or not inspect.isfunction(augmentation.__dict__.get("__call__")):
+    # Of the class or one it inherits from: every class has a __call__ by its own type, which makes instances.
+    if not any(inspect.isfunction(vars(base).get("__call__")) for base in augmentation.__mro__):
         raise PluginError("it has no method __call__(clips, draws)")
     draws = getattr(augmentation, "num_draws", None)
     if not isinstance(draws, int) or not 0 <= draws <= MAX_DRAWS:
@@ -139,7 +140,7 @@ def augmentations(chosen: Mapping[str, Mapping[str, object]]) -> tuple[Section, 
             raise ConfigError(error.reason, key=key, value=error.value, hint=error.hint) from None
     if (total := sum(one.num_draws for one in made)) > MAX_DRAWS:  # type: ignore[attr-defined]
         raise ConfigError(
-            f"need {total} random numbers a clip; there are {MAX_DRAWS}", hint="use fewer of them"
+            f"need {total} random numbers per clip; there are {MAX_DRAWS}", hint="use fewer of them"
         )
     return tuple(made)
 

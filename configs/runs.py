@@ -205,7 +205,7 @@ class ExplainRun(Section):
     stage: Literal["explain"] = "explain"
     run: str = Field(description="run folder or export folder whose model is explained")
     videos: tuple[str, ...] = Field(description="files, folders or URLs")
-    output: Output = Field("explained", description="folder for one mp4 a video and explained.json")
+    output: Output = Field("explained", description="folder for one mp4 per video and explained.json")
     method: Literal["auto", "grad_cam", "rollout", "attention"] = Field(
         "auto",
         description="grad_cam for feature maps, rollout for TimeSformer, attention for models that attend in space; "

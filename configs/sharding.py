@@ -140,7 +140,7 @@ class LayoutConfig(Section):
     """How videos are packed into shards."""
 
     videos_per_shard: int = Field(
-        512, ge=1, le=99_999, description="videos of one shard; aim at 256 MiB to 1 GiB a shard"
+        512, ge=1, le=99_999, description="videos of one shard; aim at 256 MiB to 1 GiB per shard"
     )
     seed: int = Field(0, ge=0, description="seed of the order in which videos are dealt to shards")
 
@@ -165,7 +165,7 @@ class LimitsConfig(Section):
         0.05, ge=0, le=1, description="clips that may be refused before the dataset is not finalized, share"
     )
     attempts: int = Field(
-        2, ge=1, description="times a video is tried when its worker died or ran out of time"
+        2, ge=1, description="how often a video is tried when its worker died or ran out of time"
     )
 
 
@@ -177,10 +177,10 @@ class RayConfig(Section):
         description="address of the cluster; None is RAY_ADDRESS, else a running one, else one started here",
     )
     cpus_per_shard: int = Field(
-        1, ge=1, description="cores a shard's task asks for, and worker processes it starts"
+        1, ge=1, description="cores that the task of one shard asks for, and worker processes it starts"
     )
     retries: int = Field(
-        3, ge=0, description="times a shard is built again when its Ray worker or node is lost"
+        3, ge=0, description="how often a shard is built again when its Ray worker or node is lost"
     )
 
 

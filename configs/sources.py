@@ -36,7 +36,7 @@ class FolderSource(Section):
 
 
 class CsvSource(Section):
-    """A CSV or Parquet list of videos, one a row; paths may be fsspec URLs."""
+    """A CSV or Parquet list of videos, one per row; paths may be fsspec URLs."""
 
     kind: Literal["csv"] = "csv"
     file: Location = Field(description="the list: .csv, .tsv or .parquet")
@@ -73,7 +73,7 @@ class KineticsSource(Section):
         description="folder or URL of the videos, ID_SSSSSS_EEEEEE.ext or ID.ext, below any folders (labels, splits)"
     )
     classes_file: str | None = Field(
-        None, description="class names in label order, one a line; None sorts them"
+        None, description="class names in label order, one per line; None sorts them"
     )
 
 

@@ -49,7 +49,7 @@ class OptimConfig(Section):
         0.0,
         ge=0,
         lt=1,
-        description="decay a step of an exponential moving average (EMA) of the weights, which is then what is "
+        description="decay per step of an exponential moving average (EMA) of the weights, which is then what is "
         "evaluated and saved as the result; 0 is off",
     )
 

@@ -116,7 +116,7 @@ def read_yaml(text: str) -> object:
         return None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, RecursionError) as error:
         template = "; is a template's {{ mark }} left in the file?" if "{{" in text else ""
-        raise YamlTextError(_described(error) + template) from error
+        raise YamlTextError(_describe_error(error) + template) from error
 
 
 def read_word(text: str) -> object:
@@ -143,7 +143,7 @@ def read_word(text: str) -> object:
         return None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, RecursionError) as error:
         if opened:
-            raise YamlTextError(_described(error)) from error
+            raise YamlTextError(_describe_error(error)) from error
         return text
 
 
@@ -178,7 +178,7 @@ def _check_unfolded(root: yaml.Node) -> None:
         raise YamlTextError(f": its anchors unfold to more than {MAX_VALUES} values")
 
 
-def _described(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return f": nested more than {MAX_DEPTH} levels deep"
     mark = getattr(error, "problem_mark", None)

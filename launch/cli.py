@@ -188,24 +188,20 @@ def _name_plugins(modules: Sequence[str]) -> None:
     Raises:
         ConfigError: there is no such module. One that is there and broken is left out with a warning.
     """
-    from importlib.util import find_spec
-    from pathlib import Path
-
-    from cliplift.configs.discovery import VARIABLE, named_modules
+    from cliplift.configs.discovery import VARIABLE, module_exists, named_modules, search_here
     from cliplift.configs.sections import ConfigError
 
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
+    search_here()
     for module in modules:
-        named = all(part.isidentifier() for part in module.split("."))
-        if not named or find_spec(module.partition(".")[0]) is None:
+        importable = all(part.isidentifier() for part in module.split(".")) and not module.endswith(".py")
+        if not importable or not module_exists(module):
+            hint = "name it as `import` would, from this folder or an installed package"
             raise ConfigError(
                 f"there is no module {module!r}",
                 key="--plugin",
                 value=module,
                 file="command line",
-                hint="name it as `import` would, from this folder or an installed package",
+                hint=f"{hint}: {module.removesuffix('.py')}" if module.endswith(".py") else hint,
             )
     os.environ[VARIABLE] = ",".join(dict.fromkeys((*named_modules(), *modules)))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from cliplift.models.protocol import InputSpec, ModelError
 
 RGB_CHANNELS, FLOW_CHANNELS = 3, 2
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
 
 
 def stream_spec(
@@ -36,6 +37,11 @@ def stream_spec(
         raise ModelError(f"in_channels={in_channels} must be 3 (RGB) or 2 (flow, x and y)")
     planes = (flow_mean,) * FLOW_CHANNELS, (flow_std,) * FLOW_CHANNELS
     return dataclasses.replace(rgb, channels=FLOW_CHANNELS, mean=planes[0], std=planes[1])
+
+
+def luma(x: Tensor) -> Tensor:
+    """The brightness of RGB clips: (B, 3, T, H, W) -> (B, 1, T, H, W)."""
+    return LUMA[0] * x[:, 0:1] + LUMA[1] * x[:, 1:2] + LUMA[2] * x[:, 2:3]
 
 
 def flow_from_rgb(

@@ -18,12 +18,12 @@ import torch
 from cliplift.configs.training import TrainingRun
 from cliplift.launch.check.findings import Finding
 from cliplift.launch.check.machine import ASSUMED_MFU, FP32_SHARE, Machine
-from cliplift.pipelines.cost.memory_plan import MemoryPlan, Sizes, moments_of, parts, plan_memory
+from cliplift.pipelines.cost.memory_plan import MemoryPlan, Sizes, parts, plan_memory
 from cliplift.pipelines.data.failures import TooManyFailuresError
 from cliplift.pipelines.data.loader import ClipLoader
 from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
-from cliplift.pipelines.engine.optim import total_steps
+from cliplift.pipelines.engine.optim import optimizer_moments, total_steps
 from cliplift.pipelines.engine.task import as_trained
 from cliplift.pipelines.stages.run import stage_of
 from cliplift.sharding.read.reader import ShardReadError
@@ -32,9 +32,7 @@ GIB = 2**30
 # Driver context, NCCL's buffers, cuDNN workspaces; and what the caching allocator cannot use for its fragments.
 GPU_RESERVE_BYTES, FRAGMENTS_SHARE = 2.0 * GIB, 0.05
 CPU_RESERVE_BYTES = 1.0 * GIB  # the interpreter with torch and DeepSpeed, measured at 0.7
-MEASURED_FLOPS = (
-    2e11  # a CPU step larger than this is not tried out: it would take longer than reading the table
-)
+MEASURED_FLOPS = 2e11  # a larger CPU step is not tried: it would take longer than reading the table
 DECODED_CLIPS = 8
 
 
@@ -101,9 +99,9 @@ def _memory(cost: Cost, plan: MemoryPlan) -> Iterator[Finding]:
     text = f"{plan.total / GIB:.2f} GiB ({what}) + {cost.reserve_bytes / GIB:.1f} reserve, of {room:.1f}"
     kind = "GPU" if cost.machine.gpu else "rank"
     if cost.fits(plan):
-        yield Finding("ok", f"memory a {kind}", text)
+        yield Finding("ok", f"memory per {kind}", text)
     else:
-        yield Finding("fail", f"memory a {kind}", text, _less_memory(cost))
+        yield Finding("fail", f"memory per {kind}", text, _less_memory(cost))
     kept = f"{plan.saved_activations / GIB:.3f} GiB kept for backward at checkpoint_blocks_share={share:g}"
     other = 0.0 if share else 1.0
     try:
@@ -199,7 +197,7 @@ def _time(cost: Cost, flops: float | None, speed: Speed | None) -> Iterator[Find
     yield Finding("ok", "length", f"{steps} steps, {epochs}{steps * G} clips{operations}")
     if speed is None:
         remedy = "give --mfu, or run a few steps: check reads the run's own log"
-        yield Finding("note", "time", "speed of this machine is not known", remedy)
+        yield Finding("note", "time", "the speed of this machine is not known", remedy)
         return
     hours = steps * G / speed.clips_per_second / 3600
     text = f"{hours:.2f} h at {speed.clips_per_second:.1f} clips/s ({speed.source})"
@@ -213,14 +211,14 @@ def _feeding(cost: Cost, train: ClipSource, speed: Speed | None) -> Iterator[Fin
     except (ShardReadError, TooManyFailuresError) as error:
         yield Finding("fail", "decoding", str(error), "run `cliplift verify --decode sample` on the shards")
         return
-    clip = f"{1000 * seconds:.1f} ms a clip on one core here"
+    clip = f"{1000 * seconds:.1f} ms per clip on one core here"
     if speed is None:
         yield Finding("ok", "decoding", clip)
         return
     machine, workers = cost.machine, cost.run.data.workers
     per_node = speed.clips_per_second / machine.nodes
     cores = per_node * seconds
-    text = f"{clip}: {cores:.1f} cores a node feed {per_node:.1f} clips/s"
+    text = f"{clip}: {cores:.1f} cores per node feed {per_node:.1f} clips/s"
     kept = " (from the second epoch on from memory)" if cost.run.data.cache_decoded_mib else ""
     wanted = max(1, math.ceil(cores / machine.ranks_per_node))
     if cores > machine.cores_per_node:
@@ -234,8 +232,10 @@ def _feeding(cost: Cost, train: ClipSource, speed: Speed | None) -> Iterator[Fin
     stored = sum(s.bytes / s.samples for one in train.sets for s in one.shards)
     size = stored / sum(len(one.shards) for one in train.sets) / cost.run.data.clips_per_sample
     remote = any("://" in url for url in cost.run.data.urls)
-    rate = f"{per_node * size / 2**20:.1f} MiB/s a node, {speed.clips_per_second * size / 2**20:.1f} in all"
-    yield Finding("ok", "object store" if remote else "disk reads", f"{rate} ({size / 1024:.0f} KiB a clip)")
+    rate = f"{per_node * size / 2**20:.1f} MiB/s per node, {speed.clips_per_second * size / 2**20:.1f} in all"
+    yield Finding(
+        "ok", "object store" if remote else "disk reads", f"{rate} ({size / 1024:.0f} KiB per clip)"
+    )
 
 
 def decode_seconds(run: TrainingRun) -> float:
@@ -263,7 +263,7 @@ def decode_seconds(run: TrainingRun) -> float:
 
 def check_disk(cost: Cost, sizes: Sizes) -> Iterator[Finding]:
     run = cost.run
-    states = moments_of(run) + int(run.optim.average_decay > 0)
+    states = optimizer_moments(run.optim) + int(run.optim.average_decay > 0)
     one = 4 * (sizes.parameters + states * sizes.trained) + sizes.buffer_bytes
     kept = run.checkpoint.keep_last + 1  # a new one is whole before the oldest goes
     best = run.checkpoint.keep_best and run.evaluation.every_steps is not None
@@ -271,7 +271,7 @@ def check_disk(cost: Cost, sizes: Sizes) -> Iterator[Finding]:
     folder = Path(run.output).absolute()
     place = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(place).free
-    text = f"{needed / GIB:.2f} GiB ({one / GIB:.2f} a checkpoint, {kept + int(best)} at once), {free / GIB:.1f} free"
+    text = f"{needed / GIB:.2f} GiB ({one / GIB:.2f} per checkpoint, {kept + int(best)} at once), {free / GIB:.1f} free"
     if needed <= free:
         yield Finding("ok", "disk", text)
         return

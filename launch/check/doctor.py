@@ -24,7 +24,7 @@ ENOUGH_SHARED_MIB = 1024  # workers hand decoded batches over through it: 64 MiB
 
 
 def examine(environment: Mapping[str, str]) -> list[Finding]:
-    """Everything the stages need of a machine, in the order one would repair it."""
+    """Everything the stages need of a machine, in the order in which one would repair it."""
     findings: list[Finding] = []
     looks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _versions,

@@ -32,14 +32,14 @@ UNREADABLE = (ConfigError, ManifestError, StorageError, OSError)
 
 @dataclass
 class Known:
-    """What the looks before have found; a later look that needs something missing says nothing."""
+    """What earlier checks have found; a later one that needs something missing yields nothing."""
 
     train: ClipSource | None = None
     classes: tuple[str, ...] = ()
 
 
 def check(run: TrainingRun, machine: Machine, *, mfu: float | None) -> list[Finding]:
-    """Every look at a run, in the order one would repair it."""
+    """All checks of a run, in the order in which one would repair it."""
     known = Known()
     findings = check_fit(run, machine, known)
     if not any(f.status == "fail" and f.subject in ("model", "batch") for f in findings):
@@ -169,7 +169,9 @@ def _batches(run: TrainingRun, machine: Machine, known: Known) -> Iterator[Findi
     left = loader.num_samples - loader.steps_per_epoch * loader.samples_per_step
     loader.close()
     yield Finding(
-        "ok", "batch", f"{text}; {loader.steps_per_epoch} steps an epoch, {left} clips of each left out"
+        "ok",
+        "batch",
+        f"{text}; {loader.steps_per_epoch} steps per epoch, {left} clips of each epoch left out",
     )
 
 
@@ -215,7 +217,7 @@ def _model(run: TrainingRun, _: Machine, known: Known) -> Iterator[Finding]:
         return
     shapes = "x".join(map(str, found.input_shape)), "x".join(map(str, found.feature_shape))
     text = f"{run.model.name}: {shapes[0]} -> {shapes[1]} -> {found.feature_dim} features"
-    yield Finding("ok", "model", f"{text}, {found.parameters:,} parameters, {found.gmacs:.2f} GMACs a clip")
+    yield Finding("ok", "model", f"{text}, {found.parameters:,} parameters, {found.gmacs:.2f} GMACs per clip")
 
 
 def _sources(run: TrainingRun, _: Machine, __: Known) -> Iterator[Finding]:

@@ -37,7 +37,7 @@ def _apply(
     if arguments.dry_run:
         return subject.print_run(loaded)
     subject.prepare_environment()
-    return subject.located(loaded, lambda: execute(loaded.run))
+    return subject.run_located(loaded, lambda: execute(loaded.run))
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:

@@ -75,7 +75,7 @@ def bench_data(
         raise loaded.locate(error) from None
     print(
         f"{run.name}: {', '.join(run.data.urls)}, {run.data.decoder}, {run.data.sampling.frames} frames of "
-        f"{run.data.crop_pixels} pixels, {micro_batch} clips a batch"
+        f"{run.data.crop_pixels} pixels, {micro_batch} clips per batch"
     )
     print(speed.table())
     facts = json.loads(speed.json())
@@ -83,7 +83,7 @@ def bench_data(
         cores = speed.cores_for(gpus=gpus, clips_per_second_per_gpu=clips_per_second_per_gpu)
         print(
             f"{gpus} GPUs that take {clips_per_second_per_gpu:g} clips/s each need {cores} cores to decode: "
-            f"data.workers={-(-cores // gpus)} a rank"
+            f"data.workers={-(-cores // gpus)} per rank"
         )
         facts |= {"gpus": gpus, "clips_per_second_per_gpu": clips_per_second_per_gpu, "cores": cores}
     else:
@@ -118,7 +118,7 @@ def bench_train(
         engine = loaded.run.engine
         print(
             f"{loaded.run.name}: {loaded.run.model.name}, {topology.world_size} x {topology.device.type}, "
-            f"ZeRO {engine.zero_stage}, {engine.precision}, {engine.global_batch} clips a step, {data}"
+            f"ZeRO {engine.zero_stage}, {engine.precision}, {engine.global_batch} clips per step, {data}"
         )
         print(timing.table())
         if output is not None:

@@ -10,13 +10,15 @@ from cliplift.launch.commands.command import Command
 def add_options(check: argparse.ArgumentParser) -> None:
     check.add_argument("--nodes", type=int, default=1, help="nodes the run will have")
     check.add_argument(
-        "--gpus", type=int, default=None, help="GPUs a node; 0 is a CPU run; default: those here"
+        "--gpus", type=int, default=None, help="GPUs per node; 0 is a CPU run; default: those here"
     )
     check.add_argument(
         "--gpu", default=None, help="kind of GPU, such as h200, a100-80, l40s; default: the one here"
     )
     check.add_argument("--memory", type=float, default=None, help="memory of one GPU (or of the host), GiB")
-    check.add_argument("--cores", type=int, default=None, help="processor cores a node; default: those here")
+    check.add_argument(
+        "--cores", type=int, default=None, help="processor cores per node; default: those here"
+    )
     check.add_argument(
         "--mfu", type=float, default=None, help="share of the peak reached, 0 to 1, if you know it"
     )

@@ -66,7 +66,7 @@ def run_demo(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return subject.print_run(loaded)
     subject.prepare_environment()
-    subject.located(loaded, lambda: demonstrate(loaded.run))
+    subject.run_located(loaded, lambda: demonstrate(loaded.run))
     return 0
 
 

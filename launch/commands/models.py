@@ -56,7 +56,7 @@ def run_models(arguments: argparse.Namespace) -> int:
 
 
 def zoo_table(pattern: str, *, markdown: bool) -> str:
-    """One row a model that matches the pattern. Raises ConfigError when none does."""
+    """One row per model that matches the pattern. Raises ConfigError when none does."""
     from cliplift.configs.sections import ConfigError
     from cliplift.models import list_models
     from cliplift.models.registry import model_plugins
@@ -132,7 +132,7 @@ def run_import_weights(arguments: argparse.Namespace) -> int:
         return _import_inflated(arguments, options)
     state = read_state(_build(arguments, options, classes=0, device="meta"), arguments.subject)
     classes, match = _matched(arguments, options, state)
-    print(described(match, classes=classes, title=f"{arguments.subject} -> {arguments.model}"))
+    print(describe_match(match, classes=classes, title=f"{arguments.subject} -> {arguments.model}"))
     if arguments.dry_run:
         return 0 if match.loads else CHECK_FAILED
     model = _build(arguments, options, classes=classes)
@@ -163,7 +163,7 @@ def parsed_options(words: Sequence[str]) -> dict[str, object]:
     return options
 
 
-def described(match: WeightMatch, *, classes: int, title: str) -> str:
+def describe_match(match: WeightMatch, *, classes: int, title: str) -> str:
     """The comparison as lines: counts, then the keys of every kind that does not fit."""
     lines = [f"{title}: {len(match.matched)} tensors match"]
     lines += [f"  note: {note}" for note in match.notes]

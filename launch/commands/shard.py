@@ -57,12 +57,12 @@ def add_index_options(index: argparse.ArgumentParser) -> None:
 def run_shard(arguments: argparse.Namespace) -> int:
     """Exit code 1 when the dataset was verified and is not sound."""
     from cliplift.configs.sharding import ShardRun
-    from cliplift.launch.commands.subject import load_stage, located, print_run
+    from cliplift.launch.commands.subject import load_stage, print_run, run_located
 
     loaded = load_stage(arguments, ShardRun)
     if arguments.dry_run:
         return print_run(loaded)
-    report = located(
+    report = run_located(
         loaded,
         lambda: build(
             loaded.run, phase=arguments.phase, part=arguments.part, retry_failed=arguments.retry_failed

@@ -114,7 +114,7 @@ def is_override(word: str) -> bool:
     return bool(equals) and all(part.isidentifier() or part.isdigit() for part in key.split("."))
 
 
-def located(loaded: LoadedRun[R], call: Callable[[], T]) -> T:
+def run_located(loaded: LoadedRun[R], call: Callable[[], T]) -> T:
     """What the call returns; an error about a key names the file that set it."""
     try:
         return call()

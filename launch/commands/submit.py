@@ -30,10 +30,14 @@ def add_options(submit: argparse.ArgumentParser) -> None:
     submit.add_argument("--folder", default=None, help="folder for the files; default: jobs/NAME")
     submit.add_argument("--nodes", type=int, default=1, help="nodes of a training job")
     submit.add_argument(
-        "--gpus", type=int, default=0, help="GPUs a node, one rank each; 0 is one CPU rank a node"
+        "--gpus", type=int, default=0, help="GPUs per node, one rank each; 0 is one CPU rank per node"
     )
-    submit.add_argument("--cpus", type=int, default=8, help="processor cores a node or a part of sharding")
-    submit.add_argument("--memory", type=int, default=None, help="memory a node, GiB; default: the cluster's")
+    submit.add_argument(
+        "--cpus", type=int, default=8, help="processor cores per node, or per part of a shard build"
+    )
+    submit.add_argument(
+        "--memory", type=int, default=None, help="memory per node, GiB; default: the cluster's"
+    )
     submit.add_argument("--parts", type=int, default=16, help="tasks a shard build is divided into")
     submit.add_argument("--signal-seconds", type=int, default=180, help="time to save before a job is killed")
     submit.add_argument("--image", default=None, help="container image to run in (needed by Kubernetes)")
@@ -229,9 +233,11 @@ def _local_files(
     files = {}
     for job in jobs:
         files[job.config_file] = job.config
-        stage = ["-m", "cliplift.launch.cli", job.stage, str(folder / job.config_file)]
+        # One process builds all parts of a dataset here, so the words for parts of an array are left out.
+        words = [word for word in job.words if word not in ("--part", "auto")]
+        stage = ["-m", "cliplift.launch.cli", job.stage, str(folder / job.config_file), *words]
         if job.phase is not None:
-            command = [sys.executable, *stage, "--phase", job.phase]
+            command = [sys.executable, *stage]
         elif resources.processes_per_node > 1:
             count = str(resources.processes_per_node)
             torchrun = [

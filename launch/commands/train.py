@@ -11,7 +11,7 @@ from cliplift.launch.commands.command import Command
 def run_training(arguments: argparse.Namespace, *, stage: str) -> int:
     """Exit code 0 when the run is finished, or was stopped by a signal after saving."""
     from cliplift.configs.runs import TRAINING
-    from cliplift.launch.commands.subject import command_words, load_stage, located, prepare_environment
+    from cliplift.launch.commands.subject import command_words, load_stage, prepare_environment, run_located
 
     loaded = load_stage(arguments, TRAINING[stage])
     prepare_environment()
@@ -20,9 +20,9 @@ def run_training(arguments: argparse.Namespace, *, stage: str) -> int:
     from cliplift.pipelines.stages.run import dry_run
 
     if arguments.dry_run:
-        print(located(loaded, lambda: dry_run(loaded.run)))
+        print(run_located(loaded, lambda: dry_run(loaded.run)))
         return 0
-    result = located(loaded, lambda: run_all(loaded.run, command=command_words()))
+    result = run_located(loaded, lambda: run_all(loaded.run, command=command_words()))
     code = 0 if result.finished or result.requeue else 1
     leave(code)
     return code

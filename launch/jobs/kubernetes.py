@@ -1,6 +1,6 @@
 """Kubernetes manifests: an Indexed Job with a headless service, or a Kubeflow PyTorchJob.
 
-A pod runs torchrun, which starts one rank a GPU; pod 0 is where all meet, under the name the headless service gives
+A pod runs torchrun, which starts one rank per GPU; pod 0 is where all meet, under the name the headless service gives
 it. A stage that was stopped by a drained node has saved: its pod ends with a code that Kubernetes answers by
 starting the pod again, without counting it as a failure. Only a run that wrote its result has succeeded.
 """
@@ -27,7 +27,7 @@ MAX_FAILURES = 6
 
 @dataclass(frozen=True, kw_only=True)
 class KubernetesOptions:
-    """How the cluster wants to be asked. ``volumes``: (claim, mount path)."""
+    """What this cluster expects in a manifest. ``volumes``: (claim, mount path)."""
 
     image: str
     namespace: str | None = None
@@ -257,7 +257,7 @@ def kind_of(files: dict[str, str], job: Job) -> str:
 
 
 def check_output(job: Job, options: KubernetesOptions) -> None:
-    """Raise ConfigError where a job would write to a disk that dies with its pod."""
+    """Raise ConfigError where a job would write to a disk that is deleted with its pod."""
     if "://" in job.output:
         return
     place = posixpath.normpath(posixpath.join(options.workdir or "/", job.output))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cliplift.configs.discovery import named_modules
 from cliplift.configs.load import LoadedRun, dump_run
 from cliplift.configs.runs import TRAINING, EvaluateRun, stage_name
 from cliplift.configs.sections import ConfigError, Section
@@ -16,7 +17,7 @@ from cliplift.configs.training import TrainingRun
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What every job is given. ``gpus`` are per node; 0 trains on CPUs with one process a node."""
+    """What each job may use. ``gpus`` are per node; 0 trains on CPUs with one process per node."""
 
     nodes: int
     gpus: int
@@ -49,14 +50,16 @@ class Job:
     gpus: int
     phase: str | None = None  # of sharding
     parts: int = 1  # tasks of an array
+    plugins: tuple[str, ...] = ()  # modules that --plugin names: a job starts in an environment of its own
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What follows ``cliplift`` and the config's path."""
+        """What follows ``cliplift``, the stage and the config's path."""
+        plugins = tuple(word for module in self.plugins for word in ("--plugin", module))
         if self.phase is None:
-            return ()
+            return plugins
         part = ("--part", "auto") if self.phase == "build" else ()
-        return ("--phase", self.phase, *part)
+        return ("--phase", self.phase, *part, *plugins)
 
     @property
     def finished_file(self) -> str:
@@ -109,6 +112,7 @@ def _stage_job(run: Section, resources: Resources, *, name: str, output: str) ->
         nodes=resources.nodes,
         processes_per_node=resources.processes_per_node,
         gpus=resources.gpus,
+        plugins=named_modules(),
     )
 
 
@@ -142,6 +146,7 @@ def _shard_jobs(run: ShardRun, resources: Resources) -> list[Job]:
             gpus=0,
             phase=phase,
             parts=parts,
+            plugins=named_modules(),
         )
         for phase, parts in phases
     ]

@@ -20,7 +20,7 @@ CONTAINERS = ("enroot", "apptainer")
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmOptions:
-    """How the cluster wants to be asked."""
+    """What this cluster expects in a script."""
 
     partition: str | None = None
     account: str | None = None
@@ -41,8 +41,8 @@ def sbatch_script(job: Job, resources: Resources, options: SlurmOptions, *, conf
 
     Args:
         job: what to run.
-        resources: what it is given.
-        options: how this cluster wants to be asked.
+        resources: what it may use.
+        options: what this cluster expects.
         config_path: where the job's resolved YAML lies.
     """
     parts = [

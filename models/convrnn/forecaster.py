@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from cliplift.models.convrnn.recurrence import RecurrentStack, StackState
 from cliplift.models.layers import PooledClassifier
 from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.streams import luma
 
 ForecastLoss = Literal["bce", "mse"]
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 FORECASTER = ("forecaster.", "output.")  # what a classifier has no use for, in the state dict
 
 
@@ -172,11 +172,6 @@ def forecast_error(logits: Tensor, target: Tensor, *, loss: ForecastLoss) -> Ten
     else:
         raise ModelError(f"loss={loss!r} must be 'bce' or 'mse'")
     return error.flatten(1).mean(dim=1)
-
-
-def luma(x: Tensor) -> Tensor:
-    """(B, 3, T, H, W) -> (B, 1, T, H, W)."""
-    return LUMA[0] * x[:, 0:1] + LUMA[1] * x[:, 1:2] + LUMA[2] * x[:, 2:3]
 
 
 def to_patches(x: Tensor, patch: int) -> Tensor:

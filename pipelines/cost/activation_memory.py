@@ -127,20 +127,20 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self._made(leaf)
+                self._record_storage(leaf)
         return out
 
-    def _made(self, tensor: Tensor) -> None:
+    def _record_storage(self, tensor: Tensor) -> None:
         identity = _identity(tensor)
         if identity in self.sizes or identity in self.known:
             return
         storage = tensor.untyped_storage()
         self.sizes[identity] = storage.nbytes()
         self.now += storage.nbytes()
-        weakref.finalize(storage, self._gone, identity)
+        weakref.finalize(storage, self._forget_storage, identity)
         self.timeline.append((self.now, self.gradients_now))
 
-    def _gone(self, identity: int) -> None:
+    def _forget_storage(self, identity: int) -> None:
         size = self.sizes.pop(identity)
         if identity in self.gradients:
             self.gradients.discard(identity)

@@ -133,11 +133,11 @@ class LoadingSpeed:
             f"{self.clips_per_second:.1f} clips/s  {self.frames / self.seconds:.0f} frames/s"
             f"  {self.frames_per_second_per_core:.0f} frames/s/core  {self.mb_per_second:.2f} MB/s read",
             f"a batch every: {waits}  most {self.waits_ms[100]:.0f} ms",
-            f"CPU time {self.cpu_ms_per_clip:.2f} ms a clip, {self.cpu_seconds / self.seconds:.2f} cores busy"
+            f"CPU time {self.cpu_ms_per_clip:.2f} ms per clip, {self.cpu_seconds / self.seconds:.2f} cores busy"
             f" in {self.workers or 'no'} worker processes",
             "time of the workers: "
             + "  ".join(f"{name} {100 * share:.0f} %" for name, share in self.shares().items()),
-            f"augmentation on {self.device}: {self.augment_ms_per_clip:.2f} ms a clip, beside the training step",
+            f"augmentation on {self.device}: {self.augment_ms_per_clip:.2f} ms per clip, beside the training step",
             f"unreadable samples: {self.failed}",
         ]
         return "\n".join(lines)
@@ -218,7 +218,7 @@ def _busy_seconds(data: DataConfig) -> float:
 
 
 def _augment_ms(batch: ClipBatch, data: DataConfig, device: torch.device, *, rounds: int = 5) -> float:
-    """Milliseconds a clip for the device's part of augmentation, the copy to the device included."""
+    """Milliseconds per clip for the device's part of augmentation, the copy to the device included."""
     spec = InputSpec(mean=(0.45, 0.45, 0.45), std=(0.225, 0.225, 0.225))
     views = DeviceAugment(data.augment, spec, training=True)
     spent = []

@@ -23,6 +23,7 @@ from cliplift.pipelines.cost.activation_memory import (
     storage_bytes,
 )
 from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_config
+from cliplift.pipelines.engine.optim import optimizer_moments
 from cliplift.pipelines.engine.task import HALF, as_trained
 from cliplift.pipelines.stages.run import stage_of
 
@@ -44,7 +45,7 @@ class Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes on one rank: what always lies there, and the three moments of a step one of which is the peak."""
+    """Bytes on one rank: what is always there, and the three moments of a step, one of which is the peak."""
 
     weights: int  # with buffers, frozen parts and the teacher
     masters: int
@@ -71,8 +72,8 @@ def plan_memory(run: TrainingRun, *, classes: int, world_size: int, on_gpu: bool
         run: the run.
         classes: K, number of classes of its data.
         world_size: N, number of ranks.
-        on_gpu: DeepSpeed's buckets and the caching allocator take what they are given there; on a CPU a page that
-            is never written costs nothing.
+        on_gpu: on a GPU, DeepSpeed's buckets and the caching allocator hold whatever they allocate; on a CPU, a page
+            that is never written takes no memory.
 
     Raises:
         ConfigError: the run cannot work as configured; the error names the key.
@@ -153,7 +154,7 @@ def _plan(
     stage, trained, wide = run.engine.zero_stage, sizes.trained, _bytes_of_a_weight(run)
     own = math.ceil(trained / world_size)
     kept = trained if stage == 0 else own  # values whose masters and moments this rank keeps
-    states = moments_of(run) + bool(run.optim.average_decay)
+    states = optimizer_moments(run.optim) + bool(run.optim.average_decay)
     on_host = run.engine.offload != "none"
     moments = _moments(run, sizes, measured, world_size=world_size, on_gpu=on_gpu)
     own_weights = own if stage == 3 else trained
@@ -169,11 +170,6 @@ def _plan(
         update=inputs + _update_bytes(run, sizes, wide=wide, world_size=world_size, on_gpu=on_gpu),
         saved_activations=measured.saved_bytes,
     )
-
-
-def moments_of(run: TrainingRun) -> int:
-    """Optimizer tensors of a trained parameter's size."""
-    return 2 if run.optim.name != "sgd" else int(run.optim.momentum > 0)
 
 
 def _bytes_of_a_weight(run: TrainingRun) -> int:
@@ -203,6 +199,7 @@ def _update_bytes(run: TrainingRun, sizes: Sizes, *, wide: int, world_size: int,
 
 def _bucket(run: TrainingRun, *, world_size: int) -> int:
     zero = deepspeed_config(run, world_size=world_size)["zero_optimization"]
+    assert isinstance(zero, dict)
     return int(float(zero.get("reduce_bucket_size", DEEPSPEED_BUCKET)))
 
 

@@ -158,7 +158,7 @@ def _repeated(batch: ClipBatch) -> Iterator[ClipBatch]:
 
 
 def _communication(timer: _Timer) -> float:
-    """Seconds a step in collectives, from the profiler's record of a few steps."""
+    """Seconds per step in collectives, from the profiler's record of a few steps."""
     activities = [ProfilerActivity.CPU]
     if timer.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)

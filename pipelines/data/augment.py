@@ -21,7 +21,7 @@ from cliplift.configs.data import AugmentConfig
 from cliplift.configs.plugins import MAX_DRAWS, augmentations
 from cliplift.configs.sections import ConfigError
 from cliplift.models.protocol import InputSpec
-from cliplift.models.streams import FLOW_CHANNELS
+from cliplift.models.streams import FLOW_CHANNELS, luma
 from cliplift.pipelines.data.batch import FLIP, ClipBatch
 from cliplift.pipelines.data.rand_augment import rand_augmented
 
@@ -29,7 +29,6 @@ BRIGHTNESS, CONTRAST, SATURATION, GRAY, ERASE = range(FLIP + 1, FLIP + 6)
 ERASE_AREA, ERASE_RATIO, ERASE_TOP, ERASE_LEFT, MIX_KIND, MIX_AMOUNT, RAND_AUGMENT = range(6, 13)
 PLUGIN_DRAWS = range(13, 13 + MAX_DRAWS)
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 TARGET_LUMA = 0.45
 LARGEST_LOG_RATIO = float(np.log(np.float32(1 / 0.3)))  # of an erased box's height and width
 
@@ -158,11 +157,6 @@ def mirror(x: Tensor) -> Tensor:
     return mirrored
 
 
-def luma(x: Tensor) -> Tensor:
-    """(B, 3, T, H, W) -> (B, 1, T, H, W)."""
-    return LUMA[0] * x[:, 0:1] + LUMA[1] * x[:, 1:2] + LUMA[2] * x[:, 2:3]
-
-
 def normalized_brightness(x: Tensor) -> Tensor:
     """Scale each clip to mean luma 0.45, for footage shot in the dark; black clips stay black."""
     mean = luma(x).mean(dim=(1, 2, 3, 4), keepdim=True)
@@ -184,7 +178,7 @@ def mix_clips(
         labels: (B,).
         num_classes: K.
         augment: which of the two, and their Beta parameters; with both, each is used for half of the batches.
-        draws: the batch's draws, on the host; the first clip's decide, as one amount is drawn a batch.
+        draws: the batch's draws, on the host; the first clip's decide, as one amount is drawn per batch.
 
     Returns:
         Mixed clips and soft targets (B, K).

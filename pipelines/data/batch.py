@@ -42,7 +42,7 @@ class ClipBatch:
     video_index: Tensor  # int64 (B,) equal numbers are clips of the same source video
     views: Tensor  # int64 (B,) view of a test sample, or which of several training clips of a sample
     draws: Tensor  # float32 (B, NUM_DRAWS) in [0, 1), a function of seed, epoch, sample and view; on the host
-    targets: Tensor | None = None  # float32 (B, K) for data with several labels a sample
+    targets: Tensor | None = None  # float32 (B, K) for data with several labels per sample
     costs: Costs = field(default_factory=Costs)
     failed: tuple[str, ...] = ()  # samples that could not be read and were replaced
 
@@ -88,7 +88,7 @@ def _unpacked(
     )
 
 
-def merged(batches: Sequence[ClipBatch], *, failed: Sequence[str] = ()) -> ClipBatch:
+def merge_batches(batches: Sequence[ClipBatch], *, failed: Sequence[str] = ()) -> ClipBatch:
     """Several batches as one. In a worker process the clips are written straight to shared memory."""
     began = time.perf_counter()
     clips: Tensor = default_collate([clip for b in batches for clip in b.clips])

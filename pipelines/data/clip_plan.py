@@ -119,7 +119,7 @@ def training_box(
             1,
             round(min(height, width) * augment.corner_scales[int(rng.integers(len(augment.corner_scales)))]),
         )
-        return _five(height, width, side)[int(rng.integers(5))]
+        return _corners_and_centre(height, width, side)[int(rng.integers(5))]
     side = _crop_side(data, height, width)
     if augment.crop == "random":
         if augment.short_side_pixels is not None:
@@ -127,7 +127,7 @@ def training_box(
             side = _crop_side(data, height, width, resized=int(rng.integers(low, high + 1)))
         top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
         return Box(top, left, side, side)
-    return _five(height, width, side)[-1]
+    return _corners_and_centre(height, width, side)[-1]
 
 
 def _random_resized(augment: AugmentConfig, *, height: int, width: int, rng: np.random.Generator) -> Box:
@@ -146,7 +146,7 @@ def _random_resized(augment: AugmentConfig, *, height: int, width: int, rng: np.
 def view_boxes(data: DataConfig, *, height: int, width: int, crops: int) -> list[Box]:
     """Test crops: centre; three along the long side; four corners and centre; those five and their mirrors."""
     side = _crop_side(data, height, width)
-    five = _five(height, width, side)
+    five = _corners_and_centre(height, width, side)
     if crops == 1:
         return [five[-1]]
     if crops == 3:
@@ -167,7 +167,7 @@ def _crop_side(data: DataConfig, height: int, width: int, *, resized: int | None
     return max(1, min(short, round(short * data.crop_pixels / resized)))
 
 
-def _five(height: int, width: int, side: int) -> list[Box]:
+def _corners_and_centre(height: int, width: int, side: int) -> list[Box]:
     """Four corners, then the centre."""
     bottom, right = height - side, width - side
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]

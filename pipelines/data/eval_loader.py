@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch.utils.data import Dataset
 
 from cliplift.configs.data import DataConfig
-from cliplift.pipelines.data.batch import ClipBatch, merged
+from cliplift.pipelines.data.batch import ClipBatch, merge_batches
 from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.data.workers import batches_from_workers
 
@@ -28,7 +28,7 @@ class _TestViews(Dataset[ClipBatch]):
 
     def __getitem__(self, request: ViewsRequest) -> ClipBatch:
         self.source.expect((*request.samples, *request.following))
-        return merged([self.source.test_views(index) for index in request.samples])
+        return merge_batches([self.source.test_views(index) for index in request.samples])
 
 
 class EvalLoader:
@@ -58,7 +58,7 @@ class EvalLoader:
             chosen = sorted(random.Random(0).sample(chosen, max_samples))
         self._mine = chosen[rank::world_size]
         self._first = chosen[:1]
-        # With every_frames a video has as many views as it is long; videos then come one by one.
+        # With every_frames the number of views grows with a video's length; videos then come one by one.
         several = data.views.every_frames is None
         self._samples_per_batch = max(1, batch // (data.views.clips * data.views.crops)) if several else 1
         largest = math.ceil(len(chosen) / world_size)

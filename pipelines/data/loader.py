@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.data.batch import ClipBatch, merged
+from cliplift.pipelines.data.batch import ClipBatch, merge_batches
 from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.data.failures import FailureCount, TooManyFailuresError
 from cliplift.pipelines.data.order import (
@@ -72,12 +72,12 @@ class _Training(Dataset[ClipBatch | TooManyFailuresError]):
                 failed += messages
         except TooManyFailuresError as error:
             return error  # raised by the main process, whose traceback is the one that helps
-        return merged(clips, failed=failed)
+        return merge_batches(clips, failed=failed)
 
     def _clip(self, epoch: int, position: int, draw: Draw) -> tuple[ClipBatch, list[str]]:
         """The sample drawn, or the first readable one of a fixed series of its neighbours."""
         failed: list[str] = []
-        near = self.order.near(position)
+        near = self.order.substitutes(position)
         for attempt in range(1, MAX_SUBSTITUTES + 1):
             try:
                 return self.source.training_clips(*draw), failed

@@ -64,6 +64,8 @@ class GlobalOrder:
 
     def sample(self, epoch: int, position: int) -> int:
         """The sample at a position of an epoch."""
+        # A Feistel network permutes 2**(2 half) values, at most 4 N. Values of N and above are sent through it again
+        # (cycle walking): as the larger map is one to one, so is what it makes of the N samples.
         bits = max(2, (self.num_samples - 1).bit_length())
         half = (bits + 1) // 2
         value = position
@@ -72,7 +74,7 @@ class GlobalOrder:
             if value < self.num_samples:
                 return value
 
-    def near(self, position: int) -> range:
+    def substitutes(self, position: int) -> range:
         """Positions that may stand in for this one: all of them, as reads are spread over everything anyway."""
         return range(self.num_samples)
 
@@ -110,6 +112,8 @@ class WindowedOrder:
     def sample(self, epoch: int, position: int) -> int:
         """The sample at a position of an epoch."""
         dealt = self._dealt(epoch)
+        # Streams take turns, so that neighbouring positions come from different shards. Within a stream only a window
+        # of neighbours is shuffled, so that reads stay near each other.
         stream, turn = dealt.place(position)
         window, inside = divmod(turn, self.window_samples)
         first = window * self.window_samples
@@ -118,7 +122,7 @@ class WindowedOrder:
         )
         return dealt.sample(stream, first + int(shuffled[inside]))
 
-    def near(self, position: int) -> range:
+    def substitutes(self, position: int) -> range:
         """Positions read at about the same time as this one: the same windows of all streams."""
         size = self.streams * self.window_samples
         start = position // size * size
@@ -137,6 +141,8 @@ class WindowedOrder:
         key = (epoch, stream, window)
         found = self._windows.get(key)
         if found is None:
+            # A first window is keyed by its stream alone: streams of one window keep the order of the versions in which
+            # a stream had one generator for all its windows.
             words = (self.seed, epoch, 2, stream, *((window,) if window else ()))
             found = generator(*words).permutation(np.arange(size, dtype=np.int64))
             while len(self._windows) > 2 * self.streams:
@@ -211,7 +217,7 @@ class Mixture:
         passes, at = divmod(drawn, self.parts[part].num_samples)
         return Draw(self._starts[part] + self.parts[part].sample(passes, at), passes)
 
-    def near(self, position: int) -> range:
+    def substitutes(self, position: int) -> range:
         """Positions dealt together with this one."""
         start = position // BLOCK * BLOCK
         return range(start, min(start + BLOCK, self.num_samples))
@@ -291,7 +297,7 @@ class BalancedOrder:
         passes, at = divmod(turn, len(self.members[k]))
         return Draw(int(self.members[k][self.within[k].sample(passes, at)]), passes)
 
-    def near(self, position: int) -> range:
+    def substitutes(self, position: int) -> range:
         """Positions that may stand in for this one."""
         return range(self.num_samples)
 

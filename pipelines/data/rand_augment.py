@@ -33,7 +33,7 @@ def rand_augmented(clips: Tensor, seeds: Sequence[int], config: AugmentConfig) -
 
     Args:
         clips: uint8 (B, T, H, W, 3).
-        seeds: one a clip; the operations are a function of it.
+        seeds: one per clip; the operations are a function of it.
         config: number of operations, magnitude and its spread, and share of operations carried out.
     """
     done = []

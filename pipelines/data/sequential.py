@@ -3,8 +3,8 @@
 What is lost against :class:`cliplift.pipelines.data.loader.ClipLoader`: the order depends on ranks, workers and chance,
 tars are drawn with replacement (so a sample may come twice before another comes once), a resumed run goes on with other
 samples, and what webdataset cannot read behind a damaged place of a tar is left out without being counted. What is
-kept: every rank always gets equal batches, the number of steps is the config's, undecodable videos are counted, silent
-workers are an error. ``cliplift index`` makes the same tars readable exactly.
+kept: every rank always gets equal batches, the number of steps is the config's, undecodable videos are counted, workers
+that hang are an error. ``cliplift index`` makes the same tars readable exactly.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from cliplift.configs.data import DataConfig, SequentialConfig
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.data.batch import FLIP, ClipBatch, merged
+from cliplift.pipelines.data.batch import FLIP, ClipBatch, merge_batches
 from cliplift.pipelines.data.clip_plan import cut, mirrored_labels, training_plan
 from cliplift.pipelines.data.failures import FailureCount, TooManyFailuresError
 from cliplift.pipelines.data.loader import MAX_SUBSTITUTES
@@ -143,7 +143,7 @@ class _Stream(Dataset[ClipBatch | TooManyFailuresError]):
             except (VideoDecodeError, SampleError) as error:
                 failed.append(f"{video.get('__url__')} {video.get('__key__')}: {error}")
             if len(clips) == self.samples:
-                return merged(clips, failed=failed)
+                return merge_batches(clips, failed=failed)
             if len(failed) > MAX_SUBSTITUTES:
                 break
         last = failed[-1] if failed else "the tars hold no sample"
@@ -199,7 +199,7 @@ def raw_samples(config: SequentialConfig, *, seed: int) -> Iterator[RawSample]:
         opened,
         partial(tar_file_expander, handler=skip),
         partial(group_by_keys, handler=skip),
-        opened.noted,
+        opened.count_samples,
         webdataset.shuffle(config.shuffle_samples, initial=config.shuffle_samples, seed=seed),
     )
     yield from stream
@@ -211,7 +211,7 @@ class _OpenedTars:
     def __init__(self, limit: int) -> None:
         self.limit, self.fruitless = limit, 0
 
-    def noted(self, samples: Iterable[RawSample]) -> Iterator[RawSample]:
+    def count_samples(self, samples: Iterable[RawSample]) -> Iterator[RawSample]:
         """Samples as they come out of the tars."""
         for sample in samples:
             self.fruitless = 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import FlowConfig, TranscodeConfig
-from cliplift.pipelines.data.batch import FLIP, NUM_DRAWS, ClipBatch, Costs, merged
+from cliplift.pipelines.data.batch import FLIP, NUM_DRAWS, ClipBatch, Costs
 from cliplift.pipelines.data.clip_plan import (
     Ints,
     TrainingPlan,
@@ -68,8 +68,6 @@ def decoded_videos(limit_mib: int) -> DecodedVideos | None:
     _DECODED.limit = max(_DECODED.limit, limit_mib * 2**20)
     return _DECODED
 
-
-__all__ = ["NUM_DRAWS", "ClipBatch", "ClipSource", "TrainingPlan", "clips_of_video", "merged"]
 
 FOREIGN = TranscodeConfig(min_frames=1, max_seconds=3600.0)
 
@@ -120,6 +118,7 @@ class ClipSource:
 
     def _video_numbers(self) -> Ints:
         """The number of every sample's source video, counted over all datasets in order of appearance."""
+        # By dataset and id: two datasets may both have a video "0001", and those are different videos.
         numbers: dict[tuple[str, str], int] = {}
         found = []
         for one in self.sets:
@@ -138,6 +137,7 @@ class ClipSource:
         return int(self.starts[-1])
 
     def __getstate__(self) -> dict[str, object]:
+        # Threads and open files do not travel to a worker process; it starts its own when it first needs them.
         return self.__dict__ | {"_ahead": None}
 
     def _place(self, index: int) -> tuple[ShardDataset, int]:
@@ -178,7 +178,9 @@ class ClipSource:
         remote = []
         for index in indices:
             one, inside = self._place(index)
-            if self._kept(index) is None and not one.announce(inside, self._member):
+            # A local shard is announced to the system, which reads it in the background. Only bytes behind a URL need
+            # threads of ours.
+            if self._decoded_video(index) is None and not one.announce(inside, self._member):
                 remote.append(index)
         if remote and self._ahead is None:
             self._ahead = ReadAhead(self.read, self.data.read_ahead)
@@ -222,15 +224,17 @@ class ClipSource:
 
     def _frames(self, index: int, clips: Sequence[Ints]) -> tuple[list[Frames], Costs]:
         """The frames (T, H, W, C) of each clip, each decoded once; from memory where the whole video is kept there."""
-        video = self._kept(index)
+        video = self._decoded_video(index)
         if video is not None:
             return [video[numbers] for numbers in clips], Costs()
         began = time.perf_counter()
         data = self._ahead.take(index) if self._ahead is not None else self.read(index)
         read = time.perf_counter()
         if self._cache is not None:
+            # The next pass will ask for other frames, so what is kept must be the whole video.
             wanted = np.arange(self.shape(index).num_frames)
         else:
+            # Clips of a sample overlap, and a short video repeats frames: each frame is decoded once.
             wanted = np.unique(np.concatenate(clips))
         decode = decode_flow if self.data.modality == "flow" else decode_frames
         decoded = decode(data, wanted.tolist(), decoder=self.data.decoder)
@@ -243,7 +247,7 @@ class ClipSource:
             return [decoded], costs
         return [decoded[np.searchsorted(wanted, numbers)] for numbers in clips], costs
 
-    def _kept(self, index: int) -> Frames | None:
+    def _decoded_video(self, index: int) -> Frames | None:
         return None if self._cache is None else self._cache.get(self._cache_key(index))
 
     def _cache_key(self, index: int) -> tuple[str, str]:
@@ -264,10 +268,10 @@ class ClipSource:
         if self.label_sets is not None:
             targets = torch.zeros(B, len(self.classes))
             for row, swap in enumerate(mirrored):
-                targets[row, [self._seen(label, swap) for label in self.label_sets[index]]] = 1.0
+                targets[row, [self._class_shown(label, swap) for label in self.label_sets[index]]] = 1.0
         return ClipBatch(
             clips=clips[0].unsqueeze(0) if B == 1 else torch.stack(list(clips)),
-            labels=torch.tensor([self._seen(int(self.labels[index]), swap) for swap in mirrored]),
+            labels=torch.tensor([self._class_shown(int(self.labels[index]), swap) for swap in mirrored]),
             sample_index=torch.full((B,), index),
             video_index=torch.full((B,), int(self.video_index[index])),
             views=torch.arange(B),
@@ -276,7 +280,7 @@ class ClipSource:
             costs=costs,
         )
 
-    def _seen(self, label: int, mirrored: bool) -> int:
+    def _class_shown(self, label: int, mirrored: bool) -> int:
         """The class a clip shows: another one where mirroring turns left into right."""
         return self._mirrored.get(label, label) if mirrored else label
 

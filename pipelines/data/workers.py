@@ -1,4 +1,4 @@
-"""Batches from worker processes: in the order asked for, and never waited for without end."""
+"""Batches from worker processes, in the order requested; a worker that dies or hangs is an error, not a hang."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def batches_from_workers(
             died = "timed out" not in str(error)
             if not died and time.monotonic() - asked < data.worker_timeout_seconds:
                 continue
-            # A process that hangs in native code or in the kernel does not hear a polite request to end.
+            # A process that hangs in native code or in the kernel does not react to a request through its queue.
             lost = _worker_lost(describe(issued[0]), data=data, processes=processes, died=died)
             for process in processes:
                 process.terminate()
@@ -107,13 +107,13 @@ def _worker_lost(what: str, *, data: DataConfig, processes: Sequence[BaseProcess
         dead = [p for p in processes if p.exitcode not in (None, 0)]
         how = ", ".join(f"process {p.pid} {_ending(p.exitcode)}" for p in dead) or "how is not known"
         return WorkerError(
-            f"a decoding process died ({how}) while the batch with {what} was awaited; killed by signal 9 usually "
+            f"a decoding process died ({how}) while waiting for the batch with {what}; killed by signal 9 usually "
             "means that the machine ran out of memory: lower data.workers, data.prefetch_batches or "
             "data.cache_decoded_mib"
         )
     return WorkerError(
-        f"no batch came from the {len(processes)} decoding processes for {data.worker_timeout_seconds:g} s; the one "
-        f"awaited holds {what}; the processes were stopped. A file system or a decoder hangs, or "
+        f"no batch came from the {len(processes)} decoding processes for {data.worker_timeout_seconds:g} s; the next "
+        f"one holds {what}; the processes were stopped. A file system or a decoder hangs, or "
         "data.worker_timeout_seconds is too short for this machine"
     )
 

@@ -1,7 +1,7 @@
-"""All ranks say what they run, and stop together when one runs something else.
+"""Ranks compare what they run before the first step, and stop together when one of them differs.
 
 A rank with another batch size, an older checkout or other shards does not crash: it hangs in a collective, or trains
-on silently wrong gradients. So before anything is computed every rank shows config, code and data to the others.
+on wrong gradients without a word. So all ranks first compare config, code, plug-ins and data.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 import cliplift.pipelines
+from cliplift.configs.discovery import plugin_versions
 from cliplift.configs.sections import ConfigError, Section
 from cliplift.pipelines.distributed.collectives import Topology
 
 V = TypeVar("V")
 
-SECONDS = 60.0  # a rank that has not answered by then is missing
-DATA_SECONDS = 300.0  # a remote index may take its time
+SECONDS = 60.0  # a rank that has not answered by then counts as missing
+DATA_SECONDS = 300.0  # reading a remote index may be slow
 PACKAGES = ("configs", "models", "sharding", "pipelines", "launch")
 NODE_LOCAL = {"data.cache_folder"}  # may differ between hosts by design
 ABSENT = "(not set)"
@@ -131,6 +132,7 @@ def agree(facts: Mapping[str, str], topology: Topology, *, seconds: float = SECO
     )
 
 
+# All ranks make the same comparisons in the same order, so their counts agree without being exchanged.
 _calls = itertools.count()
 
 
@@ -146,6 +148,7 @@ def _store() -> Store:
 def _outcome(store: Store, world_size: int, seconds: float) -> Outcome | None:
     """On rank 0: the first difference any rank has found, or who has not said anything; None when all agree."""
     until = time.monotonic() + seconds
+    # One deadline for all: many silent ranks must not add up to many times the waiting.
     missing = [r for r in range(world_size) if not _wait(store, f"verdict/{r}", until - time.monotonic())]
     verdicts = [json.loads(store.get(f"verdict/{r}")) for r in range(world_size) if r not in missing]
     found: Disagreement | None = next((v for v in verdicts if v is not None), None)
@@ -207,7 +210,7 @@ def code_facts() -> dict[str, str]:
         "torch version": torch.__version__,
         "deepspeed version": metadata.version("deepspeed"),
         "python version": ".".join(platform.python_version_tuple()[:2]),
-    }
+    } | {f"plug-in {name}": version for name, version in plugin_versions().items()}
 
 
 def code_digest(root: Path = ROOT) -> str:

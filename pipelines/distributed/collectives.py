@@ -1,7 +1,7 @@
 """Ranks and the collectives the stages need. One process or many; gloo on CPU, NCCL on CUDA.
 
-The same code runs as plain ``python``, under ``torchrun``, the ``deepspeed`` launcher, ``srun`` and MPI launchers: they
-all say rank and world size in environment variables, and :func:`start` reads them (``ranks.py``).
+The same code runs as plain ``python``, under ``torchrun``, the ``deepspeed`` launcher, ``srun`` and MPI launchers: all
+of them set rank and world size in environment variables, which :func:`start` reads (``launchers.py``).
 """
 
 from __future__ import annotations
@@ -136,17 +136,17 @@ def meet(place: Place, *, seconds: float) -> dist.Store:  # type: ignore[name-de
     os.environ.setdefault("MASTER_ADDR", place.master_address)
     os.environ.setdefault("MASTER_PORT", str(place.master_port))
     try:
-        # Whoever is not rank 0 knocks twice, each time for the whole time limit.
+        # Ranks other than 0 try to connect twice, each time for the whole time limit.
         limit = timedelta(seconds=seconds if place.rank == 0 else seconds / 2)
         meeting = dist.rendezvous(  # type: ignore[attr-defined]
             "env://", place.rank, place.world_size, timeout=limit
         )
         store: dist.Store = next(iter(meeting))[0]  # type: ignore[name-defined]
     except dist.DistError as error:
-        said = ", ".join(f"{name}={os.environ[name]}" for name in found)
+        settings = ", ".join(f"{name}={os.environ[name]}" for name in found)
         raise ConfigError(
-            f"this is rank {place.rank} of {place.world_size} by the environment ({said}), and the processes did not "
-            f"meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {seconds:g} s "
+            f"this is rank {place.rank} of {place.world_size} by the environment ({settings}), and the processes did "
+            f"not meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within {seconds:g} s "
             f"({str(error).splitlines()[0]:.120})",
             file="environment",
             hint=f"for one process alone: unset {' '.join(found)}; for many, start them all with torchrun or srun",
@@ -166,7 +166,7 @@ def skip_shared_memory_operator() -> None:
 
 
 def _quiet() -> None:
-    """DeepSpeed logs each default at INFO; what matters of it stands in our own log."""
+    """Keep DeepSpeed from logging each of its defaults at INFO; our own log has what matters."""
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\..*|deepspeed\..*")

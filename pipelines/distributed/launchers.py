@@ -1,7 +1,7 @@
-"""Which process this is and where all of them meet, told from the environment alone, for every launcher.
+"""Which process this is and where all of them meet, for every launcher, from the environment alone.
 
-torchrun, the deepspeed launcher and Kubeflow say everything (RANK, WORLD_SIZE, MASTER_ADDR, ...). ``srun`` says
-rank and hosts; MPI launchers say the rank alone. The addresses those leave out are derived here.
+torchrun, the deepspeed launcher and Kubeflow set everything (RANK, WORLD_SIZE, MASTER_ADDR, ...). ``srun`` sets rank
+and hosts; MPI launchers set the rank alone. The addresses they leave out are derived here.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Place:
 
 
 def find_place(environment: Mapping[str, str]) -> Place:
-    """The first launcher that says both rank and world size; one process where none does.
+    """The first launcher that sets both rank and world size; a single process where none does.
 
     Raises:
         ConfigError: a rank outside the world, a number that is none, or several hosts without a meeting point.
@@ -133,7 +133,7 @@ def _master_address(environment: Mapping[str, str], launcher: Launcher, world_si
     if local_size.isdigit() and int(local_size) == world_size:
         return LOOPBACK
     raise ConfigError(
-        f"{launcher.name} started {world_size} processes and does not say where rank 0 is",
+        f"{launcher.name} started {world_size} processes and does not set the address of rank 0",
         key="MASTER_ADDR",
         file="environment",
         hint="pass the address of rank 0's host to all of them, such as "

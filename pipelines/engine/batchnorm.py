@@ -57,7 +57,7 @@ def lagging_statistics(module: nn.Module, *, forward_passes: int) -> str | None:
 def estimate_statistics(
     module: nn.Module, batches: Iterable[B], *, forward: Callable[[B], object], topology: Topology
 ) -> None:
-    """Set every trained BatchNorm's running statistics to those of all batches of all ranks under the weights now.
+    """Set every trained BatchNorm's running statistics to those of all batches of all ranks under the current weights.
 
     Each layer's mean is the mean over batches of the batch means, its variance E[x^2] - mean^2, which is exact for
     batches of equal size. Layers that training holds in eval mode keep their statistics.
@@ -74,13 +74,19 @@ def estimate_statistics(
     if not layers:
         return
     sums = [_Sums(layer) for layer in layers]
-    with _unchanged_buffers(module, except_of=layers), torch.random.fork_rng():
-        for batch in batches:
-            for layer in layers:
-                layer.momentum = 1.0  # the running statistics become the batch's
-            forward(batch)
-            for part in sums:
-                part.add()
+    try:
+        with _unchanged_buffers(module, except_of=layers), torch.random.fork_rng():
+            for batch in batches:
+                for layer in layers:
+                    layer.momentum = 1.0  # the running statistics become the batch's
+                forward(batch)
+                for part in sums:
+                    part.add()
+    except BaseException:
+        # A signal, or an unreadable batch. Whoever goes on from here must not do so with the statistics of one batch.
+        for part in sums:
+            part.restore()
+        raise
     for part in sums:
         part.finish(topology)
 
@@ -90,7 +96,9 @@ class _Sums:
 
     def __init__(self, layer: _BatchNorm) -> None:
         assert layer.running_mean is not None
+        assert layer.running_var is not None
         self.layer, self.momentum, self.batches = layer, layer.momentum, 0
+        self._before = layer.running_mean.clone(), layer.running_var.clone()
         self.count = 0
         self.mean = torch.zeros_like(layer.running_mean, dtype=torch.float64)
         self.square = torch.zeros_like(self.mean)
@@ -109,14 +117,25 @@ class _Sums:
         self.square += biased + mean**2
         self.batches += 1
 
+    def restore(self) -> None:
+        """The layer as it was."""
+        assert self.layer.running_mean is not None
+        assert self.layer.running_var is not None
+        self.layer.running_mean.copy_(self._before[0])
+        self.layer.running_var.copy_(self._before[1])
+        self._release()
+
+    def _release(self) -> None:
+        self.layer.momentum = self.momentum
+        self._hook.remove()
+
     def finish(self, topology: Topology) -> None:
         assert self.layer.running_mean is not None
         assert self.layer.running_var is not None
         both = all_reduce_mean(torch.stack([self.mean, self.square]) / self.batches, topology)
         self.layer.running_mean.copy_(both[0])
         self.layer.running_var.copy_(both[1] - both[0] ** 2)
-        self.layer.momentum = self.momentum
-        self._hook.remove()
+        self._release()
 
 
 @contextlib.contextmanager

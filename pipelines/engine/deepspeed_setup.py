@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
@@ -23,7 +23,8 @@ from cliplift.models.layers import checkpoint_blocks
 from cliplift.pipelines.distributed.collectives import Topology, broadcast_object
 from cliplift.pipelines.engine import checkpoint
 from cliplift.pipelines.engine.batchnorm import refuse_half_batchnorm
-from cliplift.pipelines.engine.optim import build_optimizer, network_with_blocks
+from cliplift.pipelines.engine.optim import build_optimizer, network_with_blocks, optimizer_moments
+from cliplift.pipelines.engine.task import TrainingEngine
 from cliplift.pipelines.engine.zero_state import put_masters, restore_optimizer
 
 NEVER = 10**9
@@ -37,7 +38,7 @@ FP16_LOSS_SCALE = {
 }
 
 
-def deepspeed_config(run: TrainingRun, *, world_size: int) -> dict[str, Any]:
+def deepspeed_config(run: TrainingRun, *, world_size: int) -> dict[str, object]:
     """The dictionary for ``deepspeed.initialize``, raw ``engine.deepspeed`` keys laid over it.
 
     Raises:
@@ -45,7 +46,13 @@ def deepspeed_config(run: TrainingRun, *, world_size: int) -> dict[str, Any]:
     """
     engine, optim = run.engine, run.optim
     micro_batch, accumulation = batch_split(run, world_size=world_size)
-    derived: dict[str, Any] = {
+    zero: dict[str, object] = {
+        "stage": engine.zero_stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "round_robin_gradients": False,
+    }
+    derived: dict[str, object] = {
         "train_batch_size": engine.global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -57,21 +64,16 @@ def deepspeed_config(run: TrainingRun, *, world_size: int) -> dict[str, Any]:
         "dump_state": False,
         "bf16": {"enabled": engine.precision == "bf16"},
         "fp16": {"enabled": engine.precision == "fp16"} | FP16_LOSS_SCALE,
-        "zero_optimization": {
-            "stage": engine.zero_stage,
-            "overlap_comm": False,
-            "contiguous_gradients": True,
-            "round_robin_gradients": False,
-        },
+        "zero_optimization": zero,
     }
     autocast = engine.precision == "autocast_bf16"
     derived["torch_autocast"] = {"enabled": autocast, "dtype": "bfloat16"}
     if engine.offload != "none":
-        derived["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         # Its own CPU Adam needs a compiler on every node; torch's works on host tensors as it is.
         derived["zero_force_ds_cpu_optimizer"] = False
     if engine.offload == "optimizer_and_parameters":
-        derived["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": True}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return _overlaid(derived, engine.deepspeed, key="engine.deepspeed")
 
 
@@ -97,7 +99,7 @@ def batch_split(run: TrainingRun, *, world_size: int) -> tuple[int, int]:
     return micro_batch, per_rank // micro_batch
 
 
-def _overlaid(derived: Mapping[str, Any], raw: Mapping[str, Any], *, key: str) -> dict[str, Any]:
+def _overlaid(derived: Mapping[str, object], raw: Mapping[str, object], *, key: str) -> dict[str, object]:
     merged = dict(derived)
     for name, value in raw.items():
         here = f"{key}.{name}"
@@ -105,8 +107,9 @@ def _overlaid(derived: Mapping[str, Any], raw: Mapping[str, Any], *, key: str) -
             raise ConfigError(
                 "contradicts engine.zero_stage", key=here, value=value, hint="set engine.zero_stage"
             )
-        if isinstance(value, Mapping) and isinstance(merged.get(name), Mapping):
-            merged[name] = _overlaid(merged[name], value, key=here)
+        below = merged.get(name)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            merged[name] = _overlaid(below, value, key=here)
         else:
             merged[name] = value
     return merged
@@ -119,7 +122,7 @@ def build_engine(
     folder: Path,
     saved: checkpoint.Snapshot | None,
     topology: Topology,
-) -> Any:
+) -> TrainingEngine:
     """Wrap a module by ``deepspeed.initialize`` with weights, masters and optimizer state of a checkpoint, if any.
 
     Raises:
@@ -151,7 +154,7 @@ def build_engine(
         restore_optimizer(engine, saved.optimizer)
     if engine_config.compile:
         engine.compile()
-    return engine
+    return cast(TrainingEngine, engine)
 
 
 def set_numerics(engine: EngineConfig, device: torch.device) -> None:
@@ -182,7 +185,7 @@ def resumable(
     folder: Path,
     run: TrainingRun,
     *,
-    identity: Mapping[str, Any],
+    identity: Mapping[str, object],
     topology: Topology,
     say: Callable[[str], None],
 ) -> checkpoint.Snapshot | None:
@@ -228,6 +231,6 @@ def _check_space(folder: Path, module: nn.Module, run: TrainingRun) -> None:
         folder,
         parameters=sum(n for n, _ in sizes),
         trainable=sum(n for n, trained in sizes if trained),
-        moments=int(run.optim.momentum > 0) if run.optim.name == "sgd" else 2,
+        moments=optimizer_moments(run.optim),
         averaged=run.optim.average_decay > 0,
     )

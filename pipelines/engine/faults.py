@@ -1,8 +1,10 @@
-"""What a run does about a step whose loss is not finite, or far above those before it.
+"""Faults of a run: bad losses, signals that ask it to stop, and hangs.
+
+A step whose loss is not finite, or far above those before it, is judged on the device.
 
 Signals that ask a command to stop: a scheduler's SIGTERM before preemption, SIGUSR1 by Slurm's ``--signal``, SIGINT
-from the keyboard. They are caught once for a whole command, however many runs it is made of, and each run looks at the
-request where it can stop: after a step, after a batch of an evaluation, and before it starts.
+from the keyboard. They are caught once for a whole command, however many runs it consists of. Each run checks
+for the request where it can stop: after a step, after a batch of an evaluation, and before it starts.
 
 Hang watchdog: a process that shows no progress writes all its threads' stacks and ends.
 
@@ -220,7 +222,7 @@ def stacks_of_last_hang(folder: Path) -> list[Path]:
 
 
 def beat() -> None:
-    """Say that the run is alive; called after every step and evaluation batch."""
+    """Tell the watchdog that the run is alive; called after every step and evaluation batch."""
     if _timer.seconds is not None:
         assert _timer.file is not None
         faulthandler.dump_traceback_later(_timer.seconds, exit=True, file=_timer.file)

@@ -14,13 +14,12 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cliplift.configs.training import TrainingRun
-from cliplift.pipelines.data.loader import ClipBatch
+from cliplift.pipelines.data.loader import ClipBatch, TrainingLoader
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine import checkpoint
 from cliplift.pipelines.engine.batchnorm import estimate_statistics, lagging_statistics
@@ -36,12 +35,13 @@ from cliplift.pipelines.engine.faults import (
     stacks_of_last_hang,
     stop_agreed,
     stop_requested,
+    stop_together,
     watched,
 )
 from cliplift.pipelines.engine.late import LateValues, LoggedStep, StepOutcome
 from cliplift.pipelines.engine.optim import Schedule, leave_out, peak_lr, total_steps
 from cliplift.pipelines.engine.state import RunState, run_identity
-from cliplift.pipelines.engine.task import HALF, FitResult, Loader, TrainingTask
+from cliplift.pipelines.engine.task import HALF, FitResult, TrainingTask
 from cliplift.pipelines.engine.telemetry import StepProfiler, TrainingWindow, peak_tflops
 from cliplift.pipelines.runs.results import evaluation_line
 from cliplift.pipelines.runs.tracking import Tracker
@@ -54,7 +54,7 @@ REASONS = {
 
 
 def fit(
-    *, task: TrainingTask, run: TrainingRun, loader: Loader, topology: Topology, tracker: Tracker
+    *, task: TrainingTask, run: TrainingRun, loader: TrainingLoader, topology: Topology, tracker: Tracker
 ) -> FitResult:
     """Train to the end of the schedule, or to a signal.
 
@@ -71,7 +71,12 @@ class Trainer:
     """One call of :func:`fit`."""
 
     def __init__(
-        self, task: TrainingTask, run: TrainingRun, loader: Loader, topology: Topology, tracker: Tracker
+        self,
+        task: TrainingTask,
+        run: TrainingRun,
+        loader: TrainingLoader,
+        topology: Topology,
+        tracker: Tracker,
     ) -> None:
         self.task, self.run, self.loader, self.topology, self.tracker = task, run, loader, topology, tracker
         self.total = total_steps(run.schedule, steps_per_epoch=loader.steps_per_epoch)
@@ -127,7 +132,10 @@ class Trainer:
                 interrupted = self._advance()
             self.state.saver.wait()
             if not interrupted:
-                self.state.take_result(refresh_statistics=self._precise_batchnorm)
+                try:
+                    self.state.take_result(refresh_statistics=self._precise_batchnorm)
+                except StoppedBySignalError:
+                    interrupted = True  # the last step is saved: the next start comes here again
         seconds = time.monotonic() - started
         self._log_profile(self.profiler.close())
         clips = (self.state.step - first_step) * self.run.engine.global_batch
@@ -153,6 +161,7 @@ class Trainer:
         last = self.state.step == self.total
         evaluate = last or self._due(self.run.evaluation.every_steps)
         save = last or self._due(self.run.checkpoint.every_steps)
+        # Weights of a step that turns out to be bad must be neither evaluated nor saved, so here the host waits.
         if (evaluate or save or self.stop_asked) and not self._settle():
             return False
         if evaluate and not self._evaluate():
@@ -176,7 +185,7 @@ class Trainer:
         self.engine.train()
         begun = time.monotonic()
         waited = 0.0
-        sums: dict[str, Any] = {}
+        sums: dict[str, Tensor] = {}
         judged: Tensor | None = None
         for turn in range(self.accumulation):
             asked = time.monotonic()
@@ -184,7 +193,9 @@ class Trainer:
             waited += time.monotonic() - asked
             outputs = self.engine(self._cast(self.task.inputs(batch, training=True, step=self.state.step)))
             for name, value in outputs.items():
-                sums[name] = sums.get(name, 0.0) + value.detach().float() / self.accumulation
+                # Summed on the device: a number read here would make the host wait for this forward pass.
+                part = value.detach().float() / self.accumulation
+                sums[name] = sums[name] + part if name in sums else part
             loss = outputs["loss"]
             last = turn + 1 == self.accumulation
             if last and self.guard.factor is not None:
@@ -199,6 +210,7 @@ class Trainer:
         if judged is None:
             # Without a spike limit the update is left out for a gradient that is not finite; judging may come late.
             judged = self.guard.judge(sums["loss"], signalled=stop_requested())
+        # Set anew for every step from the step alone: a run that resumes or rewinds is on its schedule at once.
         lr = self.schedule.apply(self.engine.optimizer, self.state.step, self.lr)
         judged, norm, overflow = self._update(judged)
         if self.state.average is not None:
@@ -208,6 +220,7 @@ class Trainer:
         self.window.add(sums, seconds=time.monotonic() - begun, waited=waited)
         if self.state.step % self.run.track.every_steps == 0 or self.state.step == self.total:
             outcome.log = self._summary(lr, norm)
+        # The step before this one is done by now, or nearly: while the host reads it, the device has this one to do.
         before, self.unread = self.unread, outcome
         return before is None or self._read(before)
 
@@ -233,6 +246,7 @@ class Trainer:
             before = self.engine.skipped_steps
             self.engine.step()
             return judged, self.engine.get_global_grad_norm(), self.engine.skipped_steps != before
+        # At stage 0 DeepSpeed would look for an overflow on the host; norm, verdict and clipping stay on the device.
         parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         unbounded = (judged[0] == 0) & ~total.isfinite()
@@ -288,10 +302,12 @@ class Trainer:
 
     def _rewind(self, step: int) -> bool:
         """Back to the last checkpoint, and on with the data after the bad ``step``'s; False where there is none."""
+        # The verdict is one step old, so the run has already passed the bad step: its data are what is left out.
         ahead, self.state.step = self.state.step, step
         if not self.state.rewind():
             self.state.step = ahead
             return False
+        # The window knows losses of weights that are gone, which were higher or lower than those to come.
         self.guard.forget()
         self.window, self.unread = TrainingWindow(), None
         self.tracker.resume_at(self.state.step, data_offset=self.state.data_offset)
@@ -405,17 +421,29 @@ class Trainer:
         if not count:
             return
         self.engine.train()
+        # Batches are a function of their position: drawing the coming ones here does not change the steps to come.
         start = self.state.data_step
         steps = math.ceil(count / self.accumulation)
         ahead = self.loader.micro_batches(start_step=start, stop_step=start + steps)
         estimate_statistics(
             self.engine.module,
-            (next(ahead) for _ in range(count)),
+            self._watched(ahead, count),
             forward=lambda batch: self.engine.module(
                 self._cast(self.task.inputs(batch, training=True, step=self.state.step))
             ),
             topology=self.topology,
         )
+
+    def _watched(self, batches: Iterator[ClipBatch], count: int) -> Iterator[ClipBatch]:
+        """The first ``count`` batches, with a beat and a look for signals after each has been used.
+
+        The pass for BatchNorm may take longer than ``engine.hang_seconds``, and all ranks make it together: a signal
+        to one of them stops all after the same batch.
+        """
+        for _ in range(count):
+            yield next(batches)
+            beat()
+            stop_together(self.topology)
 
     def _log_profile(self, path: Path | None) -> None:
         if path is not None:

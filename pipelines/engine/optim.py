@@ -12,8 +12,8 @@ with ratio 1, as in the authors' BERT code, which leaves both out of the trust r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import OptimConfig, ScheduleConfig
-from cliplift.models.protocol import NamesBlocks
+from cliplift.models.protocol import NamesBlocks, VideoNetwork
 
 
 class Lamb(Optimizer):
@@ -29,7 +29,7 @@ class Lamb(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[dict[str, Any]],
+        params: Iterable[dict[str, object]],
         *,
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -49,28 +49,44 @@ class Lamb(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, parameter.grad, group)
+                    self._update(
+                        parameter,
+                        parameter.grad,
+                        lr=group["lr"],
+                        betas=group["betas"],
+                        eps=group["eps"],
+                        weight_decay=group["weight_decay"],
+                    )
         return loss
 
-    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _update(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        beta1, beta2 = group["betas"]
+        beta1, beta2 = betas
         n = state["step"].double() + 1
         mean = state["exp_avg"].lerp(gradient, 1 - beta1)
         square = (state["exp_avg_sq"] * beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        ratio = (mean / (1 - beta1**n)) / ((square / (1 - beta2**n)).sqrt_().add_(group["eps"]))
-        if group["weight_decay"]:
-            ratio.add_(parameter, alpha=group["weight_decay"])
+        ratio = (mean / (1 - beta1**n)) / ((square / (1 - beta2**n)).sqrt_().add_(eps))
+        if weight_decay:
+            ratio.add_(parameter, alpha=weight_decay)
             weight_norm, update_norm = parameter.norm(), ratio.norm()
             scaled = (weight_norm > 0) & (update_norm > 0)
             trust = (weight_norm / update_norm).masked_fill(~scaled, 1.0)
             ratio.mul_(trust)
         updated = {"step": state["step"] + 1, "exp_avg": mean, "exp_avg_sq": square}
-        moved = parameter.add(ratio, alpha=-group["lr"])
+        moved = parameter.add(ratio, alpha=-lr)
         for old, new in [(parameter, moved), *((state[name], value) for name, value in updated.items())]:
             old.copy_(new if self.found_inf is None else torch.where(self.found_inf > 0, old, new))
 
@@ -100,12 +116,17 @@ class Sgd(torch.optim.SGD):
         return loss
 
 
-def leave_out(optimizer: Any, bad: Tensor) -> None:
+def leave_out(optimizer: Optimizer, bad: Tensor) -> None:
     """Have the optimizer's next step change nothing where ``bad``, a scalar on its device, is true.
 
     torch's fused optimizers read ``found_inf`` inside their kernel (it was made for fp16's loss scale).
     """
-    optimizer.found_inf = bad.float()
+    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+
+
+def optimizer_moments(optim: OptimConfig) -> int:
+    """Tensors of a parameter's size that the optimizer keeps for it: AdamW and LAMB two, SGD its momentum."""
+    return int(optim.momentum > 0) if optim.name == "sgd" else 2
 
 
 def peak_lr(optim: OptimConfig, *, global_batch: int) -> float:
@@ -115,21 +136,30 @@ def peak_lr(optim: OptimConfig, *, global_batch: int) -> float:
     return optim.lr * global_batch / optim.lr_reference_batch
 
 
-def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+class ParameterGroup(TypedDict):
+    """Parameters that are updated alike."""
+
+    params: list[nn.Parameter]
+    names: list[str]
+    weight_decay: float
+    lr_factor: float  # of the schedule's learning rate
+
+
+def parameter_groups(module: nn.Module, optim: OptimConfig) -> list[ParameterGroup]:
     """Trainable parameters by (weight decay, lr factor), each group with the names of its parameters.
 
-    Normalisation weights and biases are told by their shape (one dimension). Groups are in order of first
+    Normalisation weights and biases are recognised by their shape (one dimension). Groups are in order of first
     appearance, so that equal configs give equal groups.
     """
     factors = _block_factors(module, optim)
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[tuple[float, float], ParameterGroup] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         decay = optim.weight_decay if parameter.ndim > 1 or optim.decay_norm_and_bias else 0.0
         factor = factors.get(name, 1.0)
         group = groups.setdefault(
-            (decay, factor), {"params": [], "names": [], "weight_decay": decay, "lr_factor": factor}
+            (decay, factor), ParameterGroup(params=[], names=[], weight_decay=decay, lr_factor=factor)
         )
         group["params"].append(parameter)
         group["names"].append(name)
@@ -149,6 +179,7 @@ def _block_factors(module: nn.Module, optim: OptimConfig) -> dict[str, float]:
         return {}
     prefix, network = network_with_blocks(module, key="optim.layer_decay")
     blocks = list(network.checkpoint_blocks())
+    # Parameters are declared in forward order, so one between two blocks belongs to the block before it.
     names = [name for name, _ in network.named_parameters()]
     inside = [next((i for i, b in enumerate(blocks) if name.startswith(f"{b}.")), None) for name in names]
     last = max((at for at, number in enumerate(inside) if number is not None), default=-1)
@@ -159,7 +190,7 @@ def _block_factors(module: nn.Module, optim: OptimConfig) -> dict[str, float]:
     return factors
 
 
-def network_with_blocks(module: nn.Module, *, key: str) -> tuple[str, Any]:
+def network_with_blocks(module: nn.Module, *, key: str) -> tuple[str, VideoNetwork]:
     """(parameter-name prefix, network) of the trained network inside a stage's module that names its blocks.
 
     Raises:
@@ -168,7 +199,7 @@ def network_with_blocks(module: nn.Module, *, key: str) -> tuple[str, Any]:
     for name, child in module.named_modules():
         trained = any(p.requires_grad for p in child.parameters())
         if trained and isinstance(child, NamesBlocks):
-            return (f"{name}." if name else ""), child
+            return (f"{name}." if name else ""), cast(VideoNetwork, child)  # of it, only the blocks are used
     raise ConfigError("needs a model that names its blocks", key=key, hint="leave it at its default")
 
 
@@ -177,8 +208,8 @@ def build_optimizer(
 ) -> Optimizer:
     """A torch optimizer (never DeepSpeed's own, which need a compiler); every group's lr is set by the schedule."""
     lr = peak_lr(optim, global_batch=global_batch)
-    groups: Iterable[dict[str, Any]] = [
-        g | {"lr": lr * g["lr_factor"]} for g in parameter_groups(module, optim)
+    groups: list[dict[str, object]] = [
+        {**group, "lr": lr * group["lr_factor"]} for group in parameter_groups(module, optim)
     ]
     if optim.name == "sgd":
         nesterov = optim.nesterov and optim.momentum > 0
@@ -235,8 +266,10 @@ class Schedule:
     def state(self) -> dict[str, float | None]:
         return {"drops": self.drops, "best": self._best, "waited": self._waited}
 
-    def load(self, state: dict[str, Any]) -> None:
-        self.drops, self._best, self._waited = int(state["drops"]), state["best"], int(state["waited"])
+    def load(self, state: Mapping[str, float | None]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.drops, self._waited = int(state["drops"] or 0), int(state["waited"] or 0)
+        self._best = state["best"]
 
     def apply(self, optimizer: Optimizer, step: int, lr: float) -> float:
         """Set every group's lr for one update; returns the factor-free peak times the schedule."""

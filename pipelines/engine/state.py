@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -42,7 +41,7 @@ class RunState:
         run: TrainingRun,
         *,
         schedule: Schedule,
-        identity: Mapping[str, Any],
+        identity: Mapping[str, object],
         topology: Topology,
         say: Callable[[str], None],
     ) -> None:
@@ -147,7 +146,7 @@ class RunState:
         return None if path is None else checkpoint.load(path, topology=self.topology)
 
 
-def run_identity(run: TrainingRun, *, data_fingerprint: str, total_steps: int) -> dict[str, Any]:
+def run_identity(run: TrainingRun, *, data_fingerprint: str, total_steps: int) -> dict[str, object]:
     """What must not change between stop and resume for the run to be the same run."""
     return {
         "data.shards": data_fingerprint,

@@ -1,8 +1,8 @@
-"""What the engine asks of a stage and of a loader, and what it gives back."""
+"""What the engine asks of a stage, and what it gives back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
@@ -38,18 +38,8 @@ class TrainingEngine(Protocol):
     def step(self) -> object: ...
     def zero_optimization_stage(self) -> int: ...
     def get_global_grad_norm(self) -> Tensor | float | None: ...
+    def compile(self) -> object: ...
     def destroy(self) -> None: ...
-
-
-class Loader(Protocol):
-    """What the engine needs of a clip loader."""
-
-    fingerprint: str
-    steps_per_epoch: int
-
-    def micro_batches(
-        self, *, start_step: int, stop_step: int, final: bool = False
-    ) -> Iterator[ClipBatch]: ...
 
 
 class TrainingTask(Protocol):

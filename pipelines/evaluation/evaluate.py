@@ -229,7 +229,7 @@ def run_evaluate(run: EvaluateRun, *, command: Sequence[str]) -> dict[str, float
     topology = start(EngineConfig(device=run.device, zero_stage=0))
     with caught_signals():
         try:
-            return _evaluated(run, command=command, topology=topology)
+            return _evaluate(run, command=command, topology=topology)
         except StoppedBySignalError as stopped:
             if topology.world_size > 1 and topology.is_main:
                 print(f"cliplift: {stopped}: the evaluation has no result", file=sys.stderr, flush=True)
@@ -237,7 +237,7 @@ def run_evaluate(run: EvaluateRun, *, command: Sequence[str]) -> dict[str, float
             raise
 
 
-def _evaluated(run: EvaluateRun, *, command: Sequence[str], topology: Topology) -> dict[str, float]:
+def _evaluate(run: EvaluateRun, *, command: Sequence[str], topology: Topology) -> dict[str, float]:
     started = time.monotonic()
     agree_on_run(run, topology)
     network, own_data, card = load_finished(run.run)

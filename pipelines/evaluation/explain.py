@@ -1,4 +1,4 @@
-"""``cliplift explain``: an mp4 a video, the clip beside the same clip under its heat map."""
+"""``cliplift explain``: one mp4 per video, the clip beside the same clip under its heat map."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run_explain(run: ExplainRun) -> int:
     classes = class_names(card, network)
     data = data_of(card, network, run.views)
     method = method_for(network, run.method)
-    wanted = _wanted(run, classes, method)
+    wanted = _class_to_explain(run, classes, method)
     if run.layer is not None and method != "grad_cam":
         raise ConfigError("is for grad_cam alone", key="layer", value=run.layer, hint="leave it out")
     folder = RunFolder.create(run.output, writes=True).path
@@ -61,7 +61,7 @@ def run_explain(run: ExplainRun) -> int:
         batch = batch.to(topology.device)
         clips = DeviceAugment(data.augment, network.input_spec, training=False)(batch)
         found = explain_clips(network, clips, method=method, wanted=wanted, layer=run.layer)
-        views = _written(folder / f"{number:05d}-{Path(video).stem}", batch, found, classes)
+        views = _write_overlays(folder / f"{number:05d}-{Path(video).stem}", batch, found, classes)
         records.append({"video": printable(video), "views": views})
         print(json.dumps(records[-1], ensure_ascii=False), flush=True)
     write_json(folder / "explained.json", {"run": run.run, "method": method, "videos": records})
@@ -99,7 +99,7 @@ def explain_clips(
     return Explanation(heat=heat / peak, coarse=coarse, classes=predicted, probabilities=probabilities)
 
 
-def _wanted(run: ExplainRun, classes: Sequence[str], method: str) -> int | None:
+def _class_to_explain(run: ExplainRun, classes: Sequence[str], method: str) -> int | None:
     if run.class_name is None:
         return None
     if method != "grad_cam":
@@ -119,10 +119,10 @@ def _wanted(run: ExplainRun, classes: Sequence[str], method: str) -> int | None:
     return list(classes).index(run.class_name)
 
 
-def _written(
+def _write_overlays(
     stem: Path, batch: ClipBatch, found: Explanation, classes: Sequence[str]
 ) -> list[Mapping[str, object]]:
-    """One mp4 a view beside ``stem``, and what it shows."""
+    """One mp4 per view beside ``stem``, and what it shows."""
     views: list[Mapping[str, object]] = []
     for view in range(len(batch.clips)):
         path = stem.with_name(f"{stem.name}-{view}.mp4")

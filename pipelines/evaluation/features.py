@@ -24,9 +24,9 @@ class ClassifierInputs:
         self._seen.append(inputs[0].detach())
 
     def take(self, clips: int) -> Tensor | None:
-        """(B, D) in fp32 on the CPU, of the last forward pass over B = ``clips``; None where it says nothing of a clip.
+        """(B, D) in fp32 on the CPU, of the last forward pass over B = ``clips``.
 
-        That is so of a classifier that is called for every frame, or on a map.
+        None where it does not describe a clip: for a classifier that is called for every frame, or on a map.
         """
         seen, self._seen = self._seen, []
         if len(seen) != 1 or len(seen[0]) != clips:

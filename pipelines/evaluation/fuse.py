@@ -63,7 +63,7 @@ def read_stream(folder: str) -> Stream:
     return Stream(str(path), replace(rows, classes=classes_of(result)))
 
 
-def aligned(streams: Sequence[Stream]) -> list[Stream]:
+def align_streams(streams: Sequence[Stream]) -> list[Stream]:
     """The streams with their rows in the order of the first one's, which must be the same samples.
 
     Raises:
@@ -127,7 +127,7 @@ def fuse(streams: Sequence[Stream], *, method: str, weights: Sequence[float]) ->
     Raises:
         ConfigError: streams that do not hold the same samples, or no logits for ``l2_logits``.
     """
-    same = aligned(streams)
+    same = align_streams(streams)
     if method == "l2_logits":
         scores = fused_logits([_needed_logits(stream) for stream in same], weights)
         # Softmax keeps the order; of scores between -S and S it says nothing about confidence.
@@ -148,7 +148,7 @@ def run_fuse(run: FuseRun, *, command: Sequence[str]) -> dict[str, float]:
     weights = run.weights or (1.0,) * len(run.runs)
     streams = [read_stream(folder) for folder in run.runs]
     predictions = fuse(streams, method=run.method, weights=weights)
-    metrics = _metrics(predictions, aligned(streams), run.method)
+    metrics = _metrics(predictions, align_streams(streams), run.method)
     folder = RunFolder.create(run.output, writes=True)
     folder.write_start(run, stage="fuse", name=" + ".join(run.runs), command=command, world_size=1)
     predictions.write(folder.predictions)

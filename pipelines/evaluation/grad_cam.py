@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from cliplift.configs.sharding import TranscodeConfig
 from cliplift.models.protocol import GivesFeatures
+from cliplift.models.streams import LUMA
 from cliplift.sharding.storage import whole_file
 from cliplift.sharding.video.transcode import encode_array
 
@@ -78,7 +79,7 @@ def grad_cam(
     with _evaluating(model), watching as seen, torch.enable_grad():
         logits = model(clips).float()
         features = _feature_map(seen, layer or type(model).__name__, clips)
-        chosen = logits.argmax(dim=1) if classes is None else _checked(classes, logits)
+        chosen = logits.argmax(dim=1) if classes is None else _check_classes(classes, logits)
         # Clips of a batch do not meet in eval mode: the gradient of the sum is each clip's own gradient.
         own = logits.gather(1, chosen[:, None]).sum()
         (gradient,) = torch.autograd.grad(own, features, allow_unused=True)
@@ -130,7 +131,7 @@ def overlay(frames: Frames, heat: Heat, *, strength: float = 0.65) -> Frames:
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or heat.shape != frames.shape[:3]:
         raise ExplainError(f"frames {frames.shape} and heat {heat.shape} do not belong together")
-    luma = frames @ np.array([0.299, 0.587, 0.114])  # (T, H, W)
+    luma = frames @ np.array(LUMA)  # (T, H, W)
     ground = 0.6 * luma[..., None].repeat(3, axis=-1)
     position = np.clip(heat, 0, 1).astype(np.float64) * (len(_HEAT_COLOURS) - 1)
     colours = np.stack(
@@ -239,7 +240,7 @@ def _feature_map(seen: list[Tensor], name: str, clips: Tensor) -> Tensor:
     return features
 
 
-def _checked(classes: Tensor, logits: Tensor) -> Tensor:
+def _check_classes(classes: Tensor, logits: Tensor) -> Tensor:
     B, K = logits.shape
     if classes.shape != (B,) or classes.dtype != torch.int64:
         raise ExplainError(

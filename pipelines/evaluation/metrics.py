@@ -32,7 +32,7 @@ def top_k_accuracy(scores: Scores, labels: Integers, *, k: int) -> float:
     Raises:
         MetricError: wrong shapes, a label outside the classes, scores that are NaN, or k outside 1 to K.
     """
-    scores, labels = _classified(scores, labels)
+    scores, labels = _check_labels(scores, labels)
     K = scores.shape[1]
     if not 1 <= k <= K:
         raise MetricError(f"k={k} needs 1 to {K} classes")
@@ -164,7 +164,7 @@ def log_loss(probabilities: Scores, labels: Integers) -> float:
     Raises:
         MetricError: wrong shapes, a label outside the classes, or a value outside 0 to 1.
     """
-    probabilities, labels = _classified(probabilities, labels)
+    probabilities, labels = _check_labels(probabilities, labels)
     if probabilities.min() < 0 or probabilities.max() > 1 + 1e-6:
         raise MetricError("log loss needs probabilities from 0 to 1")
     own = np.take_along_axis(probabilities.astype(np.float64), labels[:, None], axis=1)
@@ -226,7 +226,7 @@ def expected_calibration_error(probabilities: Scores, labels: Integers, *, bins:
         labels: (N,) classes, 0 to K - 1.
         bins: bin m of M holds confidences in ((m - 1) / M, m / M].
     """
-    probabilities, labels = _classified(probabilities, labels)
+    probabilities, labels = _check_labels(probabilities, labels)
     if probabilities.min() < -1e-6 or probabilities.max() > 1 + 1e-6:
         raise MetricError("calibration needs probabilities between 0 and 1; apply softmax to logits first")
     confidence = probabilities.max(axis=1).astype(np.float64)
@@ -247,7 +247,7 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean of per-sample values.
 
     Args:
-        values: (N,) one number a sample, such as 1 for a right prediction and 0 for a wrong one.
+        values: (N,) one number per sample, such as 1 for a right prediction and 0 for a wrong one.
         seed: the same seed gives the same interval.
         level: share of the resampled means inside the interval.
         resamples: number of resampled means.
@@ -283,10 +283,10 @@ def _at_distinct_scores(scores: Scores, positive: npt.NDArray[np.bool_]) -> tupl
     return np.cumsum(positive[order])[ends].astype(np.float64), ends + 1.0
 
 
-def _classified(scores: Scores, labels: Integers) -> tuple[Scores, Integers]:
+def _check_labels(scores: Scores, labels: Integers) -> tuple[Scores, Integers]:
     scores, labels = _numbers(scores, ndim=2), np.asarray(labels)
     if labels.shape != scores.shape[:1]:
-        raise MetricError(f"scores {scores.shape} need one label a row, got labels {labels.shape}")
+        raise MetricError(f"scores {scores.shape} need one label per row, got labels {labels.shape}")
     _check_classes(labels, scores.shape[1], "label")
     return scores, labels
 

@@ -49,7 +49,7 @@ class VideoRecord(TypedDict):
 
 
 def run_predict(run: PredictRun) -> int:
-    """``cliplift predict``: one line a video on stdout, JSON lines in ``output``. Returns how many videos failed."""
+    """``cliplift predict``: one line per video on stdout, JSON lines in ``output``. Returns how many videos failed."""
     topology = start(EngineConfig(device=run.device, zero_stage=0))
     network, _, card = load_finished(run.run)
     network = network.to(topology.device).eval()
@@ -59,7 +59,7 @@ def run_predict(run: PredictRun) -> int:
     with _json_lines(run.output) as records:
         for video in video_names(run.videos):
             try:
-                probabilities, windows = _classified(network, video, data, run, topology.device)
+                probabilities, windows = _classify_video(network, video, data, run, topology.device)
             except (VideoDecodeError, StorageError, OSError) as error:
                 if is_out_of_space(error):
                     raise
@@ -147,7 +147,7 @@ def data_of(card: ModelCard, network: VideoNetwork, views: ViewsConfig) -> DataC
     )
 
 
-def _classified(
+def _classify_video(
     network: VideoNetwork, video: str, data: DataConfig, run: PredictRun, device: torch.device
 ) -> tuple[npt.NDArray[np.float32], list[tuple[float, float, npt.NDArray[np.float32]]]]:
     """A video's probabilities, and with ``window_seconds`` those of its windows, whose mean the former then are."""

@@ -78,7 +78,7 @@ def _in_turn(rows: Sequence[int], labels: npt.NDArray[np.int64]) -> list[int]:
 def sample_clips(run: RunRecord, *, count: int, open_shards: OpenShards = open_shard_dataset) -> SampleClips:
     """Read the chosen clips of a run from its shards.
 
-    A clip that is too large or cannot be read is left out and said so in ``notes``: a report about a run must not
+    A clip that is too large or cannot be read is left out, which ``notes`` says: a report about a run must not
     need the run's data to be still in place.
     """
     predictions, classes = run.predictions, run.classes()

@@ -278,7 +278,7 @@ def _methods(demo: DemoFacts | None) -> list[str]:
 
 
 def _demo_rows(demo: DemoFacts | None, groups: Sequence[RunGroup]) -> list[dict[str, object]]:
-    """The demo's table with a strip chart a row; a missing number is an empty cell."""
+    """The demo's table with one strip chart per row; a missing number is an empty cell."""
     by_label = {group.label: group for group in groups}
     rows = []
     for at, row in enumerate(demo["table"] if demo else []):

@@ -1,4 +1,4 @@
-"""Result tables of a report: one line a run, and one with mean and spread for the runs of one kind."""
+"""Result tables of a report: one line per run, and one with mean and spread for the runs of one kind."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The folder of a run: what was asked (config.yaml), how it was started (run.json), what came out (result.json).
 
-One run a folder: a second job started on the same output would mix its checkpoints with those of the first.
+One run per folder: a second job started on the same output would mix its checkpoints with those of the first.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeGuard
 
+from cliplift.configs.discovery import plugin_versions
 from cliplift.configs.load import dump_run
 from cliplift.configs.sections import ConfigError, Section
 from cliplift.pipelines.runs.predictions import PREDICTIONS
@@ -118,12 +119,14 @@ def _environment() -> Record:
 
     import torch
 
+    plugins = plugin_versions()
     return {
         "cliplift_version": version("cliplift"),
         "torch_version": torch.__version__,
         "deepspeed_version": version("deepspeed"),
         "python": platform.python_version(),
         "git_commit": _git_commit(),
+        **({"plugins": plugins} if plugins else {}),
     }
 
 
@@ -209,7 +212,7 @@ def sole_writer(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> Iterator
         ConfigError: another process holds it; names its host and number.
     """
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
-        _take(file, wait_seconds=wait_seconds)
+        _lock_file(file, wait_seconds=wait_seconds)
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {platform.node()}\n")
@@ -217,7 +220,7 @@ def sole_writer(folder: Path, *, wait_seconds: float = WAIT_SECONDS) -> Iterator
         yield
 
 
-def _take(file: IO[str], *, wait_seconds: float) -> None:
+def _lock_file(file: IO[str], *, wait_seconds: float) -> None:
     deadline = time.monotonic() + wait_seconds
     while True:
         try:

@@ -27,7 +27,7 @@ SILENT = ("samples", "chance", "probe_chance", "runs")
 SILENT_ENDINGS = ("_low", "_high", "_sd", "_sigmas", "_prior")
 
 
-def said(name: str, value: float) -> str:
+def formatted(name: str, value: float) -> str:
     """A number as a person reads it: shares in percent, everything else with four digits."""
     if name.endswith(SHARES):
         return f"{100 * value:.1f} %"
@@ -44,17 +44,17 @@ def metric_name(name: str) -> str:
 
 def metric_phrase(name: str, metrics: Mapping[str, float]) -> str:
     """A number with what says how much it is worth: its interval over videos, its spread over runs, chance."""
-    text = f"{metric_name(name)} {said(name, metrics[name])}"
+    text = f"{metric_name(name)} {formatted(name, metrics[name])}"
     low, high, spread = (metrics.get(f"{name}_{end}") for end in ("low", "high", "sd"))
     prefix = "val_" if name.startswith("val_") else "probe_" if name.startswith("probe_") else ""
     chance = metrics.get(f"{prefix}chance") if name.endswith(("_accuracy", "accuracy")) else None
     notes = []
     if spread is not None:
-        notes.append(f"sd {said(name, spread)} over {metrics['runs']:.0f} runs")
+        notes.append(f"sd {formatted(name, spread)} over {metrics['runs']:.0f} runs")
     elif low is not None and high is not None:
-        notes.append(f"95 % interval {said(name, low)} to {said(name, high)}")
+        notes.append(f"95 % interval {formatted(name, low)} to {formatted(name, high)}")
     if chance is not None and "class" not in name and "top5" not in name:
-        notes.append(f"chance {said('chance', chance)}")
+        notes.append(f"chance {formatted('chance', chance)}")
     return text + (f" ({', '.join(notes)})" if notes else "")
 
 
@@ -78,13 +78,13 @@ def evaluation_line(
     found = metrics.get(best_metric)
     if found is None:
         best_metric = worth_saying(metrics, first="loss")[0]
-        return f"step {step}: val {metric_name(best_metric)} {said(best_metric, metrics[best_metric])}"
-    words = f"val {metric_name(best_metric)} {said(best_metric, found)}"
+        return f"step {step}: val {metric_name(best_metric)} {formatted(best_metric, metrics[best_metric])}"
+    words = f"val {metric_name(best_metric)} {formatted(best_metric, found)}"
     if best_metric != "loss" and "loss" in metrics:
-        words += f", loss {said('loss', metrics['loss'])}"
+        words += f", loss {formatted('loss', metrics['loss'])}"
     if before is None or found > before:
         return f"step {step}: {words}, best so far"
-    return f"step {step}: {words} (best {said(best_metric, before)})"
+    return f"step {step}: {words} (best {formatted(best_metric, before)})"
 
 
 def result_block(

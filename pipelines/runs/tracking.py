@@ -57,7 +57,7 @@ class Tracker:
 
     @property
     def run_id(self) -> str | None:
-        """The W&B id, the same over restarts; None without W&B."""
+        """The W&B id, kept over restarts; None without W&B."""
         return None if self._wandb is None else str(self._wandb.id)
 
     @property

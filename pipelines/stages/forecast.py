@@ -1,8 +1,8 @@
 """Pretraining without labels: read the first frames of a clip, predict the others.
 
 Objective ``forecast`` of the pretrain stage (Shi et al., arXiv 1506.04214, section 4.1, on any video): every model that
-offers a forecaster can be trained, on any shards. Whether anything was learned is told by the baseline that needs no
-learning, the last frame read, held still.
+offers a forecaster can be trained, on any shards. The baseline to beat needs no
+learning: the last frame read, held still.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -96,13 +96,13 @@ class TransferStage:
         return cast(SupervisionTransfer | FeatureTransfer, self.built.module)
 
     @property
-    def teacher(self) -> Any:
-        return self.built.frozen
+    def teacher(self) -> VideoNetwork:
+        return cast(VideoNetwork, self.built.frozen)
 
     def build_module(self, *, weights: bool) -> StageModule:
         run = self.run
         teacher = _build_teacher(run, pretrained=run.teacher.pretrained if weights else None)
-        student: Any = self._student(pretrained=run.model.pretrained if weights else None)
+        student = self._student(pretrained=run.model.pretrained if weights else None)
         if model_entry(run.model.name).dims != "3d":
             raise ConfigError(
                 "is a 2D model; the student sees clips",
@@ -163,7 +163,7 @@ class TransferStage:
             num_classes=0,
             in_frames=run.data.sampling.frames,
             pretrained=pretrained,
-            **dict[str, Any](run.model.options),
+            **run.model.options,
         )
 
     def example_inputs(self, built: StageModule, *, micro_batch: int, world_size: int) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ class TransferStage:
             return self._example_targets(built, clips)
         k = run.correspondence.negatives_per_clip + run.correspondence.same_video_negatives
         pairs = torch.zeros(B, 1 + k, dtype=torch.int64)
-        teacher_dim = cast(int, cast(Any, built.frozen).feature_dim)
+        teacher_dim = cast(VideoNetwork, built.frozen).feature_dim
         return {
             "clips": clips,
             "frame_features": torch.zeros(G, teacher_dim, dtype=clips.dtype),
@@ -201,7 +201,7 @@ class TransferStage:
 
     @cached_property
     def _clip_views(self) -> dict[bool, DeviceAugment]:
-        return self._augment(cast(Any, self.built.network).input_spec)
+        return self._augment(self.built.network.input_spec)
 
     @cached_property
     def _frame_views(self) -> dict[bool, DeviceAugment]:
@@ -451,7 +451,8 @@ def _build_teacher(run: TransferRun, *, pretrained: str | None) -> nn.Module:
     teacher = create_model(
         run.teacher.name,
         num_classes=0,
+        in_frames=None,
         pretrained=pretrained,
-        **dict[str, Any](run.teacher.options),
+        **run.teacher.options,
     )
     return teacher.eval().requires_grad_(False)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
 
+from cliplift.configs.discovery import VARIABLE, named_modules
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.video.cuts import require_cutter
@@ -111,7 +112,8 @@ def _map(
             hint="a task that asks for more would wait for ever",
         )
     started = time.monotonic()
-    task = ray.remote(num_cpus=run.ray.cpus_per_shard, max_retries=run.ray.retries)(build_one)
+    options = {"num_cpus": run.ray.cpus_per_shard, "max_retries": run.ray.retries}
+    task = ray.remote(**options, runtime_env={"env_vars": _environment()})(build_one)
     at_once = max(1, int(ray.cluster_resources().get("CPU", 1) // run.ray.cpus_per_shard))
     waiting = list(reversed(shards))
     running: dict[object, PlannedShard] = {}
@@ -130,6 +132,11 @@ def _map(
         if on_progress is not None:
             on_progress(progress)
     return sorted(built, key=lambda shard: shard.shard)
+
+
+def _environment() -> dict[str, str]:
+    """What a task must know of this process's environment: a node's own knows nothing of ``--plugin``."""
+    return {VARIABLE: os.environ[VARIABLE]} if named_modules() else {}
 
 
 def _own_part(plan: Plan, shard: PlannedShard) -> tuple[Plan, PlannedShard]:

@@ -119,6 +119,11 @@ MISTAKES: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*TRAIN, "data.augment.plugins={gama: {}}"), ("data.augment.plugins.gama", "did you mean 'gamma'?")),
     ((*TRAIN, "model={name: colour_histogramm}"), ("model.name", "did you mean 'colour_histogram'")),
     ((*TRAIN, "--plugin", "nowhere"), ("--plugin", "nowhere")),
+    ((*TRAIN, "--plugin", "cliplift_example.nowhere"), ("--plugin", "no module 'cliplift_example.nowhere'")),
+    (
+        (*TRAIN, "--plugin", "mine.py"),
+        ("--plugin", "no module 'mine.py'", "from this folder or an installed package: mine"),
+    ),
     (("--plugin", "not a module", *TRAIN), ("--plugin", "not a module")),
 ]
 MANY = """
@@ -180,6 +185,8 @@ def test_each_kind_is_used_for_a_step(cliplift: Cliplift, tmp_path: Path) -> Non
     done = cliplift("pretrain", "pretrain/demo", *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "run" / "result.json").is_file()
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert recorded["plugins"] == {"cliplift-example": "0.1"}
     predicted = cliplift("predict", str(tmp_path / "run"), str(videos[0]))
     assert predicted.returncode == 0, predicted.stderr
 

@@ -72,11 +72,11 @@ def test_a_run_that_works(repository: Path, shards: Path) -> None:
     assert found["data, train"].found == "20 clips"
     assert found["labels"].found == "10 classes with 2 to 2 clips"
     assert found["batch"].found.startswith(
-        "16 clips = 1 ranks x 16 x 1 accumulation steps; 1 steps an epoch, 4 clips"
+        "16 clips = 1 ranks x 16 x 1 accumulation steps; 1 steps per epoch, 4 clips"
     )
     assert found["length"].found.startswith("300 steps, 240.00 epochs, 4800 clips")
     assert "one step tried on this CPU" in found["time"].found
-    for name in ("model", "memory a rank", "activations", "decoding", "disk reads", "disk", "wandb"):
+    for name in ("model", "memory per rank", "activations", "decoding", "disk reads", "disk", "wandb"):
         assert found[name].status == "ok", name
 
 
@@ -101,11 +101,11 @@ def test_too_little_memory_names_settings_that_fit(repository: Path, shards: Pat
     machine = Machine(
         nodes=1, ranks_per_node=1, gpu=None, memory_bytes=memory, peak_tflops=None, cores_per_node=2
     )
-    row = cost_of(repository, shards, machine=machine)["memory a rank"]
+    row = cost_of(repository, shards, machine=machine)["memory per rank"]
     assert row.status == "fail"
     settings = row.remedy.split(" takes ")[0].split()
     assert all(word.startswith("engine.") for word in settings), row.remedy
-    assert cost_of(repository, shards, *settings, machine=machine)["memory a rank"].status == "ok", (
+    assert cost_of(repository, shards, *settings, machine=machine)["memory per rank"].status == "ok", (
         "it must work"
     )
 
@@ -116,7 +116,7 @@ def test_a_model_too_large_for_anything_is_said(repository: Path, shards: Path) 
         nodes=1, ranks_per_node=1, gpu=None, memory_bytes=GIB, peak_tflops=None, cores_per_node=2
     )
     found = cost_of(repository, shards, "engine.global_batch=2", machine=machine)
-    assert "smaller model" in found["memory a rank"].remedy
+    assert "smaller model" in found["memory per rank"].remedy
 
 
 def test_data_that_is_not_there(repository: Path, shards: Path, tmp_path: Path) -> None:

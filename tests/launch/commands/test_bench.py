@@ -117,7 +117,7 @@ def test_the_command(shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         "MB/s",
         "p99",
         "decode",
-        "4 clips a batch",
+        "4 clips per batch",
         "2 GPUs that take 100 clips/s",
     ):
         assert part in said

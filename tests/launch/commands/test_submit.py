@@ -304,3 +304,18 @@ def test_job_names_suit_dns(text: str, name: str) -> None:
     assert job_name(text) == name
     with pytest.raises(ConfigError, match="cannot name a job"):
         job_name("---")
+
+
+@pytest.mark.parametrize("target", [["--to", "slurm"], ["--to", "local"], ["--to", "kubernetes", *VOLUME]])
+def test_scripts_name_the_plugins_again(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, target: list[str]
+) -> None:
+    """A job starts in an environment of its own, which knows nothing of the one it was submitted from."""
+    monkeypatch.setenv("CLIPLIFT_PLUGINS", "my_plugins")
+    shard = files_of(capsys, "shard/demo_actions", "output=/data/out", *target)
+    train = files_of(capsys, "finetune/demo", "output=/data/run", *target)
+    lines = [line for text in (*shard.values(), *train.values()) for line in text.splitlines()]
+    started = [line for line in lines if "cliplift.launch.cli" in line]
+    assert len(started) >= 5
+    for line in started:
+        assert "--plugin my_plugins" in line, line

@@ -21,7 +21,7 @@ from cliplift.pipelines.data.augment import (
     mix_clips,
     normalized_brightness,
 )
-from cliplift.pipelines.data.source import NUM_DRAWS, ClipBatch
+from cliplift.pipelines.data.batch import NUM_DRAWS, ClipBatch
 
 PLAIN = InputSpec(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 B, T, SIDE = 6, 3, 10

@@ -160,7 +160,9 @@ def test_a_substitute_comes_from_the_neighbourhood(damaged: str, caplog: pytest.
         config(damaged, max_failed_share=1.0), seed=0, global_batch=G, micro_batch=G, rank=0, world_size=1
     )
     for request in loader.requests(start_step=0, stop_step=2):
-        near = {loader.order.draw(0, p).sample for at in request.positions for p in loader.order.near(at)}
+        near = {
+            loader.order.draw(0, p).sample for at in request.positions for p in loader.order.substitutes(at)
+        }
         (batch,) = loader.micro_batches(
             start_step=request.positions[0] // G, stop_step=request.positions[0] // G + 1
         )

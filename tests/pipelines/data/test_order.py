@@ -210,13 +210,13 @@ print(len(hashed), sum(drawn), int(peak.split()[1]) / 1024)
 def test_positions_near_a_windowed_one_are_the_windows_read_with_it() -> None:
     """3 streams with windows of 5 are read 15 positions at a time; the last group ends with the samples."""
     order = WindowedOrder([(0, 20), (20, 40), (40, 52)], 0, 3, 5)
-    assert order.near(0) == order.near(14) == range(15)
-    assert order.near(15) == order.near(29) == range(15, 30)
-    assert order.near(45) == order.near(51) == range(45, 52)
+    assert order.substitutes(0) == order.substitutes(14) == range(15)
+    assert order.substitutes(15) == order.substitutes(29) == range(15, 30)
+    assert order.substitutes(45) == order.substitutes(51) == range(45, 52)
 
 
 def test_positions_near_a_mixed_one_are_those_of_its_block_of_a_thousand() -> None:
     order = Mixture((GlobalOrder(1500, 0), GlobalOrder(1000, 1)), (1, 1), 0)
-    assert order.near(0) == order.near(999) == range(1000)
-    assert order.near(1000) == range(1000, 2000)
-    assert order.near(2000) == order.near(2499) == range(2000, 2500)
+    assert order.substitutes(0) == order.substitutes(999) == range(1000)
+    assert order.substitutes(1000) == range(1000, 2000)
+    assert order.substitutes(2000) == order.substitutes(2499) == range(2000, 2500)

@@ -81,7 +81,9 @@ def test_the_shape_must_stay() -> None:
 
 
 def test_draws_run_out() -> None:
-    with pytest.raises(ConfigError, match=r"file\.yaml: plugins: need 9 random numbers a clip; there are 8"):
+    with pytest.raises(
+        ConfigError, match=r"file\.yaml: plugins: need 9 random numbers per clip; there are 8"
+    ):
         config({"add": {}, "greedy": {}})
 
 

@@ -23,6 +23,7 @@ from cliplift.pipelines.distributed.agreement import (
     Facts,
     agree,
     code_digest,
+    code_facts,
     difference,
     run_facts,
 )
@@ -150,6 +151,17 @@ def test_facts_hold_every_value_but_the_node_local_ones(repository: Path) -> Non
     assert facts() == facts("data.cache_folder=/scratch/node7")
     assert facts() != facts("teacher.frames=1")
     assert len(code_digest()) == 12
+
+
+def test_plugins_are_among_the_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rank with another version of a plug-in computes something else under the same config."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("CLIPLIFT_PLUGINS", "own_augmentations")
+    (tmp_path / "own_augmentations.py").write_text("PLUGINS = {}\n")
+    here = code_facts()
+    (tmp_path / "own_augmentations.py").write_text("PLUGINS = {'models': {}}\n")
+    there = code_facts()
+    assert [key for key in here if here[key] != there[key]] == ["plug-in own_augmentations (--plugin)"]
 
 
 def two_ranks(words: list[list[str]], *, folders: list[Path]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cliplift.configs.load import load_run
+from cliplift.configs.load import dump_run, load_run
 from cliplift.configs.runs import RUNS
 from cliplift.pipelines.engine.faults import beat
 from cliplift.pipelines.stages import repeats
@@ -133,6 +134,85 @@ def test_a_signal_inside_an_evaluation_saves_and_the_rest_is_unchanged(
     assert finished.finished
     assert rows(tmp_path / "stopped") == rows(tmp_path / "unbroken")
     assert finished.metrics == unbroken.metrics
+
+
+def test_a_signal_in_the_pass_for_batchnorm_stops_there_and_leaves_no_trace(
+    tmp_path: Path, repository: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass before an evaluation may take as long as that: it beats the watchdog, and it looks for signals."""
+    words = ["evaluation.precise_batchnorm_batches=4", "evaluation.max_samples=4", "engine.micro_batch=4"]
+    unbroken = run_stage(finetune(repository, shards, tmp_path / "unbroken", *words), command=[])
+    run = finetune(repository, shards, tmp_path / "stopped", *words)
+    # The first beat is the first step's, the four after it are the batches' of the pass.
+    monkeypatch.setattr("cliplift.pipelines.engine.loop.beat", signal_at(3, signal.SIGTERM))
+    stopped = run_stage(run, command=[])
+    assert stopped.requeue
+    newest = max((tmp_path / "stopped/checkpoints").glob("step_*"))
+    assert newest.name == "step_00000001"
+    assert not [row for row in rows(tmp_path / "stopped") if "eval/loss" in row], "no evaluation was made"
+    monkeypatch.setattr("cliplift.pipelines.engine.loop.beat", beat)
+    finished = run_stage(run, command=[])
+    assert finished.finished
+    assert rows(tmp_path / "stopped") == rows(tmp_path / "unbroken")
+    assert finished.metrics == unbroken.metrics
+
+
+SIGNALLED_RANK = """
+import os, signal, sys
+from cliplift.configs.load import load_run
+from cliplift.configs.runs import RUNS
+from cliplift.pipelines.distributed.collectives import leave
+from cliplift.pipelines.engine import faults
+from cliplift.pipelines.evaluation import over_split
+from cliplift.pipelines.stages.run import run_stage
+
+batches = 0
+
+def beat():
+    global batches
+    batches += 1
+    if batches == 2 and os.environ["RANK"] == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGTERM)
+    faults.beat()
+
+over_split.beat = beat
+result = run_stage(load_run(sys.argv[2], RUNS, sys.argv[3:]).run, command=[])
+print("requeue", result.requeue, "batches", batches, flush=True)
+leave(0)
+"""
+
+
+def test_two_ranks_stop_together_inside_an_evaluation(tmp_path: Path, repository: Path, shards: Path) -> None:
+    """Only rank 1 gets the signal; both leave the evaluation after the same batch, with the step saved."""
+    run = finetune(repository, shards, tmp_path / "run", "engine.global_batch=8", "schedule.steps=1")
+    config = tmp_path / "run.yaml"
+    config.write_text(dump_run(run))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", SIGNALLED_RANK, "1", str(config)],
+            env=ENVIRONMENT
+            | {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    said = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    for text in said:
+        assert "requeue True batches 2" in text, said
+    assert (tmp_path / "run/checkpoints/step_00000001/COMPLETE.json").is_file()
+    assert not (tmp_path / "run/result.json").exists()
 
 
 def stopped_when(command: list[str], ready: Callable[[], bool], number: signal.Signals) -> tuple[int, str]:
