@@ -267,16 +267,29 @@ def rows_from_parquet(data: bytes, row_type: type[Any], *, file: str) -> list[An
     return [row_type(**dict(zip(names, values, strict=True))) for values in zip(*tuples, strict=True)]
 
 
+# Beyond these a Parquet file is made to fill the memory: a list has a name in every row, and names differ.
+MIN_ROWS, MAX_ROWS_PER_BYTE = 1_000_000, 16
+MIN_UNPACKED_BYTES, MAX_UNPACKING = 256 << 20, 200
+
+
 def read_table(data: bytes, *, file: str) -> Any:
     """A Parquet file as an Arrow table.
 
     Raises:
-        ManifestError: the file is damaged.
+        ManifestError: the file is damaged, or unpacks to far more than it holds.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
+        facts = pq.read_metadata(io.BytesIO(data))
+        unpacked = sum(facts.row_group(k).total_byte_size for k in range(facts.num_row_groups))
+        if facts.num_rows > max(MIN_ROWS, MAX_ROWS_PER_BYTE * len(data)) or unpacked > max(
+            MIN_UNPACKED_BYTES, MAX_UNPACKING * len(data)
+        ):
+            raise ManifestError(
+                f"{file}: {len(data)} bytes unpack to {unpacked} bytes in {facts.num_rows} rows, which no list does"
+            )
         return pq.read_table(io.BytesIO(data))
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"{file}: not a whole Parquet file: {error}") from error

@@ -14,6 +14,7 @@ from cliplift.sharding.storage import Store
 log = logging.getLogger(__name__)
 
 DANGLING = "a link to nothing"
+NO_FILE = "no regular file (a pipe, a socket or a device)"
 HIDDEN = "hidden"
 NOT_UTF8 = "its name is not UTF-8"
 
@@ -87,8 +88,10 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
             yield from _walk(Path(entry.path), f"{name}/", (*above, here))
         elif is_file:
             yield name, ""
-        elif entry.is_symlink():
+        elif entry.is_symlink() and not Path(entry.path).exists():
             yield name, DANGLING
+        else:
+            yield name, NO_FILE
 
 
 def is_hidden(file: str) -> bool:
