@@ -15,7 +15,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.build.plan import make_plan, plan_once
 from cliplift.sharding.manifest import LEFT_OUT_FILE, SourceVideo
-from cliplift.sharding.sources.files import NO_FILE, find_files, is_hidden, printable
+from cliplift.sharding.sources.files import MAX_WAYS, NO_FILE, TOO_MANY_WAYS, find_files, is_hidden, printable
 from cliplift.sharding.sources.lists import SourceError
 from cliplift.sharding.sources.read import read_source, split_missing
 from cliplift.sharding.storage import open_store
@@ -185,3 +185,16 @@ def test_pipes_sockets_and_devices_are_named_and_not_read(tmp_path: Path) -> Non
     )
     videos = [SourceVideo(video_id=n, source=n, split="train") for n in ("pipe.mp4", "zero.mp4")]
     assert split_missing(videos, str(tmp_path)) == ([], videos)
+
+
+def test_folders_that_all_link_to_each_other_come_to_an_end(tmp_path: Path) -> None:
+    names = [f"f{k:02d}" for k in range(12)]
+    for name in names:
+        touch(tmp_path / name / "x.mp4")
+        for other in names:
+            if other != name:
+                (tmp_path / name / other).symlink_to(tmp_path / other)
+    found = find_files(open_store(str(tmp_path)))
+    assert {f"{name}/x.mp4" for name in names} <= set(found.files)
+    assert len(found.files) <= (MAX_WAYS + 1) * len(names)
+    assert TOO_MANY_WAYS in {item.reason for item in found.left_out}
