@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cliplift.configs.sections import ConfigError, Section
-from cliplift.configs.yaml_text import YamlTextError, read_word, read_yaml
+from cliplift.configs.yaml_text import MAX_CHARACTERS, YamlTextError, read_word, read_yaml
 
 COMMAND_LINE = "command line"
 RECIPES = Path(__file__).resolve().parent
@@ -102,7 +102,7 @@ def read_tree(
     own = _read_yaml(path)
     bases = own.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(b, str) for b in bases):
+    if not isinstance(bases, list) or not all(isinstance(b, str) and "\0" not in b for b in bases):
         raise ConfigError("must be a path or a list of paths", key="base", value=bases, file=str(path))
     tree: Tree = {}
     origins: dict[str, str] = {}
@@ -128,7 +128,9 @@ def _base_path(path: Path, base: str) -> Path:
 
 def _read_yaml(path: Path) -> Tree:
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            # A byte more than is allowed is refused with the other limits; a device or a pipe may have no end.
+            text = file.read(4 * MAX_CHARACTERS + 1).decode("utf-8")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
         raise ConfigError(

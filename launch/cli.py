@@ -279,7 +279,10 @@ def _fault_of_place(error: BaseException) -> str | None:
 
 
 def _discard_output() -> None:
-    """What is left in stdout's buffer cannot be written; Python would try again at its end and say so."""
+    """Where stdout's buffer cannot be written, let it go; Python would try again at its end and say so."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        return
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())  # type: ignore[union-attr]
 

@@ -132,17 +132,59 @@ def save_pretrained(
 
 
 def read_config(source: str | Path) -> dict[str, Any]:
-    """The ``config.json`` of an export folder. Raises ModelError when it is missing or not one of ours."""
+    """The ``config.json`` of an export folder.
+
+    Raises:
+        ModelError: it is missing, not one of ours, or a value in it is none that :func:`save_pretrained` writes.
+    """
     path = Path(source) / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ModelError(f"{source}: no {CONFIG} there; is it an export folder of cliplift?") from None
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError, RecursionError) as error:  # also text that is not UTF-8
         raise ModelError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT or "name" not in config:
         raise ModelError(f"{path}: not a cliplift model of format {FORMAT}")
+    _check_config(config, path)
     return config
+
+
+# A model has a weight for each class and each channel, so no number of its config exceeds the bytes of its weights.
+_SMALLEST_LIMIT = 1 << 16
+
+
+def _check_config(config: dict[str, Any], path: Path) -> None:
+    weights = path.with_name(WEIGHTS)
+    most = max(_SMALLEST_LIMIT, weights.stat().st_size if weights.is_file() else 0)
+
+    def number(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+    def option(value: object) -> bool:
+        if isinstance(value, (list, dict)):
+            return all(map(option, value.values() if isinstance(value, dict) else value))
+        return (
+            value is None
+            or isinstance(value, (bool, str, float))
+            or (isinstance(value, int) and abs(value) <= most)
+        )
+
+    options, extra, classes = config.get("options", {}), config.get("extra", {}), config.get("num_classes")
+    named = extra.get("classes") if isinstance(extra, dict) else None
+    checks = {
+        "name": isinstance(config["name"], str),
+        "num_classes": number(classes),
+        "in_frames": config.get("in_frames") is None
+        or (number(config["in_frames"]) and config["in_frames"] > 0),
+        "options": isinstance(options, dict) and all(map(option, options.values())),
+        "extra": isinstance(extra, dict),
+        "extra.classes": not named
+        or (isinstance(named, list) and all(isinstance(name, str) for name in named)),
+    }
+    for key, right in checks.items():
+        if not right:
+            raise ModelError(f"{path}: {key} is damaged: {str(config.get(key, named))[:100]}")
 
 
 def from_pretrained(

@@ -14,12 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
 if TYPE_CHECKING:
     import pyarrow as pa
     from _typeshed import DataclassInstance
 
 R = TypeVar("R", bound="DataclassInstance")
-
 FORMAT = "cliplift-shards/1"
 INDEX_FORMAT = "cliplift-index/1"
 PLAN_FORMAT = "cliplift-plan/1"
@@ -219,15 +221,15 @@ def load_index(data: bytes, *, file: str) -> ShardIndex:
     """
     tree = _json(data, file, INDEX_FORMAT)
     try:
-        samples = tuple(Sample(**_tuples(s, "labels", "folds", "keyframes")) for s in tree.pop("samples"))
-        refused = tuple(Refused(**r) for r in tree.pop("refused"))
         looks = tuple(
             tuple(int(look[i : i + 16], 16) for i in range(0, len(look), 16))
             for look in tree.pop("looks", ())
         )
-        return ShardIndex(**tree, samples=samples, refused=refused, looks=looks)
-    except (TypeError, KeyError, ValueError) as error:
-        raise ManifestError(f"{file}: not an index of this version: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise ManifestError(f"{file}: not an index of this version: looks: {error}") from error
+    index = _typed(ShardIndex, tree, file, "an index")
+    _require_inside(file, index.tar)
+    return dataclasses.replace(index, looks=looks)
 
 
 def dump_dataset(dataset: Dataset) -> bytes:
@@ -242,12 +244,70 @@ def load_dataset(data: bytes, *, file: str) -> Dataset:
     Raises:
         ManifestError: it is damaged or of another format.
     """
-    tree = _json(data, file, FORMAT)
+    dataset = _typed(Dataset, _json(data, file, FORMAT), file, "a dataset")
+    _require_inside(file, *(shard.file for shard in dataset.shards))
+    for split, facts in dataset.splits.items():
+        for name in ("samples", "seconds"):
+            if not isinstance(facts.get(name), (int, float)):
+                raise ManifestError(
+                    f"{file}: not a dataset of this version: split {split!r} states no {name}"
+                )
+    return dataset
+
+
+def check_samples(table: Any, dataset: Dataset, *, file: str) -> None:
+    """Raise ManifestError unless a table of samples has the columns of :class:`Sample` with values that can be true.
+
+    Every member lies inside its shard, every label is one of the dataset's classes or NO_LABEL.
+    """
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(Sample)} | {"shard": "int"}
+    for name, kind in kinds.items():
+        if name in _FLOW and name not in table.column_names:
+            continue
+        if name not in table.column_names or table.column(name).type.id != _arrow_type(kind).id:
+            raise ManifestError(f"{file}: has no column {name!r} of type {kind}")
+        if table.column(name).null_count and "None" not in kind:
+            raise ManifestError(f"{file}: column {name!r} has empty cells")
+    columns = {name: table.column(name).to_numpy() for name, kind in kinds.items() if kind in ("int", "float")
+               and name in table.column_names}  # fmt: skip
+    bytes_of = {shard.shard: shard.bytes for shard in dataset.shards}
+    if unknown := set(columns["shard"].tolist()) - bytes_of.keys():
+        raise ManifestError(f"{file}: shard {min(unknown)} is none of the dataset's")
+    room = np.array([bytes_of[number] for number in columns["shard"].tolist()], dtype=np.int64)
+    right = {"label": (columns["label"] >= NO_LABEL) & (columns["label"] < max(1, len(dataset.classes)))}
+    right |= {name: columns[name] > 0 for name in ("num_frames", "fps", "width", "height")}
+    for kind in ("mp4", "json", "flow"):
+        if f"{kind}_bytes" in columns:
+            offset, size = columns[f"{kind}_offset"], columns[f"{kind}_bytes"]
+            right[f"{kind}_bytes"] = (offset >= 0) & (size >= 0) & (offset <= room) & (size <= room - offset)
+    for name, good in right.items():
+        if not good.all():
+            row = int(np.flatnonzero(~good)[0])
+            raise ManifestError(f"{file}: row {row}: {name} is {columns[name][row]}, which cannot be")
+
+
+_TYPED: dict[type[Any], TypeAdapter[Any]] = {}
+
+
+def _typed(kind: type[R], tree: dict[str, Any], file: str, what: str) -> R:
+    """A dataclass from JSON, whose every value has the type that the class states. Raises ManifestError."""
+    if unknown := tree.keys() - {field.name for field in dataclasses.fields(kind)}:  # type: ignore[arg-type]
+        raise ManifestError(f"{file}: not {what} of this version: {min(unknown)!r} is unknown")
+    adapter = _TYPED.setdefault(kind, TypeAdapter(kind))
     try:
-        shards = tuple(ShardFacts(**s) for s in tree.pop("shards"))
-        return Dataset(**tree | {"classes": tuple(tree["classes"])}, shards=shards)
-    except (TypeError, KeyError) as error:
-        raise ManifestError(f"{file}: not a dataset of this version: {error}") from error
+        found: R = adapter.validate_python(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ManifestError(f"{file}: not {what} of this version: {place}: {first['msg']}") from error
+    return found
+
+
+def _require_inside(file: str, *names: str) -> None:
+    """The files that a manifest names lie below it. Raises ManifestError."""
+    for name in names:
+        if name.startswith("/") or ".." in name.split("/") or "://" in name or "\0" in name:
+            raise ManifestError(f"{file}: names {name!r}, which does not lie below it")
 
 
 def dataset_fingerprint(
@@ -302,16 +362,29 @@ def rows_from_parquet(data: bytes, row_type: type[R], *, file: str) -> list[R]:
     return [row_type(**dict(zip(names, values, strict=True))) for values in zip(*tuples, strict=True)]
 
 
+# Beyond these a Parquet file is made to fill the memory: a list has a name in every row, and names differ.
+MIN_ROWS, MAX_ROWS_PER_BYTE = 1_000_000, 16
+MIN_UNPACKED_BYTES, MAX_UNPACKING = 256 << 20, 200
+
+
 def read_table(data: bytes, *, file: str) -> pa.Table:
     """A Parquet file as an Arrow table.
 
     Raises:
-        ManifestError: the file is damaged.
+        ManifestError: the file is damaged, or unpacks to far more than it holds.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
+        facts = pq.read_metadata(io.BytesIO(data))
+        unpacked = sum(facts.row_group(k).total_byte_size for k in range(facts.num_row_groups))
+        if facts.num_rows > max(MIN_ROWS, MAX_ROWS_PER_BYTE * len(data)) or unpacked > max(
+            MIN_UNPACKED_BYTES, MAX_UNPACKING * len(data)
+        ):
+            raise ManifestError(
+                f"{file}: {len(data)} bytes unpack to {unpacked} bytes in {facts.num_rows} rows, which no list does"
+            )
         return pq.read_table(io.BytesIO(data))
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"{file}: not a whole Parquet file: {error}") from error

@@ -349,12 +349,12 @@ def is_out_of_space(error: BaseException) -> bool:
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
     """A new file beside ``target`` to write to, which takes its place at the end; on an error nothing is left."""
+    if not target.name or target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(target)
     try:
         temporary.touch()
-        if target.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
         yield temporary
         temporary.replace(target)
     except BaseException:

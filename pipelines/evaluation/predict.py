@@ -11,9 +11,11 @@ from typing import NotRequired, TypedDict
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import ValidationError
 
-from cliplift.configs.data import AugmentConfig, DataConfig, SamplingConfig, ViewsConfig
+from cliplift.configs.data import DataConfig, ViewsConfig
 from cliplift.configs.runs import PredictRun
+from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig
 from cliplift.models.protocol import VideoNetwork
 from cliplift.models.streams import FLOW_CHANNELS
@@ -123,8 +125,15 @@ def classify(network: VideoNetwork, batch: ClipBatch, data: DataConfig) -> npt.N
 
 
 def class_names(card: ModelCard, network: VideoNetwork) -> tuple[str, ...]:
-    """The classes of a model's card, or numbered ones where it names none."""
+    """The classes of a model's card, or numbered ones where it names none. Raises ConfigError for too few or many."""
     named = tuple(card.get("classes", ()))
+    if named and len(named) != network.num_classes:
+        raise ConfigError(
+            f"the config.json of its weights is damaged: it names {len(named)} classes for {network.num_classes}",
+            key="run",
+            value=list(named[:20]),
+            hint="export the run again",
+        )
     return named or tuple(f"class {k}" for k in range(network.num_classes))
 
 
@@ -132,19 +141,28 @@ def data_of(card: ModelCard, network: VideoNetwork, views: ViewsConfig) -> DataC
     """The sampling and crop the model was trained with, from its card; its InputSpec where the card is silent."""
     spec = network.input_spec
     sampling = card.get("sampling") or {"frames": spec.frames, "stride": spec.frame_stride}
-    return DataConfig.model_validate(
-        {
-            "shards": ["unused:"],
-            "modality": "flow" if spec.channels == FLOW_CHANNELS else "rgb",
-            "sampling": SamplingConfig.model_validate(sampling),
-            "views": views,
-            "crop_pixels": card.get("crop_pixels", spec.crop_height),
-            "resize_short_side_pixels": card.get("resize_short_side_pixels"),
-            "augment": AugmentConfig(normalize_brightness=card.get("normalize_brightness", False)),
-            # Foreign files: PyAV reads every container correctly where decord is silently wrong on some.
-            "decoder": "pyav",
-        }
-    )
+    tree = {
+        "shards": ["unused:"],
+        "modality": "flow" if spec.channels == FLOW_CHANNELS else "rgb",
+        "sampling": sampling,
+        "views": views,
+        "crop_pixels": card.get("crop_pixels", spec.crop_height),
+        "resize_short_side_pixels": card.get("resize_short_side_pixels"),
+        "augment": {"normalize_brightness": card.get("normalize_brightness", False)},
+        # Foreign files: PyAV reads every container correctly where decord is silently wrong on some.
+        "decoder": "pyav",
+    }
+    try:
+        return DataConfig.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ConfigError(
+            f"the config.json of its weights is damaged: extra.{place}: {first['msg']}",
+            key="run",
+            value=str(card.get(str(first["loc"][0])))[:100],
+            hint="export the run again",
+        ) from error
 
 
 def _classify_video(

@@ -25,6 +25,7 @@ from cliplift.sharding.manifest import (
     ManifestError,
     ShardFacts,
     canonical,
+    check_samples,
     digest,
     load_dataset,
     read_table,
@@ -122,7 +123,9 @@ class ShardDataset:
         data = self._store.read(SAMPLES_FILE)
         if digest(data) != dataset.samples_sha256:
             raise ManifestError(f"{url}/{SAMPLES_FILE}: does not belong to {DATASET_FILE}; finalize again")
-        self._load(dataset, read_table(data, file=SAMPLES_FILE))
+        table = read_table(data, file=SAMPLES_FILE)
+        check_samples(table, dataset, file=f"{url}/{SAMPLES_FILE}")
+        self._load(dataset, table)
 
     def _load(self, dataset: Dataset, table: pa.Table) -> None:
         splits = _resolved_splits(dataset, table, self.url, self.fold)

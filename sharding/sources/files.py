@@ -14,6 +14,10 @@ from cliplift.sharding.storage import Store
 log = logging.getLogger(__name__)
 
 DANGLING = "a link to nothing"
+# Links between folders multiply the paths to a file: twelve folders that link to each other hold 12! of them.
+MAX_WAYS = 16
+TOO_MANY_WAYS = f"a folder that {MAX_WAYS} other paths lead to already, by links"
+NO_FILE = "no regular file (a pipe, a socket or a device)"
 HIDDEN = "hidden"
 NOT_UTF8 = "its name is not UTF-8"
 
@@ -49,7 +53,7 @@ def find_files(store: Store) -> Found:
         return Found(tuple(store.list()), ())
     files: list[str] = []
     left_out: list[LeftOut] = []
-    for name, trouble in _walk(root, "", ()):
+    for name, trouble in _walk(root, "", (), Counter(), linked=False):
         reason = trouble or (NOT_UTF8 if printable(name) != name else "")
         if reason:
             left_out.append(LeftOut(printable(name), reason))
@@ -58,7 +62,14 @@ def find_files(store: Store) -> Found:
     return Found(tuple(sorted(files)), tuple(sorted(left_out, key=lambda item: item.name)))
 
 
-def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, str]]:
+def _walk(
+    folder: Path,
+    prefix: str,
+    above: tuple[tuple[int, int], ...],
+    ways: Counter[tuple[int, int]],
+    *,
+    linked: bool,
+) -> Iterator[tuple[str, str]]:
     """(path, '') of every file and (path, reason) of what cannot be read. A link to a folder above is not entered."""
     try:
         facts = folder.stat()
@@ -76,6 +87,10 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
     if here in above:
         yield prefix.rstrip("/"), "a link to a folder that it lies in"
         return
+    ways[here] += linked
+    if linked and ways[here] > MAX_WAYS:
+        yield prefix.rstrip("/"), TOO_MANY_WAYS
+        return
     for entry in entries:
         name = prefix + entry.name
         try:
@@ -84,11 +99,15 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
             yield name, f"cannot be opened: {error.strerror}"
             continue
         if is_folder:
-            yield from _walk(Path(entry.path), f"{name}/", (*above, here))
+            yield from _walk(
+                Path(entry.path), f"{name}/", (*above, here), ways, linked=linked or entry.is_symlink()
+            )
         elif is_file:
             yield name, ""
-        elif entry.is_symlink():
+        elif entry.is_symlink() and not Path(entry.path).exists():
             yield name, DANGLING
+        else:
+            yield name, NO_FILE
 
 
 def is_hidden(file: str) -> bool:

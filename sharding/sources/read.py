@@ -252,7 +252,7 @@ def _exists(store: Store, name: str) -> bool:
     """Whether there is such a local file: none has a name that is too long, holds a NUL or is out of reach."""
     path = store.local_path(name)
     try:
-        return path is not None and path.exists() and not path.is_dir()
+        return path is not None and path.is_file()  # a pipe or a device may have no end
     except (OSError, ValueError):
         return False
 

@@ -137,3 +137,15 @@ def test_home_and_variables_are_filled_in(tmp_path: Path, monkeypatch: pytest.Mo
     path.write_text(HEAD)
     run = load_run(path, RUNS, ["output=$SCRATCH/shards", "source.root=~/videos"]).run
     assert (run.output, run.source.root) == ("/scratch/x/shards", "/home/someone/videos")
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no device files")
+def test_a_file_without_an_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_run(Path("/dev/zero"), RUNS)
+
+
+def test_a_base_file_with_a_nul_in_its_name_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text('base: "a\\0b.yaml"\n')
+    with pytest.raises(ConfigError, match="base"):
+        load_run(tmp_path / "a.yaml", RUNS)

@@ -58,8 +58,6 @@ FAULTS = {
 def test_a_fault_of_the_place_is_one_sentence(
     fault: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_discard_output", lambda: None)  # the tests' own stdout
-
     def run(_: argparse.Namespace) -> int:
         raise fault
 

@@ -243,3 +243,29 @@ def test_saved_tensors_are_plain_and_on_the_cpu(tmp_path: Path) -> None:
     state = load_file(folder / "model.safetensors")
     assert state.keys() == model.state_dict().keys()
     assert all(v.is_contiguous() and v.device.type == "cpu" for v in state.values())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", 5), ("name", None), ("num_classes", -1), ("num_classes", "x"), ("num_classes", 10**12),
+        ("num_classes", True), ("num_classes", 2.5), ("in_frames", 0), ("in_frames", "4"), ("in_frames", 10**9),
+        ("options", []), ("options", {"growth": 10**12}), ("extra", 5), ("extra", {"classes": 5}),
+        ("extra", {"classes": [1, 2, 3]}),
+    ],
+)  # fmt: skip
+def test_a_damaged_config_of_an_export_is_one_sentence(tmp_path: Path, key: str, value: object) -> None:
+    save_pretrained(
+        create_model("t3d_tiny", num_classes=3, in_frames=4), tmp_path, name="t3d_tiny", options={}
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ModelError, match=rf"config\.json: {key}"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"\xff", b"[" * 100_000, b'{"format": 3}', b"{}"])
+def test_a_config_of_an_export_that_is_none_is_one_sentence(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        from_pretrained(tmp_path)

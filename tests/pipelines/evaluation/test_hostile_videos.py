@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -143,3 +144,21 @@ def test_sliding_windows_of_a_transport_stream_take_a_decode_for_each_layer(
     found = list(sliding_windows(path, data, window_seconds=1.0, stride_seconds=0.5))
     assert [(start, end) for start, end, _ in found] == [(0.5 * k, 0.5 * k + 1) for k in range(11)]
     assert len(count) <= 2 * 25 * seconds
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"sampling": "x"},
+        {"crop_pixels": -1},
+        {"normalize_brightness": "perhaps"},
+        {"classes": ["a"]},
+        {"sampling": {"frames": 0}},
+    ],
+)
+def test_a_damaged_card_is_one_sentence(tmp_path: Path, network: Path, extra: dict[str, Any]) -> None:
+    folder = shutil.copytree(network, tmp_path / "export")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"extra": extra}))
+    with pytest.raises(ConfigError, match=f"damaged: .*{next(iter(extra))}"):
+        run_predict(PredictRun(run=str(folder), videos=("x.mp4",)))

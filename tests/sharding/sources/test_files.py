@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import pytest
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.build.plan import make_plan, plan_once
-from cliplift.sharding.manifest import LEFT_OUT_FILE
-from cliplift.sharding.sources.files import find_files, is_hidden, printable
+from cliplift.sharding.manifest import LEFT_OUT_FILE, SourceVideo
+from cliplift.sharding.sources.files import MAX_WAYS, NO_FILE, TOO_MANY_WAYS, find_files, is_hidden, printable
 from cliplift.sharding.sources.lists import SourceError
-from cliplift.sharding.sources.read import read_source
+from cliplift.sharding.sources.read import read_source, split_missing
 from cliplift.sharding.storage import open_store
 
 
@@ -170,3 +171,30 @@ def test_names_are_printable() -> None:
     assert printable(os.fsdecode(b"caf\xe9")) == "caf\\xe9"
     assert printable("\ud800") == "\\ud800"
     assert [is_hidden(name) for name in ("a/b.mp4", ".cache/b.mp4", "a/._b.mp4")] == [False, True, True]
+
+
+def test_pipes_sockets_and_devices_are_named_and_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "zero.mp4").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "socket.mp4"))
+        found = find_files(open_store(str(tmp_path)))
+    assert found.files == ()
+    assert {item.name: item.reason for item in found.left_out} == dict.fromkeys(
+        ("pipe.mp4", "socket.mp4", "zero.mp4"), NO_FILE
+    )
+    videos = [SourceVideo(video_id=n, source=n, split="train") for n in ("pipe.mp4", "zero.mp4")]
+    assert split_missing(videos, str(tmp_path)) == ([], videos)
+
+
+def test_folders_that_all_link_to_each_other_come_to_an_end(tmp_path: Path) -> None:
+    names = [f"f{k:02d}" for k in range(12)]
+    for name in names:
+        touch(tmp_path / name / "x.mp4")
+        for other in names:
+            if other != name:
+                (tmp_path / name / other).symlink_to(tmp_path / other)
+    found = find_files(open_store(str(tmp_path)))
+    assert {f"{name}/x.mp4" for name in names} <= set(found.files)
+    assert len(found.files) <= (MAX_WAYS + 1) * len(names)
+    assert TOO_MANY_WAYS in {item.reason for item in found.left_out}

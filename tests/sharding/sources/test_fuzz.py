@@ -15,7 +15,7 @@ import pytest
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sources import CsvSource
-from cliplift.sharding.manifest import ManifestError, load_dataset, load_index
+from cliplift.sharding.manifest import ManifestError, load_dataset, load_index, read_table
 from cliplift.sharding.sources.lists import SourceError, read_rows
 from cliplift.sharding.sources.tars import read_tar
 
@@ -96,3 +96,12 @@ def test_lists(tmp_path: Path, name: str) -> None:
         with contextlib.suppress(*REFUSALS):
             for row in read_rows(source.file, needed=("path", "label")):
                 row.text("path")
+
+
+def test_a_small_table_that_unpacks_to_gigabytes_is_refused() -> None:
+    column = pa.array([""]).take(pa.array(np.zeros(20_000_000, dtype=np.int8)))
+    out = io.BytesIO()
+    pq.write_table(pa.table({"path": column}), out, compression="zstd")
+    assert len(out.getvalue()) < 1 << 20
+    with pytest.raises(ManifestError, match="20000000 rows"):
+        read_table(out.getvalue(), file="list.parquet")
