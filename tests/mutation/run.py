@@ -141,8 +141,13 @@ class Copy:
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         status = 3
         try:
+            import hypothesis
             import pytest
 
+            # The same examples for every mutant, and none made simpler: that a test fails is all that counts.
+            phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
+            hypothesis.settings.register_profile("mutants", phases=phases, derandomize=True, database=None)
+            hypothesis.settings.load_profile("mutants")
             status = int(pytest.main([*PYTEST, f"--basetemp={self.folder / 'tmp'}", *self.module.tests]))
         finally:
             sys.stdout.flush()

@@ -81,7 +81,7 @@ def test_every_rank_hears_of_the_first_difference(
 def test_a_silent_rank_is_named_to_all_others(shared_store: dist.HashStore) -> None:
     found = side_by_side(4, lambda place: agreement.agree({}, place, seconds=1), but=(1, 3))
     for rank in (0, 2):
-        assert "rank 1, 3 of 4 has not come after 1 s; look at its log" in str(found[rank])
+        assert "rank 1, 3 of 4 has not answered after 1 s; look at its log" in str(found[rank])
 
 
 def test_a_difference_counts_more_than_a_silent_rank(shared_store: dist.HashStore) -> None:

@@ -218,6 +218,14 @@ def test_flipped_cut_and_missing_files_are_damage(tmp_path: Path) -> None:
     assert checkpoint.damage(path) == "parameters.safetensors is missing"
 
 
+def test_an_empty_file_is_whole(tmp_path: Path) -> None:
+    """No bytes, whose crc32 is 0."""
+    (tmp_path / "state.json").touch()
+    seal = {"format": 2, "files": {"state.json": {"bytes": 0, "crc32": 0}}}
+    (tmp_path / "COMPLETE.json").write_text(json.dumps(seal))
+    assert checkpoint.damage(tmp_path) is None
+
+
 def test_the_newest_whole_one_is_used_and_each_passed_over_is_named(tmp_path: Path) -> None:
     saver = Saver(ALONE, asynchronous=False)
     for step in (1, 2, 3):

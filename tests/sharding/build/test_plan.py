@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,13 @@ def test_shards_are_full_but_for_the_last_of_a_split_and_hold_one_split(videos: 
     ]
     assert [v.split for v in plan.videos] == ["test"] + ["train"] * 11 + ["val"] * 4
     assert (plan.classes, plan.folds, plan.missing, plan.root) == (("a", "b"), 0, 0, str(videos))
+
+
+def test_a_plan_cannot_be_changed(videos: Path) -> None:
+    plan, _ = make_plan(run_of(videos))
+    for part in (plan, plan.shards[0]):
+        with pytest.raises(FrozenInstanceError):
+            part.start = 3  # type: ignore[union-attr]
 
 
 def test_windows_of_one_video_are_dealt_apart_and_in_order_of_their_start(tmp_path: Path) -> None:

@@ -76,6 +76,9 @@ def test_records_are_of_twenty_blocks(tmp_path: Path) -> None:
     writer = writer_in(tmp_path)
     writer.add(mp4=bytes(17 * 512), facts={}, look=(), **row("a"))
     assert writer.commit().tar_bytes == 2 * 20 * 512
+    full = writer_in(tmp_path)
+    full.add(mp4=bytes(15 * 512), facts={}, look=(), **row("a"))
+    assert full.commit().tar_bytes == 20 * 512, "18 blocks and the two of the end mark, and not one more"
     empty = writer_in(tmp_path)
     assert empty.commit().tar_bytes == 20 * 512
 

@@ -251,6 +251,23 @@ def test_remote_ranges_hold_the_member_alone_and_are_not_announced() -> None:
         fs.rm("/tables", recursive=True)
 
 
+def test_a_cache_keeps_whole_shards_of_what_was_read(tmp_path: Path) -> None:
+    """From then on the store is not asked again; a shard nobody read is not there."""
+    url, fs = "memory://tables", fsspec.filesystem("memory")
+    write_dataset(url)
+    try:
+        dataset = ShardDataset(url, cache_folder=str(tmp_path))
+        assert dataset.read(4) == clip(4)
+        assert dataset.read_flow(1) == b"flow"
+        fs.rm("/tables/s", recursive=True)
+        assert [dataset.read(i) for i in range(5)] == [clip(i) for i in range(5)]
+        assert {p.name for p in tmp_path.glob("*.tar")} == {f"{dataset.shards[n].sha256}.tar" for n in (0, 1)}
+        with pytest.raises(ShardReadError, match=r"s/2.tar, k5.mp4: the shard does not exist"):
+            dataset.read(5)
+    finally:
+        fs.rm("/tables", recursive=True)
+
+
 def test_a_cache_folder_is_for_remote_shards_alone(plain: str, tmp_path: Path) -> None:
     dataset = ShardDataset(plain, cache_folder=str(tmp_path / "cache"))
     assert dataset.read(3) == clip(3)
