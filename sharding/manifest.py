@@ -291,7 +291,7 @@ _TYPED: dict[type[Any], TypeAdapter[Any]] = {}
 
 def _typed(kind: type[R], tree: dict[str, Any], file: str, what: str) -> R:
     """A dataclass from JSON, whose every value has the type that the class states. Raises ManifestError."""
-    if unknown := tree.keys() - {field.name for field in dataclasses.fields(kind)}:  # type: ignore[arg-type]
+    if unknown := tree.keys() - {field.name for field in dataclasses.fields(kind)}:
         raise ManifestError(f"{file}: not {what} of this version: {min(unknown)!r} is unknown")
     adapter = _TYPED.setdefault(kind, TypeAdapter(kind))
     try:

@@ -186,7 +186,7 @@ class TransferStage:
     def _example_targets(self, built: StageModule, clips: Tensor) -> dict[str, Tensor]:
         """Targets and, where it is used, a bank of two rows: how many it has is known only with the data."""
         matching, B = self.run.correspondence, len(clips)
-        width = cast(int, cast(Any, built.frozen).feature_dim)
+        width = cast(VideoNetwork, built.frozen).feature_dim
         found = {"clips": clips, "targets": torch.zeros(B, matching.time_steps, width)}
         if matching.objective == "regression":
             return found
