@@ -121,11 +121,7 @@ class Inception3D(PooledClassifier):
 
 @register_model(paper="Diba et al. 2017")
 def inception3d(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 32,
-    padding: Padding = "aligned",
-    dropout: float = 0.0,
+    *, num_classes: int = 400, in_frames: int = 32, padding: Padding = "aligned", dropout: float = 0.0
 ) -> nn.Module:
     """Inception3D, 14,643,696 parameters at 400 classes. Any T, H, W.
 

@@ -34,8 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS
-from cliplift.models.layers import Conv3d, PooledClassifier
+from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS, StagedNet, shortcut
+from cliplift.models.layers import Conv3d
 from cliplift.models.protocol import InputSpec, ModelError
 from cliplift.models.registry import variant
 
@@ -50,7 +50,7 @@ class PseudoBlock(nn.Module):
     """A P3D bottleneck of arrangement "a", "b" or "c". All of them have the same parameters."""
 
     def __init__(
-        self, in_channels: int, width: int, *, arrangement: str, wiring: Wiring, stride: int, project: bool
+        self, in_channels: int, width: int, *, arrangement: str, wiring: Wiring, stride: int
     ) -> None:
         super().__init__()
         # Caffe's ResNet: the stride is on the 1x1x1 reduction
@@ -62,7 +62,7 @@ class PseudoBlock(nn.Module):
         self.bn3 = nn.BatchNorm3d(width)
         self.conv4 = Conv3d(width, width * EXPANSION, 1, bias=False)
         self.bn4 = nn.BatchNorm3d(width * EXPANSION)
-        self.downsample = _projection(in_channels, width * EXPANSION, stride) if project else nn.Identity()
+        self.downsample = shortcut(in_channels, width * EXPANSION, stride=(1, stride, stride), rank=3)
         self.arrangement = arrangement
         self.wiring = wiring
 
@@ -86,7 +86,7 @@ class PseudoBlock(nn.Module):
 class PlainBlock(nn.Module):
     """A 2D bottleneck of res5, with 1x1x1 and 1x3x3 kernels."""
 
-    def __init__(self, in_channels: int, width: int, *, stride: int, project: bool) -> None:
+    def __init__(self, in_channels: int, width: int, *, stride: int) -> None:
         super().__init__()
         self.conv1 = Conv3d(in_channels, width, 1, stride=(1, stride, stride), bias=False)
         self.bn1 = nn.BatchNorm3d(width)
@@ -94,7 +94,7 @@ class PlainBlock(nn.Module):
         self.bn_normal = nn.BatchNorm3d(width)
         self.conv4 = Conv3d(width, width * EXPANSION, 1, bias=False)
         self.bn4 = nn.BatchNorm3d(width * EXPANSION)
-        self.downsample = _projection(in_channels, width * EXPANSION, stride) if project else nn.Identity()
+        self.downsample = shortcut(in_channels, width * EXPANSION, stride=(1, stride, stride), rank=3)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, 4 * width, T, H/stride, W/stride)."""
@@ -104,12 +104,7 @@ class PlainBlock(nn.Module):
         return F.relu(y + self.downsample(x), inplace=True)
 
 
-def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-    conv = Conv3d(in_channels, out_channels, 1, stride=(1, stride, stride), bias=False)
-    return nn.Sequential(conv, nn.BatchNorm3d(out_channels))
-
-
-class P3D(PooledClassifier):
+class P3D(StagedNet):
     """(B, C, T, H, W) -> (B, K) for T a multiple of 16 and any H, W."""
 
     head_name = "fc"
@@ -146,25 +141,13 @@ class P3D(PooledClassifier):
         )
         self.maxpool_2 = nn.MaxPool3d((2, 1, 1), stride=(2, 1, 1))
         letters = itertools.cycle(arrangement)  # not restarted at a new stage
-        channels = 64
-        for stage, (count, width) in enumerate(zip(layers, STAGE_WIDTHS, strict=True), start=1):
-            blocks: list[nn.Module] = []
-            for i in range(count):
-                stride, project = 2 if stage > 1 and i == 0 else 1, i == 0
-                blocks.append(
-                    PlainBlock(channels, width, stride=stride, project=project)
-                    if stage == len(layers)
-                    else PseudoBlock(
-                        channels,
-                        width,
-                        arrangement=next(letters),
-                        wiring=wiring,
-                        stride=stride,
-                        project=project,
-                    )
-                )
-                channels = width * EXPANSION
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+
+        def block(in_channels: int, width: int, *, stride: int) -> nn.Module:
+            if width == STAGE_WIDTHS[-1]:  # res5
+                return PlainBlock(in_channels, width, stride=stride)
+            return PseudoBlock(in_channels, width, arrangement=next(letters), wiring=wiring, stride=stride)
+
+        self.add_stages(layers, block, channels=64, expansion=EXPANSION)
         self.reset_classifier(num_classes)
 
     def check_input(self, x: Tensor) -> None:
@@ -179,10 +162,6 @@ class P3D(PooledClassifier):
         x = self.maxpool_2(self.get_submodule("layer3")(x))  # res5a_pool
         features: Tensor = self.get_submodule("layer4")(x)
         return features
-
-    def checkpoint_blocks(self) -> list[str]:
-        stages = ((n, stage) for n, stage in self.named_children() if n.startswith("layer"))
-        return [f"{name}.{i}" for name, stage in stages for i, _ in enumerate(stage.children())]
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """The port's res5 is made of 2D layers: its (O, I, k, k) kernels get a T of 1."""

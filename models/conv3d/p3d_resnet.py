@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.conv3d.p3d import Arrangement
-from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS
-from cliplift.models.layers import Conv3d, PooledClassifier
+from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS, StagedNet, shortcut
+from cliplift.models.layers import Conv3d
 from cliplift.models.protocol import InputSpec, ModelError
 from cliplift.models.registry import variant
 
@@ -46,10 +46,7 @@ class PseudoBottleneck(nn.Module):
         self.bn2 = nn.BatchNorm3d(width)
         self.conv3 = Conv3d(width, out, 1, bias=False)
         self.bn3 = nn.BatchNorm3d(out)
-        self.downsample: nn.Module = nn.Identity()
-        if stride > 1 or in_channels != out:
-            projection = Conv3d(in_channels, out, 1, stride=space, bias=False)
-            self.downsample = nn.Sequential(projection, nn.BatchNorm3d(out))
+        self.downsample = shortcut(in_channels, out, stride=space, rank=3)
         self.arrangement = arrangement
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +67,7 @@ class PseudoBottleneck(nn.Module):
         return F.relu(y, inplace=True)
 
 
-class P3DResNet(PooledClassifier):
+class P3DResNet(StagedNet):
     """(B, C, T, H, W) -> (B, K) for T a multiple of ``early_stride`` and any H, W."""
 
     head_name = "fc"
@@ -108,14 +105,11 @@ class P3DResNet(PooledClassifier):
         self.bn1 = nn.BatchNorm3d(64)
         self.maxpool = nn.MaxPool3d((1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
         letters = itertools.cycle(arrangement)  # not restarted at a new stage
-        channels = 64
-        for stage, (count, width) in enumerate(zip(layers, STAGE_WIDTHS, strict=True), start=1):
-            blocks: list[nn.Module] = []
-            for i in range(count):
-                stride = 2 if stage > 1 and i == 0 else 1
-                blocks.append(PseudoBottleneck(channels, width, arrangement=next(letters), stride=stride))
-                channels = width * EXPANSION
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+
+        def block(in_channels: int, width: int, *, stride: int) -> nn.Module:
+            return PseudoBottleneck(in_channels, width, arrangement=next(letters), stride=stride)
+
+        self.add_stages(layers, block, channels=64, expansion=EXPANSION)
         self.reset_classifier(num_classes)
 
     def check_input(self, x: Tensor) -> None:
@@ -131,14 +125,7 @@ class P3DResNet(PooledClassifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, 2048, T/early_stride, H/32, W/32)."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
-        for stage in range(1, 5):
-            x = self.get_submodule(f"layer{stage}")(x)
-        return x
-
-    def checkpoint_blocks(self) -> list[str]:
-        stages = ((n, stage) for n, stage in self.named_children() if n.startswith("layer"))
-        return [f"{name}.{i}" for name, stage in stages for i, _ in enumerate(stage.children())]
+        return self.run_stages(self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True)))
 
     def adapt_2d_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A torchvision ResNet's weights, plus T: the identity in A, zero in B and C (the author's initialisation).

@@ -31,8 +31,8 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS
-from cliplift.models.layers import Conv3d, PooledClassifier
+from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS, StagedNet
+from cliplift.models.layers import Conv3d
 from cliplift.models.protocol import InputSpec, ModelError
 from cliplift.models.registry import variant
 from cliplift.models.state_dicts import rename_prefixes
@@ -89,7 +89,7 @@ class FactoredBlock(nn.Module):
         return F.relu(self.conv2(self.conv1(x)) + self.downsample(x), inplace=True)
 
 
-class R2Plus1D(PooledClassifier):
+class R2Plus1D(StagedNet):
     """(B, C, T, H, W) -> (B, K), any T, H, W."""
 
     head_name = "fc"
@@ -123,28 +123,16 @@ class R2Plus1D(PooledClassifier):
             norm(width),
             nn.ReLU(inplace=True),
         )
-        channels = width  # of what enters the next block
-        for stage, (count, width) in enumerate(zip(LAYERS[depth], STAGE_WIDTHS, strict=True), start=1):
-            blocks = []
-            for i in range(count):
-                stride = 2 if stage > 1 and i == 0 else 1
-                blocks.append(
-                    FactoredBlock(channels, width, stride=stride, mid_channels=mid_channels, norm=norm)
-                )
-                channels = width
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+        block = partial(FactoredBlock, mid_channels=mid_channels, norm=norm)
+        self.add_stages(LAYERS[depth], block, channels=width)
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, 512, T/8, H/16, W/16), sizes rounded up; 512x4x7x7 for 32x112x112."""
-        x = self.stem(x)
-        for stage in range(1, 5):
-            x = self.get_submodule(f"layer{stage}")(x)
-        return x
+        return self.run_stages(self.stem(x))
 
     def checkpoint_blocks(self) -> list[str]:
-        counts = enumerate(LAYERS[self.depth], start=1)
-        return ["stem", *(f"layer{stage}.{i}" for stage, count in counts for i in range(count))]
+        return ["stem", *super().checkpoint_blocks()]
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Torchvision's and the IG65M port's names are ours; VMZ's and LateTemporalModeling3DCNN's are read."""

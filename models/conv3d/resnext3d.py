@@ -13,11 +13,13 @@ Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.image.resnet import LAYERS, shortcut
-from cliplift.models.layers import Conv3d, PooledClassifier
+from cliplift.models.image.resnet import LAYERS, StagedNet, shortcut
+from cliplift.models.layers import Conv3d
 from cliplift.models.protocol import InputSpec, ModelError
 from cliplift.models.registry import register_model
 from cliplift.models.state_dicts import rename_prefixes
@@ -57,7 +59,7 @@ class GroupedBottleneck(nn.Module):
         return F.relu(y + self.downsample(x), inplace=True)
 
 
-class ResNeXt3D(PooledClassifier):
+class ResNeXt3D(StagedNet):
     """(B, C, T, H, W) -> (B, K), any T, H, W."""
 
     head_name = "fc"
@@ -73,30 +75,16 @@ class ResNeXt3D(PooledClassifier):
             input_spec=input_spec,
             dropout=dropout,
         )
-        self.depth = depth
         self.conv1 = Conv3d(input_spec.channels, 64, 7, stride=(1, 2, 2), padding=3, bias=False)
         self.bn1 = nn.BatchNorm3d(64)
         self.maxpool = nn.MaxPool3d(3, stride=2, padding=1)
-        channels = 64
-        for stage, (count, width) in enumerate(zip(LAYERS[depth], STAGE_WIDTHS, strict=True), start=1):
-            blocks = []
-            for i in range(count):
-                stride = 2 if stage > 1 and i == 0 else 1
-                blocks.append(GroupedBottleneck(channels, width, stride=stride, cardinality=cardinality))
-                channels = width * EXPANSION
-            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+        block = partial(GroupedBottleneck, cardinality=cardinality)
+        self.add_stages(LAYERS[depth], block, channels=64, widths=STAGE_WIDTHS, expansion=EXPANSION)
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, 2048, T/16, H/32, W/32), sizes rounded up; 2048x4x4x4 for 64x112x112."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
-        for stage in range(1, 5):
-            x = self.get_submodule(f"layer{stage}")(x)
-        return x
-
-    def checkpoint_blocks(self) -> list[str]:
-        counts = enumerate(LAYERS[self.depth], start=1)
-        return [f"layer{stage}.{i}" for stage, count in counts for i in range(count)]
+        return self.run_stages(self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True)))
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """The public files' names are ours once ``module.`` is off, which loading does; LTM's are translated."""

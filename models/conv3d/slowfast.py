@@ -75,13 +75,7 @@ _CAFFE2: Patterns = (
     (r"t_res(\d)_(\d+)_branch2([abc](?:_bn)?)", r"s\1.pathway1_res\2.branch2.\3"),
     (r"pred", "projection"),
 )
-_CAFFE2_TENSORS = {
-    "w": "weight",
-    "s": "weight",
-    "b": "bias",
-    "rm": "running_mean",
-    "riv": "running_var",
-}
+_CAFFE2_TENSORS = {"w": "weight", "s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
 
 
 def adapt_slowfast(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -194,12 +188,7 @@ class Stem(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, depth: int) -> None:
         super().__init__()
         self.conv = Conv3d(
-            in_channels,
-            out_channels,
-            (depth, 7, 7),
-            stride=(1, 2, 2),
-            padding=(depth // 2, 3, 3),
-            bias=False,
+            in_channels, out_channels, (depth, 7, 7), stride=(1, 2, 2), padding=(depth // 2, 3, 3), bias=False
         )
         self.bn = nn.BatchNorm3d(out_channels)
         self.pool_layer = nn.MaxPool3d((1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))

@@ -18,13 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.layers import (
-    BATCH_NORMS,
-    CONVOLUTIONS,
-    MAX_POOLS,
-    PooledClassifier,
-    halve,
-)
+from cliplift.models.layers import BATCH_NORMS, CONVOLUTIONS, MAX_POOLS, PooledClassifier, halve
 from cliplift.models.protocol import InputSpec, ModelError
 from cliplift.models.registry import variant
 

@@ -124,9 +124,7 @@ class EfficientNetLite(PooledClassifier):
         super().__init__(feature_dim=HEAD, num_classes=num_classes, input_spec=input_spec, dropout=dropout)
         self.lite = lite
         self.stem = nn.Sequential(
-            _convolution(input_spec.channels, STEM, 3, stride=2),
-            _norm(STEM),
-            nn.ReLU6(inplace=True),
+            _convolution(input_spec.channels, STEM, 3, stride=2), _norm(STEM), nn.ReLU6(inplace=True)
         )
         blocks: list[nn.Module] = []
         channels = STEM

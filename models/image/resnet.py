@@ -14,17 +14,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.layers import (
-    BATCH_NORMS,
-    CONVOLUTIONS,
-    Conv2d,
-    PooledClassifier,
-)
+from cliplift.models.layers import BATCH_NORMS, CONVOLUTIONS, Conv2d, PooledClassifier
 from cliplift.models.protocol import InputSpec, ModelError
 from cliplift.models.registry import variant
 
@@ -80,12 +75,51 @@ class Bottleneck(nn.Module):
         return F.relu(y + self.downsample(x), inplace=True)
 
 
-def shortcut(in_channels: int, out_channels: int, *, stride: int, rank: int) -> nn.Module:
+def shortcut(
+    in_channels: int, out_channels: int, *, stride: int | tuple[int, int, int], rank: int
+) -> nn.Module:
     """The identity where shapes agree, else a strided 1x1 convolution with BN (option B of the paper)."""
-    if stride == 1 and in_channels == out_channels:
+    if stride in (1, (1, 1, 1)) and in_channels == out_channels:
         return nn.Identity()
     projection = CONVOLUTIONS[rank](in_channels, out_channels, 1, stride=stride, bias=False)
     return nn.Sequential(projection, BATCH_NORMS[rank](out_channels))
+
+
+class BlockBuilder(Protocol):
+    """Builds one residual block."""
+
+    def __call__(self, in_channels: int, width: int, *, stride: int) -> nn.Module: ...
+
+
+class StagedNet(PooledClassifier):
+    """Four stages of residual blocks, ``layer1`` to ``layer4``; the first block of all but the first has stride 2."""
+
+    def add_stages(
+        self,
+        counts: tuple[int, ...],
+        block: BlockBuilder,
+        *,
+        channels: int,
+        widths: tuple[int, ...] = STAGE_WIDTHS,
+        expansion: int = 1,
+    ) -> None:
+        """Build the stages of blocks that give ``width * expansion`` channels."""
+        for stage, (count, width) in enumerate(zip(counts, widths, strict=True), start=1):
+            blocks = []
+            for i in range(count):
+                blocks.append(block(channels, width, stride=2 if stage > 1 and i == 0 else 1))
+                channels = width * expansion
+            self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+
+    def run_stages(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> the last stage's map."""
+        for stage in range(1, 5):
+            x = self.get_submodule(f"layer{stage}")(x)
+        return x
+
+    def checkpoint_blocks(self) -> list[str]:
+        stages = ((n, stage) for n, stage in self.named_children() if n.startswith("layer"))
+        return [f"{name}.{i}" for name, stage in stages for i, _ in enumerate(stage.children())]
 
 
 class ResNet(PooledClassifier):

@@ -16,10 +16,7 @@ from cliplift.models.state_dicts import head_prefix, rename_key
 
 BACKBONE = "backbone."
 # beginnings of names in the public code's modules -> ours, longest first where one begins another
-_BERT_NAMES = {
-    "clsToken": "cls_token",
-    "embedding.learnedPosition.pe": "positions",
-}
+_BERT_NAMES = {"clsToken": "cls_token", "embedding.learnedPosition.pe": "positions"}
 _BLOCK_NAMES = {
     "attention.linear_layers.0": "attention.query",
     "attention.linear_layers.1": "attention.key",

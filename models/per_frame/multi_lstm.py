@@ -186,9 +186,5 @@ def _score(name: Score, hidden: int, vector_dim: int, attention_dim: int) -> Pro
 
 # 65 classes as in MultiTHUMOS; the LSTM has 9,439,232 parameters on 4096 features
 multi_lstm = variant(
-    "multi_lstm",
-    on_encoder(MultiLSTM),
-    paper="Yeung et al. 2015, MultiLSTM",
-    num_classes=65,
-    in_frames=30,
+    "multi_lstm", on_encoder(MultiLSTM), paper="Yeung et al. 2015, MultiLSTM", num_classes=65, in_frames=30
 )
