@@ -140,7 +140,7 @@ class ShardIndex:
     plan_id: str
     samples: tuple[Sample, ...]
     refused: tuple[Refused, ...]
-    looks: tuple[tuple[int, ...], ...] = ()  # picture hashes of every sample's key frames; () where unknown
+    picture_hashes: tuple[tuple[int, ...], ...] = ()  # of every sample's key frames; () where unknown
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def dump_index(index: ShardIndex) -> bytes:
     tree = {"format": INDEX_FORMAT, **dataclasses.asdict(index)}
     tree["samples"] = [_stored(sample) for sample in tree["samples"]]
     # As text: other languages' JSON numbers do not hold 64 bits.
-    tree["looks"] = ["".join(f"{picture:016x}" for picture in look) for look in index.looks]
+    tree["looks"] = ["".join(f"{picture:016x}" for picture in row) for row in tree.pop("picture_hashes")]
     return canonical(tree) + b"\n"
 
 
@@ -221,15 +221,15 @@ def load_index(data: bytes, *, file: str) -> ShardIndex:
     """
     tree = _json(data, file, INDEX_FORMAT)
     try:
-        looks = tuple(
-            tuple(int(look[i : i + 16], 16) for i in range(0, len(look), 16))
-            for look in tree.pop("looks", ())
+        hashes = tuple(
+            tuple(int(row[i : i + 16], 16) for i in range(0, len(row), 16))
+            for row in tree.pop("looks", ())
         )
     except (TypeError, ValueError) as error:
         raise ManifestError(f"{file}: not an index of this version: looks: {error}") from error
     index = _typed(ShardIndex, tree, file, "an index")
     _require_inside(file, index.tar)
-    return dataclasses.replace(index, looks=looks)
+    return dataclasses.replace(index, picture_hashes=hashes)
 
 
 def dump_dataset(dataset: Dataset) -> bytes:

@@ -245,13 +245,13 @@ class RemoteStore:
     def write(self, name: str, data: bytes) -> None:
         fs, root = self._fs()
         self._retried("write", name, lambda: fs.pipe_file(f"{root}/{name}", data))
-        self._whole(name, len(data))
+        self._require_whole(name, len(data))
 
     def publish(self, file: Path, name: str) -> None:
         fs, root = self._fs()
         size = file.stat().st_size
         self._retried("write", name, lambda: fs.put_file(str(file), f"{root}/{name}"))
-        self._whole(name, size)
+        self._require_whole(name, size)
         file.unlink()
 
     def fetch(self, name: str, file: Path) -> None:
@@ -269,7 +269,7 @@ class RemoteStore:
 
         self._retried("remove", name, delete)
 
-    def _whole(self, name: str, size: int) -> None:
+    def _require_whole(self, name: str, size: int) -> None:
         found = self.size(name)
         if found != size:
             raise StorageError(
@@ -286,7 +286,7 @@ class RemoteStore:
                 # aiohttp wraps what refuses a connection.
                 refused = isinstance(getattr(error, "os_error", error), PermissionError)
                 if attempt + 1 == REMOTE_ATTEMPTS or refused:
-                    raise StorageError(_told(self.url, name, verb, error)) from error
+                    raise StorageError(_describe_failure(self.url, name, verb, error)) from error
                 time.sleep(REMOTE_PAUSE_SECONDS * 2**attempt)
         raise AssertionError("unreachable")
 
@@ -304,21 +304,21 @@ EXPIRED = ("expiredtoken", "token has expired", "bad request", "invalidtoken")
 DENIED = ("forbidden", "accessdenied", "access denied", "permission")
 
 
-def _told(url: str, name: str, verb: str, error: Exception) -> str:
+def _describe_failure(url: str, name: str, verb: str, error: Exception) -> str:
     """What failed, in the words of the service, and what to do about it."""
     error = getattr(error, "os_error", error)
-    said = str(error).replace(url, without_secrets(url)) or type(error).__name__
-    low = said.lower()
+    message = str(error).replace(url, without_secrets(url)) or type(error).__name__
+    lower = message.lower()
     advice = ""
-    if any(word in low for word in EXPIRED):
+    if any(word in lower for word in EXPIRED):
         advice = (
             "; the credentials may have expired: fetch new ones and start again, finished shards are kept"
         )
     elif isinstance(error, PrivateRedirectError):
         pass  # it says itself what to do
-    elif isinstance(error, PermissionError) or any(word in low for word in DENIED):
+    elif isinstance(error, PermissionError) or any(word in lower for word in DENIED):
         advice = "; check the credentials of this process and their rights to this place"
-    return f"{without_secrets(url)}/{name}: cannot {verb}: {said}{advice}"
+    return f"{without_secrets(url)}/{name}: cannot {verb}: {message}{advice}"
 
 
 def without_secrets(url: str) -> str:

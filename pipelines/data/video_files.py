@@ -14,7 +14,7 @@ from cliplift.configs.sources import VIDEO_SUFFIXES
 from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.data.source import FOREIGN, clips_of_stored, clips_of_video
 from cliplift.sharding.scratch import scratch_folder
-from cliplift.sharding.sources.files import find_files, sort_out, tell
+from cliplift.sharding.sources.files import find_files, sort_out, warn_left_out
 from cliplift.sharding.storage import open_store
 from cliplift.sharding.video.decode import VideoDecodeError, probe
 from cliplift.sharding.video.transcode import SpanCutter
@@ -28,7 +28,7 @@ def video_names(names: tuple[str, ...]) -> Iterator[str]:
         path = Path(name)
         if path.is_dir():
             inside, left_out = sort_out(find_files(open_store(name)), VIDEO_SUFFIXES)
-            tell(name, left_out)
+            warn_left_out(name, left_out)
             if not inside:
                 raise ConfigError(f"{name!r} holds no video file", key="videos", value=name)
             yield from map(str, sorted(path / file for file in inside))

@@ -57,33 +57,33 @@ class DuplicateCounts:
     across_labels: int = 0
 
 
-def find_duplicates(samples: Sequence[Sample], looks: Sequence[Sequence[int]]) -> list[Duplicate]:
+def find_duplicates(samples: Sequence[Sample], hashes: Sequence[Sequence[int]]) -> list[Duplicate]:
     """Every sample that repeats a kept one of another video, by content or by look.
 
     Args:
         samples: all samples, in plan order.
-        looks: picture hashes of their key frames; an empty one is compared by content only.
+        hashes: picture hashes of their key frames; an empty one is compared by content only.
     """
     order = sorted(range(len(samples)), key=lambda i: (samples[i].split == "train", i))
     by_content: dict[tuple[object, ...], list[int]] = defaultdict(list)
     by_look: dict[tuple[int, int], list[int]] = defaultdict(list)
     found = []
     for number in order:
-        sample, look = samples[number], looks[number]
+        sample, pictures = samples[number], hashes[number]
         contents = _contents(sample)
         same = {other for content in contents for other in by_content[content]}
-        like = {other for band in bands(look) for other in by_look[band]}
+        like = {other for band in bands(pictures) for other in by_look[band]}
         first = _first(samples, number, same)
         kind: Kind = "exact"
         if first is None:
             kind = "look"
-            first = _first(samples, number, {other for other in like if alike(looks[other], look)})
+            first = _first(samples, number, {other for other in like if alike(hashes[other], pictures)})
         if first is not None:
             found.append(Duplicate(number, first, kind))
             continue
         for content in contents:
             by_content[content].append(number)
-        for band in bands(look):
+        for band in bands(pictures):
             by_look[band].append(number)
     return sorted(found, key=lambda duplicate: duplicate.number)
 
@@ -112,10 +112,10 @@ def settle_duplicates(plan: Plan, store: Store, action: Action) -> DuplicateCoun
     """
     indexes = load_indexes(plan, store)
     samples = [sample for index in indexes for sample in index.samples]
-    looks = [look for index in indexes for look in index.looks or ((),) * len(index.samples)]
-    found = find_duplicates(samples, looks)
+    hashes = [row for index in indexes for row in index.picture_hashes or ((),) * len(index.samples)]
+    found = find_duplicates(samples, hashes)
     gone = [d for d in found if action == "remove" or (action == "remove_exact" and d.kind == "exact")]
-    told = [_describe(samples[d.number], samples[d.of], d.kind) for d in found]
+    descriptions = [_describe(samples[d.number], samples[d.of], d.kind) for d in found]
     # Those removed by an earlier call are in the ledger, in the same words.
     before = [r.reason for index in indexes for r in index.refused if r.stage == DUPLICATE]
     removed = set(gone)
@@ -125,7 +125,7 @@ def settle_duplicates(plan: Plan, store: Store, action: Action) -> DuplicateCoun
     )
     for index, numbers in _by_shard(indexes, gone):
         _rewrite(index, numbers, samples, store)
-    words = [*told, *before]
+    words = [*descriptions, *before]
     return DuplicateCounts(
         action=action,
         exact=sum(w.startswith(REASONS["exact"]) for w in words),
@@ -187,7 +187,7 @@ def _rewrite(
                     mp4=_member(file, sample, "mp4", index.tar),
                     payload=_member(file, sample, "json", index.tar),
                     flow=_member(file, sample, "flow", index.tar),
-                    look=index.looks[i] if index.looks else (),
+                    picture_hashes=index.picture_hashes[i] if index.picture_hashes else (),
                     **cast(SampleRow, row),
                 )
             writer.commit()

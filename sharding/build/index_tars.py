@@ -37,7 +37,7 @@ from cliplift.sharding.build.pool import Job, WorkerPool
 from cliplift.sharding.build.worker import ClipFacts, decoding_settings, decoding_task
 from cliplift.sharding.sources.labels import number_labels
 from cliplift.sharding.scratch import local_copy
-from cliplift.sharding.sources.files import LeftOut, find_files, is_hidden, tell
+from cliplift.sharding.sources.files import LeftOut, find_files, is_hidden, warn_left_out
 from cliplift.sharding.sources.tars import TarVideo, read_tar
 from cliplift.sharding.storage import StorageError, Store, join, open_store
 
@@ -86,7 +86,7 @@ def index_tars(
     """
     store = open_store(url)
     below = find_files(store)
-    tell(url, [item for item in below.left_out if not is_hidden(item.name)])
+    warn_left_out(url, [item for item in below.left_out if not is_hidden(item.name)])
     tars = [file for file in below.files if file.endswith(".tar")]
     if not tars:
         raise ConfigError("holds no .tar", key="url", value=url)
@@ -158,14 +158,15 @@ def _scan_file(path: Path, label_key: str) -> _Scan:
     with path.open("rb") as raw:
         sha256 = hashlib.file_digest(raw, "sha256").hexdigest()
         content = read_tar(path, label_key=label_key)
-        found = tuple(_found(video, raw) for video in content.videos)
+        found = tuple(_hash_video(video, raw) for video in content.videos)
     left_out = content.left_out
     if content.damage:
         left_out += (LeftOut("(the rest of the tar)", f"the tar is damaged: {content.damage}"),)
     return _Scan(found, left_out, path.stat().st_size, sha256)
 
 
-def _found(video: TarVideo, file: BinaryIO) -> _Found:
+def _hash_video(video: TarVideo, file: BinaryIO) -> _Found:
+    """The sample of a video member: one read for its crc32 and its sha256."""
     crc32, sha256 = 0, hashlib.sha256()
     file.seek(video.member.offset)
     left = video.member.size

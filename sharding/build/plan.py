@@ -23,7 +23,7 @@ from cliplift.sharding.manifest import (
     rows_to_parquet,
     shard_file,
 )
-from cliplift.sharding.sources.files import tell
+from cliplift.sharding.sources.files import warn_left_out
 from cliplift.sharding.sources.read import listing_digest, read_source
 from cliplift.sharding.storage import Store
 
@@ -75,7 +75,7 @@ def make_plan(run: ShardRun, *, store: Store | None = None) -> tuple[Plan, tuple
         ConfigError: no video, or more are missing than ``limits.max_missing_share`` allows.
     """
     listing = read_source(run)
-    tell(listing.root, listing.left_out, file=f"{run.output}/{LEFT_OUT_FILE}" if store else "")
+    warn_left_out(listing.root, listing.left_out, file=f"{run.output}/{LEFT_OUT_FILE}" if store else "")
     if store is not None and listing.left_out:
         lines = [canonical(dataclasses.asdict(item)) + b"\n" for item in listing.left_out]
         store.write(LEFT_OUT_FILE, b"".join(lines))

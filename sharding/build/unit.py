@@ -172,8 +172,9 @@ def _add_video(
             "keyframes": tuple(facts["keyframes"]),
             "source_sha256": result.sha256,
         }
-        sample_json, look = _sample_json(plan, video, facts, row), tuple(facts["look"])
-        writer.add(mp4=mp4, flow=flow, facts=sample_json, look=look, **row)
+        sample_json = _sample_json(plan, video, facts, row)
+        hashes = tuple(facts["picture_hashes"])
+        writer.add(mp4=mp4, flow=flow, facts=sample_json, picture_hashes=hashes, **row)
     for clip, stage, reason in result.refused:
         writer.refuse(
             Refused(

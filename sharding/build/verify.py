@@ -61,13 +61,13 @@ def decode_clips(
     """
     jobs = list(_jobs(dataset, samples, url, extent))
     problems: list[Problem] = []
-    looks: list[list[int]] = []
+    hashes: list[list[int]] = []
     count = min(workers or len(os.sched_getaffinity(0)), max(1, len(jobs)))
     with WorkerPool[tuple[ShardFacts, Sample]](workers=count, settings=decoding_settings(), clip_timeout_seconds=timeout, attempts=1) as pool:
         for job, result in pool.run(jobs):
-            looks.append(result.clips[0][0]["look"] if result.clips else [])
+            hashes.append(result.clips[0][0]["picture_hashes"] if result.clips else [])
             problems += _wrong(*job.context, result)
-    problems += _look_alikes([job.context[1] for job in jobs], looks)
+    problems += _look_alikes([job.context[1] for job in jobs], hashes)
     return problems, len(jobs)
 
 
@@ -97,9 +97,9 @@ def _wrong(shard: ShardFacts, sample: Sample, result: VideoResult) -> Iterator[P
             yield Problem("decode", shard.file, detail)
 
 
-def _look_alikes(samples: Sequence[Sample], looks: Sequence[Sequence[int]]) -> Iterator[Problem]:
+def _look_alikes(samples: Sequence[Sample], hashes: Sequence[Sequence[int]]) -> Iterator[Problem]:
     """Clips of different videos that look alike, as warnings: a hash of few bits is a hint, not a proof."""
-    for first, second in near_duplicates(looks):
+    for first, second in near_duplicates(hashes):
         a, b = samples[first], samples[second]
         if a.video_id == b.video_id or a.source_sha256 == b.source_sha256:
             continue  # windows of one video, or exact copies, which are reported as such

@@ -62,7 +62,7 @@ class WorkerSettings(TypedDict):
 
 
 class ClipFacts(TypedDict, total=False):
-    """What comes back with a clip. Of a stored clip that was only decoded, the facts up to ``look``."""
+    """What comes back with a clip. Of a stored clip that was only decoded, the facts up to ``picture_hashes``."""
 
     clip: int
     num_frames: int
@@ -70,7 +70,7 @@ class ClipFacts(TypedDict, total=False):
     width: int
     height: int
     keyframes: list[int]
-    look: list[int]
+    picture_hashes: list[int]  # of every key frame
     start_seconds: float
     end_seconds: float
     source_facts: SourceFacts
@@ -199,7 +199,7 @@ def _cut_clip(
         "width": checked.width,
         "height": checked.height,
         "keyframes": list(checked.keyframes),
-        "look": list(checked.look),
+        "picture_hashes": list(checked.picture_hashes),
         "source_facts": clip.source,
         "not_copied": clip.not_copied,
         "flow_bytes": len(flow),
@@ -211,7 +211,7 @@ def _cut_clip(
 def _decode_clip(link: socket.socket, task: Message) -> None:
     folder, _, name = task["url"].rpartition("/")
     try:
-        checked = check_clip(open_store(folder).read_range(name, task["offset"], task["bytes"]), look=True)
+        checked = check_clip(open_store(folder).read_range(name, task["offset"], task["bytes"]), hash_pictures=True)
     except (VideoDecodeError, OSError, StorageError, MemoryError) as error:
         send(link, {"refused": 0, "stage": "decode", "reason": _reason(error)})
         return
@@ -222,7 +222,7 @@ def _decode_clip(link: socket.socket, task: Message) -> None:
         "height": checked.height,
         "fps": [checked.fps.numerator, checked.fps.denominator],
         "keyframes": list(checked.keyframes),
-        "look": list(checked.look),
+        "picture_hashes": list(checked.picture_hashes),
     }
     send(link, facts)
 

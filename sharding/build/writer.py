@@ -29,7 +29,7 @@ class ShardWriter:
         self.shard, self.split, self.plan_id = shard, split, plan_id
         self.samples: list[Sample] = []
         self.refused: list[Refused] = []
-        self.looks: list[tuple[int, ...]] = []
+        self.picture_hashes: list[tuple[int, ...]] = []
         self._hash = hashlib.sha256()
         self._offset = 0
         self._held = ExitStack()
@@ -45,20 +45,20 @@ class ShardWriter:
         hold(self._file)
 
     def add(
-        self, *, mp4: bytes, flow: bytes = b"", facts: Mapping[str, object], look: tuple[int, ...], **row: Unpack[SampleRow]
+        self, *, mp4: bytes, flow: bytes = b"", facts: Mapping[str, object], picture_hashes: tuple[int, ...], **row: Unpack[SampleRow]
     ) -> None:
         """Append ``KEY.mp4``, ``KEY.json`` and, if there is flow, ``KEY.flow.mp4``.
 
         """
         payload = json.dumps(facts, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=None).encode()
-        self.add_members(mp4=mp4, payload=payload, flow=flow, look=look, **row)
+        self.add_members(mp4=mp4, payload=payload, flow=flow, picture_hashes=picture_hashes, **row)
 
     def add_members(
-        self, *, mp4: bytes, payload: bytes, flow: bytes = b"", look: tuple[int, ...], **row: Unpack[SampleRow]
+        self, *, mp4: bytes, payload: bytes, flow: bytes = b"", picture_hashes: tuple[int, ...], **row: Unpack[SampleRow]
     ) -> None:
         """The same with the JSON member as bytes."""
         key = row["key"]
-        self.looks.append(look)
+        self.picture_hashes.append(picture_hashes)
         mp4_offset, json_offset = self._member(f"{key}.mp4", mp4), self._member(f"{key}.json", payload)
         self.samples.append(
             Sample(
@@ -93,7 +93,7 @@ class ShardWriter:
             plan_id=self.plan_id,
             samples=tuple(self.samples),
             refused=tuple(self.refused),
-            looks=tuple(self.looks),
+            picture_hashes=tuple(self.picture_hashes),
         )
         with self._held:
             self.store.publish(self._path, self.tar)

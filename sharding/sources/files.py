@@ -133,7 +133,7 @@ def sort_out(found: Found, suffixes: Iterable[str]) -> tuple[list[str], list[Lef
     return taken, left_out
 
 
-def tell(root: str, left_out: Sequence[LeftOut], *, file: str = "") -> None:
+def warn_left_out(root: str, left_out: Sequence[LeftOut], *, file: str = "") -> None:
     """Log how many files are left out, by reason, with one as an example."""
     if not left_out:
         return

@@ -52,7 +52,7 @@ def read_source(run: ShardRun) -> Listing:
         ConfigError: the source does not exist or holds no video.
         SourceError: a row is wrong, naming file, line and column.
     """
-    listing = _list(run.source)
+    listing = _read_listing(run.source)
     if not listing.videos:
         raise ConfigError(
             "no video was found", key="source", value=listing.root, hint=f"{len(listing.missing)} are missing"
@@ -61,7 +61,7 @@ def read_source(run: ShardRun) -> Listing:
     return replace(listing, videos=tuple(assign_splits(listing.videos, run.splits, folds=listing.folds)))
 
 
-def _list(source: Source) -> Listing:
+def _read_listing(source: Source) -> Listing:
     readers: dict[type, Callable[[Any], Listing]] = {
         FolderSource: _read_folder,
         CsvSource: _read_csv,
@@ -264,9 +264,9 @@ def video_url(root: str, video: SourceVideo) -> str:
 
 def listing_digest(videos: Sequence[SourceVideo]) -> str:
     """sha256 of the rows of a plan."""
-    return digest(canonical([_plain(v) for v in videos]))
+    return digest(canonical([_plan_row(v) for v in videos]))
 
 
-def _plain(video: SourceVideo) -> list[object]:
+def _plan_row(video: SourceVideo) -> list[object]:
     return [video.video_id, video.source, video.split, video.label, video.labels, video.folds,
             video.group, video.start_seconds, video.end_seconds]  # fmt: skip

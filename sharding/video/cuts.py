@@ -166,7 +166,7 @@ def _detected(
         fps = frame_rate(stream)
         if fps is None:
             raise VideoDecodeError("the container states no frame rate, so its shots cannot be timed")
-        told = start
+        last_alive = start
         for time, frame in timed_frames(container, stream, start_seconds=start, source_fps=fps):
             if time < start - 0.5 / float(fps):
                 continue
@@ -177,8 +177,8 @@ def _detected(
             times.append(time)
             now = FrameTimecode(timecode=len(times) - 1, fps=float(fps))
             cuts.update(found.frame_num for found in detector.process_frame(now, _small(frame)))
-            if time - told > HEARTBEAT_SECONDS:
-                told = time
+            if time - last_alive > HEARTBEAT_SECONDS:
+                last_alive = time
                 alive()
     if not times:
         raise VideoDecodeError("decode: no frame in the span")

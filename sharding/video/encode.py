@@ -171,9 +171,9 @@ def _with_command(
     if process is None:
         raise VideoDecodeError("decode: no frame in the span")
     if process.returncode:
-        said = messages.read_text(errors="replace").strip().splitlines()
+        lines = messages.read_text(errors="replace").strip().splitlines()
         raise VideoDecodeError(
-            f"ffmpeg: exit status {process.returncode}: {said[-1] if said else 'no words'}"
+            f"ffmpeg: exit status {process.returncode}: {lines[-1] if lines else 'no words'}"
         )
 
 

@@ -28,21 +28,21 @@ class CheckedClip:
     fps: Fraction
     keyframes: tuple[int, ...]
     interlaced: bool = False
-    look: tuple[int, ...] = ()
+    picture_hashes: tuple[int, ...] = ()  # of every key frame, where asked for
 
 
-def check_clip(data: bytes, *, look: bool = False) -> CheckedClip:
+def check_clip(data: bytes, *, hash_pictures: bool = False) -> CheckedClip:
     """Decode a stored clip in full: every frame present, undamaged, of one size, at evenly spaced rising times.
 
     Args:
         data: bytes of the mp4.
-        look: also hash the picture of every key frame, to find near-duplicates.
+        hash_pictures: also hash the picture of every key frame, to find near-duplicates.
 
     Raises:
         VideoDecodeError: with the first thing that is wrong.
     """
     keyframes: list[int] = []
-    pictures: list[int] = []
+    hashes: list[int] = []
     size: tuple[int, int] | None = None
     number = 0
     interlaced = False
@@ -69,8 +69,8 @@ def check_clip(data: bytes, *, look: bool = False) -> CheckedClip:
                 interlaced |= bool(frame.interlaced_frame)
                 if frame.key_frame:
                     keyframes.append(number)
-                    if look:
-                        pictures.append(picture_hash(frame))
+                    if hash_pictures:
+                        hashes.append(picture_hash(frame))
                 number += 1
         except FFmpegError as error:
             raise VideoDecodeError(f"frame {number}: {plain_reason(error)}") from error
@@ -87,5 +87,5 @@ def check_clip(data: bytes, *, look: bool = False) -> CheckedClip:
         fps=rate,
         keyframes=tuple(keyframes),
         interlaced=interlaced,
-        look=tuple(pictures),
+        picture_hashes=tuple(hashes),
     )

@@ -96,10 +96,10 @@ class Pass:
             VideoDecodeError: a frame is damaged; again for every later span.
         """
         yield from tuple(self._last)
-        told = self.position
+        last_alive = self.position
         while (timed := self._next()) is not None:
-            if timed[0] < start and timed[0] - told > HEARTBEAT_SECONDS:
-                told = timed[0]
+            if timed[0] < start and timed[0] - last_alive > HEARTBEAT_SECONDS:
+                last_alive = timed[0]
                 self._alive()
             yield timed
 

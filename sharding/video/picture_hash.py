@@ -33,20 +33,20 @@ def alike(first: Sequence[int], second: Sequence[int]) -> bool:
     )
 
 
-def bands(look: Sequence[int]) -> Iterator[tuple[int, int]]:
+def bands(hashes: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Keys of which two alike looks share at least one; none for a clip without contrast, which is like many."""
-    if look and FLAT_BITS <= look[0].bit_count() <= 64 - FLAT_BITS:
+    if hashes and FLAT_BITS <= hashes[0].bit_count() <= 64 - FLAT_BITS:
         for band in range(BANDS):
-            yield band, look[0] >> band * BAND_BITS & (1 << BAND_BITS) - 1
+            yield band, hashes[0] >> band * BAND_BITS & (1 << BAND_BITS) - 1
 
 
-def near_duplicates(looks: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
+def near_duplicates(clips: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
     """Pairs of numbers of clips that look alike, each pair once; clips without contrast are left out."""
     buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for number, look in enumerate(looks):
+    for number, hashes in enumerate(clips):
         met: set[int] = set()
-        for band in bands(look):
+        for band in bands(hashes):
             bucket = buckets[band]
             met.update(bucket)
             bucket.append(number)
-        yield from ((other, number) for other in sorted(met) if alike(looks[other], look))
+        yield from ((other, number) for other in sorted(met) if alike(clips[other], hashes))

@@ -79,7 +79,7 @@ def copy_span(
         )
         keys = tuple(rank for packet, rank in zip(packets, ranks, strict=True) if packet.is_keyframe)
         data = _mux(stream, packets, ranks, fps)
-        checked = check_clip(data, look=True)
+        checked = check_clip(data, hash_pictures=True)
     except (FFmpegError, VideoDecodeError) as error:
         raise NotCopiedError("it does not decode") from error
     size = (stream.codec_context.width, stream.codec_context.height)

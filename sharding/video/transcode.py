@@ -150,7 +150,7 @@ def _transcoded(video: Pass, *, start: float, end: float | None, config: Transco
     if video.clock.skipped and facts["duration_seconds"] is not None:
         # The container counts what the time stamps jumped over.
         facts["duration_seconds"] -= video.clock.skipped
-    checked = check_clip(data, look=True)
+    checked = check_clip(data, hash_pictures=True)
     if checked.frames != upright.emitted:
         raise VideoDecodeError(f"check: {upright.emitted} frames were encoded, {checked.frames} decode")
     return _accepted(data, checked, facts, start=start, end=end, fps=video.fps, config=config)

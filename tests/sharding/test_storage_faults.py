@@ -16,7 +16,7 @@ from cliplift.sharding.build.writer import ShardWriter
 from cliplift.sharding.storage import (
     LocalStore,
     StorageError,
-    _told,
+    _describe_failure,
     hold,
     open_store,
     temporary_beside,
@@ -185,7 +185,7 @@ def test_secrets_of_urls_are_not_shown(url: str, shown: str) -> None:
     ],
 )
 def test_a_refusal_of_the_service_says_what_to_do(error: Exception, told: str) -> None:
-    sentence = _told("s3://k:secret@b", "x", "read", error)
+    sentence = _describe_failure("s3://k:secret@b", "x", "read", error)
     assert sentence.startswith("s3://b/x: cannot read: ")
     assert told in sentence
     assert "secret" not in sentence

@@ -65,7 +65,7 @@ def test_both_encoders_see_the_same_frames(demo_videos: Path) -> None:
         config = TranscodeConfig(encoder=encoder, crf=10)
         clips[encoder] = transcode_span(video, start_seconds=1.0, end_seconds=3.0, config=config)
     first, second = clips.values()
-    assert replace(first.checked, look=()) == replace(second.checked, look=())
+    assert replace(first.checked, picture_hashes=()) == replace(second.checked, picture_hashes=())
     pictures = [
         decode_frames(c.data, range(c.checked.frames), decoder="pyav").astype(int) for c in clips.values()
     ]
