@@ -9,7 +9,7 @@ Not published, so chosen here and open to options: ReLU after 512 and 128, no dr
 
 The other head predicts the teacher's features themselves, of one or several parts of the clip in order of time.
 
-Shape letters: B clips, F frame sets, X frames a set, P pairs a clip, S parts of a clip, D width.
+Shape letters: B clips, F frame sets, X frames per set, P pairs per clip, S parts of a clip, D width.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class CorrespondenceHead(nn.Module):
     """Matching logits for pairs of clip features and frame features.
 
     The first layer on a concatenation is the sum of one layer on each part, W [s; t] + b = W_s s + W_t t + b. So it
-    runs once per clip and once per frame set, and the pairs (1 positive and k negatives a clip) only cost the
+    runs once per clip and once per frame set, and the pairs (1 positive and k negatives per clip) only cost the
     gather and the two small layers after it.
 
     Args:

@@ -249,7 +249,7 @@ def match_weights(model: VideoNetwork, state: Mapping[str, Tensor]) -> WeightMat
 
 
 def _count_classes(given: Mapping[str, Tensor], own: Mapping[str, Tensor], num_classes: int) -> int | None:
-    """K of the source: the head's outputs are a multiple of K (once, or one set a frame or annotation)."""
+    """K of the source: the head's outputs are a multiple of K (once, or one set per frame or annotation)."""
     shared = [k for k, v in own.items() if k in given and v.ndim and given[k].ndim]
     other = [k for k in shared if given[k].shape[0] != own[k].shape[0]]
     found = set()

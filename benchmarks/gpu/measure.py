@@ -56,7 +56,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def seconds_of(step: Step, device: torch.device, steps: int) -> float:
-    """Seconds a step takes, over some in a row."""
+    """Seconds per step, over several in a row."""
     synchronise(device)
     begun = time.perf_counter()
     for _ in range(steps):
@@ -68,7 +68,7 @@ def seconds_of(step: Step, device: torch.device, steps: int) -> float:
 def alternating(
     sides: Mapping[str, Step], setting: Setting, *, budget_seconds: float = 3.0, rounds: int = 5
 ) -> dict[str, float]:
-    """Median milliseconds a step of each side, which take turns; compilation and the first steps are thrown away."""
+    """Median milliseconds per step of each side, which take turns; compilation and the first steps are thrown away."""
     rounds = 1 if setting.small else rounds
     once = {}
     for name, step in sides.items():

@@ -2,7 +2,7 @@
 
 Source of the temporal part: Fan, Chen, Kuehne, Pistoia and Cox, "More Is Less", NeurIPS 2019, arXiv 1912.00869 (the
 temporal aggregation module, TAM), and IBM/action-recognition-pytorch: every channel of a frame becomes a weighted sum
-of that channel in the frame before, the frame itself and the next, one weight a channel and place.
+of that channel in the frame before, the frame itself and the next, one weight per channel and place.
 
 Two deviations, both so that the clip network starts as the image network it takes its weights from:
 
@@ -28,7 +28,7 @@ from cliplift.models.registry import register_model
 
 
 class TemporalAggregation(nn.Module):
-    """y[t] = w0 x[t-1] + w1 x[t] + w2 x[t+1], a weight a channel; zeros before the first and after the last frame."""
+    """y[t] = w0 x[t-1] + w1 x[t] + w2 x[t+1], one weight per channel; zeros before the first and after the last frame."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

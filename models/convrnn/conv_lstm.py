@@ -4,7 +4,7 @@ Paper: Shi et al., NeurIPS 2015, arXiv 1506.04214, equation 3: FC-LSTM's equatio
 convolutions of odd kernels for W_x and W_h. The state's zero padding stands for "nothing is known outside".
 
 The paper writes Hadamard peepholes, which reads as one weight per channel and position; its published parameter counts
-fit one weight per channel only (3N a layer), and those work at every resolution. So "channel" is the default,
+fit one weight per channel only (3N per layer), and those work at every resolution. So "channel" is the default,
 "position" (as in most public code) needs the map's size, "none" is what the popular implementations do.
 
 Shape letters: B clips, C channels, T steps, H W positions, N state channels.

@@ -177,7 +177,7 @@ class FCLSTM(RecurrentStack):
     Args:
         in_features: D of the input.
         hidden: N of each layer.
-        peephole: "diagonal" (the papers': 3N numbers a layer), "full" (3N x N), or "none".
+        peephole: "diagonal" (the papers': 3N numbers per layer), "full" (3N x N), or "none".
         output_gate_cell: which cell the output gate's peephole sees, "new" (the papers') or "old".
         bidirectional: as in ``torch.nn.LSTM``.
         dropout: between layers.

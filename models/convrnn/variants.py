@@ -40,7 +40,7 @@ def convlstm(
 
     Args:
         hidden: N of each encoder layer, from the input up.
-        input_kernel, hidden_kernel, peephole: see :class:`ConvLSTM`; one kernel a layer, or one for all.
+        input_kernel, hidden_kernel, peephole: see :class:`ConvLSTM`; one kernel per layer, or one for all.
         patch: P; frames of any multiple of it are taken, for "position" peepholes of ``side`` pixels only.
         side: H and W the model is meant for.
         gray: turn colour clips to luma, as the published counts have it.

@@ -144,7 +144,7 @@ class LRCN(SingleFrame):
 
 
 # The image baseline of the LRCN paper: a loss at every frame, probabilities averaged. ``frame_average`` averages
-# features instead, and has one loss a clip
+# features instead, and has one loss per clip
 single_frame = variant(
     "single_frame",
     on_encoder(SingleFrame),

@@ -1,4 +1,4 @@
-"""MultiLSTM: an LSTM with several inputs and several outputs a step, for dense multi-label recognition.
+"""MultiLSTM: an LSTM with several inputs and several outputs per step, for dense multi-label recognition.
 
 Paper: Yeung et al., "Every Moment Counts: Dense Detailed Labeling of Actions in Complex Videos", arXiv 1507.05738. Step
 i reads a sum over the N latest frames, weighted by attention from the state before it, and predicts all of them again:
@@ -11,8 +11,8 @@ with b uniform or falling linearly with i - t, scaled to sum 1 over the steps th
 to N steps, the last of which have seen N - 1 frames more. The loss is BCE of y_t over frames and classes.
 
 The paper's sizes, as recounted since its code was not released: 4096 features (fc7), 512 units, attention of width 50,
-N = 15 at 10 frames a second. Labels of shards are those of whole clips: training from YAML repeats them for all frames.
-:meth:`MultiLSTM.loss` also takes labels a frame, (B, T, K), where a caller has them.
+N = 15 at 10 frames per second. Labels of shards are those of whole clips: training from YAML repeats them for all frames.
+:meth:`MultiLSTM.loss` also takes labels per frame, (B, T, K), where a caller has them.
 
 Shape letters: B clips, C channels, T frames, N window, D encoder width, W hidden width, K classes.
 """
@@ -43,7 +43,7 @@ OutputWeights = Literal["uniform", "linear"]
 
 
 class MultiLSTM(FrameSequence):
-    """Encoder, attention over the latest frames, LSTM, N predictions a step, combined for every frame.
+    """Encoder, attention over the latest frames, LSTM, N predictions per step, combined for every frame.
 
     Args:
         window: N. 1 is an LSTM with one input and one output.

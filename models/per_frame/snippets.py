@@ -1,7 +1,7 @@
 """Beyond Short Snippets: five ways to pool frame features over up to two minutes of video, and an LSTM over them.
 
 Paper: Ng et al., "Beyond Short Snippets: Deep Networks for Video Classification", arXiv 1503.08909, section 3. Up to
-120 frames at one frame a second; the frame network is shared over time, so that its weights can be trained on single
+120 frames at one frame per second; the frame network is shared over time, so that its weights can be trained on single
 frames, then 30 frames, then 120 (section 3.3, network expansion).
 
 Pooling is always the maximum over time. FC is a fully connected layer of 4096 with ReLU and dropout:

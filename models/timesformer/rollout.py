@@ -3,7 +3,7 @@
 Rollout: Abnar, Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020, arXiv 2005.00928, section 3: with the
 attention of a layer averaged over its heads and half of it given to the residual, A' = (A + I) / 2, the output of
 CLS is made of the input tokens in the shares CLS' row of A'_L ... A'_2 A'_1. Here every attention step of a block is
-a layer of its own. CLS copied to G groups (the space step: one group a frame) is the mean of its copies, so its row
+a layer of its own. CLS copied to G groups (the space step: one group per frame) is the mean of its copies, so its row
 is the mean of theirs; where CLS takes no part in a step, its row is that of I.
 
 The model itself never forms an attention matrix. Here q and k of every step are observed in one more forward pass, and

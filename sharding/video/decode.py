@@ -42,7 +42,7 @@ CONTAINER_FORMATS = (
 )  # fmt: skip
 
 
-# The largest picture that is decoded, 8192 x 8192. A few kilobytes may claim 16,000 x 16,000: 400 MB a frame.
+# The largest picture that is decoded, 8192 x 8192. A few kilobytes may claim 16,000 x 16,000: 400 MB per frame.
 MOST_PIXELS = 1 << 26
 PICTURE_LIMIT = {"max_pixels": str(MOST_PIXELS)}
 

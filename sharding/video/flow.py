@@ -160,7 +160,7 @@ def _estimator(options: FlowConfig) -> Callable[[Gray, Gray, None], Flow]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """OpenCV on one thread: a build has one process a core already, and sums do not depend on the machine."""
+    """OpenCV on one thread: a build has one process per core already, and sums do not depend on the machine."""
     cv2 = import_module("cv2")
     before = cv2.getNumThreads()
     cv2.setNumThreads(1)
