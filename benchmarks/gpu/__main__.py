@@ -2,8 +2,7 @@
 
 The rows run in order of worth until the minutes are over; each is written to FILE as soon as it is known. A row that
 fails is recorded with its error and the run goes on. Rows run in a child process: one that crashes, hangs or poisons
-the CUDA context ends it, and another child goes on with the next row. Nothing is fetched, and packages that are missing
-are said.
+the CUDA context ends it, and another child goes on with the next row. Nothing is fetched; missing packages are named.
 
     --small     the same rows on tiny nets, to try the program itself, on a CPU too
     --shards    a dataset for the loader's row; without, the demo's clips are made and packed
@@ -148,17 +147,17 @@ def run_row(row: Row, setting: Setting, record: Record) -> bool:
 def line_of(row: Facts) -> str:
     """A row for people."""
     if "error" in row:
-        said = "FAILED: " + row["error"].splitlines()[0][:160]
+        outcome = "FAILED: " + row["error"].splitlines()[0][:160]
     elif row.get("not_reached"):
-        said = "not reached"
+        outcome = "not reached"
     else:
         numbers = row["numbers"]
-        said = "  ".join(
+        outcome = "  ".join(
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in numbers.items()
             if isinstance(value, int | float | str)
         )
-    return f"{row['name']} [{row['goal']}] ({row.get('seconds', 0)} s): {said}"
+    return f"{row['name']} [{row['goal']}] ({row.get('seconds', 0)} s): {outcome}"
 
 
 def supervise(arguments: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ from cliplift.models.registry import register_model
 
 
 class TemporalAggregation(nn.Module):
-    """y[t] = w0 x[t-1] + w1 x[t] + w2 x[t+1], one weight per channel; zeros before the first and after the last frame."""
+    """y[t] = w0 x[t-1] + w1 x[t] + w2 x[t+1], one weight per channel; zeros outside the clip."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -11,8 +11,8 @@ with b uniform or falling linearly with i - t, scaled to sum 1 over the steps th
 to N steps, the last of which have seen N - 1 frames more. The loss is BCE of y_t over frames and classes.
 
 The paper's sizes, as recounted since its code was not released: 4096 features (fc7), 512 units, attention of width 50,
-N = 15 at 10 frames per second. Labels of shards are those of whole clips: training from YAML repeats them for all frames.
-:meth:`MultiLSTM.loss` also takes labels per frame, (B, T, K), where a caller has them.
+N = 15 at 10 frames per second. Labels of shards are those of whole clips: training from YAML repeats them for every
+frame. :meth:`MultiLSTM.loss` also takes labels per frame, (B, T, K), where a caller has them.
 
 Shape letters: B clips, C channels, T frames, N window, D encoder width, W hidden width, K classes.
 """

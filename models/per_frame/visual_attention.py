@@ -1,7 +1,7 @@
 """Action recognition with visual attention: where an LSTM looks in each frame depends on what it has seen so far.
 
 Paper: Sharma, Kiros and Salakhutdinov, "Action Recognition using Visual Attention", arXiv 1511.04119. A frame's map is
-N = H' W' slices X_t,i of width D (7 x 7 x 1024 there); an LSTM of three layers reads one weighted sum of them per frame:
+N = H' W' slices X_t,i of width D (7 x 7 x 1024 there); an LSTM of three layers reads a weighted sum of them per frame:
 
     l_t,i = softmax_i(score(h_{t-1}, X_t,i))      x_t = sum_i l_t,i X_t,i      h_t = LSTM(x_t, h_{t-1})
     h_0, c_0 = tanh(linear(mean of X over frames and slices)), for every layer

@@ -4,7 +4,7 @@ Source: facebookresearch/vjepa2, src/models/attentive_pooler.py; V-JEPA 2, arXiv
 blocks is n - 1 blocks of self-attention and one of cross-attention, whose single query collects the clip; the
 attention inside the last has no output projection. One block (V-JEPA 1) is the query alone.
 
-The probe does not know where tokens stand: the encoder has told it.
+The probe has no positions of its own: the tokens already carry the encoder's.
 
 Shape letters: B clips, N tokens (those of several clips of a video may stand side by side), D width, A heads,
 K classes.

@@ -1,6 +1,6 @@
 """The transformer block that encoders, decoders, predictors and probes are built of.
 
-Pre-norm: x + attention(LN(x)), then x + MLP(LN(x)); LayerNorm with eps 1e-6 unless said, GELU, scaled dot-product
+Pre-norm: x + attention(LN(x)), then x + MLP(LN(x)); LayerNorm with eps 1e-6 unless given, GELU, scaled dot-product
 attention over all tokens that are given.
 
 Every layer initialises itself in its constructor, so that parameters may be partitioned away right after it.

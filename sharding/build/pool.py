@@ -78,7 +78,7 @@ class _Worker(Generic[T]):
         self.slot: _Slot[T] | None = None
         self.deadline = 0.0
         self.fresh = True
-        self.last_words = ""
+        self.fatal_reason = ""
 
     def end(self) -> str:
         """Kill the process and remove its temporary files; how it ended, for the ledger."""
@@ -210,7 +210,7 @@ class WorkerPool(Generic[T]):
         worker.fresh = False
         worker.deadline = time.monotonic() + self._timeout
         if "fatal" in message:
-            worker.last_words = message["fatal"]
+            worker.fatal_reason = message["fatal"]
         elif "working" in message:
             return  # only the deadline moves
         elif "done" in message:
@@ -243,7 +243,7 @@ class WorkerPool(Generic[T]):
             reason = (
                 f"not done in {self._timeout:g} s"
                 if stage == "timeout"
-                else f"the worker process ended: {worker.last_words or how}"
+                else f"the worker process ended: {worker.fatal_reason or how}"
             )
             slot.result.refused.append((slot.next_clip, stage, reason))
             slot.next_clip, slot.failures = slot.next_clip + 1, 0

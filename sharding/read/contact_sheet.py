@@ -46,7 +46,9 @@ def write_contact_sheet(
     """
     dataset = read_dataset(open_store(url))
     target = Path(output)
-    with whole_file(target) as temporary:  # before the work: a place that cannot be written is told at once
+    with whole_file(
+        target
+    ) as temporary:  # before the work: a place that cannot be written is refused at once
         page = _page(url, dataset, clips_per_split, frames_per_clip, seed)
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     return target

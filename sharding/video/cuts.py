@@ -83,7 +83,7 @@ def spans(
 def _length_seconds(path: Path) -> float | None:
     """Length of a video, seconds: the container's, except where its time stamps jump, which its packets tell.
 
-    Where nothing is said of the pictures alone, as in FLV with sound, it is an upper bound: the whole container's.
+    Where the file states no length of the pictures alone, as in FLV with sound, the container's is an upper bound.
     """
     with open_container(path) as container:
         stream = video_stream(container)

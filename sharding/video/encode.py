@@ -157,7 +157,7 @@ def _with_command(
     with (
         messages.open("wb") as log,
         suppress(BrokenPipeError),
-    ):  # it ended early: its last words are read below
+    ):  # it ended early: its messages are read below
         try:
             for frame in frames:
                 if process is None:
@@ -173,7 +173,7 @@ def _with_command(
     if process.returncode:
         lines = messages.read_text(errors="replace").strip().splitlines()
         raise VideoDecodeError(
-            f"ffmpeg: exit status {process.returncode}: {lines[-1] if lines else 'no words'}"
+            f"ffmpeg: exit status {process.returncode}: {lines[-1] if lines else 'no message'}"
         )
 
 

@@ -118,7 +118,7 @@ def timed_frames(
     clock = clock or rising_times(container, source_fps)
     origin: float | None = None
     if start_seconds > SEEK_MARGIN_SECONDS and is_seekable(container, stream):
-        assert stream.start_time is not None and stream.time_base is not None  # noqa: PT018 - is_seekable says so
+        assert stream.start_time is not None and stream.time_base is not None  # noqa: PT018 - see is_seekable
         origin = float(stream.start_time * stream.time_base)
         container.seek(
             stream.start_time + int((start_seconds - SEEK_MARGIN_SECONDS) / stream.time_base), stream=stream
