@@ -30,7 +30,7 @@ from cliplift.pipelines.data.order import (
     mix,
     rank_positions,
 )
-from cliplift.pipelines.data.source import ClipSource, clips_of_video
+from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.data.workers import batches_from_workers
 from cliplift.sharding.read.reader import ShardReadError
 from cliplift.sharding.video.decode import VideoDecodeError
@@ -39,7 +39,6 @@ __all__ = [
     "ClipBatch",
     "ClipLoader",
     "EvalLoader",
-    "clips_of_video",
 ]
 
 MAX_SUBSTITUTES = 100

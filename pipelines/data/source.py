@@ -9,7 +9,6 @@ import bisect
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,6 @@ from torch import Tensor
 
 from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError
-from cliplift.configs.sharding import FlowConfig, TranscodeConfig
 from cliplift.pipelines.data.batch import FLIP, NUM_DRAWS, ClipBatch, Costs
 from cliplift.pipelines.data.clip_plan import (
     Ints,
@@ -33,8 +31,7 @@ from cliplift.sharding.read.fetch import ReadAhead
 from cliplift.sharding.read.reader import ClipShape, SampleFacts, ShardDataset
 from cliplift.sharding.read.subsets import Subset
 from cliplift.sharding.video.decode import Frames, decode_frames
-from cliplift.sharding.video.flow import decode_flow, flow_member
-from cliplift.sharding.video.transcode import EncodedClip, transcode_span
+from cliplift.sharding.video.flow import decode_flow
 
 
 class DecodedVideos:
@@ -69,7 +66,6 @@ def decoded_videos(limit_mib: int) -> DecodedVideos | None:
     return _DECODED
 
 
-FOREIGN = TranscodeConfig(min_frames=1, max_seconds=3600.0)
 
 
 class ClipSource:
@@ -326,41 +322,3 @@ def subset_of(data: DataConfig, split: str | None) -> Subset | None:
     if split == data.split and (data.val_share or data.label_share < 1):
         return Subset(held_out_share=data.val_share, label_share=data.label_share, seed=data.subset_seed)
     return None
-
-
-def clips_of_video(path: Path, data: DataConfig) -> ClipBatch:
-    """All test views of a local video file that is in no shard. Raises VideoDecodeError."""
-    return clips_of_stored(transcode_span(path, start_seconds=0.0, end_seconds=None, config=FOREIGN), data)
-
-
-def clips_of_stored(stored: EncodedClip, data: DataConfig) -> ClipBatch:
-    """All test views of a clip that was brought to the form shards have by ``FOREIGN``.
-
-    Upright, square pixels, constant rate: the network sees what it was trained on. Flow is computed with the default
-    method and range. Raises VideoDecodeError.
-    """
-    if data.modality == "flow":
-        member = flow_member(stored.data, FlowConfig(), FOREIGN)
-        frames = decode_flow(member, range(stored.checked.frames), decoder=data.decoder)
-    else:
-        frames = decode_frames(stored.data, range(stored.checked.frames), decoder=data.decoder)
-    fps = float(stored.checked.fps)
-    clips = view_frames(
-        data.sampling,
-        num_frames=len(frames),
-        fps=fps,
-        clips=data.views.clips,
-        from_start=data.views.position == "from_start",
-        every_frames=data.views.every_frames,
-    )
-    boxes = view_boxes(data, height=frames.shape[1], width=frames.shape[2], crops=data.views.crops)
-    cuts = [cut(frames[numbers], box, pixels=data.crop_pixels) for numbers in clips for box in boxes]
-    B = len(cuts)
-    return ClipBatch(
-        clips=torch.stack(cuts),
-        labels=torch.full((B,), -1),
-        sample_index=torch.zeros(B, dtype=torch.int64),
-        video_index=torch.zeros(B, dtype=torch.int64),
-        views=torch.arange(B),
-        draws=torch.full((B, NUM_DRAWS), 0.5),
-    )

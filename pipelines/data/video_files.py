@@ -7,17 +7,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError
+from cliplift.configs.sharding import FlowConfig, TranscodeConfig
 from cliplift.configs.sources import VIDEO_SUFFIXES
-from cliplift.pipelines.data.batch import ClipBatch
-from cliplift.pipelines.data.source import FOREIGN, clips_of_stored, clips_of_video
+from cliplift.pipelines.data.batch import NUM_DRAWS, ClipBatch
+from cliplift.pipelines.data.clip_plan import cut, view_boxes, view_frames
 from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.sources.files import find_files, sort_out, warn_left_out
 from cliplift.sharding.storage import open_store
-from cliplift.sharding.video.decode import VideoDecodeError, probe
-from cliplift.sharding.video.transcode import SpanCutter
+from cliplift.sharding.video.decode import VideoDecodeError, decode_frames, probe
+from cliplift.sharding.video.flow import decode_flow, flow_member
+from cliplift.sharding.video.transcode import EncodedClip, SpanCutter, transcode_span
+
+# The form a file is brought to before it is seen: that of shards, of any length up to an hour.
+FOREIGN = TranscodeConfig(min_frames=1, max_seconds=3600.0)
 
 
 def video_names(names: tuple[str, ...]) -> Iterator[str]:
@@ -52,6 +58,44 @@ def views_of_video(video: str, data: DataConfig) -> ClipBatch:
     """All test views of a file or URL. Raises VideoDecodeError."""
     with local_copy(video) as path:
         return clips_of_video(path, data)
+
+
+def clips_of_video(path: Path, data: DataConfig) -> ClipBatch:
+    """All test views of a local video file that is in no shard. Raises VideoDecodeError."""
+    return clips_of_stored(transcode_span(path, start_seconds=0.0, end_seconds=None, config=FOREIGN), data)
+
+
+def clips_of_stored(stored: EncodedClip, data: DataConfig) -> ClipBatch:
+    """All test views of a clip that was brought to the form shards have by ``FOREIGN``.
+
+    Upright, square pixels, constant rate: the network sees what it was trained on. Flow is computed with the default
+    method and range. Raises VideoDecodeError.
+    """
+    if data.modality == "flow":
+        member = flow_member(stored.data, FlowConfig(), FOREIGN)
+        frames = decode_flow(member, range(stored.checked.frames), decoder=data.decoder)
+    else:
+        frames = decode_frames(stored.data, range(stored.checked.frames), decoder=data.decoder)
+    fps = float(stored.checked.fps)
+    clips = view_frames(
+        data.sampling,
+        num_frames=len(frames),
+        fps=fps,
+        clips=data.views.clips,
+        from_start=data.views.position == "from_start",
+        every_frames=data.views.every_frames,
+    )
+    boxes = view_boxes(data, height=frames.shape[1], width=frames.shape[2], crops=data.views.crops)
+    cuts = [cut(frames[numbers], box, pixels=data.crop_pixels) for numbers in clips for box in boxes]
+    B = len(cuts)
+    return ClipBatch(
+        clips=torch.stack(cuts),
+        labels=torch.full((B,), -1),
+        sample_index=torch.zeros(B, dtype=torch.int64),
+        video_index=torch.zeros(B, dtype=torch.int64),
+        views=torch.arange(B),
+        draws=torch.full((B, NUM_DRAWS), 0.5),
+    )
 
 
 def sliding_windows(

@@ -21,8 +21,7 @@ from cliplift.models.protocol import VideoNetwork
 from cliplift.models.streams import FLOW_CHANNELS
 from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.batch import ClipBatch
-from cliplift.pipelines.data.source import clips_of_video
-from cliplift.pipelines.data.video_files import local_copy, sliding_windows, video_names
+from cliplift.pipelines.data.video_files import clips_of_video, local_copy, sliding_windows, video_names
 from cliplift.pipelines.distributed.collectives import start
 from cliplift.pipelines.engine.task import ModelCard
 from cliplift.pipelines.evaluation.evaluate import load_finished

@@ -15,12 +15,8 @@ from cliplift.configs.runs import RUNS
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.data.clip_plan import Box, cut, training_box, view_boxes
 from cliplift.pipelines.data.failures import TooManyFailuresError
-from cliplift.pipelines.data.loader import (
-    ClipBatch,
-    ClipLoader,
-    EvalLoader,
-    clips_of_video,
-)
+from cliplift.pipelines.data.loader import ClipBatch, ClipLoader, EvalLoader
+from cliplift.pipelines.data.video_files import clips_of_video
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
 from cliplift.sharding.read.reader import ShardDataset, ShardReadError

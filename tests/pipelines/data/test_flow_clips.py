@@ -17,7 +17,8 @@ from cliplift.models import create_model
 from cliplift.models.protocol import InputSpec
 from cliplift.pipelines.data.augment import DeviceAugment, mirror
 from cliplift.pipelines.data.clip_plan import Box, cut
-from cliplift.pipelines.data.source import ClipSource, clips_of_video
+from cliplift.pipelines.data.source import ClipSource
+from cliplift.pipelines.data.video_files import clips_of_video
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.evaluation.evaluate import classify_split
 from cliplift.sharding.build.run import run_shard
