@@ -222,8 +222,7 @@ def load_index(data: bytes, *, file: str) -> ShardIndex:
     tree = _json(data, file, INDEX_FORMAT)
     try:
         hashes = tuple(
-            tuple(int(row[i : i + 16], 16) for i in range(0, len(row), 16))
-            for row in tree.pop("looks", ())
+            tuple(int(row[i : i + 16], 16) for i in range(0, len(row), 16)) for row in tree.pop("looks", ())
         )
     except (TypeError, ValueError) as error:
         raise ManifestError(f"{file}: not an index of this version: looks: {error}") from error

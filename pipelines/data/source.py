@@ -66,8 +66,6 @@ def decoded_videos(limit_mib: int) -> DecodedVideos | None:
     return _DECODED
 
 
-
-
 class ClipSource:
     """The samples of a split over all shard datasets of a config; picklable, opens files per process.
 
