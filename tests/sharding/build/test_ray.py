@@ -17,6 +17,7 @@ import pytest
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
+from cliplift.sharding.build import ray_engine
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.manifest import BUILD_FILE
 
@@ -181,3 +182,28 @@ def test_without_ray_the_engine_says_what_to_install(
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"engine: Ray is not installed; pip install 'cliplift\[ray\]'"):
         run_shard(make_run(tmp_path / "out", engine="ray"))
+
+
+class _Asked(Exception):
+    """Ends a build where it asks Ray for a task."""
+
+
+@pytest.mark.parametrize(("named", "wanted"), [("my_sources", {"CLIPLIFT_PLUGINS": "my_sources"}), ("", {})])
+def test_tasks_know_what_plugin_names(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, named: str, wanted: dict[str, str]
+) -> None:
+    """The processes of a node were started by the cluster: of the driver's environment they know what Ray is given."""
+    monkeypatch.setenv("CLIPLIFT_PLUGINS", named)
+    asked: dict[str, object] = {}
+
+    class Ray:
+        def nodes(self) -> list[dict[str, object]]:
+            return []
+
+        def remote(self, **options: object) -> None:
+            asked.update(options)
+            raise _Asked
+
+    with pytest.raises(_Asked):
+        ray_engine._map(Ray(), make_run("out"), None, [], progress=None, on_progress=None)  # type: ignore[arg-type]
+    assert asked["runtime_env"] == {"env_vars": wanted}
