@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -11,81 +11,14 @@ from cliplift.configs.data import DataConfig, ViewsConfig
 from cliplift.configs.plugins import ObjectiveName, objective_options
 from cliplift.configs.sections import ConfigError, Location, Output, Section
 from cliplift.configs.sharding import ShardRun
+from cliplift.configs.supervision import (
+    CorrespondenceConfig,
+    ProbeConfig,
+    TeacherConfig,
+    check_transfer,
+    with_clips_for_negatives,
+)
 from cliplift.configs.training import TrainingRun
-
-
-class TeacherConfig(Section):
-    """The frozen 2D network whose frame features supervise the 3D student."""
-
-    name: str = Field("efficientnet_lite0", description="a 2D model from `cliplift models`")
-    options: dict[str, bool | int | float | str] = Field(
-        {}, description="architecture options of the teacher"
-    )
-    pretrained: str | None = Field(
-        "imagenet",
-        description="its weights: 'imagenet' where a package ships them, or a local file; null is random (tests)",
-    )
-    frames: int | None = Field(
-        None, ge=1, description="frames of the clip averaged by the teacher; None is all of them"
-    )
-    cache_features: bool = Field(
-        False,
-        description="compute every training sample's features once, from the plain middle clip, and keep them; the "
-        "frames then are not those of the clip's own time and crop",
-    )
-    resize_pixels: int | None = Field(
-        None, ge=32, description="side the frames are resized to for the teacher, pixels"
-    )
-
-
-class CorrespondenceConfig(Section):
-    """The matching head and how its pairs are formed (T3D paper, section 3.2)."""
-
-    feature_dim: int = Field(
-        1024, ge=8, description="width both towers are brought to before they are concatenated"
-    )
-    hidden: tuple[int, int] = Field((512, 128), description="widths of fc1 and fc2")
-    dropout: tuple[float, float, float] = Field(
-        (0.0, 0.0, 0.0), description="dropout before fc1, fc2 and fc3"
-    )
-    normalise_features: bool = Field(
-        False,
-        description="LayerNorm both towers' features before they are concatenated, so that neither scale decides",
-    )
-    negatives_per_clip: int = Field(1, ge=1, description="frames of other videos paired with each clip")
-    same_video_negatives: int = Field(
-        0,
-        ge=0,
-        description="further, harder negatives per clip: frames of its own video at another time; needs as many more "
-        "data.clips_per_sample",
-    )
-    objective: Literal["binary", "infonce"] = Field(
-        "binary",
-        description="binary: the paper's matching classifier; infonce: contrastive over the whole batch",
-    )
-    temperature: float = Field(0.07, gt=0, description="infonce temperature")
-    independent_views: bool = Field(
-        True,
-        description="frames and clip get separate crops and colours, so that borders or tints do not give the answer",
-    )
-
-
-class ProbeConfig(Section):
-    """A labelled set the student's frozen features are judged on at every evaluation."""
-
-    shards: tuple[Location, ...] = Field(description="labelled shard datasets; one string will do")
-    split: str = Field("train", description="split the probe learns from")
-    test_split: str = Field("val", description="split it is tested on")
-    fold: int | None = Field(None, ge=1, description="official split number; None where there is one")
-    neighbours: int = Field(20, ge=1, description="k of the k-NN vote")
-    temperature: float = Field(0.07, gt=0, description="temperature of the k-NN vote's weights")
-    linear_steps: int = Field(100, ge=0, description="L-BFGS iterations of the linear probe; 0 leaves it out")
-    linear_l2: float = Field(1e-3, ge=0, description="L2 penalty of the linear probe")
-
-    @field_validator("shards", mode="before")
-    @classmethod
-    def _one(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
 
 
 class TransferRun(TrainingRun):
@@ -98,34 +31,14 @@ class TransferRun(TrainingRun):
         None, description="labelled data for a k-NN and a linear probe of the student's features; None is off"
     )
 
-    @model_validator(mode="after")
-    def _frames_have_colours(self) -> TransferRun:
-        if self.data.modality != "rgb":
-            raise ConfigError(
-                "has no frames for the teacher to see",
-                key="data.modality",
-                value=self.data.modality,
-                hint="use rgb",
-            )
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _clips_for_negatives(cls, tree: Any) -> Any:
+        return with_clips_for_negatives(tree)
 
     @model_validator(mode="after")
-    def _pairs_exist(self) -> TransferRun:
-        if self.correspondence.negatives_per_clip >= self.engine.global_batch:
-            raise ConfigError(
-                f"needs more clips than the batch has, {self.engine.global_batch}",
-                key="correspondence.negatives_per_clip",
-                value=self.correspondence.negatives_per_clip,
-                hint=f"it must be below engine.global_batch={self.engine.global_batch}",
-            )
-        frames = self.teacher.frames
-        if frames is not None and frames > self.data.sampling.frames:
-            raise ConfigError(
-                f"{frames} is more than the clip's {self.data.sampling.frames} frames",
-                key="teacher.frames",
-                value=frames,
-                hint="use null for all frames",
-            )
+    def _possible(self) -> TransferRun:
+        check_transfer(self.teacher, self.correspondence, self.data, global_batch=self.engine.global_batch)
         return self
 
 

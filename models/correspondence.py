@@ -1,4 +1,4 @@
-"""The matching head of 2D -> 3D supervision transfer: do this clip and these frames show the same moment?
+"""The heads of 2D -> 3D supervision transfer. The paper's: do this clip and these frames show the same moment?
 
 Paper: Diba et al., arXiv 1711.08200, section 3.2. The frozen 2D teacher's feature, averaged over the X frames, and
 the 3D student's feature, 1024 each, are concatenated (2048) and classified: 512 -> 128 -> 2.
@@ -7,7 +7,9 @@ Not published, so chosen here and open to options: ReLU after 512 and 128, no dr
 (the paper's "fc gives 1024-D"), and a trainable teacher projection only where the teacher's feature is not
 1024 wide.
 
-Shape letters: B clips, F frame sets, X frames a set, P pairs a clip, D width.
+The other head predicts the teacher's features themselves, of one or several parts of the clip in order of time.
+
+Shape letters: B clips, F frame sets, X frames a set, P pairs a clip, S parts of a clip, D width.
 """
 
 from __future__ import annotations
@@ -125,6 +127,33 @@ class CorrespondenceHead(nn.Module):
         x = self.dropout_1(F.relu(hidden))
         x = self.dropout_2(F.relu(self.fc2(x)))
         return cast(Tensor, self.fc3(x))
+
+
+class FeaturePredictor(nn.Module):
+    """The teacher's features of S parts of a clip, predicted from what the student has of it.
+
+    One linear layer: the student is to hold what the teacher knows, not a deep head that is thrown away.
+
+    Args:
+        student_dim: width D of the student's features.
+        teacher_dim: width D_t of the teacher's.
+        steps: S, parts of the clip in order of time.
+        from_map: predict each part from the student's map at that time. Otherwise all parts are predicted from the
+            clip's one feature, which must then hold what is seen when.
+    """
+
+    def __init__(self, student_dim: int, teacher_dim: int, *, steps: int, from_map: bool) -> None:
+        super().__init__()
+        self.steps, self.from_map = steps, from_map
+        self.output = nn.Linear(student_dim, teacher_dim * (1 if from_map else steps))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D), or a map (B, D, T', H', W') with T' a multiple of S -> (B, S, D_t)."""
+        if not self.from_map:
+            return torch.unflatten(self.output(features), 1, (self.steps, -1))
+        over_time = features.flatten(3).mean(dim=3)  # (B, D, T')
+        parts = torch.unflatten(over_time, 2, (self.steps, -1)).mean(dim=3)
+        return cast(Tensor, self.output(parts.transpose(1, 2)))
 
 
 def _projection(side: str, kind: Projection, in_dim: int, out_dim: int) -> nn.Module:

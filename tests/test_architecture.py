@@ -36,7 +36,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"plugins"},
         {"sources", "data"},
         {"training"},
-        {"sharding"},
+        {"sharding", "supervision"},
         {"runs"},
     ],
     "models": [

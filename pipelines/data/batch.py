@@ -62,6 +62,10 @@ class ClipBatch:
     def pin_memory(self) -> ClipBatch:
         return self._mapped(Tensor.pin_memory)
 
+    def at(self, clip: int) -> ClipBatch:
+        """One clip of the batch, as a batch."""
+        return self._mapped(lambda t: t[clip : clip + 1])
+
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> ClipBatch:
         targets = None if self.targets is None else change(self.targets)
         moved: dict[str, Any] = {name: change(getattr(self, name)) for name in TENSORS}

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cliplift.configs.runs import CorrespondenceConfig
 from cliplift.configs.sections import ConfigError
+from cliplift.configs.supervision import CorrespondenceConfig
 from cliplift.models.correspondence import CorrespondenceHead
 from cliplift.models.protocol import VideoNetwork
 from cliplift.pipelines.evaluation.metrics import area_under_curve, retrieval_recall
@@ -89,6 +90,12 @@ def _fewer(available: Tensor, wanted: int, key: str) -> bool:
     return bool(available.numpy() < wanted)
 
 
+class Scores(Protocol):
+    """What transfer trains, whatever the objective, can say which of N clips and N frame rows belong together."""
+
+    def scores(self, clips: Tensor, frames: Tensor) -> Tensor: ...
+
+
 class SupervisionTransfer(nn.Module):
     """Student and matching head: what is trained.
 
@@ -116,6 +123,21 @@ class SupervisionTransfer(nn.Module):
         accuracy = (logits.argmax(dim=-1) == targets).float().mean()
         return {"loss": loss, "matching_accuracy": accuracy.detach()}
 
+    def clip_rows(self, clips: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, D), what :meth:`scores` compares clips by."""
+        features: Tensor = self.student(clips)
+        return features
+
+    def scores(self, clips: Tensor, frames: Tensor) -> Tensor:
+        """Matching score of every clip with every frame row, (N, D) and (N, Df) -> (N, N); above 0 means "belongs"."""
+        if self.config.objective == "infonce":
+            left = F.normalize(self.head.student_projection(clips).float(), dim=-1)
+            right = F.normalize(self.head.teacher_projection(frames).float(), dim=-1)
+            similarity = left @ right.T
+            # InfoNCE has no threshold of its own: centred on the mean over all pairs.
+            return similarity - similarity.mean()
+        return self.head.score_matrix(clips, frames, chunk=16).float()
+
     def _contrast(self, clip_features: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """InfoNCE over all frames of the global batch; frames of the same video are negatives only where asked for."""
         clips = F.normalize(self.head.student_projection(clip_features).float(), dim=-1)
@@ -132,7 +154,7 @@ class SupervisionTransfer(nn.Module):
 
 @torch.no_grad()
 def matching_metrics(
-    module: SupervisionTransfer, *, clips: Tensor, frames: Tensor, videos: Tensor, seed: int
+    module: Scores, *, clips: Tensor, frames: Tensor, videos: Tensor, seed: int
 ) -> dict[str, float]:
     """Matching numbers of N held-out clips (N, Dc) and their frames' features (N, Df).
 
@@ -143,7 +165,7 @@ def matching_metrics(
     N = len(clips)
     rows = torch.arange(N, device=clips.device)
     pairs = draw_pairs(videos=videos, rows=rows, negatives=1, seed=seed, step=0)
-    scores = module_scores(module, clips, frames)  # (N, N)
+    scores = module.scores(clips, frames)  # (N, N)
     chosen = scores.gather(1, pairs.frames)
     right = (chosen > 0) == (pairs.targets == 1)
     accuracy = right.float().mean().item()
@@ -156,14 +178,3 @@ def matching_metrics(
         "recall_at_5": retrieval_recall(scores.cpu().numpy(), k=5),
         "held_out_clips": float(N),
     }
-
-
-def module_scores(module: SupervisionTransfer, clips: Tensor, frames: Tensor) -> Tensor:
-    """Matching score of every clip with every frame row, (N, N); above 0 means "belongs"."""
-    if module.config.objective == "infonce":
-        left = F.normalize(module.head.student_projection(clips).float(), dim=-1)
-        right = F.normalize(module.head.teacher_projection(frames).float(), dim=-1)
-        similarity = left @ right.T
-        # InfoNCE has no threshold of its own: centred on the mean over all pairs.
-        return similarity - similarity.mean()
-    return module.head.score_matrix(clips, frames, chunk=16).float()

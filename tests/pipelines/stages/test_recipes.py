@@ -64,6 +64,7 @@ PUBLISHED_SPLITS = {
     "kinetics400": ("train", "val"),
     "youtube8m": ("train", "val"),
     "youtube8m-long": ("train", "val"),
+    "mine": ("train", "test"),  # of one's own
 }
 
 

@@ -10,16 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cliplift.configs.runs import CorrespondenceConfig
 from cliplift.configs.sections import ConfigError
+from cliplift.configs.supervision import CorrespondenceConfig
 from cliplift.models.correspondence import CorrespondenceHead
-from cliplift.pipelines.stages.matching import (
-    SupervisionTransfer,
-    draw_pairs,
-    matching_metrics,
-    module_scores,
-)
-from cliplift.pipelines.stages.transfer import recropped
+from cliplift.pipelines.data.augment import recropped
+from cliplift.pipelines.stages.matching import SupervisionTransfer, draw_pairs, matching_metrics
 
 
 @settings(max_examples=60, deadline=None)
@@ -191,7 +186,7 @@ def test_contrastive_scores_are_cosines_around_their_mean() -> None:
     clips, frames = torch.randn(3, 8, generator=generator), torch.randn(4, 8, generator=generator)
     expected = torch.tensor(cosines(module, clips, frames))
     torch.testing.assert_close(
-        module_scores(module, clips, frames), expected - expected.sum() / 12, rtol=0, atol=1e-6
+        module.scores(clips, frames), expected - expected.sum() / 12, rtol=0, atol=1e-6
     )
 
 

@@ -1,0 +1,320 @@
+"""Does transfer pay? Accuracy on cameras never seen, by method, share of the labels, fold and seed.
+
+    python benchmarks/transfer_study.py --data clips.csv --unlabelled FOLDER... --output study
+
+``clips.csv`` has the columns path, label and group; whole groups (cameras) are held out, so that every clip is tested
+once. What is learned without labels is learned from the training cameras' clips and the unlabelled folders. Methods:
+
+* ``frames``: the frozen teacher on every frame, averaged, a linear classifier (fitted to convergence by L-BFGS)
+* ``scratch``: the student from random weights; ``inflated``: from its 2D counterpart's ImageNet weights
+* ``OBJECTIVE``: the student from transfer with that objective, all of it finetuned
+* ``OBJECTIVE; probe``: its frozen features with the linear classifier of ``frames``
+
+Every finetuning has the same steps, batch and learning rate, none of which was tuned on the tested cameras, and what is
+tested is its last step. One JSON line for each finished cell in OUTPUT/rows.jsonl; cells come in order of their worth,
+and a study that was stopped goes on where it was. ``--table`` prints the table of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import os
+import statistics
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+SHARES = (1.0, 0.25, 0.1)
+OBJECTIVES: Mapping[str, tuple[str, ...]] = {
+    "regression": ("correspondence.objective=regression", "correspondence.time_steps=1"),
+    "regression, 4 parts": ("correspondence.objective=regression", "correspondence.time_steps=4"),
+    "bank": ("correspondence.objective=bank", "correspondence.time_steps=1"),
+    "bank, 4 parts and orders": (
+        "correspondence.objective=bank", "correspondence.time_steps=4", "correspondence.order_negatives=3",
+    ),
+    "infonce": ("correspondence.objective=infonce", "correspondence.time_steps=1"),
+    "paper": (
+        "correspondence.objective=paper", "correspondence.time_steps=1", "correspondence.negatives_per_clip=8",
+        "correspondence.normalise_features=true",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the study."""
+
+    method: str
+    student: str
+    share: float  # of the labels
+    fold: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return " ".join(str(value) for value in asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where everything lies, and how long is trained."""
+
+    output: Path
+    folds: int
+    transfer_steps: int
+    finetune_steps: int
+
+    def shards(self, fold: int) -> Path:
+        return self.output / "shards" / f"fold{fold}"
+
+    def folder(self, *words: object) -> Path:
+        return self.output / "runs" / "-".join(str(w).replace(" ", "_").replace(",", "") for w in words)
+
+
+def cells(
+    *, students: Sequence[str], methods: Sequence[str], folds: int, seeds: Sequence[int]
+) -> Iterator[Cell]:
+    """All cells, the most telling first: a cut study has whole folds, in which every method can be compared."""
+    for seed, share, student, fold, method in itertools.product(
+        seeds, SHARES, students, range(folds), methods
+    ):
+        if method != "inflated" or student.endswith("_tam"):
+            yield Cell(method, student, share, fold, seed)
+
+
+def held_out_groups(rows: Sequence[Mapping[str, str]], folds: int) -> list[set[str]]:
+    """Groups of each fold: the largest first, each to the fold with the fewest clips so far."""
+    sizes = Counter(row["group"] for row in rows)
+    found: list[set[str]] = [set() for _ in range(folds)]
+    for group, _ in sizes.most_common():
+        min(found, key=lambda fold: sum(sizes[g] for g in fold)).add(group)
+    return found
+
+
+def make_shards(study: Study, data: Path, unlabelled: Sequence[Path]) -> None:
+    """One data set for each fold, split by group, and one of the unlabelled folders; what is there is kept."""
+    from cliplift.launch.commands.subject import load_tree
+    from cliplift.sharding.build.run import run_shard
+
+    rows = list(csv.DictReader(data.open()))
+    transcode = {"short_side_pixels": 160, "max_fps": 4}
+    trees = []
+    for fold, held_out in enumerate(held_out_groups(rows, study.folds)):
+        listing = study.output / f"fold{fold}.csv"
+        with listing.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "label", "group", "split"])
+            for row in rows:
+                split = "test" if row["group"] in held_out else "train"
+                path = data.parent.absolute() / row["path"]
+                writer.writerow([path, row["label"], row["group"], split])
+        source = {"kind": "csv", "file": str(listing), "split_column": "split", "group_column": "group"}
+        trees.append((study.shards(fold), source, {}))
+    for number, folder in enumerate(unlabelled):
+        source = {"kind": "folder", "root": str(folder), "layout": "flat"}
+        cut = {"kind": "windows", "length_seconds": 10.0, "max_per_video": 2}
+        trees.append(
+            (
+                study.output / "shards" / f"unlabelled{number}",
+                source,
+                {"cut": cut, "limits": {"max_refused_share": 0.5}},
+            )
+        )
+    for output, source, more in trees:
+        if not (output / "dataset.json").is_file():
+            tree = {
+                "stage": "shard",
+                "name": output.name,
+                "output": str(output),
+                "source": source,
+                "transcode": transcode,
+            } | more
+            run_shard(load_tree(tree, "shard", ["workers=1"]).run)
+
+
+def transferred(study: Study, cell: Cell, objective: str) -> tuple[Path, float]:
+    """The run folder of the transfer a cell starts from, run where it is not there, and the seconds it took."""
+    folder = study.folder("transfer", objective, cell.student, f"fold{cell.fold}", f"seed{cell.seed}")
+    shards = [str(study.shards(cell.fold))]
+    shards += [str(path) for path in sorted((study.output / "shards").glob("unlabelled*"))]
+    words = [
+        f"seed={cell.seed}", f"data.shards={json.dumps(shards)}", f"model.name={cell.student}",
+        f"schedule.steps={study.transfer_steps}", *OBJECTIVES[objective],
+    ]  # fmt: skip
+    if cell.student.endswith("_tam"):
+        words.append("model.pretrained=2d:imagenet")
+    return folder, run("transfer/small", folder, words)["seconds"]
+
+
+def run(recipe: str, folder: Path, words: Sequence[str]) -> dict[str, Any]:
+    """Run a recipe with these changes, or find it run; its result."""
+    from cliplift.launch.commands.subject import load
+    from cliplift.pipelines.stages.run import run_stage
+
+    common = [f"output={folder}", "track.wandb=disabled", "data.cache_decoded_mib=3000"]
+    result = run_stage(load(recipe, [*words, *common]).run, command=["study"])
+    if not result.finished:
+        raise SystemExit("stopped by a signal; start it again to continue")
+    return {"metrics": dict(result.metrics), "seconds": result.seconds}
+
+
+def finetuned(study: Study, cell: Cell, start: Path | None) -> dict[str, Any]:
+    """Accuracy after finetuning from a run folder, or from random or 2D weights."""
+    folder = study.folder("finetune", *asdict(cell).values())
+    words = [
+        f"seed={cell.seed}", f"data.shards={study.shards(cell.fold)}", f"model.name={cell.student}",
+        f"schedule.steps={study.finetune_steps}", f"data.label_share={cell.share}", f"data.subset_seed={cell.seed}",
+        # Evaluated once, after the last step: the tested cameras choose nothing.
+        "data.val_share=0", "data.val_split=test",
+        f"initialise_from={'null' if start is None else start}",
+    ]  # fmt: skip
+    if cell.method == "inflated":
+        words.append("model.pretrained=2d:imagenet")
+    found = run("finetune/small", folder, words)
+    return {"accuracy": found["metrics"]["accuracy"], "finetune_seconds": round(found["seconds"], 1)}
+
+
+def probed(study: Study, cell: Cell, weights: Path | None) -> dict[str, Any]:
+    """Accuracy of a linear classifier on frozen features: of a run's student, or of the teacher's frames."""
+    import torch
+
+    from cliplift.launch.commands.subject import load
+    from cliplift.pipelines.data.source import ClipSource
+    from cliplift.pipelines.stages.probe import fit_linear
+
+    words = [f"data.shards={study.shards(cell.fold)}", "data.val_share=0", "data.cache_decoded_mib=3000"]
+    if weights is None:  # as large as the teacher sees them in transfer
+        words += ["data.crop_pixels=160", "data.resize_short_side_pixels=176"]
+    run = load("transfer/small", words).run
+    kept = (weights or study.output) / f"features-fold{cell.fold}.pt"
+    if not kept.is_file():
+        torch.save(features(run, weights), kept)
+    (train, labels), (test, truth) = torch.load(kept, weights_only=True)
+    subset = {"label_share": cell.share, "subset_seed": cell.seed}
+    used = set(names(ClipSource(run.data.model_copy(update=subset), split="train")))
+    rows = [i for i, name in enumerate(names(ClipSource(run.data, split="train"))) if name in used]
+    classes = int(torch.cat([labels, truth]).max()) + 1
+    weight, bias = fit_linear(train[rows], labels[rows], classes=classes, l2=1e-3, steps=200)
+    right = ((test @ weight.T + bias).argmax(dim=1) == truth).double()
+    return {"accuracy": float(right.mean()), "labelled_clips": len(rows)}
+
+
+def features(run: Any, weights: Path | None) -> list[tuple[Any, Any]]:
+    """Features (N, D) and labels (N,) of the training and the test split."""
+    import torch
+
+    from cliplift.models import create_model, from_pretrained
+    from cliplift.pipelines.distributed.collectives import Topology
+    from cliplift.pipelines.stages.probe import features_of
+
+    network: Any = (
+        create_model(
+            "frame_average", num_classes=0, in_frames=8, encoder="efficientnet_lite0", pretrained="imagenet"
+        )
+        if weights is None
+        else from_pretrained(weights / "weights")
+    )
+    one = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    with torch.no_grad():
+        return [
+            features_of(network.eval(), run.data, split, run=run, topology=one) for split in ("train", "test")
+        ]
+
+
+def names(source: Any) -> list[str]:
+    """The name of every sample of a source."""
+    return [source.name_of(i) for i in range(len(source))]
+
+
+def measure(study: Study, cell: Cell) -> dict[str, Any]:
+    """The row of a cell."""
+    if cell.method == "frames":
+        return probed(study, cell, None)
+    if cell.method in ("scratch", "inflated"):
+        return finetuned(study, cell, None)
+    objective, _, probe = cell.method.partition("; ")
+    start, seconds = transferred(study, cell, objective)
+    found = probed(study, cell, start) if probe else finetuned(study, cell, start)
+    return found | {"transfer_seconds": round(seconds, 1), "transfer_clips": 32 * study.transfer_steps}
+
+
+def table(rows: Sequence[Mapping[str, Any]], *, folds: int) -> str:
+    """Mean over the folds of each seed, then mean and sample deviation over seeds, as Markdown."""
+    found: dict[tuple[str, str, float], dict[int, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:
+        found[row["student"], row["method"], row["share"]][row["seed"]][row["fold"]] = row["accuracy"]
+    lines = [
+        "| student | method | labels | accuracy | seeds | by fold |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (student, method, share), seeds in found.items():
+        whole = [statistics.fmean(by.values()) for by in seeds.values() if len(by) == folds]
+        if not whole:
+            continue
+        spread = f" ± {statistics.stdev(whole):.2f}" if len(whole) > 1 else ""
+        by_fold = " ".join(
+            f"{statistics.fmean(by[fold] for by in seeds.values() if len(by) == folds):.2f}"
+            for fold in range(folds)
+        )
+        lines.append(
+            f"| {student} | {method} | {share:g} | {statistics.fmean(whole):.2f}{spread} | {len(whole)} | {by_fold} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, help="CSV: path, label, group")
+    parser.add_argument("--unlabelled", type=Path, nargs="*", default=[], help="folders of further videos")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--students", nargs="+", default=["t3d_tiny"])
+    both = [m for name in OBJECTIVES for m in (name, f"{name}; probe")]
+    parser.add_argument("--methods", nargs="+", default=["frames", "scratch", "inflated", *both])
+    parser.add_argument("--folds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--transfer-steps", type=int, default=240)
+    parser.add_argument("--finetune-steps", type=int, default=150)
+    parser.add_argument("--table", action="store_true", help="print the table of finished cells and stop")
+    arguments = parser.parse_args()
+    study = Study(
+        output=arguments.output.absolute(), folds=arguments.folds,
+        transfer_steps=arguments.transfer_steps, finetune_steps=arguments.finetune_steps,
+    )  # fmt: skip
+    study.output.mkdir(parents=True, exist_ok=True)
+    log = study.output / "rows.jsonl"
+    done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    if arguments.table:
+        print(table(done, folds=study.folds))
+        return
+    make_shards(study, arguments.data, arguments.unlabelled)
+    finished = {Cell(**{k: row[k] for k in ("method", "student", "share", "fold", "seed")}) for row in done}
+    plan = cells(
+        students=arguments.students, methods=arguments.methods, folds=study.folds, seeds=arguments.seeds
+    )
+    for cell in plan:
+        if cell in finished:
+            continue
+        began, cpu = time.monotonic(), time.process_time()
+        row = asdict(cell) | measure(study, cell)
+        row |= {
+            "wall_seconds": round(time.monotonic() - began, 1),
+            "cpu_seconds": round(time.process_time() - cpu, 1),
+        }
+        with log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()

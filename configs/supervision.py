@@ -1,0 +1,249 @@
+"""What a transfer run says of its teacher, its objective and its probe, and which of it fits together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from cliplift.configs.data import DataConfig
+from cliplift.configs.sections import ConfigError, Location, Section
+
+
+class TeacherConfig(Section):
+    """The frozen 2D network whose frame features supervise the 3D student."""
+
+    name: str = Field("efficientnet_lite0", description="a 2D model from `cliplift models`")
+    options: dict[str, bool | int | float | str] = Field(
+        {}, description="architecture options of the teacher"
+    )
+    pretrained: str | None = Field(
+        "imagenet",
+        description="its weights: 'imagenet' where a package ships them, or a local file; null is random (tests)",
+    )
+    frames: int | None = Field(
+        None, ge=1, description="frames of the clip averaged by the teacher; None is all of them"
+    )
+    cache_features: bool = Field(
+        False,
+        description="compute every training sample's features once, from the plain middle clip, and keep them; the "
+        "frames then are not those of the clip's own time and crop",
+    )
+    resize_pixels: int | None = Field(
+        None,
+        ge=32,
+        description="side the frames are resized to for the teacher, pixels; with cache_features they are cut at this "
+        "size from the stored picture",
+    )
+
+
+class CorrespondenceConfig(Section):
+    """What the student learns of the teacher: the paper's matching (T3D paper, section 3.2), or another objective."""
+
+    objective: Literal["paper", "infonce", "bank", "regression"] = Field(
+        "paper",
+        description="paper: its classifier of matching pairs (also called binary); infonce: a clip told from the "
+        "others of the batch; bank: from all cached features; regression: the teacher's features predicted",
+    )
+    feature_dim: int = Field(
+        1024, ge=8, description="paper, infonce: width both towers are brought to before they are compared"
+    )
+    hidden: tuple[int, int] = Field((512, 128), description="paper: widths of fc1 and fc2")
+    dropout: tuple[float, float, float] = Field(
+        (0.0, 0.0, 0.0), description="paper: dropout before fc1, fc2 and fc3"
+    )
+    normalise_features: bool = Field(
+        False,
+        description="paper: LayerNorm both towers' features before they are concatenated, so that neither scale "
+        "decides",
+    )
+    negatives_per_clip: int = Field(
+        1, ge=1, description="paper: frames of other videos paired with each clip"
+    )
+    same_video_negatives: int = Field(
+        0,
+        ge=0,
+        description="further, harder negatives per clip: frames of its own video at another time, for which "
+        "data.clips_per_sample is set; bank: above 0, other stored clips of the video count as negatives",
+    )
+    temperature: float = Field(0.07, gt=0, description="infonce, bank: temperature")
+    independent_views: bool = Field(
+        True,
+        description="frames and clip get separate crops and colours, so that borders or tints do not give the answer",
+    )
+    time_steps: int = Field(
+        1,
+        ge=1,
+        description="bank, regression: parts of the clip, in order of time, whose teacher features are learned; "
+        "1 is their mean",
+    )
+    predict_from: Literal["features", "map"] = Field(
+        "features",
+        description="bank, regression: features: the clip's one feature tells all parts, so it must hold what is "
+        "seen when; map: each part is told by the student's feature map at that time",
+    )
+    regression_loss: Literal["cosine", "smooth_l1"] = Field(
+        "cosine", description="regression: distance to the teacher's standardised features"
+    )
+    order_negatives: int = Field(
+        0,
+        ge=0,
+        description="bank: further negatives per clip: its own parts in another order, backwards first",
+    )
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _older_name(cls, value: object) -> object:
+        return "paper" if value == "binary" else value
+
+    @property
+    def predicts_features(self) -> bool:
+        """The student predicts the teacher's standardised features; otherwise pairs are matched."""
+        return self.objective in ("bank", "regression")
+
+
+class ProbeConfig(Section):
+    """A labelled set the student's frozen features are judged on at every evaluation."""
+
+    shards: tuple[Location, ...] = Field(description="labelled shard datasets; one string will do")
+    split: str = Field("train", description="split the probe learns from")
+    test_split: str = Field("val", description="split it is tested on")
+    fold: int | None = Field(None, ge=1, description="official split number; None where there is one")
+    neighbours: int = Field(20, ge=1, description="k of the k-NN vote")
+    temperature: float = Field(0.07, gt=0, description="temperature of the k-NN vote's weights")
+    linear_steps: int = Field(100, ge=0, description="L-BFGS iterations of the linear probe; 0 leaves it out")
+    linear_l2: float = Field(1e-3, ge=0, description="L2 penalty of the linear probe")
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _one(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+
+def with_clips_for_negatives(tree: Any) -> Any:
+    """The tree of a transfer run with ``data.clips_per_sample`` filled in, where negatives of a clip's own video ask
+    for several clips of it and the run does not say how many."""
+    if not isinstance(tree, Mapping):
+        return tree
+    data, matching = tree.get("data"), tree.get("correspondence")
+    if not isinstance(data, Mapping) or not isinstance(matching, Mapping) or "clips_per_sample" in data:
+        return tree
+    wanted = matching.get("same_video_negatives")
+    if matching.get("objective") in ("bank", "regression") or not isinstance(wanted, int) or wanted < 1:
+        return tree
+    return {**tree, "data": {**data, "clips_per_sample": wanted + 1}}
+
+
+def check_transfer(
+    teacher: TeacherConfig, matching: CorrespondenceConfig, data: DataConfig, *, global_batch: int
+) -> None:
+    """Refuse what cannot be learned, before a frame is read.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if data.modality != "rgb":
+        raise ConfigError(
+            "has no frames for the teacher to see", key="data.modality", value=data.modality, hint="use rgb"
+        )
+    if teacher.frames is not None and teacher.frames > data.sampling.frames:
+        raise ConfigError(
+            f"{teacher.frames} is more than the clip's {data.sampling.frames} frames",
+            key="teacher.frames",
+            value=teacher.frames,
+            hint="use null for all frames",
+        )
+    needs_indexed = teacher.cache_features or matching.predicts_features
+    if data.sequential is not None and needs_indexed:
+        key = "teacher.cache_features" if teacher.cache_features else "correspondence.objective"
+        raise ConfigError(
+            "needs every training clip by number, and a stream of tars has none",
+            key=key,
+            value=True if teacher.cache_features else matching.objective,
+            hint="remove data.sequential and index the tars with `cliplift index`",
+        )
+    if matching.predicts_features:
+        _check_prediction(teacher, matching, data)
+    else:
+        _check_matching(teacher, matching, data, global_batch=global_batch)
+
+
+def _check_matching(
+    teacher: TeacherConfig, matching: CorrespondenceConfig, data: DataConfig, *, global_batch: int
+) -> None:
+    if matching.negatives_per_clip >= global_batch:
+        raise ConfigError(
+            f"needs more clips than the batch has, {global_batch}",
+            key="correspondence.negatives_per_clip",
+            value=matching.negatives_per_clip,
+            hint=f"it must be below engine.global_batch={global_batch}",
+        )
+    for key, idle in (("time_steps", 1), ("order_negatives", 0), ("predict_from", "features")):
+        if getattr(matching, key) != idle:
+            raise ConfigError(
+                f"is not used by objective {matching.objective!r}",
+                key=f"correspondence.{key}",
+                value=getattr(matching, key),
+                hint="set correspondence.objective to bank or regression",
+            )
+    hard = matching.same_video_negatives
+    if hard and teacher.cache_features:
+        raise ConfigError(
+            "asks for frames of the same video at another time, and cached features have one time for each clip",
+            key="correspondence.same_video_negatives",
+            value=hard,
+            hint="set teacher.cache_features to false, or use correspondence.objective=bank with order_negatives",
+        )
+    if hard and data.clips_per_sample <= hard:
+        raise ConfigError(
+            f"needs {hard + 1} clips of each sample, and data.clips_per_sample is {data.clips_per_sample}",
+            key="correspondence.same_video_negatives",
+            value=hard,
+            hint=f"leave data.clips_per_sample out, or set it to {hard + 1} or more",
+        )
+
+
+def _check_prediction(teacher: TeacherConfig, matching: CorrespondenceConfig, data: DataConfig) -> None:
+    steps = matching.time_steps
+    seen = teacher.frames or data.sampling.frames
+    if seen % steps:
+        raise ConfigError(
+            f"{steps} does not divide the {seen} frames that the teacher sees",
+            key="correspondence.time_steps",
+            value=steps,
+            hint="change it, or teacher.frames",
+        )
+    if steps > 1 and teacher.cache_features and data.sampling.mode != "segments":
+        raise ConfigError(
+            "tells parts of the clip apart, and cached features are those of the middle clip, not of the one seen",
+            key="correspondence.time_steps",
+            value=steps,
+            hint="use data.sampling.mode=segments, whose clips all span the whole video, or do not cache",
+        )
+    if matching.objective == "regression":
+        for key in ("same_video_negatives", "order_negatives"):
+            if getattr(matching, key):
+                raise ConfigError(
+                    "is about negatives, and regression has none",
+                    key=f"correspondence.{key}",
+                    value=getattr(matching, key),
+                    hint="set it to 0, or correspondence.objective=bank",
+                )
+        return
+    if not teacher.cache_features:
+        raise ConfigError(
+            "takes its negatives from the cached features of all clips",
+            key="correspondence.objective",
+            value=matching.objective,
+            hint="set teacher.cache_features to true",
+        )
+    orders = math.factorial(min(steps, 12)) - 1
+    if matching.order_negatives > orders:
+        raise ConfigError(
+            f"{steps} parts have {orders} other orders" if orders else "one part has no other order",
+            key="correspondence.order_negatives",
+            value=matching.order_negatives,
+            hint="use more correspondence.time_steps, or fewer negatives",
+        )

@@ -1,0 +1,207 @@
+"""Objectives on the teacher's features: losses and gradients against the plain formula, and what they may depend on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cliplift.configs.supervision import CorrespondenceConfig
+from cliplift.models.correspondence import FeaturePredictor
+from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.stages import feature_targets
+from cliplift.pipelines.stages.feature_targets import FeatureTransfer, against_bank, other_orders
+from cliplift.pipelines.stages.teacher import Standardisation, bank_of, unit_parts
+
+ONE = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+
+class Numbers(nn.Module):
+    """A student whose feature is its input's mean over time and space, and whose map is the input."""
+
+    def forward_features(self, clips: Tensor) -> Tensor:
+        return clips
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return clips.flatten(2).mean(dim=2)
+
+
+def module(*, steps: int = 1, from_map: bool = False, **options: object) -> FeatureTransfer:
+    torch.manual_seed(0)
+    config = CorrespondenceConfig.model_validate(
+        {"time_steps": steps, "predict_from": "map" if from_map else "features", **options}
+    )
+    predictor = FeaturePredictor(5, 7, steps=steps, from_map=from_map)
+    return FeatureTransfer(Numbers(), predictor, config).double()  # type: ignore[arg-type]
+
+
+def clips_and_targets(*, steps: int, clips: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.randn(clips, 5, 4, 2, 2, generator=generator, dtype=torch.float64),
+        torch.randn(clips, steps, 7, generator=generator, dtype=torch.float64),
+    )
+
+
+def test_each_part_is_predicted_from_the_map_at_its_time() -> None:
+    """With two parts of four times, part 1 is a linear map of the mean over times 2 and 3, written out."""
+    net = module(steps=2, from_map=True, objective="regression")
+    clips, _ = clips_and_targets(steps=2)
+    weight, bias = net.predictor.output.weight, net.predictor.output.bias
+    for part, times in ((0, (0, 1)), (1, (2, 3))):
+        seen = sum(clips[:, :, t].mean(dim=(2, 3)) for t in times) / 2
+        torch.testing.assert_close(net.predict(clips)[:, part], seen @ weight.T + bias)
+
+
+def test_from_the_feature_every_part_has_weights_of_its_own() -> None:
+    net = module(steps=2, objective="regression")
+    clips, _ = clips_and_targets(steps=2)
+    both = clips.mean(dim=(2, 3, 4)) @ net.predictor.output.weight.T + net.predictor.output.bias
+    torch.testing.assert_close(net.predict(clips), torch.stack([both[:, :7], both[:, 7:]], dim=1))
+
+
+@pytest.mark.parametrize("loss", ["cosine", "smooth_l1"])
+def test_regression_as_written_out(loss: str) -> None:
+    net = module(steps=2, objective="regression", regression_loss=loss)
+    clips, targets = clips_and_targets(steps=2)
+    found = net({"clips": clips, "targets": targets})
+    guessed, wanted = net.predict(clips).flatten(0, 1).tolist(), targets.flatten(0, 1).tolist()
+    losses = []
+    for guess, want in zip(guessed, wanted, strict=True):
+        if loss == "cosine":
+            product = sum(g * w for g, w in zip(guess, want, strict=True))
+            losses.append(1 - product / math.hypot(*guess) / math.hypot(*want))
+        else:
+            apart = [abs(g - w) for g, w in zip(guess, want, strict=True)]
+            losses.append(sum(0.5 * d * d if d < 1 else d - 0.5 for d in apart) / 7)
+    assert found["loss"].item() == pytest.approx(sum(losses) / len(losses), abs=1e-6)  # computed in fp32
+
+
+def bank_inputs(*, steps: int, orders: int = 0, rows: int = 30) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    clips, _ = clips_and_targets(steps=steps)
+    standardised = torch.randn(rows, steps, 7, generator=generator)
+    own = torch.tensor([3, 0, 29, 11, 12, 4])
+    videos = torch.arange(rows) // 3
+    return {
+        "clips": clips,
+        "targets": standardised[own],
+        "bank": unit_parts(standardised).half(),
+        "bank_videos": videos,
+        "own": own,
+        "clip_videos": videos[own],
+        "orders": other_orders(steps, orders, seed=0, step=5),
+    }
+
+
+@pytest.mark.parametrize(("steps", "orders", "same_video"), [(1, 0, 0), (2, 1, 0), (3, 4, 1)])
+def test_the_bank_is_infonce_over_all_clips(
+    steps: int, orders: int, same_video: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss, accuracy and gradient against a softmax over every row at once; the bank is read seven rows at a time."""
+    monkeypatch.setattr(feature_targets, "ROWS_AT_ONCE", 7)
+    net = module(
+        steps=steps,
+        objective="bank",
+        temperature=0.2,
+        order_negatives=orders,
+        same_video_negatives=same_video,
+    ).float()
+    inputs = bank_inputs(steps=steps, orders=orders)
+    inputs["clips"] = inputs["clips"].float()
+    found = net(inputs)
+    found["loss"].backward()
+    gradient = net.predictor.output.weight.grad.clone()
+    net.zero_grad()
+
+    guessed = F.normalize(net.predict(inputs["clips"]), dim=-1)
+    losses, right = [], 0
+    for i, own in enumerate(inputs["own"].tolist()):
+        parts = F.normalize(inputs["targets"][i], dim=-1)
+        positive = (guessed[i] * parts).sum(dim=-1).mean() / 0.2
+        kept = [row for row in range(30) if row != own and (same_video or row // 3 != own // 3)]
+        rows = inputs["bank"][kept].float().reshape(len(kept), steps, 7) * steps**0.5  # parts of length 1
+        scores = [(guessed[i] * row).sum(dim=-1).mean() / 0.2 for row in rows]
+        scores += [(guessed[i] * parts[order]).sum(dim=-1).mean() / 0.2 for order in inputs["orders"]]
+        losses.append(torch.stack([positive, *scores]).logsumexp(dim=0) - positive)
+        right += bool(positive > max(scores))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    assert found["loss"].item() == pytest.approx(loss.item(), abs=1e-5)
+    assert found["matching_accuracy"].item() == pytest.approx(right / 6)
+    torch.testing.assert_close(gradient, net.predictor.output.weight.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_the_gradient_of_the_bank_is_the_derivative() -> None:
+    inputs = bank_inputs(steps=1)
+    queries = F.normalize(torch.randn(6, 7, dtype=torch.float64), dim=1).requires_grad_()
+
+    def negatives(rows: Tensor) -> Tensor:
+        return against_bank(
+            rows, inputs["bank"], own=inputs["own"], clip_videos=inputs["clip_videos"],
+            bank_videos=inputs["bank_videos"], same_video=False, temperature=0.3,
+        )[0]  # fmt: skip
+
+    assert torch.autograd.gradcheck(negatives, (queries,))
+
+
+def test_a_clip_without_a_negative_has_no_loss_and_no_gradient() -> None:
+    """One video alone: nothing is to be told apart, and nothing becomes NaN."""
+    net = module(steps=1, objective="bank").float()
+    inputs = bank_inputs(steps=1)
+    inputs["clips"] = inputs["clips"].float()
+    inputs["bank_videos"] = torch.zeros(30, dtype=torch.int64)
+    inputs["clip_videos"] = torch.zeros(6, dtype=torch.int64)
+    loss = net(inputs)["loss"]
+    loss.backward()
+    assert loss.item() == 0
+    assert net.predictor.output.weight.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("objective", ["bank", "regression"])
+def test_a_clips_loss_does_not_depend_on_the_rank_it_is_on(objective: str) -> None:
+    """The mean over two ranks, or over two micro-batches, is the loss of the whole batch: to the last bit of fp64."""
+    net = module(steps=2, objective=objective, order_negatives=1 if objective == "bank" else 0)
+    inputs = bank_inputs(steps=2, orders=1)
+    whole = net(inputs)["loss"]
+    by_clip = {"clips", "targets", "own", "clip_videos"}
+    parts = [
+        net({name: x[half] if name in by_clip else x for name, x in inputs.items()})["loss"]
+        for half in (slice(0, 3), slice(3, 6))
+    ]
+    torch.testing.assert_close((parts[0] + parts[1]) / 2, whole, rtol=1e-6, atol=1e-7)
+
+
+def test_other_orders_are_different_and_wrong() -> None:
+    every = {tuple(order) for order in itertools.permutations(range(3))} - {(0, 1, 2)}
+    assert {tuple(o) for o in other_orders(3, 5, seed=1, step=0).tolist()} == every
+    first, *_ = other_orders(4, 6, seed=1, step=0).tolist()
+    assert first == [3, 2, 1, 0], "backwards first"
+    assert not torch.equal(other_orders(6, 4, seed=1, step=0), other_orders(6, 4, seed=1, step=1))
+    assert torch.equal(other_orders(6, 4, seed=1, step=3), other_orders(6, 4, seed=1, step=3))
+    assert other_orders(1, 0, seed=0, step=0).shape == (0, 1)
+
+
+def test_standardised_features_have_mean_0_and_deviation_1(tmp_path: Path) -> None:
+    """Against numpy-like formulas in double precision; a channel that is constant stays 0 instead of becoming noise."""
+    table = (torch.randn(500, 2 * 7, generator=torch.Generator().manual_seed(0)) * 3 + 5).half()
+    table.view(500, 2, 7)[:, :, 4] = 2.5
+    standard = Standardisation.of(table, steps=2, folder=tmp_path, identity="a", topology=ONE)
+    rows = standard(table, steps=2).double()
+    live = [0, 1, 2, 3, 5, 6]
+    assert rows.mean(dim=(0, 1)).abs().max() < 1e-6
+    assert (rows[..., live].square().mean(dim=(0, 1)) - 1).abs().max() < 1e-5
+    assert rows[..., 4].abs().max() == 0
+    kept = Standardisation.of(torch.zeros(1, 14).half(), steps=2, folder=tmp_path, identity="a", topology=ONE)
+    assert torch.equal(kept.mean, standard.mean), "a restart reads what was kept"
+    bank = bank_of(table, standard, steps=2, folder=tmp_path, identity="a", topology=ONE)
+    assert bank.dtype == torch.half
+    lengths = bank.double().view(500, 2, 7).norm(dim=2)
+    assert (lengths - 0.5**0.5).abs().max() < 1e-3
+    other = Standardisation.of(table * 2, steps=2, folder=tmp_path, identity="b", topology=ONE)
+    torch.testing.assert_close(other.mean, 2 * standard.mean, rtol=1e-3, atol=1e-3)
