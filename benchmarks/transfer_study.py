@@ -106,6 +106,7 @@ def make_shards(study: Study, data: Path, unlabelled: Sequence[Path]) -> None:
     from cliplift.sharding.build.run import run_shard
 
     rows = list(csv.DictReader(data.open()))
+    classes = sorted({row["label"] for row in rows})
     transcode = {"short_side_pixels": 160, "max_fps": 4}
     trees = []
     for fold, held_out in enumerate(held_out_groups(rows, study.folds)):
@@ -120,7 +121,8 @@ def make_shards(study: Study, data: Path, unlabelled: Sequence[Path]) -> None:
         source = {"kind": "csv", "file": str(listing), "split_column": "split", "group_column": "group"}
         trees.append((study.shards(fold), source, {}))
     for number, folder in enumerate(unlabelled):
-        source = {"kind": "folder", "root": str(folder), "layout": "flat"}
+        # Unlabelled, but of the same classes as what they are read together with.
+        source = {"kind": "folder", "root": str(folder), "layout": "flat", "classes": classes}
         cut = {"kind": "windows", "length_seconds": 10.0, "max_per_video": 2}
         trees.append(
             (
