@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -33,7 +33,7 @@ class TransferRun(TrainingRun):
 
     @model_validator(mode="before")
     @classmethod
-    def _clips_for_negatives(cls, tree: Any) -> Any:
+    def _clips_for_negatives(cls, tree: object) -> object:
         return with_clips_for_negatives(tree)
 
     @model_validator(mode="after")

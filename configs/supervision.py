@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
@@ -118,11 +118,11 @@ class ProbeConfig(Section):
 
     @field_validator("shards", mode="before")
     @classmethod
-    def _one(cls, value: object) -> object:
+    def _one_or_many(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
 
-def with_clips_for_negatives(tree: Any) -> Any:
+def with_clips_for_negatives(tree: object) -> object:
     """The tree of a transfer run with ``data.clips_per_sample`` filled in, where negatives of a clip's own video ask
     for several clips of it and the run does not say how many."""
     if not isinstance(tree, Mapping):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +45,7 @@ class ClipBatch:
     costs: Costs = field(default_factory=Costs)
     failed: tuple[str, ...] = ()  # samples that could not be read and were replaced
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         # Between processes a tensor costs a file in shared memory and a socket; only the clips are worth it.
         small = {name: getattr(self, name).cpu().numpy() for name in TENSORS if name != "clips"}
         targets = None if self.targets is None else self.targets.cpu().numpy()
@@ -68,13 +67,13 @@ class ClipBatch:
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> ClipBatch:
         targets = None if self.targets is None else change(self.targets)
-        moved: dict[str, Any] = {name: change(getattr(self, name)) for name in TENSORS}
-        return replace(self, targets=targets, **moved)
+        moved: dict[str, Tensor] = {name: change(getattr(self, name)) for name in TENSORS}
+        return replace(self, targets=targets, costs=self.costs, failed=self.failed, **moved)
 
 
 def _unpacked(
     clips: Tensor,
-    small: Mapping[str, npt.NDArray[Any]],
+    small: Mapping[str, npt.NDArray[np.generic]],
     targets: npt.NDArray[np.float32] | None,
     costs: Costs,
     failed: tuple[str, ...],
