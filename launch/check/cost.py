@@ -25,6 +25,7 @@ from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
 from cliplift.pipelines.engine.optim import optimizer_moments, total_steps
 from cliplift.pipelines.engine.task import as_trained
+from cliplift.pipelines.runs.folder import HISTORY, RUN
 from cliplift.pipelines.stages.run import stage_of
 from cliplift.sharding.read.reader import ShardReadError
 
@@ -157,7 +158,7 @@ def estimated_speed(cost: Cost, flops: float | None, plan: MemoryPlan) -> Speed 
 
 def logged_speed(folder: Path, *, world_size: int) -> Speed | None:
     """The median of the run's own log, when it was made by as many ranks."""
-    log, record = folder / "metrics.jsonl", folder / "run.json"
+    log, record = folder / HISTORY, folder / RUN
     if not (log.is_file() and record.is_file()):
         return None
     if json.loads(record.read_text(encoding="utf-8")).get("world_size") != world_size:

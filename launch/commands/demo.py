@@ -87,7 +87,7 @@ def demonstrate(run: DemoRun) -> Path | None:
 
 def _run_demo(run: DemoRun) -> Path:
     from cliplift.pipelines.engine.faults import stopping_at_once
-    from cliplift.pipelines.report.page import write_report
+    from cliplift.pipelines.report.page import DEMO, write_report
     from cliplift.pipelines.runs.folder import write_json
 
     root = Path(run.output)
@@ -118,7 +118,7 @@ def _run_demo(run: DemoRun) -> Path:
         rows.append(_finetune(run, root, method, recipe))
         clock = timed(method, clock)
     facts = _facts(transfer, rows, seconds | {"total": round(time.monotonic() - began, 1)})
-    write_json(root / "demo.json", facts)
+    write_json(root / DEMO, facts)
     with stopping_at_once():
         report = write_report(
             runs=[transfer.folder, *(Path(f) for row in rows for f in row.folders)],
@@ -214,8 +214,10 @@ def _facts(transfer: StageResult, rows: Sequence[Row], seconds: Mapping[str, flo
 
 def table(facts: DemoFacts, rows: Sequence[Row]) -> str:
     """The demo's one table, as text."""
+    from cliplift.pipelines.runs.folder import RunFolder, metrics_of
+
     matching = facts["transfer"]
-    chance = json.loads((Path(rows[0].folders[0]) / "result.json").read_text())["metrics"]["chance"]
+    chance = metrics_of(RunFolder(Path(rows[0].folders[0]), writes=False).result() or {})["chance"]
     lines = [
         "",
         f"{'transfer: matching accuracy, held-out videos':46s} {matching['matching_accuracy']:.3f}"

@@ -13,6 +13,7 @@ from cliplift.configs.runs import TRAINING, EvaluateRun, stage_name
 from cliplift.configs.sections import ConfigError, Section
 from cliplift.configs.sharding import ShardRun
 from cliplift.configs.training import TrainingRun
+from cliplift.pipelines.runs.folder import RESULT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class Job:
     @property
     def finished_file(self) -> str:
         """The file that says that a training run is over, not merely stopped."""
-        return f"{self.output.rstrip('/')}/result.json"
+        return f"{self.output.rstrip('/')}/{RESULT}"
 
 
 def plan_jobs(configs: Sequence[LoadedRun[Section]], resources: Resources) -> list[Job]:

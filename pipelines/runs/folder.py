@@ -30,6 +30,7 @@ from cliplift.sharding.storage import whole_file
 Record = dict[str, object]  # an object of JSON
 
 CONFIG, RUN, RESULT, WEIGHTS = "config.yaml", "run.json", "result.json", "weights"
+HISTORY = "metrics.jsonl"
 
 
 @dataclass(frozen=True)

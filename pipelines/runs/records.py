@@ -20,6 +20,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.yaml_text import YamlTextError, read_yaml
 from cliplift.pipelines.runs.folder import (
     CONFIG,
+    HISTORY,
     RESULT,
     RUN,
     Record,
@@ -33,7 +34,6 @@ from cliplift.pipelines.runs.predictions import PREDICTIONS, Predictions, read_p
 
 log = logging.getLogger(__name__)
 
-HISTORY = "metrics.jsonl"
 TRANSFER = "transfer"
 
 

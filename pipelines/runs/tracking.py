@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.distributed.collectives import Topology
-from cliplift.pipelines.runs.folder import Record, RunFolder, read_json, write_json, write_text
+from cliplift.pipelines.runs.folder import HISTORY, Record, RunFolder, read_json, write_json, write_text
 from cliplift.sharding.build.tracking import wandb_mode
 from cliplift.sharding.manifest import DATASET_FILE
 
@@ -51,7 +51,7 @@ class Tracker:
         self._row_offset = 0
         self._board: SummaryWriter | None = None
         if self.active:
-            self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self._lines = (folder / HISTORY).open("a", encoding="utf-8")
             self._board = _tensorboard(folder / "tensorboard") if run.track.tensorboard else None
             self._wandb = self._start_wandb()
 
@@ -83,7 +83,7 @@ class Tracker:
             return
         assert self._lines is not None
         self._lines.close()
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / HISTORY
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         write_text(path, "".join(f"{line}\n" for line in lines if _step_of(line, step) <= step))
         self._lines = path.open("a", encoding="utf-8")
