@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cliplift.configs.sections import ConfigError
+from cliplift.sharding.manifest import ManifestError, read_table
 from cliplift.sharding.storage import whole_file
 
 if TYPE_CHECKING:
@@ -102,16 +103,14 @@ def read_predictions(path: Path) -> Predictions:
     Raises:
         ConfigError: the file is not one, or its rows do not fit together.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        table = pq.read_table(path)
-    except pa.ArrowException as error:
+        table = read_table(path.read_bytes(), file=path.name)
+    except (ManifestError, OSError) as error:
         raise ConfigError(f"{path} cannot be read: {error}", key="runs", value=str(path)) from None
     missing = [name for name in COLUMNS if name not in table.column_names]
     if missing:
         raise ConfigError(f"{path} lacks the columns {', '.join(missing)}", key="runs", value=str(path))
+    _require_types(table, path)
     probabilities = _matrix(table, "probabilities", path)
     logits = _matrix(table, LOGITS, path) if LOGITS in table.column_names else None
     if logits is not None and logits.shape != probabilities.shape:
@@ -129,6 +128,26 @@ def read_predictions(path: Path) -> Predictions:
         probabilities=probabilities,
         logits=logits,
     )
+
+
+def _require_types(table: pa.Table, path: Path) -> None:
+    """Raise ConfigError unless names are text, numbers integers and scores lists of floats, with no cell empty."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    for name in [name for name in (*COLUMNS, LOGITS) if name in table.column_names]:
+        column = table[name]
+        if name in ("probabilities", LOGITS):
+            right = pa.types.is_list(column.type) and pa.types.is_floating(column.type.value_type)
+            right = right and not pc.list_flatten(column).null_count
+        elif name in ("key", "video_id", "shard_url"):
+            right = pa.types.is_string(column.type)
+        else:
+            right = pa.types.is_integer(column.type)
+        if not right or column.null_count:
+            raise ConfigError(
+                f"{path} cannot be read: its column {name!r} is damaged", key="runs", value=str(path)
+            )
 
 
 def _matrix(table: pa.Table, column: str, path: Path) -> Scores:

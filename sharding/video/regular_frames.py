@@ -207,8 +207,11 @@ def constant_rate(
     source_fps: Fraction,
     fps: Fraction,
     config: TranscodeConfig,
+    left_out: list[float] | None = None,
 ) -> Iterator[VideoFrame]:
     """Frames at a constant rate: slot k shows the last frame whose time rounds to k or earlier.
+
+    The times, in seconds, of frames that no slot shows (``transcode.max_fps``) are added to ``left_out``.
 
     Raises:
         VideoDecodeError: the span is longer than ``config.max_seconds``.
@@ -219,21 +222,28 @@ def constant_rate(
     held: VideoFrame | None = None
     held_until = 0.0  # in slots
     slot = 0
+    unseen: float | None = None  # time of the held frame while no slot shows it, if it belongs to the span
+    left_out = [] if left_out is None else left_out
     for time, frame in timed:
         at = math.floor((time - start) * rate + ROUND_UP)
         if at > limit:
             raise VideoDecodeError(f"too long: more than {config.max_seconds:g} s; cut it into windows")
         while held is not None and slot < min(at, last_slot):
             yield held
-            slot += 1
+            slot, unseen = slot + 1, None
+        if unseen is not None:
+            left_out.append(unseen)
         if slot >= last_slot:
             return
+        unseen = time if at >= 0 else None
         held, held_until = frame, (time - start + _seconds_shown(frame, source_fps)) * rate
     if min(held_until, last_slot) > limit + 1:
         raise VideoDecodeError(f"too long: more than {config.max_seconds:g} s; cut it into windows")
     while held is not None and slot < min(held_until - SLOT_SLACK, last_slot):
         yield held
-        slot += 1
+        slot, unseen = slot + 1, None
+    if unseen is not None:
+        left_out.append(unseen)
 
 
 def _seconds_shown(frame: VideoFrame, source_fps: Fraction) -> float:

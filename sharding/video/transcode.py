@@ -51,6 +51,7 @@ class SourceFacts(TypedDict):
     duration_seconds: float | None
     rotation: int  # degrees
     copied: NotRequired[bool]
+    frames_left_out: NotRequired[int]  # frames of the span that `fps` or `max_fps` leave no place for
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,15 @@ def transcode_span(
 
 
 def _transcoded(video: Pass, *, start: float, end: float | None, config: TranscodeConfig) -> EncodedClip:
+    left_out: list[float] = []
     chosen = constant_rate(
-        video.frames(start), start=start, end=end, source_fps=video.source_fps, fps=video.fps, config=config
+        video.frames(start),
+        start=start,
+        end=end,
+        source_fps=video.source_fps,
+        fps=video.fps,
+        config=config,
+        left_out=left_out,
     )
     upright = Upright(config, video.time_base, sample_aspect=video.sample_aspect)
     try:
@@ -147,6 +155,8 @@ def _transcoded(video: Pass, *, start: float, end: float | None, config: Transco
             raise PastTheEndError(f"the video ends before {start:.2f} s") from error
         raise
     facts = _source_facts(video.container, video.stream, rotation=upright.rotation)
+    if left_out:
+        facts["frames_left_out"] = len(left_out)
     if video.clock.skipped and facts["duration_seconds"] is not None:
         # The container counts what the time stamps jumped over.
         facts["duration_seconds"] -= video.clock.skipped

@@ -137,3 +137,19 @@ def test_windows_of_flv_with_longer_sound_stop_at_the_last_frame(
     assert report.clips_written == 2
     entries = [json.loads(line) for line in (tmp_path / "out" / REFUSED_FILE).read_text().splitlines()]
     assert [entry["reason"] for entry in entries] == ["the video ends before 2.00 s"]
+
+
+def test_every_decoded_frame_is_stored_or_counted(tmp_path: Path) -> None:
+    film = numbered(tmp_path / "x.mp4", range(100), *H264, "-vf", "setpts=PTS/2", "-r", "50")
+    clip, numbers = stored(film)
+    assert clip.checked.fps == 25
+    assert len(numbers) == 50
+    assert clip.source["frames_left_out"] == 50
+    parts = [stored(film, start=0.0, end=1.0), stored(film, start=1.0)]
+    assert sum(one.source["frames_left_out"] + len(set(shown)) for one, shown in parts) == 100
+
+
+def test_nothing_is_left_out_at_the_rate_of_the_source(tmp_path: Path) -> None:
+    clip, numbers = stored(numbered(tmp_path / "x.mp4", range(50), *H264))
+    assert numbers == list(range(50))
+    assert "frames_left_out" not in clip.source
