@@ -114,6 +114,29 @@ def test_rank_0_stays_until_the_others_have_read_why(
     assert waited == {"seen/0": 10.0, "seen/1": 10.0, "seen/2": 0.2}
 
 
+@pytest.mark.parametrize(
+    ("call", "seconds"),
+    [
+        (lambda place: agreement.agree({}, place), 60),
+        (lambda place: agreement.agreed_data(lambda: "a", str, place), 300),
+    ],
+)
+def test_a_rank_has_a_minute_to_answer_and_five_where_data_is_opened(
+    shared_store: dist.HashStore,
+    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[[Topology], object],
+    seconds: float,
+) -> None:
+    """The verdict may take rank 0 as long once more, as it waits for the others."""
+    waited: dict[str, float] = {}
+    monkeypatch.setattr(agreement, "difference", lambda *_, **__: None)
+    monkeypatch.setattr(agreement, "_wait", lambda _, key, limit: bool(waited.setdefault(key, limit)))
+    shared_store.set("facts", "{}")
+    shared_store.set("outcome", "null")
+    call(topology(1, 2))
+    assert waited == {"facts": seconds, "outcome": 2 * seconds}
+
+
 def test_each_comparison_has_keys_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over one store, what an earlier comparison left is not taken for an answer."""
     store = dist.HashStore()

@@ -43,7 +43,8 @@ def make_engine(stage: int, precision: str = "fp32") -> Any:
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "train_batch_size": 4,
-        "zero_optimization": {"stage": stage},
+        # The buckets' defaults are of 5 * 10^8 numbers.
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, "allgather_bucket_size": 1000},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": precision == "bf16"},
         "steps_per_print": 10**9,
