@@ -136,7 +136,7 @@ def reference_block(x: Tensor, block: PseudoBlock, arrangement: str, wiring: str
 @pytest.mark.parametrize("arrangement", ["a", "b", "c"])
 def test_a_block_is_its_formula(arrangement: str, wiring: str, stride: int) -> None:
     torch.manual_seed(0)
-    block = PseudoBlock(6, 4, arrangement=arrangement, wiring=wiring, stride=stride, project=True)
+    block = PseudoBlock(6, 4, arrangement=arrangement, wiring=wiring, stride=stride)
     block = block.double().eval()
     for part in block.modules():
         if isinstance(part, nn.BatchNorm3d):
