@@ -53,6 +53,8 @@ class TimedLoader:
             video_index=index,
             views=torch.zeros_like(index),
             draws=torch.zeros(B, 24),
+            epochs=torch.zeros_like(index),
+            positions=index,
         )
         self.asked: list[float] = []
 

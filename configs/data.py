@@ -92,7 +92,8 @@ class ViewsConfig(Section):
     position: Literal["spread", "from_start"] = Field(
         "spread",
         description="spread: from the first frame to the last, one clip in the middle; "
-        "from_start: clip i of n begins at share i/n of the possible starts, one clip at the first frame",
+        "from_start: clip i of n begins at share i/n of the possible starts, one clip at the first frame; "
+        "segments: the frame at share (i + 1/2)/n of each part, or at i/n",
     )
     every_frames: int | None = Field(
         None,
@@ -128,6 +129,14 @@ class AugmentConfig(Section):
     ratio: tuple[float, float] = Field((0.75, 1.3333), description="aspect ratio of a random_resized crop")
     corner_scales: tuple[float, ...] = Field(
         (1.0, 0.875, 0.75, 0.66), description="sides of a multi_scale_corner crop, share of the short side"
+    )
+    corner_distortion: int = Field(
+        0, ge=0, description="how many steps of corner_scales the crop's height and width may be apart"
+    )
+    corner_places: Literal[5, 13] = Field(
+        5,
+        description="where a multi_scale_corner crop may lie: corners and centre, or also the middles of the edges and "
+        "between corners and centre",
     )
     short_side_pixels: tuple[int, int] | None = Field(
         None,

@@ -65,17 +65,70 @@ class ForecastConfig(Section):
     )
 
 
+class MaskedConfig(Section):
+    """Masked autoencoding of pixels: what is hidden from the encoder, and what the decoder gives back."""
+
+    mask: Literal["tube", "random", "running_cell"] = Field(
+        "tube",
+        description="what the encoder does not see: tube, the same random places at all times (VideoMAE); random, "
+        "tokens anywhere (Hiera: whole mask units, its only kind); running_cell, places of 2 x 2 cells in turn",
+    )
+    ratio: float = Field(0.9, gt=0, lt=1, description="share of the tokens that is hidden from the encoder")
+    decoder_mask: Literal["random", "running_cell"] | None = Field(
+        None,
+        description="what the decoder leaves out (VideoMAE v2: running_cell); None decodes all that is hidden",
+    )
+    decoder_ratio: float = Field(
+        0.5, gt=0, lt=1, description="share of all tokens that the decoder leaves out, with decoder_mask"
+    )
+    normalise_targets: bool = Field(
+        True, description="predict each tubelet's pixels less their mean, over their standard deviation"
+    )
+    decoder_width: int | None = Field(
+        None, ge=8, description="width of the decoder; None is half of the encoder's, and 512 for Hiera"
+    )
+    decoder_depth: int | None = Field(
+        None, ge=1, description="blocks of the decoder; None is 4, and 8 for Hiera"
+    )
+    decoder_heads: int | None = Field(
+        None,
+        ge=1,
+        description="attention heads of the decoder; None is one for every 64 of its width, and 16 for Hiera",
+    )
+
+    @model_validator(mode="after")
+    def _cells_hide_something(self) -> MaskedConfig:
+        for key, kind, ratio in (
+            ("ratio", self.mask, self.ratio),
+            ("decoder_ratio", self.decoder_mask, self.decoder_ratio),
+        ):
+            if kind == "running_cell" and int(4 * ratio) == 0:
+                raise ConfigError(
+                    f"a running cell hides 1, 2 or 3 of its 4 tokens, and {ratio} of 4 is less than 1",
+                    key=key,
+                    value=ratio,
+                    hint="use 0.25, 0.5 or 0.75",
+                )
+        return self
+
+
 class PretrainRun(ClassificationRun):
-    """Large-backbone pretraining: on labelled shards, or by predicting frames on any."""
+    """Large-backbone pretraining: on labelled shards, or on any by predicting frames or masked pixels."""
 
     stage: Literal["pretrain"] = "pretrain"
     objective: ObjectiveName = Field(
         "classification",
-        description="what is learned: classification (the labels), forecast (the frames to come; needs no labels), or "
-        "the objective of a plug-in",
+        description="what is learned: classification (the labels); without labels, forecast (the frames to come) or "
+        "masked (hidden pixels); or the objective of a plug-in",
     )
     objective_options: dict[str, object] = Field({}, description="options of the objective of a plug-in")
     forecast: ForecastConfig = ForecastConfig()
+    masked: MaskedConfig = MaskedConfig()
+    probe: ProbeConfig | None = Field(
+        None,
+        description="labelled data for a k-NN and a linear probe of the encoder's features, with objective masked; "
+        "None is off",
+    )
 
     @field_validator("objective_options")
     @classmethod
@@ -95,6 +148,34 @@ class PretrainRun(ClassificationRun):
                 value=self.forecast.input_frames,
                 hint=f"use less than data.sampling.frames={self.data.sampling.frames}",
             )
+        self._refuse_labels("forecasting")
+        return self
+
+    @model_validator(mode="after")
+    def _masked_possible(self) -> PretrainRun:
+        if self.objective != "masked":
+            if self.probe is not None:
+                raise ConfigError(
+                    f"judges features learned without labels, and this run is of objective {self.objective!r}",
+                    key="probe",
+                    hint="use null, or objective: masked",
+                )
+            return self
+        self._refuse_labels("masked pretraining")
+        if self.data.modality != "rgb":
+            raise ConfigError(
+                "has no pixels to predict", key="data.modality", value=self.data.modality, hint="use rgb"
+            )
+        if self.engine.precision in ("bf16", "fp16"):
+            raise ConfigError(
+                "rounds the pixels that are to be predicted",
+                key="engine.precision",
+                value=self.engine.precision,
+                hint="use autocast_bf16",
+            )
+        return self
+
+    def _refuse_labels(self, what: str) -> None:
         about_labels = {
             "label_smoothing": self.label_smoothing,
             "data.augment.mixup_alpha": self.data.augment.mixup_alpha,
@@ -103,12 +184,11 @@ class PretrainRun(ClassificationRun):
         for key, value in about_labels.items():
             if value:
                 raise ConfigError(
-                    "is about labels, and forecasting has none",
+                    f"is about labels, and {what} has none",
                     key=key,
                     value=value,
                     hint="set it to 0, or objective: classification",
                 )
-        return self
 
 
 class FinetuneRun(ClassificationRun):

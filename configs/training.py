@@ -63,8 +63,20 @@ class ScheduleConfig(Section):
     steps: int | None = Field(None, ge=1, description="length of the run in optimizer steps")
     epochs: float | None = Field(None, gt=0, description="length of the run in passes over the data")
     warmup_share: float = Field(0.05, ge=0, lt=1, description="linear warm-up, share of the run")
+    first_lr_share: float = Field(0.0, ge=0, le=1, description="lr the warm-up rises from, share of the peak")
     final_lr_share: float = Field(
         0.0, ge=0, le=1, description="lr at the end of cosine or cooldown, share of the peak"
+    )
+    stretch: float = Field(
+        1.0,
+        ge=1,
+        description="cosine (of lr and weight decay) and cooldown are laid out for a run this many times as long, "
+        "whose end is not reached (V-JEPA: 1.25)",
+    )
+    final_weight_decay: float | None = Field(
+        None,
+        gt=0,
+        description="weight decay goes from optim.weight_decay to this over the run, by a cosine; None is constant",
     )
     milestones: tuple[float, ...] = Field(
         (), description="step: points of the run (share, 0 to 1) where lr drops"
@@ -297,7 +309,14 @@ class TrainingRun(Section):
     model: ModelConfig
 
     @model_validator(mode="after")
-    def _whole_layers(self) -> TrainingRun:
+    def _possible_optimizer(self) -> TrainingRun:
+        if self.schedule.final_weight_decay is not None and not self.optim.weight_decay:
+            raise ConfigError(
+                "goes nowhere from optim.weight_decay=0",
+                key="schedule.final_weight_decay",
+                value=self.schedule.final_weight_decay,
+                hint="give both, or null",
+            )
         if self.optim.name == "lamb" and self.engine.zero_stage > 0:
             raise ConfigError(
                 "needs whole layers for its trust ratio, which ZeRO partitions cut",

@@ -47,6 +47,8 @@ def random_batch(shape: Shape) -> ClipBatch:
         video_index=index,
         views=torch.zeros_like(index),
         draws=torch.rand(B, 24),
+        epochs=torch.zeros_like(index),
+        positions=index,
     )
     return batch.pin_memory() if torch.cuda.is_available() else batch
 

@@ -37,7 +37,8 @@ def adapt_hiera(
     if left:
         notes.append(f"left out {len(left)} tensors of pretraining alone ({', '.join(left[:3])}, ...)")
     given = {_name(key.removeprefix("encoder.")): value for key, value in state.items() if key not in left}
-    if "norm.weight" in own and "norm.weight" not in given and left:
+    pretrained = left or not any(key.startswith("head.") for key in given)
+    if "norm.weight" in own and "norm.weight" not in given and pretrained:
         bias = 0.02  # where the released code starts it
         given |= {
             "norm.weight": torch.ones_like(own["norm.weight"]),

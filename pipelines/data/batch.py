@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-TENSORS = ("clips", "labels", "sample_index", "video_index", "views", "draws")
+HOST_TENSORS = ("draws", "epochs", "positions")  # the host decides by them, without asking the device
+DEVICE_TENSORS = ("clips", "labels", "sample_index", "video_index", "views")
+TENSORS = (*DEVICE_TENSORS, *HOST_TENSORS)
+OUTSIDE_TRAINING = -1  # the epoch of clips that are evaluated
 NUM_DRAWS = 24  # uniform numbers of a clip for the augmentation on the device
 FLIP = 0  # column of the draws: below 0.5 mirrors the clip, where the config has it
 
@@ -41,6 +44,9 @@ class ClipBatch:
     video_index: Tensor  # int64 (B,) equal numbers are clips of the same source video
     views: Tensor  # int64 (B,) view of a test sample, or which of several training clips of a sample
     draws: Tensor  # float32 (B, NUM_DRAWS) in [0, 1), a function of seed, epoch, sample and view; on the host
+    epochs: Tensor  # int64 (B,) the pass for which the clip was asked, OUTSIDE_TRAINING in evaluation; on the host
+    # int64 (B,) its place in that pass, that of the clip asked for where another replaced it; on the host
+    positions: Tensor
     targets: Tensor | None = None  # float32 (B, K) for data with several labels per sample
     costs: Costs = field(default_factory=Costs)
     failed: tuple[str, ...] = ()  # samples that could not be read and were replaced
@@ -54,20 +60,27 @@ class ClipBatch:
     def to(self, device: torch.device) -> ClipBatch:
         """The batch on a device; copies from pinned memory do not wait.
 
-        The draws stay where they are: the host decides by them, without asking the device.
+        Draws, epochs and positions stay where they are: the host decides by them, without asking the device.
         """
-        return replace(self._mapped(lambda t: t.to(device, non_blocking=True)), draws=self.draws)
+        return self._mapped(lambda t: t.to(device, non_blocking=True), DEVICE_TENSORS)
 
     def pin_memory(self) -> ClipBatch:
-        return self._mapped(Tensor.pin_memory)
+        return self._mapped(Tensor.pin_memory, TENSORS)
 
     def at(self, clip: int) -> ClipBatch:
         """One clip of the batch, as a batch."""
-        return self._mapped(lambda t: t[clip : clip + 1])
+        return self._mapped(lambda t: t[clip : clip + 1], TENSORS)
 
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> ClipBatch:
+    def asked_for(self, *, epoch: int, position: int) -> ClipBatch:
+        """The B clips of one sample as those of a place in a pass: the clips of place p are number p*B to p*B + B-1."""
+        B = len(self.labels)
+        return replace(
+            self, epochs=torch.full((B,), epoch), positions=torch.arange(position * B, (position + 1) * B)
+        )
+
+    def _mapped(self, change: Callable[[Tensor], Tensor], names: Sequence[str]) -> ClipBatch:
         targets = None if self.targets is None else change(self.targets)
-        moved: dict[str, Tensor] = {name: change(getattr(self, name)) for name in TENSORS}
+        moved: dict[str, Tensor] = {name: change(getattr(self, name)) for name in names}
         return replace(self, targets=targets, costs=self.costs, failed=self.failed, **moved)
 
 

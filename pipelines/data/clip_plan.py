@@ -59,11 +59,12 @@ def view_frames(
     """Frame numbers of the test clips: spread uniformly over the video, the middle one where there is one.
 
     ``from_start``: clip i of n begins at share i/n of the possible starts instead, so that one clip begins
-    at the first frame (the released TimeSformer code). Segments cover the whole video either way.
+    at the first frame (the released TimeSformer code). Segments cover the whole video either way: clip i takes the
+    frame at share (i + 1/2)/n of each part, or from_start at i/n (VideoMAE's two sets of frames for n = 2).
     ``every_frames``: clips begin at every n-th frame; a video shorter than a clip is one.
     """
     if sampling.mode == "segments":
-        shifts = (np.arange(clips) + 0.5) / clips
+        shifts = (np.arange(clips) + (0.0 if from_start else 0.5)) / clips
         return [_segments(sampling.frames, num_frames, np.full(sampling.frames, shift)) for shift in shifts]
     slack = _slack(sampling, num_frames, fps)
     if every_frames is not None:
@@ -115,11 +116,7 @@ def training_box(
     if augment.crop == "random_resized":
         return _random_resized(augment, height=height, width=width, rng=rng)
     if augment.crop == "multi_scale_corner":
-        side = max(
-            1,
-            round(min(height, width) * augment.corner_scales[int(rng.integers(len(augment.corner_scales)))]),
-        )
-        return _corners_and_centre(height, width, side)[int(rng.integers(5))]
+        return _multi_scale_corner(augment, height=height, width=width, rng=rng)
     side = _crop_side(data, height, width)
     if augment.crop == "random":
         if augment.short_side_pixels is not None:
@@ -127,7 +124,26 @@ def training_box(
             side = _crop_side(data, height, width, resized=int(rng.integers(low, high + 1)))
         top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
         return Box(top, left, side, side)
-    return _corners_and_centre(height, width, side)[-1]
+    return _corners_and_centre(height, width, side, side)[-1]
+
+
+def _multi_scale_corner(augment: AugmentConfig, *, height: int, width: int, rng: np.random.Generator) -> Box:
+    """A box of one of the fixed sizes in one of the fixed places (TSN, arXiv 1608.00859, section 3.3)."""
+    short = min(height, width)
+    sides = [max(1, round(short * scale)) for scale in augment.corner_scales]
+    shapes = [
+        (a, b)
+        for i, a in enumerate(sides)
+        for j, b in enumerate(sides)
+        if abs(i - j) <= augment.corner_distortion
+    ]
+    h, w = shapes[int(rng.integers(len(shapes)))]
+    places = (
+        _corners_and_centre(height, width, h, w)
+        if augment.corner_places == 5
+        else _thirteen(height, width, h, w)
+    )
+    return places[int(rng.integers(len(places)))]
 
 
 def _random_resized(augment: AugmentConfig, *, height: int, width: int, rng: np.random.Generator) -> Box:
@@ -146,7 +162,7 @@ def _random_resized(augment: AugmentConfig, *, height: int, width: int, rng: np.
 def view_boxes(data: DataConfig, *, height: int, width: int, crops: int) -> list[Box]:
     """Test crops: centre; three along the long side; four corners and centre; those five and their mirrors."""
     side = _crop_side(data, height, width)
-    five = _corners_and_centre(height, width, side)
+    five = _corners_and_centre(height, width, side, side)
     if crops == 1:
         return [five[-1]]
     if crops == 3:
@@ -167,11 +183,19 @@ def _crop_side(data: DataConfig, height: int, width: int, *, resized: int | None
     return max(1, min(short, round(short * data.crop_pixels / resized)))
 
 
-def _corners_and_centre(height: int, width: int, side: int) -> list[Box]:
+def _corners_and_centre(height: int, width: int, h: int, w: int) -> list[Box]:
     """Four corners, then the centre."""
-    bottom, right = height - side, width - side
+    bottom, right = height - h, width - w
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right), (bottom // 2, right // 2)]
-    return [Box(top, left, side, side) for top, left in corners]
+    return [Box(top, left, h, w) for top, left in corners]
+
+
+def _thirteen(height: int, width: int, h: int, w: int) -> list[Box]:
+    """Those five, the middles of the edges, and the points between corners and centre."""
+    down = [(height - h) * i // 4 for i in range(5)]
+    across = [(width - w) * i // 4 for i in range(5)]
+    others = [(0, 2), (2, 0), (2, 4), (4, 2), (1, 1), (1, 3), (3, 1), (3, 3)]
+    return _corners_and_centre(height, width, h, w) + [Box(down[i], across[j], h, w) for i, j in others]
 
 
 def cut(frames: Frames, box: Box, *, pixels: int) -> Tensor:

@@ -79,7 +79,8 @@ class _Training(Dataset[ClipBatch | TooManyFailuresError]):
         near = self.order.substitutes(position)
         for attempt in range(1, MAX_SUBSTITUTES + 1):
             try:
-                return self.source.training_clips(*draw), failed
+                clips = self.source.training_clips(*draw)
+                return clips.asked_for(epoch=epoch, position=position), failed
             except (ShardReadError, VideoDecodeError) as error:
                 failed.append(f"{self.source.name_of(draw.sample)}: {error}")
             at = near[mix(self.source.seed, epoch, position, attempt) % len(near)]

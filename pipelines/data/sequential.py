@@ -174,6 +174,10 @@ class _Stream(Dataset[ClipBatch | TooManyFailuresError]):
             video_index=torch.full((B,), name),
             views=torch.arange(B),
             draws=torch.from_numpy(plan.draws),
+            epochs=torch.full(
+                (B,), number
+            ),  # a stream has no places: how often something came, and what it is
+            positions=torch.arange(name * B, (name + 1) * B),
         )
 
     def close(self) -> None:

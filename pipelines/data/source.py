@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.data.batch import FLIP, NUM_DRAWS, ClipBatch, Costs
+from cliplift.pipelines.data.batch import FLIP, NUM_DRAWS, OUTSIDE_TRAINING, ClipBatch, Costs
 from cliplift.pipelines.data.clip_plan import (
     Ints,
     TrainingPlan,
@@ -195,7 +195,8 @@ class ClipSource:
         ]
         costs += Costs(cut_seconds=time.perf_counter() - began)
         mirrored = plan.draws[:, FLIP] < 0.5 if self.data.augment.flip else np.zeros(len(clips), dtype=bool)
-        return self._batch(index, clips, plan.draws, costs, mirrored=mirrored.tolist())
+        batch = self._batch(index, clips, plan.draws, costs, mirrored=mirrored.tolist())
+        return batch.asked_for(epoch=epoch, position=index)
 
     def test_views(self, index: int) -> ClipBatch:
         """All views of one sample, clips x crops, crops innermost."""
@@ -270,6 +271,8 @@ class ClipSource:
             video_index=torch.full((B,), int(self.video_index[index])),
             views=torch.arange(B),
             draws=torch.from_numpy(draws),
+            epochs=torch.full((B,), OUTSIDE_TRAINING),
+            positions=torch.arange(index * B, (index + 1) * B),
             targets=targets,
             costs=costs,
         )

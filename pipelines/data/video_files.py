@@ -13,7 +13,7 @@ from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import FlowConfig, TranscodeConfig
 from cliplift.configs.sources import VIDEO_SUFFIXES
-from cliplift.pipelines.data.batch import NUM_DRAWS, ClipBatch
+from cliplift.pipelines.data.batch import NUM_DRAWS, OUTSIDE_TRAINING, ClipBatch
 from cliplift.pipelines.data.clip_plan import cut, view_boxes, view_frames
 from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.sources.files import find_files, sort_out, warn_left_out
@@ -95,6 +95,8 @@ def clips_of_stored(stored: EncodedClip, data: DataConfig) -> ClipBatch:
         video_index=torch.zeros(B, dtype=torch.int64),
         views=torch.arange(B),
         draws=torch.full((B, NUM_DRAWS), 0.5),
+        epochs=torch.full((B,), OUTSIDE_TRAINING),
+        positions=torch.arange(B),
     )
 
 

@@ -205,13 +205,20 @@ def all_gather_tensor(values: Tensor, topology: Topology) -> Tensor:
     return torch.cat(gathered)
 
 
-def all_reduce_mean(values: Tensor, topology: Topology) -> Tensor:
-    """Mean over ranks of a float tensor."""
+def all_reduce_sum(values: Tensor, topology: Topology) -> Tensor:
+    """Sum over ranks of a tensor."""
     if topology.world_size == 1:
         return values
     total = values.detach().clone()
     dist.all_reduce(total)
-    return total / topology.world_size
+    return total
+
+
+def all_reduce_mean(values: Tensor, topology: Topology) -> Tensor:
+    """Mean over ranks of a float tensor."""
+    if topology.world_size == 1:
+        return values
+    return all_reduce_sum(values, topology) / topology.world_size
 
 
 def all_reduce_largest(values: Tensor, topology: Topology) -> Tensor:

@@ -41,7 +41,7 @@ from cliplift.pipelines.engine.faults import (
 from cliplift.pipelines.engine.late import LateValues, LoggedStep, StepOutcome
 from cliplift.pipelines.engine.optim import Schedule, leave_out, peak_lr, total_steps
 from cliplift.pipelines.engine.state import RunState, run_identity
-from cliplift.pipelines.engine.task import HALF, FitResult, TrainingTask
+from cliplift.pipelines.engine.task import HALF, OF_CLIP, FitResult, TrainingTask
 from cliplift.pipelines.engine.telemetry import StepProfiler, TrainingWindow, peak_tflops
 from cliplift.pipelines.runs.results import evaluation_line
 from cliplift.pipelines.runs.tracking import Tracker
@@ -80,7 +80,7 @@ class Trainer:
     ) -> None:
         self.task, self.run, self.loader, self.topology, self.tracker = task, run, loader, topology, tracker
         self.total = total_steps(run.schedule, steps_per_epoch=loader.steps_per_epoch)
-        self.schedule = Schedule(run.schedule, total_steps=self.total)
+        self.schedule = Schedule(run.schedule, total_steps=self.total, weight_decay=run.optim.weight_decay)
         self.lr = peak_lr(run.optim, global_batch=run.engine.global_batch)
         self.accumulation = batch_split(run, world_size=topology.world_size)[1]
         self.bad_in_row = 0
@@ -186,6 +186,7 @@ class Trainer:
         begun = time.monotonic()
         waited = 0.0
         sums: dict[str, Tensor] = {}
+        clip_sums: dict[str, Tensor] = {}
         judged: Tensor | None = None
         for turn in range(self.accumulation):
             asked = time.monotonic()
@@ -194,8 +195,12 @@ class Trainer:
             outputs = self.engine(self._cast(self.task.inputs(batch, training=True, step=self.state.step)))
             for name, value in outputs.items():
                 # Summed on the device: a number read here would make the host wait for this forward pass.
-                part = value.detach().float() / self.accumulation
-                sums[name] = sums[name] + part if name in sums else part
+                if value.ndim:
+                    own, part = name.removesuffix(OF_CLIP), value.detach().double().sum()
+                    clip_sums[own] = clip_sums[own] + part if own in clip_sums else part
+                else:
+                    part = value.detach().float() / self.accumulation
+                    sums[name] = sums[name] + part if name in sums else part
             loss = outputs["loss"]
             last = turn + 1 == self.accumulation
             if last and self.guard.factor is not None:
@@ -217,7 +222,13 @@ class Trainer:
             self.state.average.update()
         outcome = StepOutcome(step=self.state.step, judged=LateValues(judged), overflow=overflow)
         self.state.step += 1
-        self.window.add(sums, seconds=time.monotonic() - begun, waited=waited)
+        self.window.add(
+            sums,
+            clip_sums=clip_sums,
+            clips=self.run.engine.global_batch,
+            seconds=time.monotonic() - begun,
+            waited=waited,
+        )
         if self.state.step % self.run.track.every_steps == 0 or self.state.step == self.total:
             outcome.log = self._summary(lr, norm)
         # The step before this one is done by now, or nearly: while the host reads it, the device has this one to do.

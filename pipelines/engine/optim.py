@@ -223,10 +223,11 @@ def build_optimizer(
 
 
 class Schedule:
-    """Learning-rate factor at each optimizer step, a pure function of the step (plateau: and of its drops)."""
+    """Learning-rate factor and weight decay at each optimizer step, pure functions of the step (plateau: and of its
+    drops). ``weight_decay`` is the optimizer's, where ``final_weight_decay`` is to change it."""
 
-    def __init__(self, schedule: ScheduleConfig, *, total_steps: int) -> None:
-        self.config, self.total_steps = schedule, total_steps
+    def __init__(self, schedule: ScheduleConfig, *, total_steps: int, weight_decay: float = 0.0) -> None:
+        self.config, self.total_steps, self.first_decay = schedule, total_steps, weight_decay
         self.warmup_steps = round(schedule.warmup_share * total_steps)
         self.drops = 0
         self._best: float | None = None
@@ -234,10 +235,11 @@ class Schedule:
 
     def factor(self, step: int) -> float:
         """The factor the ``step``-th update (from 0) is made with."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
         config, final = self.config, self.config.final_lr_share
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        if step < self.warmup_steps:
+            return config.first_lr_share + (1 - config.first_lr_share) * ((step + 1) / self.warmup_steps)
+        laid_out = self.total_steps * config.stretch
+        progress = (step - self.warmup_steps) / max(1, laid_out - self.warmup_steps)
         if config.name == "cosine":
             return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
         if config.name == "step":
@@ -246,9 +248,18 @@ class Schedule:
             return config.factor**self.drops
         if config.name == "warmup_constant_cooldown":
             cooldown_steps = round(config.cooldown_share * self.total_steps)
-            left = (self.total_steps - step) / max(1, cooldown_steps)
+            beyond = (config.stretch - 1) * cooldown_steps  # laid out behind the run's end
+            left = (self.total_steps - step + beyond) / max(1, cooldown_steps + beyond)
             return final + (1 - final) * min(1.0, left)
         return 1.0
+
+    def weight_decay(self, step: int) -> float | None:
+        """What the ``step``-th update decays with, where that changes; None leaves it as it is."""
+        final = self.config.final_weight_decay
+        if final is None:
+            return None
+        turned = math.cos(math.pi * step / (self.total_steps * self.config.stretch))
+        return final + (self.first_decay - final) * 0.5 * (1 + turned)
 
     def observe(self, metric: float) -> bool:
         """Tell the plateau schedule an evaluation's metric (higher is better). True when the lr drops."""
@@ -272,10 +283,14 @@ class Schedule:
         self._best = state["best"]
 
     def apply(self, optimizer: Optimizer, step: int, lr: float) -> float:
-        """Set every group's lr for one update; returns the factor-free peak times the schedule."""
-        now = lr * self.factor(step)
+        """Set every group's lr and weight decay for one update; returns the factor-free peak times the schedule."""
+        now, decay = lr * self.factor(step), self.weight_decay(step)
         for group in optimizer.param_groups:
             group["lr"] = now * group["lr_factor"]
+            if (
+                decay is not None and group["weight_decay"]
+            ):  # normalisation and biases have none, and keep none
+                group["weight_decay"] = decay
         return now
 
 

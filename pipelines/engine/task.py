@@ -17,10 +17,12 @@ from cliplift.models.protocol import VideoNetwork
 from cliplift.models.registry import model_entry
 from cliplift.pipelines.data.loader import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.engine.optim import network_with_blocks
 from cliplift.pipelines.engine.zero_state import gathered_parameters
 from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.runs.tracking import ClipTable
 
+OF_CLIP = "_of_clip"  # ends the names of a module's outputs that are values of clips
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # precisions in which the weights themselves are cast
 
 
@@ -45,7 +47,10 @@ class TrainingEngine(Protocol):
 class TrainingTask(Protocol):
     """What the training loop asks of a stage: what is trained, how a batch becomes its input, how it is judged.
 
-    ``module(inputs)`` returns a dictionary with ``loss``, the mean over the micro-batch, and scalar metrics.
+    ``module(inputs)`` returns a dictionary with ``loss``, the mean over the micro-batch, and scalar metrics. Beside a
+    scalar ``X`` it may return ``X_of_clip`` (B,), float32: what is logged as ``X`` is then the mean over the clips of
+    all micro-batches, ranks and steps, summed in float64, where sums of float32 numbers of like size are exact. So the
+    logged number does not depend on how the clips are divided.
     ``evaluate`` is called on all ranks; higher is better for ``best_metric``. ``flops_per_clip`` are the operations of
     a training step per clip, None where unknown. ``clip_table`` gives column names and rows (an mp4's bytes become
     a playable cell) about the last evaluation, None where there is nothing to show.
@@ -91,6 +96,7 @@ class ModelCard(TypedDict, total=False):
     task: str
     objective: str
     forecast: Mapping[str, object]  # a ForecastConfig
+    masked: Mapping[str, object]  # a MaskedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +177,8 @@ def as_trained(built: StageModule, run: TrainingRun) -> nn.Module:
     dtype = HALF.get(run.engine.precision)
     module = built.module if dtype is None else built.module.to(dtype)
     if run.engine.checkpoint_blocks_share:
-        checkpoint_blocks(built.network, run.engine.checkpoint_blocks_share)
+        _, network = network_with_blocks(module, key="engine.checkpoint_blocks_share")
+        checkpoint_blocks(network, run.engine.checkpoint_blocks_share)
     return module.train()
 
 

@@ -24,7 +24,12 @@ from torch.profiler import ProfilerActivity, profile
 from cliplift.configs.training import ModelConfig, TrainingRun
 from cliplift.models.measure import measure_model
 from cliplift.models.protocol import ModelError
-from cliplift.pipelines.distributed.collectives import Topology, all_reduce_largest, all_reduce_mean
+from cliplift.pipelines.distributed.collectives import (
+    Topology,
+    all_reduce_largest,
+    all_reduce_mean,
+    all_reduce_sum,
+)
 
 
 @dataclass
@@ -32,14 +37,27 @@ class TrainingWindow:
     """Sums since the last logged line."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
+    clip_sums: dict[str, Tensor] = field(default_factory=dict)  # of this rank's clips, float64
     steps: int = 0
+    clips: int = 0  # of all ranks
     seconds: float = 0.0
     waited: float = 0.0
     failed: int = 0
 
-    def add(self, values: Mapping[str, Tensor], *, seconds: float, waited: float) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
+    def add(
+        self,
+        values: Mapping[str, Tensor],
+        *,
+        clip_sums: Mapping[str, Tensor],
+        clips: int,
+        seconds: float,
+        waited: float,
+    ) -> None:
+        """A step: means over its micro-batches, and sums over this rank's part of its ``clips``."""
+        for kept, new in ((self.sums, values), (self.clip_sums, clip_sums)):
+            for name, value in new.items():
+                kept[name] = kept[name] + value if name in kept else value
+        self.clips += clips
         self.steps += 1
         self.seconds += seconds
         self.waited += waited
@@ -50,6 +68,11 @@ class TrainingWindow:
         sums = torch.stack([self.sums[name].double() for name in names])
         waited = torch.full((1,), self.waited / self.seconds, dtype=torch.float64, device=sums.device)
         means = all_reduce_mean(sums, topology) / self.steps
+        if self.clip_sums:
+            # The mean over clips takes the place of that over micro-batches, whose roundings depend on their size.
+            exact = all_reduce_sum(torch.stack(list(self.clip_sums.values())), topology) / self.clips
+            of_clips = dict(zip(self.clip_sums, exact, strict=True))
+            means = torch.stack([of_clips.get(name, mean) for name, mean in zip(names, means, strict=True)])
         return [*names, "data_wait_share"], torch.cat([means, all_reduce_largest(waited, topology)])
 
     def numbers(self, run: TrainingRun, topology: Topology, *, frames: int) -> dict[str, float | None]:

@@ -4,6 +4,7 @@
 * ``starting_weights``: where a network's weights come from, and which of them training leaves alone
 * ``classification``: pretrain with labels, and finetune
 * ``forecast``: pretrain by predicting frames
+* ``masked``: pretrain by predicting the pixels of hidden tokens
 * ``transfer``: 2D to 3D, with ``matching`` (pairs and their metrics), ``feature_targets`` (the teacher's features as
   the target), ``teacher`` (its features, computed once) and ``probe`` (features judged by labels)
 * ``repeats``: folds and seeds, one run each

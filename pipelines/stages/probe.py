@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cliplift.configs.data import DataConfig, ViewsConfig
-from cliplift.configs.runs import TransferRun
+from cliplift.configs.runs import PretrainRun, TransferRun
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.supervision import ProbeConfig
 from cliplift.models.protocol import VideoNetwork
@@ -24,7 +24,7 @@ from cliplift.pipelines.evaluation.over_split import over_split
 
 @torch.no_grad()
 def probe(
-    student: VideoNetwork, run: TransferRun, config: ProbeConfig, *, topology: Topology
+    student: VideoNetwork, run: TransferRun | PretrainRun, config: ProbeConfig, *, topology: Topology
 ) -> dict[str, float]:
     """``probe_knn_accuracy``, ``probe_linear_accuracy`` and ``probe_chance`` of a student's features.
 
@@ -70,7 +70,7 @@ def probe(
 
 
 def features_of(
-    student: VideoNetwork, data: DataConfig, split: str, *, run: TransferRun, topology: Topology
+    student: VideoNetwork, data: DataConfig, split: str, *, run: TransferRun | PretrainRun, topology: Topology
 ) -> tuple[Tensor, Tensor]:
     """Features (N, D) in fp64 and labels (N,) of a split, in dataset order, the same on every rank."""
     loader = EvalLoader(

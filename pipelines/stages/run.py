@@ -35,12 +35,14 @@ from cliplift.pipelines.runs.results import commands_after, result_block
 from cliplift.pipelines.runs.tracking import Tracker
 from cliplift.pipelines.stages.classification import ClassificationStage, FinetuneStage
 from cliplift.pipelines.stages.forecast import ForecastStage
+from cliplift.pipelines.stages.masked import MaskedStage
 from cliplift.pipelines.stages.transfer import TransferStage
 
 # Called with (run, classes=..., topology=...). Plug-ins bring their own, as `configs/plugins.py` finds them.
 OBJECTIVES: dict[str, Callable[..., Stage]] = {
     "classification": ClassificationStage,
     "forecast": ForecastStage,
+    "masked": MaskedStage,
 }
 
 

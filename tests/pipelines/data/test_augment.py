@@ -40,6 +40,8 @@ def batch(seed: int = 0, draws: np.ndarray | None = None) -> ClipBatch:
         video_index=zeros,
         views=zeros,
         draws=found,
+        epochs=zeros,
+        positions=zeros,
     )
 
 

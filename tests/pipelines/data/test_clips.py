@@ -285,6 +285,34 @@ def test_training_boxes_lie_inside(crop: str, height: int, width: int) -> None:
             assert 0.6 < box.width / box.height < 1.7
 
 
+def test_corner_crops_in_thirteen_places_and_of_unequal_sides() -> None:
+    """TSN's and VideoMAE's: 4 sides, 10 pairs that are one step apart or less, quarters of what is left over."""
+    augment = {"crop": "multi_scale_corner", "corner_distortion": 1, "corner_places": 13}
+    data = config("unused", augment=augment)
+    rng = np.random.default_rng(0)
+    boxes = {training_box(data.augment, data, height=200, width=300, rng=rng) for _ in range(4000)}
+    sides = [200, 175, 150, 132]
+    pairs = {(a, b) for i, a in enumerate(sides) for j, b in enumerate(sides) if abs(i - j) <= 1}
+    assert {(box.height, box.width) for box in boxes} == pairs
+    places = {(box.top, box.left) for box in boxes if (box.height, box.width) == (132, 150)}
+    quarters = {
+        (0, 0),
+        (0, 4),
+        (4, 0),
+        (4, 4),
+        (2, 2),
+        (0, 2),
+        (4, 2),
+        (2, 4),
+        (2, 0),
+        (1, 1),
+        (1, 3),
+        (3, 1),
+        (3, 3),
+    }
+    assert places == {(68 * down // 4, 150 * across // 4) for down, across in quarters}
+
+
 def test_ten_crops_are_five_and_their_mirrors() -> None:
     data = config("unused", crop_pixels=32, resize_short_side_pixels=64)
     boxes = view_boxes(data, height=64, width=100, crops=10)

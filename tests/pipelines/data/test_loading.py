@@ -172,6 +172,42 @@ def test_a_substitute_comes_from_the_neighbourhood(damaged: str, caplog: pytest.
             assert f"stands in for {message}" in caplog.text, "each is reported with its key"
 
 
+@pytest.mark.parametrize("data_workers", [0, 2])
+def test_a_clip_says_for_which_place_it_was_asked(damaged: str, data_workers: int) -> None:
+    """Also one that stands in for another, on any rank: the columns are those of the request."""
+    data = config(damaged, workers=data_workers, max_failed_share=1.0)
+    replaced, places = 0, []
+    for rank in range(2):
+        one = ClipLoader(data, seed=0, global_batch=G, micro_batch=G // 4, rank=rank, world_size=2)
+        asked = one.requests(start_step=0, stop_step=7)
+        for request, batch in zip(asked, one.micro_batches(start_step=0, stop_step=7), strict=True):
+            assert batch.epochs.tolist() == [request.epoch] * len(request.positions)
+            assert batch.positions.tolist() == list(request.positions)
+            places += [(request.epoch, at) for at in request.positions]
+            wanted = [one.order.draw(request.epoch, at).sample for at in request.positions]
+            replaced += sum(a != b for a, b in zip(wanted, batch.sample_index.tolist(), strict=True))
+    per_epoch = 60 // G * G
+    assert sorted(places) == [divmod(n, per_epoch) for n in range(7 * G)]
+    assert replaced
+
+
+def test_clips_of_one_sample_have_places_of_their_own(shards: str) -> None:
+    data = config(shards, clips_per_sample=3)
+    one = ClipLoader(data, seed=0, global_batch=G, micro_batch=G, rank=0, world_size=1)
+    first = next(one.micro_batches(start_step=0, stop_step=1))
+    assert sorted(first.positions.tolist()) == list(range(G))
+    alone = first.to(torch.device("cpu"))
+    assert torch.equal(alone.positions, first.positions)
+
+
+def test_evaluation_has_places_too(shards: str) -> None:
+    data = config(shards, views={"clips": 2, "crops": 1})
+    loader = EvalLoader(data, split="val", batch=4, rank=1, world_size=2)
+    for batch in loader:
+        assert batch.epochs.tolist() == [-1] * len(batch.labels)
+        assert batch.positions.tolist() == (2 * batch.sample_index + batch.views).tolist()
+
+
 # --- mixtures and several clips of a sample -----------------------------------------------------------------------
 
 

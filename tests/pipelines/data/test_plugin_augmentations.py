@@ -58,7 +58,14 @@ def black(batch: int) -> ClipBatch:
     draws = torch.arange(batch)[:, None] + torch.arange(NUM_DRAWS) / 100
     clips, numbers = torch.zeros(batch, 4, 8, 8, 3, dtype=torch.uint8), torch.zeros(batch, dtype=torch.int64)
     return ClipBatch(
-        clips=clips, labels=numbers, sample_index=numbers, video_index=numbers, views=numbers, draws=draws
+        clips=clips,
+        labels=numbers,
+        sample_index=numbers,
+        video_index=numbers,
+        views=numbers,
+        draws=draws,
+        epochs=numbers,
+        positions=numbers,
     )
 
 

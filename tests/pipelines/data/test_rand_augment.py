@@ -127,7 +127,9 @@ def test_it_runs_on_training_batches_alone() -> None:
     B = 4
     zeros = torch.zeros(B, dtype=torch.int64)
     draws = torch.rand(B, NUM_DRAWS, generator=torch.Generator().manual_seed(0))
-    batch = ClipBatch(torch.stack([clip(i) for i in range(B)]), zeros, zeros, zeros, zeros, draws)
+    batch = ClipBatch(
+        torch.stack([clip(i) for i in range(B)]), zeros, zeros, zeros, zeros, draws, zeros, zeros
+    )
     plain = InputSpec(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     augment = config(flip=False)
 

@@ -45,6 +45,16 @@ def test_segments_take_one_frame_of_each_part() -> None:
     assert view_frames(sampling, num_frames=40, fps=30, clips=1)[0].tolist() == [5, 15, 25, 35]
 
 
+@pytest.mark.parametrize("num_frames", [16, 37, 100, 101])
+def test_the_two_test_clips_of_videomae(num_frames: int) -> None:
+    """Their index sets for Something-Something: int(tick * x), and int(tick / 2 + tick * x)."""
+    tick = num_frames / 16
+    expected = [[int(tick * x) for x in range(16)], [int(tick / 2 + tick * x) for x in range(16)]]
+    sampling = SamplingConfig(frames=16, mode="segments")
+    found = view_frames(sampling, num_frames=num_frames, fps=30, clips=2, from_start=True)
+    assert [view.tolist() for view in found] == expected
+
+
 def test_views_are_spread_from_start_to_end() -> None:
     sampling = SamplingConfig(frames=2, stride=1)
     found = [view.tolist() for view in view_frames(sampling, num_frames=12, fps=30, clips=3)]

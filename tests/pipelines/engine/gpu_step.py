@@ -46,6 +46,8 @@ class Repeating:
             video_index=index,
             views=index,
             draws=torch.rand(4, NUM_DRAWS),
+            epochs=torch.zeros_like(index),
+            positions=index,
         ).pin_memory()
 
     def micro_batches(self, *, start_step: int, stop_step: int, final: bool = False) -> Any:

@@ -103,6 +103,8 @@ def test_augmentation_and_mixing_read_nothing_from_the_clips(repository: Path) -
         video_index=index,
         views=index,
         draws=torch.rand(4, NUM_DRAWS, generator=generator),
+        epochs=torch.zeros_like(index),
+        positions=index,
     )
     augment = AugmentConfig.model_validate({
         "flip": True, "brightness": 0.2, "contrast": 0.2, "saturation": 0.2, "grayscale_probability": 0.3,

@@ -58,6 +58,8 @@ class FixedLoader:
                     video_index=index,
                     views=torch.zeros_like(index),
                     draws=torch.zeros(len(index), 24),
+                    epochs=torch.zeros_like(index),
+                    positions=index,
                 )
 
 

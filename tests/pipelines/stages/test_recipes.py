@@ -147,6 +147,7 @@ SMALLER = {
     "resnext3d_101_bert": ["data.sampling.frames=16"],
     "snippets_conv_120": ["data.sampling.frames=12"],
     "1fps": ["data.sampling.frames=8"],
+    "videomae_base": ["data.crop_pixels=64", "data.resize_short_side_pixels=64", "data.sampling.frames=4"],
 }
 
 

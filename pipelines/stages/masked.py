@@ -1,0 +1,391 @@
+"""Pretraining without labels: hide most of a clip, and predict the pixels of what is hidden.
+
+Objective ``masked`` of the pretrain stage: VideoMAE (arXiv 2203.12602), VideoMAE v2 with its second mask for the
+decoder (2303.16727), and Hiera's masked autoencoder (2306.00989). The networks are in ``models/video_vit`` and
+``models/hiera``.
+
+A clip's mask is a function of (seed, epoch, position): made on the CPU from the batch's columns, the same on any number
+of ranks and for any micro-batch. A clip's loss is a mean over its own tokens, and the loss of a step the mean over its
+clips. So as long as the weights are equal, losses are equal, bit for bit wherever a clip's forward pass does not depend
+on the clips beside it (a CPU).
+
+Shape letters: B clips, C channels, T H W frames and pixels, N tokens of a clip, n visible, m decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cliplift.configs.data import ViewsConfig
+from cliplift.configs.runs import MaskedConfig, PretrainRun
+from cliplift.configs.sections import ConfigError
+from cliplift.models import create_model, list_models
+from cliplift.models.hiera.decoder import HieraMaskedAutoencoder, unit_mask
+from cliplift.models.hiera.model import Hiera
+from cliplift.models.video_vit.decoder import MaskedAutoencoder, Reconstruction
+from cliplift.models.video_vit.masks import (
+    MaskDraws,
+    random_mask,
+    running_cell_mask,
+    token_numbers,
+    tube_mask,
+)
+from cliplift.models.video_vit.model import VideoViT
+from cliplift.models.video_vit.positions import TokenGrid
+from cliplift.pipelines.data.augment import DeviceAugment
+from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
+from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.engine.task import (
+    SavedModel,
+    StageModule,
+    data_card,
+    example_clips,
+    network_weights,
+)
+from cliplift.pipelines.engine.telemetry import training_flops
+from cliplift.pipelines.evaluation.over_split import over_split
+from cliplift.pipelines.runs.folder import RunFolder
+from cliplift.pipelines.runs.tracking import ClipTable
+from cliplift.pipelines.stages.matching import sent
+from cliplift.pipelines.stages.probe import probe
+from cliplift.pipelines.stages.starting_weights import freeze_named, initialise_from
+
+HEAD_WIDTH = 64  # of the decoder (all published sizes)
+DECODER_DEPTH = 4  # VideoMAE v1's S and B, all sizes of v2
+HIERA_DECODER = {"width": 512, "depth": 8, "heads": 16}
+
+# How the names of the networks that can be masked begin, and the options they need for it.
+MASKABLE: Mapping[str, Mapping[str, Any]] = {
+    "video_vit_": {"final_norm": "tokens"},
+    "hiera_": {"pretraining": True},
+}
+
+Mask = Callable[..., Tensor]  # (grid, draws, ratio=...) -> bool (B, N), True = hidden
+MASKS: Mapping[str, Mask] = {"tube": tube_mask, "random": random_mask, "running_cell": running_cell_mask}
+
+
+def hidden_tokens(kind: str, grid: TokenGrid, ratio: float) -> int:
+    """How many of a clip's N tokens a mask of this kind hides: the released code's roundings."""
+    if kind == "tube":
+        return grid.frames * int(ratio * grid.tokens_of_a_frame)
+    if kind == "random":
+        return int(ratio * grid.tokens)
+    return int(4 * ratio) * grid.tokens // 4  # of whole cells
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipMasks:
+    """The masks of a run: which tokens (Hiera: mask units) of a clip are visible, and which are decoded.
+
+    Raises:
+        ConfigError: the grid cannot be masked like this; names the key.
+    """
+
+    config: MaskedConfig
+    grid: TokenGrid
+    seed: int
+    units: bool = False  # of a Hiera
+
+    def __post_init__(self) -> None:
+        config, grid = self.config, self.grid
+        for key, kind in (("masked.mask", config.mask), ("masked.decoder_mask", config.decoder_mask)):
+            if kind == "running_cell" and (grid.rows % 2 or grid.columns % 2):
+                raise ConfigError(
+                    f"needs whole cells of 2x2 tokens, and a frame has {grid.rows}x{grid.columns}",
+                    key=key,
+                    value=kind,
+                    hint="change data.crop_pixels",
+                )
+        if not 0 < self.visible < grid.tokens:
+            raise ConfigError(
+                f"leaves {self.visible} of {grid.tokens} tokens visible",
+                key="masked.ratio",
+                value=config.ratio,
+                hint="some must be visible and some hidden: change it, or use larger clips",
+            )
+
+    @property
+    def visible(self) -> int:
+        """n."""
+        if self.units:  # the released code rounds what is kept
+            return int(self.grid.tokens * (1 - self.config.ratio))
+        return self.grid.tokens - hidden_tokens(self.config.mask, self.grid, self.config.ratio)
+
+    @property
+    def decoded(self) -> int | None:
+        """m where the decoder has a mask of its own; None decodes what is hidden."""
+        if self.config.decoder_mask is None:
+            return None
+        return self.grid.tokens - hidden_tokens(
+            self.config.decoder_mask, self.grid, self.config.decoder_ratio
+        )
+
+    def numbers(self, *, epochs: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """``visible`` (B, n), and ``decoded`` (B, m) where the decoder has a mask: int64 on the CPU, ascending."""
+        draws = MaskDraws(self.seed, epochs, positions)
+        config = self.config
+        mask = unit_mask if self.units else MASKS[config.mask]
+        found = {"visible": token_numbers(mask(self.grid, draws, ratio=config.ratio))[0]}
+        if config.decoder_mask is not None:
+            decoder = MASKS[config.decoder_mask](self.grid, draws, ratio=config.decoder_ratio)
+            found["decoded"] = token_numbers(decoder)[0]
+        return found
+
+
+class PixelReconstruction(nn.Module):
+    """The autoencoder and its loss: what is trained."""
+
+    def __init__(self, autoencoder: MaskedAutoencoder | HieraMaskedAutoencoder) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``clips`` (B, C, T, H, W), ``visible`` (B, n), perhaps ``decoded`` (B, m) -> the loss, and that of each
+        clip (B,)."""
+        found = self.reconstruct(inputs)
+        return {"loss": found.loss, "loss_of_clip": found.loss_of_clip.detach()}
+
+    def reconstruct(self, inputs: Mapping[str, Tensor]) -> Reconstruction:
+        """Prediction and target with the loss."""
+        return cast(Reconstruction, self.autoencoder(**inputs))
+
+
+class MaskedStage:
+    """Masked autoencoding as a stage. ``skill`` is 1 - loss / variance of the targets: 0 predicts their mean, 1 is
+    perfect."""
+
+    best_metric = "skill"
+    needs_labels, needs_videos = False, 1
+
+    def __init__(self, run: PretrainRun, *, classes: Sequence[str], topology: Topology) -> None:
+        self.run, self.topology = run, topology
+        self.classes: tuple[str, ...] = ()  # labels, where there are any, are not used
+        self.clip_frames = run.data.sampling.frames
+        self._last: list[tuple[str, float]] = []
+
+    def networks(self) -> dict[str, str]:
+        return {"model.name": self.run.model.name}
+
+    def splits(self) -> dict[str, str]:
+        return {} if self.run.data.val_share else {"data.val_split": self.run.data.val_split}
+
+    @cached_property
+    def built(self) -> StageModule:
+        """The module with its starting weights."""
+        return self.build_module(weights=True)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.built.module
+
+    def build_module(self, *, weights: bool) -> StageModule:
+        run = self.run
+        encoder = build_encoder(run, pretrained=run.model.pretrained if weights else None)
+        if weights and run.initialise_from is not None:
+            initialise_from(encoder, run.initialise_from)
+        self._masks_of(encoder)  # what cannot be masked is refused here
+        freeze_named(encoder, run.model.frozen)
+        module = PixelReconstruction(with_decoder(encoder, run.masked))
+        return StageModule(module=module, network=encoder)
+
+    def _masks_of(self, encoder: VideoViT | Hiera) -> ClipMasks:
+        size = self.run.data.sampling.frames, self.run.data.crop_pixels
+        units = isinstance(encoder, Hiera)
+        grid = encoder.unit_grid(*size) if isinstance(encoder, Hiera) else encoder.grid(*size)
+        return ClipMasks(config=self.run.masked, grid=grid, seed=self.run.seed, units=units)
+
+    @cached_property
+    def _masks(self) -> ClipMasks:
+        return self._masks_of(cast(Any, self.built.network))
+
+    def example_inputs(self, built: StageModule, *, micro_batch: int, world_size: int) -> dict[str, Tensor]:
+        run, masks = self.run, self._masks_of(cast(Any, built.network))
+        clips = example_clips(run, run.data, run.model.name, micro_batch=micro_batch)
+        inputs = {"clips": clips, "visible": torch.zeros(micro_batch, masks.visible, dtype=torch.int64)}
+        if masks.decoded is not None:
+            inputs["decoded"] = torch.zeros(micro_batch, masks.decoded, dtype=torch.int64)
+        return inputs
+
+    @cached_property
+    def _views(self) -> dict[bool, DeviceAugment]:
+        spec = self.built.network.input_spec
+        return {
+            training: DeviceAugment(self.run.data.augment, spec, training=training)
+            for training in (True, False)
+        }
+
+    def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
+        """A micro-batch as the module's inputs; the masks are made here, on the host."""
+        device = self.topology.device
+        numbers = self._masks.numbers(epochs=batch.epochs, positions=batch.positions)
+        clips = self._views[training](batch.to(device))
+        return {"clips": clips} | {name: sent(tokens, device) for name, tokens in numbers.items()}
+
+    @torch.no_grad()
+    def evaluate(self, *, topology: Topology) -> dict[str, float]:
+        """Loss and skill on the validation split, every clip once, over all ranks. A clip's mask is always the same."""
+        loader = EvalLoader(
+            self.run.data.model_copy(update={"views": ViewsConfig()}),
+            split=self.run.data.val_split,
+            batch=self.run.evaluation.batch,
+            rank=topology.rank,
+            world_size=topology.world_size,
+            max_samples=self.run.evaluation.max_samples,
+        )
+        module = cast(PixelReconstruction, self.module)
+
+        def forward(batch: ClipBatch) -> list[tuple[float, float]]:
+            found = module.reconstruct(self.inputs(batch, training=False, step=0))
+            rows = torch.stack([found.loss_of_clip, target_variance(found)], dim=1).double().tolist()
+            return [(loss, variance) for loss, variance in rows]
+
+        everything = over_split(loader, forward, topology)
+        self._last = [(loader.dataset.facts(sample).key, loss) for sample, (loss, _) in everything]
+        metrics = masked_metrics([clip for _, clip in everything])
+        if self.run.probe is not None:
+            metrics |= probe(self.built.network, self.run, self.run.probe, topology=topology)
+        return metrics
+
+    def clip_table(self, rows: int) -> ClipTable | None:
+        """Clips of the last evaluation, those first that were predicted worst."""
+        if not self._last:
+            return None
+        return ("key", "loss"), sorted(self._last, key=lambda clip: -clip[1])[:rows]
+
+    @cached_property
+    def flops_per_clip(self) -> float | None:
+        """Operations of a training step on one clip, counted on the meta device, of the tokens it computes."""
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            built = self.build_module(weights=False)
+            built.module(self.example_inputs(built, micro_batch=1, world_size=1))
+        return training_flops(float(counter.get_total_flops()))
+
+    def finish(
+        self, metrics: Mapping[str, float], *, topology: Topology, folder: RunFolder
+    ) -> dict[str, float]:
+        return dict(metrics)
+
+    def trained_network(self, weights: Mapping[str, Tensor]) -> SavedModel:
+        """The encoder alone: `initialise_from` of another run reads it."""
+        encoder = build_encoder(self.run, pretrained=None)
+        encoder.load_state_dict(network_weights(weights, prefix="autoencoder.encoder."))
+        card = data_card(self.run, self.run.data)
+        card["objective"], card["masked"] = "masked", self.run.masked.model_dump(mode="json")
+        return SavedModel(network=encoder, options=encoder_options(self.run), card=card)
+
+
+def target_variance(found: Reconstruction) -> Tensor:
+    """Of each clip (B,): the mean squared distance of its counted targets from their mean over tokens and values."""
+    counted = found.counted[..., None].double()
+    target = found.target.double()
+    values = counted.sum(dim=(1, 2)).clamp(min=1) * target.shape[-1]
+    mean = (target * counted).sum(dim=(1, 2)) / values
+    return ((target - mean[:, None, None]).square() * counted).sum(dim=(1, 2)) / values
+
+
+def masked_metrics(clips: Sequence[tuple[float, float]]) -> dict[str, float]:
+    """Means over (loss, variance of the targets) of clips. ``skill`` is missing where no target varies."""
+    loss = sum(loss for loss, _ in clips) / len(clips)
+    variance = sum(variance for _, variance in clips) / len(clips)
+    metrics = {"loss": loss, "target_variance": variance, "samples": float(len(clips))}
+    return metrics | ({"skill": 1.0 - loss / variance} if variance > 0 else {})
+
+
+def encoder_options(run: PretrainRun) -> dict[str, Any]:
+    """The architecture options of the run's encoder.
+
+    Without drop path unless the run asks for it, as all published pretraining: it would be drawn by torch's own
+    generator, and losses then depend on ranks and micro-batches.
+
+    Raises:
+        ConfigError: the model cannot be pretrained like this, or is built for another crop.
+    """
+    able = {name: needed for name in list_models() if (needed := _needed_options(name)) is not None}
+    name, data = run.model.name, run.data
+    if name not in able:
+        raise ConfigError(
+            f"{name!r} cannot be pretrained by masking",
+            key="model.name",
+            value=name,
+            hint=f"objective masked takes {', '.join(able)}",
+        )
+    options = {"crop": data.crop_pixels, "drop_path": 0.0} | dict(run.model.options)
+    if options["crop"] != data.crop_pixels:
+        raise ConfigError(
+            f"is not data.crop_pixels={data.crop_pixels}",
+            key="model.options.crop",
+            value=options["crop"],
+            hint="leave it out",
+        )
+    for option, value in able[name].items():
+        if options.setdefault(option, value) != value:
+            raise ConfigError(
+                f"masked pretraining needs {value!r}",
+                key=f"model.options.{option}",
+                value=options[option],
+                hint="leave it out",
+            )
+    return options
+
+
+def _needed_options(name: str) -> Mapping[str, Any] | None:
+    """What an encoder to be masked is built with: VideoMAE's with an LN of every token, Hiera's with its last stage as
+    it was pretrained. None: the model cannot be masked."""
+    return next((needed for start, needed in MASKABLE.items() if name.startswith(start)), None)
+
+
+def build_encoder(run: PretrainRun, *, pretrained: str | None) -> VideoViT | Hiera:
+    """The run's network without a classifier, of tokens that can be left out.
+
+    Raises:
+        ConfigError: the model or its options are not for masked pretraining.
+    """
+    options = encoder_options(run)
+    network = create_model(
+        run.model.name, num_classes=0, in_frames=run.data.sampling.frames, pretrained=pretrained, **options
+    )
+    if isinstance(network, Hiera):
+        _check_hiera(run.masked)
+    assert isinstance(network, VideoViT | Hiera)  # encoder_options knows no others
+    return network
+
+
+def _check_hiera(config: MaskedConfig) -> None:
+    for key, value, wanted in (
+        ("mask", config.mask, "random"),
+        ("decoder_mask", config.decoder_mask, None),
+        ("normalise_targets", config.normalise_targets, True),
+    ):
+        if value != wanted:
+            raise ConfigError(
+                "is VideoMAE's: Hiera hides random mask units, decodes all of them and normalises their pixels",
+                key=f"masked.{key}",
+                value=value,
+                hint=f"use {'null' if wanted is None else str(wanted).lower()}",
+            )
+
+
+def with_decoder(
+    encoder: VideoViT | Hiera, config: MaskedConfig
+) -> MaskedAutoencoder | HieraMaskedAutoencoder:
+    """The encoder below a decoder of the configured size, or of the published one."""
+    width, depth, heads = config.decoder_width, config.decoder_depth, config.decoder_heads
+    if isinstance(encoder, Hiera):
+        given = {"width": width, "depth": depth, "heads": heads}
+        sizes = {name: value or HIERA_DECODER[name] for name, value in given.items()}
+        return HieraMaskedAutoencoder(encoder, **sizes)
+    width = width or encoder.feature_dim // 2
+    return MaskedAutoencoder(
+        encoder,
+        width=width,
+        depth=depth or DECODER_DEPTH,
+        heads=heads or max(1, width // HEAD_WIDTH),
+        normalise=config.normalise_targets,
+    )
