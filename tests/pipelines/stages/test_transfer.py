@@ -18,7 +18,6 @@ from cliplift.pipelines.stages.matching import (
     SupervisionTransfer,
     draw_pairs,
     matching_metrics,
-    module_scores,
 )
 
 
@@ -191,7 +190,7 @@ def test_contrastive_scores_are_cosines_around_their_mean() -> None:
     clips, frames = torch.randn(3, 8, generator=generator), torch.randn(4, 8, generator=generator)
     expected = torch.tensor(cosines(module, clips, frames))
     torch.testing.assert_close(
-        module_scores(module, clips, frames), expected - expected.sum() / 12, rtol=0, atol=1e-6
+        module.scores(clips, frames), expected - expected.sum() / 12, rtol=0, atol=1e-6
     )
 
 
