@@ -38,7 +38,7 @@ def test_a_shard_is_a_tar_and_its_index_says_where_everything_lies(tmp_path: Pat
     clips = {"a": DIGITS, "b": bytes(range(256)) * 2, "c": b"x" * 513}
     flows = {"a": b"", "b": DIGITS, "c": b""}
     for key, clip in clips.items():
-        writer.add(mp4=clip, flow=flows[key], facts={"z": 1, "ä": key}, look=(7,), **row(key))
+        writer.add(mp4=clip, flow=flows[key], facts={"z": 1, "ä": key}, picture_hashes=(7,), **row(key))
     refused = Refused(video_id="d", source="d.mp4", clip=0, stage="decode", reason="no frames")
     writer.refuse(refused)
     index = writer.commit()
@@ -65,7 +65,7 @@ def test_a_shard_is_a_tar_and_its_index_says_where_everything_lies(tmp_path: Pat
     assert len(data) == 20 * 512
     assert index.tar_sha256 == hashlib.sha256(data).hexdigest()
     assert (index.shard, index.split, index.plan_id, index.refused) == (3, "train", "plan", (refused,))
-    assert index.looks == ((7,), (7,), (7,))
+    assert index.picture_hashes == ((7,), (7,), (7,))
     name = index_file(TAR)
     assert load_index((tmp_path / name).read_bytes(), file=name) == index
     assert sorted(p.name for p in (tmp_path / "train").iterdir()) == sorted([path.name, Path(name).name])
@@ -74,10 +74,10 @@ def test_a_shard_is_a_tar_and_its_index_says_where_everything_lies(tmp_path: Pat
 def test_records_are_of_twenty_blocks(tmp_path: Path) -> None:
     """A member of 17 blocks, its header, one of JSON with its header: 20 blocks, so the end mark opens a new record."""
     writer = writer_in(tmp_path)
-    writer.add(mp4=bytes(17 * 512), facts={}, look=(), **row("a"))
+    writer.add(mp4=bytes(17 * 512), facts={}, picture_hashes=(), **row("a"))
     assert writer.commit().tar_bytes == 2 * 20 * 512
     full = writer_in(tmp_path)
-    full.add(mp4=bytes(15 * 512), facts={}, look=(), **row("a"))
+    full.add(mp4=bytes(15 * 512), facts={}, picture_hashes=(), **row("a"))
     assert full.commit().tar_bytes == 20 * 512, "18 blocks and the two of the end mark, and not one more"
     empty = writer_in(tmp_path)
     assert empty.commit().tar_bytes == 20 * 512
@@ -85,12 +85,12 @@ def test_records_are_of_twenty_blocks(tmp_path: Path) -> None:
 
 def test_numbers_that_json_does_not_know_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
-        writer_in(tmp_path).add(mp4=DIGITS, facts={"fps": float("nan")}, look=(), **row("a"))
+        writer_in(tmp_path).add(mp4=DIGITS, facts={"fps": float("nan")}, picture_hashes=(), **row("a"))
 
 
 def test_nothing_is_visible_before_commit_and_nothing_left_after_abandon(tmp_path: Path) -> None:
     writer = writer_in(tmp_path)
-    writer.add(mp4=DIGITS, facts={}, look=(), **row("a"))
+    writer.add(mp4=DIGITS, facts={}, picture_hashes=(), **row("a"))
     (unfinished,) = (tmp_path / "train").iterdir()
     assert unfinished.suffix == ".tmp"
     with unfinished.open("rb") as other, pytest.raises(BlockingIOError):
@@ -149,7 +149,7 @@ def test_a_remote_shard_has_the_same_bytes_and_leaves_no_scratch(tmp_path: Path)
     scratch = far._path
     try:
         for writer in (near, far):
-            writer.add(mp4=DIGITS, facts={"a": 1}, look=(1,), **row("a"))
+            writer.add(mp4=DIGITS, facts={"a": 1}, picture_hashes=(1,), **row("a"))
             writer.commit()
         assert fs.cat_file(f"/writer/{TAR}") == (tmp_path / TAR).read_bytes()
         assert json.loads(fs.cat_file(f"/writer/{index_file(TAR)}")) == json.loads(

@@ -54,7 +54,7 @@ def write_dataset(url: str, *, folds: bool = False, flow: bool = True) -> None:
         writer = ShardWriter(store, f"s/{number}.tar", shard=2 * number + 1, split="s", plan_id="p")
         for i in range(start, stop):
             extra = b"flow" if flow and i % 2 else b""
-            writer.add(mp4=clip(i), flow=extra, facts={"i": i}, look=(), **sample(i, folds=folds))
+            writer.add(mp4=clip(i), flow=extra, facts={"i": i}, picture_hashes=(), **sample(i, folds=folds))
         indexes.append(writer.commit())
     dataset, table = describe(
         indexes, name="tiny", classes=("a", "b", "c"), folds=3 if folds else 0, missing=0, plan_id="p", settings={}
