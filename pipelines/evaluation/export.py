@@ -10,13 +10,14 @@ import torch
 from cliplift.configs.runs import ExportRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models.factory import from_pretrained
+from cliplift.models.weight_files import has_weights
 from cliplift.pipelines.runs.folder import CONFIG, RunFolder, classes_of, metrics_of, write_text
 
 
 def run_export(run: ExportRun) -> Path:
     """``cliplift export``: write and read back; raises ConfigError when the run has no weights yet."""
     source = RunFolder(Path(run.run))
-    if not (source.weights / "model.safetensors").is_file():
+    if not has_weights(source.weights):
         raise ConfigError(
             f"{run.run!r} has no weights", key="run", value=run.run, hint="give the folder of a finished run"
         )

@@ -290,15 +290,15 @@ def _conclude(
     """Final evaluation and weights."""
     result.engine.eval()
     metrics = stage.finish(result.metrics, topology=topology, folder=folder)
-    weights = result.weights()
     if topology.is_main:
-        saved = stage.trained_network(weights)
+        saved = stage.trained_network(result.weights)
         save_pretrained(
             saved.network,
             folder.weights,
             name=run.model.name,
             options=dict(saved.options),
             extra=dict(saved.card),
+            weights=saved.weights,
         )
     return metrics
 

@@ -208,7 +208,17 @@ def test_push_and_pull_through_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
     assert same(model, again)
     assert hub.calls == [
         ("create", "lab/t3d", True, True),
-        ("download", "lab/t3d", "v1", ("model.safetensors", "config.json")),
+        (
+            "download",
+            "lab/t3d",
+            "v1",
+            (
+                "model.safetensors",
+                "model-*-of-*.safetensors",
+                "model.safetensors.index.json",
+                "config.json",
+            ),
+        ),
     ]
     with pytest.raises(ModelError, match="no config"):
         push(tmp_path, "lab/t3d")
