@@ -188,8 +188,9 @@ class FakeHub(types.ModuleType):
     ) -> types.SimpleNamespace:
         target = self.store / repo_id
         target.mkdir(parents=True)
-        for name in allow_patterns:
-            (target / name).write_bytes((Path(folder_path) / name).read_bytes())
+        for pattern in allow_patterns:
+            for file in Path(folder_path).glob(pattern):
+                (target / file.name).write_bytes(file.read_bytes())
         return types.SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
 
 
