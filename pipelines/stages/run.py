@@ -124,6 +124,7 @@ def _run_in(
     _seed(run, topology)
     loader = agreed_data(lambda: _loader(run, topology), lambda made: made.fingerprint, topology)
     try:
+        folder.add_to_record(classes=list(loader.classes))
         task = _task(run, loader, topology)
         tracker = Tracker(run, stage=stage, folder=folder.path, topology=topology)
         log_main(topology, f"{run.name}: {_setting(run, task, loader, topology)}")
@@ -250,6 +251,15 @@ def _setting(run: TrainingRun, task: Stage, loader: TrainingLoader, topology: To
         f"{ranks}; {loader.num_samples:,} samples of split {run.data.split}{classes}; "
         f"{steps:,} steps of {run.engine.global_batch} clips; into {run.output}"
     )
+
+
+def read_classes(run: TrainingRun) -> tuple[str, ...]:
+    """The class names of a run, from its data."""
+    loader = _loader(run, Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu")))
+    try:
+        return tuple(loader.classes)
+    finally:
+        loader.close()
 
 
 def require_splits(run: TrainingRun, splits: Sequence[str]) -> None:
