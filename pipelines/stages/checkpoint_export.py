@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 
 from cliplift.configs.load import load_run
-from cliplift.configs.runs import RUNS, ExportRun
+from cliplift.configs.runs import TRAINING, ExportRun
 from cliplift.configs.sections import ConfigError
-from cliplift.configs.training import TrainingRun
 from cliplift.models.factory import save_pretrained
 from cliplift.pipelines.checkpoints.folder import COMPLETE, damage
 from cliplift.pipelines.checkpoints.saved import TrainedTensors, check_fits, open_checkpoint
@@ -47,11 +46,7 @@ def export_checkpoint(run: ExportRun) -> Path:
             hint="give another one of the run",
         )
     source = RunFolder(_run_of(path, run.run))
-    config = load_run(source.path / CONFIG, RUNS).run
-    if not isinstance(config, TrainingRun):
-        raise ConfigError(
-            f"{source.path / CONFIG} is no training run", key="run", value=run.run, hint="give a checkpoint"
-        )
+    config = load_run(source.path / CONFIG, TRAINING).run
     record = source.start_record() or {}
     classes = classes_of(record) if "classes" in record else read_classes(config)
     stage = stage_of(config, classes=classes)
