@@ -309,7 +309,7 @@ class ExportRun(Section):
     """Write a run's weights as model.safetensors + config.json (+ model card) for others to load."""
 
     stage: Literal["export"] = "export"
-    run: str = Field(description="run folder whose weights are exported")
+    run: str = Field(description="run folder, or one checkpoint of it, whose weights are exported")
     output: Output = Field(description="folder to write")
 
 

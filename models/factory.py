@@ -1,7 +1,7 @@
 """Models made, saved, published and read back: ``create_model``, export folders, the Hub.
 
-An export folder is ``model.safetensors`` + ``config.json``. Nothing read here is executed: safetensors, JSON, and
-``torch.load(weights_only=True)``.
+An export folder is ``model.safetensors`` (or several files and their index) + ``config.json``. Nothing read here is
+executed: safetensors, JSON, and ``torch.load(weights_only=True)``.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from cliplift.models.inflate import inflate
 from cliplift.models.protocol import ModelError, VideoModel, VideoNetwork
@@ -23,14 +23,15 @@ from cliplift.models.registry import model_entry, model_options
 from cliplift.models.state_dicts import (
     CONFIG,
     FORMAT,
-    WEIGHTS,
     LoadReport,
     head_prefix,
     load_state,
     read_state,
 )
+from cliplift.models.weight_files import INDEX, MAX_FILE_BYTES, WEIGHTS, TensorToWrite, write_weights
 
 FLAT_PREFIX = "2d:"
+FILES = [WEIGHTS, "model-*-of-*.safetensors", INDEX, CONFIG]  # of an export folder
 MEMBERS = (*VideoNetwork.__annotations__, *(name for name in vars(VideoNetwork) if not name.startswith("_")))
 
 
@@ -91,20 +92,28 @@ def save_pretrained(
     name: str,
     options: Mapping[str, object] | None = None,
     extra: Mapping[str, object] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    max_file_bytes: int = MAX_FILE_BYTES,
 ) -> Path:
     """Write ``folder/model.safetensors`` and ``folder/config.json``.
+
+    Weights beyond ``max_file_bytes`` go to several files with an index, ``model.safetensors.index.json``. They are
+    written tensor by tensor.
 
     Args:
         model: a model made by ``create_model(name, **options)``.
         name: its registered name.
         options: the architecture options it was made with, beyond ``num_classes`` and ``in_frames``.
         extra: anything JSON the reader should find beside it (class names, metrics, the run).
+        weights: the tensors by the model's names, read as they are written; the model may then be on the meta device.
+            None takes the model's own.
+        max_file_bytes: of the weights in one file.
 
     Returns:
         The folder.
 
     Raises:
-        ModelError: options or extra hold something JSON cannot.
+        ModelError: options or extra hold something JSON cannot, or ``weights`` are not this model's.
     """
     target = Path(folder)
     config = {
@@ -124,11 +133,31 @@ def save_pretrained(
             f"{target / CONFIG}: options and extra must be plain JSON values ({error})"
         ) from None
     target.mkdir(parents=True, exist_ok=True)
-    # safetensors takes neither views nor devices
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    save_file(state, target / WEIGHTS, metadata={"format": "pt"})
+    write_weights(target, _to_write(model, weights), max_file_bytes=max_file_bytes)
     (target / CONFIG).write_text(text, encoding="utf-8")
     return target
+
+
+def _to_write(model: nn.Module, weights: Mapping[str, Tensor] | None) -> list[TensorToWrite]:
+    own: Mapping[str, Tensor] = model.state_dict()
+    given = own if weights is None else weights
+    if different := set(own) ^ set(given):
+        raise ModelError(
+            f"not the weights of this model: {len(different)} differences, first {min(different)}"
+        )
+    return [
+        TensorToWrite(
+            name=name, dtype=like.dtype, shape=tuple(like.shape), read=partial(_read, given, name, like)
+        )
+        for name, like in own.items()
+    ]
+
+
+def _read(weights: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    values = weights[name]
+    if values.shape != like.shape:
+        raise ModelError(f"{name}: the weights are {tuple(values.shape)}, the model's {tuple(like.shape)}")
+    return values.to(like.dtype)
 
 
 def read_config(source: str | Path) -> dict[str, Any]:
@@ -235,7 +264,7 @@ def push(folder: str | Path, repo_id: str, *, private: bool = True, message: str
     api = hub.HfApi()
     api.create_repo(repo_id, private=private, exist_ok=True)
     commit = api.upload_folder(
-        repo_id=repo_id, folder_path=str(folder), allow_patterns=[WEIGHTS, CONFIG], commit_message=message
+        repo_id=repo_id, folder_path=str(folder), allow_patterns=FILES, commit_message=message
     )
     return str(commit.commit_url)
 
@@ -259,7 +288,7 @@ def _download(repo_id: str, revision: str | None) -> Path:
     if repo_id.count("/") != 1 or repo_id.startswith((".", "/", "~")):
         raise ModelError(f"{repo_id!r} is neither an export folder nor a Hub id (owner/name)")
     hub = _hub()
-    return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=[WEIGHTS, CONFIG]))
+    return Path(hub.snapshot_download(repo_id, revision=revision, allow_patterns=FILES))
 
 
 def _hub() -> ModuleType:

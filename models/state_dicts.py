@@ -31,11 +31,12 @@ from cliplift.models.protocol import (
     adapt_state_dict,
     published_weights,
 )
+from cliplift.models.weight_files import has_weights, read_weights
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CONFIG = "config.json"
 HEAD_NAMES = ("classifier", "fc", "head")  # where a model does not name its head
 # where public checkpoints keep the weights
 WRAPPER_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "module")
@@ -59,7 +60,8 @@ def read_state(model: nn.Module, source: str | Path) -> dict[str, Tensor]:
     path = Path(source)
     if path.is_dir():
         _check_foreign_config(model, path)
-        path = path / WEIGHTS
+        if has_weights(path):
+            return read_weights(path)
     if not path.is_file():
         tags = f" (tags of this model: {sorted(published)})" if published else ""
         raise ModelError(f"pretrained={str(source)!r}: no such file or export folder{tags}")

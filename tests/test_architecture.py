@@ -42,6 +42,7 @@ ROOMS: dict[str, list[set[str]]] = {
     ],
     "models": [
         {"protocol"},
+        {"weight_files"},
         {"registry", "state_dicts", "streams"},
         {"inflate", "layers"},
         {"factory", "correspondence"},
@@ -61,6 +62,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"distributed"},
         {"data"},
         {"runs"},
+        {"checkpoints"},
         {"engine"},
         {"evaluation"},
         {"stages", "report"},

@@ -148,22 +148,22 @@ def _report(run: ReportRun) -> int:
 def run_export(arguments: argparse.Namespace) -> int:
     from cliplift.configs.runs import ExportRun
 
-    return _apply(
-        arguments,
-        ExportRun,
-        _export,
-        from_folder=lambda folder, more: {
-            "run": folder,
-            "output": more[0] if more else str(Path(folder) / "export"),
-        },
-        extra_key="output",
-    )
+    return _apply(arguments, ExportRun, _export, from_folder=_export_tree, extra_key="output")
+
+
+def _export_tree(folder: str, more: list[str]) -> dict[str, object]:
+    default = Path(folder) / "export"
+    if (Path(folder) / "COMPLETE.json").is_file():  # a checkpoint: what lies in it goes when it grows old
+        above = (p for p in Path(folder).absolute().parents[:3] if (p / "config.yaml").is_file())
+        default = next(above, Path(folder).parent) / f"export-{Path(folder).name}"
+    return {"run": folder, "output": more[0] if more else str(default)}
 
 
 def _export(run: ExportRun) -> int:
     from cliplift.pipelines.evaluation.export import run_export
+    from cliplift.pipelines.stages.checkpoint_export import export_checkpoint, is_checkpoint
 
-    print(run_export(run))
+    print(export_checkpoint(run) if is_checkpoint(run.run) else run_export(run))
     return 0
 
 
@@ -219,9 +219,9 @@ COMMANDS = (
     ),
     Command(
         name="export",
-        summary="write a run's weights as safetensors + config.json",
-        subject="RUN|CONFIG",
-        subject_help="run folder, or a YAML file",
+        summary="write a run's or a checkpoint's weights as safetensors + config.json",
+        subject="RUN|CHECKPOINT|CONFIG",
+        subject_help="run folder, one checkpoint of it, or a YAML file",
         rest="FOLDER|key=value",
         rest_help="folder to write, and overrides of config keys",
         schema="export",

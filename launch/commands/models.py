@@ -236,26 +236,28 @@ def _write(
     import torch
 
     from cliplift.models.factory import from_pretrained, save_pretrained
-    from cliplift.models.state_dicts import CONFIG, WEIGHTS
+    from cliplift.models.state_dicts import CONFIG
+    from cliplift.models.weight_files import weight_files
 
     extra = {"imported_from": Path(arguments.subject).name, "notes": list(report.notes)}
     folder = save_pretrained(model, arguments.output, name=arguments.model, options=options, extra=extra)
     before, after = model.state_dict(), from_pretrained(folder).state_dict()
     assert before.keys() == after.keys(), folder
     assert all(torch.equal(before[k], after[k]) for k in before), folder
-    print(f"written: {folder} ({WEIGHTS}, {CONFIG})")
+    print(f"written: {folder} ({', '.join(file.name for file in weight_files(folder))}, {CONFIG})")
 
 
 def _check_output(output: str | None) -> None:
     from cliplift.configs.load import COMMAND_LINE
     from cliplift.configs.sections import ConfigError
-    from cliplift.models.state_dicts import CONFIG, WEIGHTS
+    from cliplift.models.state_dicts import CONFIG
+    from cliplift.models.weight_files import INDEX, WEIGHTS
 
     if output is None:
         raise ConfigError(
             "is needed", key="--output", file=COMMAND_LINE, hint="name the folder to write, or give --dry-run"
         )
-    taken = [name for name in (WEIGHTS, CONFIG) if (Path(output) / name).exists()]
+    taken = [name for name in (WEIGHTS, INDEX, CONFIG) if (Path(output) / name).exists()]
     if taken or (Path(output).exists() and not Path(output).is_dir()):
         raise ConfigError(
             f"{output!r} holds {taken[0] if taken else 'a file'} already",

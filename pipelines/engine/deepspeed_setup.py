@@ -20,12 +20,13 @@ from torch import nn
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig, TrainingRun
 from cliplift.models.layers import checkpoint_blocks
+from cliplift.pipelines.checkpoints import folder as checkpoint_folder
+from cliplift.pipelines.checkpoints.saved import SavedState, check_fits, load_buffers, open_checkpoint
 from cliplift.pipelines.distributed.collectives import Topology, broadcast_object
-from cliplift.pipelines.engine import checkpoint
 from cliplift.pipelines.engine.batchnorm import refuse_half_batchnorm
 from cliplift.pipelines.engine.optim import build_optimizer, network_with_blocks, optimizer_moments
 from cliplift.pipelines.engine.task import TrainingEngine
-from cliplift.pipelines.engine.zero_state import put_masters, restore_optimizer
+from cliplift.pipelines.engine.zero_state import load_parameters, restore_optimizer
 
 NEVER = 10**9
 FP16_LOSS_SCALE = {
@@ -120,7 +121,7 @@ def build_engine(
     run: TrainingRun,
     *,
     folder: Path,
-    saved: checkpoint.Snapshot | None,
+    saved: SavedState | None,
     topology: Topology,
 ) -> TrainingEngine:
     """Wrap a module by ``deepspeed.initialize`` with weights, masters and optimizer state of a checkpoint, if any.
@@ -136,7 +137,7 @@ def build_engine(
     if engine_config.sync_batchnorm:
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
     if saved is not None:
-        checkpoint.load_module(module, saved)
+        check_fits(module, saved)
     if engine_config.checkpoint_blocks_share:
         _, network = network_with_blocks(module, key="engine.checkpoint_blocks_share")
         checkpoint_blocks(network, engine_config.checkpoint_blocks_share)
@@ -150,7 +151,8 @@ def build_engine(
         model=module, optimizer=optimizer, config=config, dist_init_required=False
     )
     if saved is not None:
-        put_masters(engine, saved.parameters)
+        load_parameters(engine, saved.parameters)
+        load_buffers(engine.module, saved.buffers)
         restore_optimizer(engine, saved.optimizer)
     if engine_config.compile:
         engine.compile()
@@ -188,22 +190,21 @@ def resumable(
     identity: Mapping[str, object],
     topology: Topology,
     say: Callable[[str], None],
-) -> checkpoint.Snapshot | None:
+) -> SavedState | None:
     """The newest usable checkpoint of this very run, or None. With ``resume: never`` old ones are set aside.
 
-    Rank 0 chooses, so that no rank resumes from another checkpoint than the rest.
+    The ranks choose together, so that none resumes from another checkpoint than the rest.
 
     Raises:
         ConfigError: the checkpoint was made by a run that differs in ``identity``, or there are checkpoints and every
             one is damaged: to start over in silence would throw away what may still be saved.
     """
-    path, damaged = None, 0
-    if topology.is_main and run.checkpoint.resume == "never":
-        checkpoint.set_aside(folder, say=say)
-    elif topology.is_main:
-        path = checkpoint.newest_usable(folder, say=say)
-        damaged = 0 if path else sum(1 for _ in folder.glob("step_????????"))
-    path, damaged = broadcast_object((path, damaged), topology)
+    if run.checkpoint.resume == "never":
+        if topology.is_main:
+            checkpoint_folder.set_aside(folder, say=say)
+        return None
+    path = checkpoint_folder.newest_usable(folder, topology=topology, say=say)
+    damaged = 0 if path else broadcast_object(len(list(folder.glob(checkpoint_folder.NAMES))), topology)
     if damaged:
         raise ConfigError(
             f"all checkpoints of {folder} are damaged ({damaged} of {damaged})",
@@ -213,7 +214,7 @@ def resumable(
         )
     if path is None:
         return None
-    saved = checkpoint.load(path, topology=topology)
+    saved = open_checkpoint(path, topology=topology)
     for key, now in identity.items():
         if saved.state["identity"][key] != now:
             raise ConfigError(
@@ -227,7 +228,7 @@ def resumable(
 
 def _check_space(folder: Path, module: nn.Module, run: TrainingRun) -> None:
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
-    checkpoint.check_space(
+    checkpoint_folder.check_space(
         folder,
         parameters=sum(n for n, _ in sizes),
         trainable=sum(n for n, trained in sizes if trained),

@@ -15,16 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cliplift.pipelines.checkpoints.slices import Slice
 from cliplift.pipelines.engine.zero_state import (
-    gathered_parameters,
+    Slices,
+    exchange,
+    fill,
     local_masters,
-    put_masters,
-    put_parameters,
+    slices_to_write,
+    weights_from_masters,
 )
 
 
 class WeightAverage:
-    """The average of one engine's weights. Methods that gather or put whole tensors are collective."""
+    """The average of one engine's weights; no rank ever has more of it than of the masters.
+
+    ``values`` are laid out like the masters (``zero_state.local_masters``), ``buffers`` are by name.
+    """
 
     def __init__(self, engine: Any, *, decay: float) -> None:
         self.engine, self.decay, self.updates = engine, decay, 0
@@ -40,66 +46,53 @@ class WeightAverage:
         for name, buffer in _averaged_buffers(self.engine):
             self.buffers[name].lerp_(buffer, weight)
 
-    def gathered(self) -> dict[str, Tensor]:
-        """The averaged parameters (frozen ones as they are) by name, whole, and the averaged buffers; on the CPU."""
-        with self._in_masters():
-            parameters = gathered_parameters(self.engine, from_masters=True)
-        return parameters | {name: buffer.cpu().clone() for name, buffer in self.buffers.items()}
+    def slices(self) -> dict[str, Slice]:
+        """This rank's share of the averaged trainable parameters, to be saved."""
+        return slices_to_write(self.engine, self.values)
 
     @torch.no_grad()
-    def restore(self, saved: Mapping[str, Tensor], *, updates: int) -> None:
-        """Take a saved average over, whatever stage and number of ranks it was saved at."""
+    def restore(self, saved: Slices, buffers: Mapping[str, Tensor], *, updates: int) -> None:
+        """Take a saved average over, whatever stage and number of ranks it was saved at: this rank's elements of it."""
         self.updates = updates
-        masters = local_masters(self.engine)
-        before = [master.clone() for master in masters]
-        if self.engine.zero_optimization_stage() == 0:
-            named = [n for n, p in self.engine.module.named_parameters() if p.requires_grad]
-            for master, name in zip(masters, named, strict=True):
-                master.copy_(saved[name])
-        put_masters(self.engine, saved)
-        self.values = [master.detach().clone() for master in local_masters(self.engine)]
-        for master, value in zip(masters, before, strict=True):
-            master.copy_(value)
+        fill(self.engine, self.values, saved)
         for name, buffer in self.buffers.items():
-            buffer.copy_(saved[name])
+            buffer.copy_(buffers[name])
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """The module computes with the averaged weights inside, and with its own again afterwards."""
-        own = gathered_parameters(self.engine, from_masters=True)
-        own |= {name: buffer.detach().cpu().clone() for name, buffer in _averaged_buffers(self.engine)}
-        self.take()
+        """The module computes with the averaged weights inside, and with its own again afterwards. Collective.
+
+        Masters and average change places meanwhile, so that no weights are copied. Buffers are copied: what is done to
+        them inside is forgotten.
+        """
+        own = {name: buffer.clone() for name, buffer in _averaged_buffers(self.engine)}
+        self._change_places()
+        self._put_buffers(self.buffers)
         try:
             yield
         finally:
-            _put(self.engine, own)
+            self._change_places()
+            self._put_buffers(own)
 
+    @torch.no_grad()
     def take(self) -> None:
-        """Replace the engine's weights by the average, for good."""
-        _put(self.engine, self.gathered())
+        """Replace the engine's weights by the average, for good. Collective."""
+        for master, value in zip(local_masters(self.engine), self.values, strict=True):
+            master.copy_(value)
+        weights_from_masters(self.engine)
+        self._put_buffers(self.buffers)
 
-    @contextlib.contextmanager
-    def _in_masters(self) -> Iterator[None]:
-        masters = local_masters(self.engine)
-        own = [master.clone() for master in masters]
-        with torch.no_grad():
-            for master, value in zip(masters, self.values, strict=True):
-                master.copy_(value)
-            try:
-                yield
-            finally:
-                for master, value in zip(masters, own, strict=True):
-                    master.copy_(value)
+    def _change_places(self) -> None:
+        exchange(local_masters(self.engine), self.values)
+        weights_from_masters(self.engine)
+
+    @torch.no_grad()
+    def _put_buffers(self, values: Mapping[str, Tensor]) -> None:
+        for name, buffer in _averaged_buffers(self.engine):
+            buffer.copy_(values[name])
 
 
 def _averaged_buffers(engine: Any) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in engine.module.named_buffers():
         if buffer.is_floating_point():
             yield name, buffer
-
-
-def _put(engine: Any, values: Mapping[str, Tensor]) -> None:
-    put_parameters(engine, values)
-    with torch.no_grad():
-        for name, buffer in _averaged_buffers(engine):
-            buffer.copy_(values[name])

@@ -12,16 +12,16 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from cliplift.configs.training import TrainingRun
+from cliplift.pipelines.checkpoints.saved import random_state, set_random_state
 from cliplift.pipelines.data.loader import ClipBatch, TrainingLoader
 from cliplift.pipelines.distributed.collectives import Topology
-from cliplift.pipelines.engine import checkpoint
 from cliplift.pipelines.engine.batchnorm import estimate_statistics, lagging_statistics
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
 from cliplift.pipelines.engine.faults import (
@@ -131,9 +131,10 @@ class Trainer:
             while self.state.step < self.total and not interrupted:
                 interrupted = self._advance()
             self.state.saver.wait()
+            weights: Mapping[str, Tensor] = {}
             if not interrupted:
                 try:
-                    self.state.take_result(refresh_statistics=self._precise_batchnorm)
+                    weights = self.state.take_result(refresh_statistics=self._precise_batchnorm)
                 except StoppedBySignalError:
                     interrupted = True  # the last step is saved: the next start comes here again
         seconds = time.monotonic() - started
@@ -146,6 +147,7 @@ class Trainer:
             seconds=seconds,
             clips_per_second=clips / seconds if seconds else 0.0,
             skipped_steps=self.state.skipped,
+            weights=weights,
             engine=self.engine,
         )
 
@@ -386,12 +388,12 @@ class Trainer:
 
         The random state from before is put back in that case, so that a continued run draws what an unbroken one does.
         """
-        random_state = checkpoint.random_state(self.topology.device)
+        before = random_state(self.topology.device)
         self.state.evaluation_due = True
         try:
             metrics = self._measured()
         except StoppedBySignalError:
-            checkpoint.set_random_state(random_state, self.topology.device)
+            set_random_state(before, self.topology.device)
             return False
         finally:
             self.engine.train()

@@ -11,15 +11,24 @@ from pathlib import Path
 from torch import nn
 
 from cliplift.configs.training import TrainingRun
-from cliplift.pipelines.distributed.collectives import Topology, broadcast_object
-from cliplift.pipelines.engine import checkpoint
+from cliplift.pipelines.checkpoints.folder import checkpoint_path, newest_usable
+from cliplift.pipelines.checkpoints.saved import (
+    SavedState,
+    TrainedTensors,
+    load_buffers,
+    open_checkpoint,
+    random_state,
+    set_random_state,
+)
+from cliplift.pipelines.checkpoints.saver import Saver, Snapshot
+from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.deepspeed_setup import build_engine, resumable
 from cliplift.pipelines.engine.ema import WeightAverage
 from cliplift.pipelines.engine.optim import Schedule
 from cliplift.pipelines.engine.zero_state import (
-    gathered_optimizer,
-    gathered_parameters,
-    put_parameters,
+    load_parameters,
+    optimizer_slices,
+    parameter_slices,
     restore_optimizer,
 )
 
@@ -52,7 +61,11 @@ class RunState:
         self.best: float | None = None
         self.metrics: dict[str, float] = {}
         self.evaluation_due = False
-        self.saver = checkpoint.Saver(topology, asynchronous=run.checkpoint.asynchronous)
+        self.saver = Saver(
+            topology,
+            asynchronous=run.checkpoint.asynchronous,
+            timeout_seconds=run.engine.collective_timeout_seconds,
+        )
         saved = resumable(self.folder, run, identity=identity, topology=topology, say=say)
         self.engine = build_engine(module, run, folder=self.folder, saved=saved, topology=topology)
         decay = run.optim.average_decay
@@ -69,12 +82,13 @@ class RunState:
     def save(self, tracker_id: str | None, *, best: bool = False) -> None:
         """A checkpoint of this step; ``best`` keeps it apart from the last ones, alone."""
         average = self.average
-        snapshot = checkpoint.Snapshot(
-            parameters=gathered_parameters(self.engine),
-            optimizer=gathered_optimizer(self.engine),
+        snapshot = Snapshot(
+            parameters=parameter_slices(self.engine),
+            optimizer=optimizer_slices(self.engine),
             buffers=dict(self.engine.module.named_buffers()),
-            random_state=checkpoint.random_state(self.topology.device),
-            average={} if average is None else average.gathered(),
+            random_state=random_state(self.topology.device),
+            average={} if average is None else average.slices(),
+            average_buffers={} if average is None else average.buffers,
             state={
                 "step": self.step,
                 "data_offset": self.data_offset,
@@ -92,17 +106,17 @@ class RunState:
         folder = self.folder / BEST if best else self.folder
         self.saver.save(folder, snapshot, keep_last=1 if best else self.run.checkpoint.keep_last)
 
-    def _continue(self, saved: checkpoint.Snapshot) -> None:
+    def _continue(self, saved: SavedState) -> None:
         """Everything of a checkpoint but weights and optimizer state."""
-        checkpoint.set_random_state(saved.random_state, self.topology.device)
+        set_random_state(saved.random_state, self.topology.device)
         state = saved.state
         self.schedule.load(state["schedule"])
         self.step, self.skipped = state["step"], state["skipped_steps"]
         self.data_offset, self.rewinds = state["data_offset"], state["rewinds"]
         self.best, self.metrics = state["best"], dict(state["metrics"])
         self.evaluation_due = state.get("evaluation_due", False)  # checkpoints of earlier versions lack it
-        if self.average is not None and saved.average:
-            self.average.restore(saved.average, updates=state["average_updates"])
+        if self.average is not None and any(True for _ in saved.average):
+            self.average.restore(saved.average, saved.average_buffers, updates=state["average_updates"])
 
     def rewind(self) -> bool:
         """Back to the newest checkpoint; the data up to and with this step's is left out from then on.
@@ -114,36 +128,44 @@ class RunState:
         if saved is None:
             return False
         next_data, skipped, rewinds = self.data_step + 1, self.skipped, self.rewinds + 1
-        put_parameters(self.engine, saved.parameters)
-        checkpoint.load_buffers(self.engine.module, saved.buffers)
+        load_parameters(self.engine, saved.parameters)
+        load_buffers(self.engine.module, saved.buffers)
         restore_optimizer(self.engine, saved.optimizer)
         self._continue(saved)
         self.skipped, self.rewinds = skipped, rewinds
         self.data_offset = next_data - self.step
         return True
 
-    def take_result(self, *, refresh_statistics: Callable[[], None]) -> None:
+    def take_result(self, *, refresh_statistics: Callable[[], None]) -> TrainedTensors:
         """Put what the run is for into the module: the best evaluated weights, or the last; averaged, if they are.
 
         ``refresh_statistics`` re-estimates BatchNorm under averaged weights; without an average, the statistics kept
         are those of the evaluation.
+
+        Returns:
+            the module's tensors, read from the checkpoint that holds them: nothing is gathered.
         """
         best = self._newest(self.folder / BEST) if self.run.checkpoint.keep_best else None
         if best is not None and best.state["step"] != self.step:
             self.say(f"takes the best weights, of step {best.state['step']}")
-            put_parameters(self.engine, {**best.parameters, **best.average})
-            checkpoint.load_buffers(self.engine.module, {**best.buffers, **best.average})
+            load_parameters(self.engine, best.parameters, best.average)
+            load_buffers(self.engine.module, {**best.buffers, **best.average_buffers})
             self.metrics = dict(best.state["metrics"])
-        elif self.average is not None:
-            self.average.take()
+            saved, averaged = best, True
+        else:
+            saved = open_checkpoint(checkpoint_path(self.folder, self.step), topology=self.topology)
+            averaged = self.average is not None
+            if self.average is not None:
+                self.average.take()
         if self.average is not None:
             refresh_statistics()
+        kept = self.engine.module.state_dict().keys()
+        buffers = {n: b.detach().cpu().clone() for n, b in self.engine.module.named_buffers() if n in kept}
+        return TrainedTensors(saved, buffers=buffers, averaged=averaged)
 
-    def _newest(self, folder: Path) -> checkpoint.Snapshot | None:
-        """Rank 0 chooses for all."""
-        path = checkpoint.newest_usable(folder, say=self.say) if self.topology.is_main else None
-        path = broadcast_object(path, self.topology)
-        return None if path is None else checkpoint.load(path, topology=self.topology)
+    def _newest(self, folder: Path) -> SavedState | None:
+        path = newest_usable(folder, topology=self.topology, say=self.say)
+        return None if path is None else open_checkpoint(path, topology=self.topology)
 
 
 def run_identity(run: TrainingRun, *, data_fingerprint: str, total_steps: int) -> dict[str, object]:

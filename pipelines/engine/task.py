@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict
 
@@ -18,7 +18,6 @@ from cliplift.models.registry import model_entry
 from cliplift.pipelines.data.loader import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.optim import network_with_blocks
-from cliplift.pipelines.engine.zero_state import gathered_parameters
 from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.runs.tracking import ClipTable
 
@@ -101,11 +100,16 @@ class ModelCard(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class SavedModel:
-    """The trained network without loss and projection heads, and what is written beside its weights."""
+    """The trained network without loss and projection heads, and what is written beside its weights.
+
+    With ``weights`` these are written, one after the other, by the names of the network, which may then be on the meta
+    device; without, the network's own are.
+    """
 
     network: VideoNetwork
     options: Mapping[str, object]  # what the registry's builder is called with
     card: ModelCard
+    weights: Mapping[str, Tensor] | None = None
 
 
 class Stage(TrainingTask, Protocol):
@@ -158,7 +162,7 @@ class Stage(TrainingTask, Protocol):
         ...
 
     def trained_network(self, weights: Mapping[str, Tensor]) -> SavedModel:
-        """The network to save, from the module's whole fp32 tensors by name."""
+        """The network to save, from the module's whole fp32 tensors by name, which are read when they are asked for."""
         ...
 
 
@@ -182,9 +186,23 @@ def as_trained(built: StageModule, run: TrainingRun) -> nn.Module:
     return module.train()
 
 
-def network_weights(weights: Mapping[str, Tensor], *, prefix: str) -> dict[str, Tensor]:
-    """The tensors below ``prefix``, by their names without it."""
-    return {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+def network_weights(weights: Mapping[str, Tensor], *, prefix: str) -> Mapping[str, Tensor]:
+    """The tensors below ``prefix``, by their names without it; each is read when it is asked for."""
+    return _Below(weights, prefix)
+
+
+class _Below(Mapping[str, Tensor]):
+    def __init__(self, weights: Mapping[str, Tensor], prefix: str) -> None:
+        self._weights, self._prefix = weights, prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._weights if name.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def data_card(run: TrainingRun, data: DataConfig) -> ModelCard:
@@ -201,7 +219,11 @@ def data_card(run: TrainingRun, data: DataConfig) -> ModelCard:
 
 @dataclass
 class FitResult:
-    """The end of a run; ``engine`` is alive until :meth:`release` so that sharded weights can still be used."""
+    """The end of a run; ``engine`` is alive until :meth:`release`, so that it can still be evaluated.
+
+    ``weights`` are the trained parameters (fp32) and persistent buffers of the module by name. They are read one by one
+    from the slices of a checkpoint when they are asked for; an interrupted run has none.
+    """
 
     steps: int
     metrics: dict[str, float]
@@ -209,14 +231,8 @@ class FitResult:
     seconds: float
     clips_per_second: float
     skipped_steps: int
+    weights: Mapping[str, Tensor] = field(repr=False, default_factory=dict)
     engine: Any = field(repr=False, default=None)
-
-    def weights(self) -> dict[str, Tensor]:
-        """Every parameter and persistent buffer of the module in fp32 on the CPU, whole. Collective."""
-        module = self.engine.module
-        kept = module.state_dict().keys()
-        buffers = {n: b.detach().cpu().clone() for n, b in module.named_buffers() if n in kept}
-        return gathered_parameters(self.engine) | buffers
 
     def release(self) -> None:
         """Free the engine and its memory."""

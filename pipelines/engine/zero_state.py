@@ -1,102 +1,184 @@
-"""Parameters and optimizer state of a DeepSpeed engine by parameter name, whatever the ZeRO stage.
+"""Which elements of which parameter a rank of a DeepSpeed engine keeps, whatever the ZeRO stage; saved and put back.
 
-Stage 0 keeps them as torch does. Stages 1 and 2 keep flat fp32 partitions; which slice of which partition belongs to
-which parameter stands in the parameters' fragment mapping. Stage 3 partitions the parameters too and offers
-gathering functions. All functions are collective: every rank calls them.
+Stage 0 keeps everything on every rank, as torch does. Stages 1 and 2 keep flat fp32 partitions, each rank its own;
+which slice of which partition belongs to which parameter stands in the parameters' fragment mapping. Stage 3 cuts
+every parameter into equal parts, whose fp32 masters lie in flat partitions too. So at every stage a rank's state is a
+list of flat fp32 tensors (:func:`local_masters`) and a list of :class:`Fragment`, which says what lies where in them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cliplift.pipelines.checkpoints.slices import Slice
+
 SEPARATOR = "|"
 STEP = "step"
 
 
-def gathered_parameters(engine: Any, *, from_masters: bool = False) -> dict[str, Tensor]:
-    """fp32 value of every parameter (frozen ones included), whole, on every rank.
+class Slices(Protocol):
+    """Tensors by name of which runs of elements can be read (:class:`~.checkpoints.slices.SliceReader`)."""
 
-    ``from_masters`` reads the fp32 masters even where the weights themselves are fp32 and should equal them.
+    def __contains__(self, name: object) -> bool: ...
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def read(self, name: str, start: int, length: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements ``start`` to ``start + length`` of a flattened trainable parameter, and where this rank keeps them.
+
+    Attributes:
+        name: of the parameter in the engine's module.
+        shape: of the whole parameter.
+        flat: which of :func:`local_masters`.
+        offset: where they begin in that.
     """
-    return {
-        name: _full_parameter(engine, parameter, from_masters=from_masters)
-        for name, parameter in engine.module.named_parameters()
-    }
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    flat: int
+    offset: int
+
+    def of(self, flats: Sequence[Tensor]) -> Tensor:
+        """(length,): the view of these elements in tensors that are laid out like the masters."""
+        return flats[self.flat].detach().view(-1).narrow(0, self.offset, self.length)
 
 
-def _full_parameter(engine: Any, parameter: nn.Parameter, *, from_masters: bool) -> Tensor:
+def local_masters(engine: Any) -> list[Tensor]:
+    """The fp32 tensors this rank's optimizer updates: whole parameters at stage 0, flat partitions at the others."""
     stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return [parameter.data for parameter in engine.module.parameters() if parameter.requires_grad]
+    zero = engine.optimizer
+    return list(zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups)
+
+
+def fragments(engine: Any) -> list[Fragment]:
+    """What of the trainable parameters this rank keeps; the parts of all ranks together are every element.
+
+    Each element is kept once at stages 1 to 3, and by every rank at stage 0.
+    """
+    stage = engine.zero_optimization_stage()
+    trainable = [(n, p) for n, p in engine.module.named_parameters() if p.requires_grad]
+    if stage == 0:
+        return [Fragment(n, tuple(p.shape), 0, p.numel(), i, 0) for i, (n, p) in enumerate(trainable)]
     if stage == 3:
-        from deepspeed.runtime.zero import GatheredParameters
-
-        if parameter.requires_grad:
-            from deepspeed.utils import safe_get_full_fp32_param
-
-            value: Tensor = safe_get_full_fp32_param(parameter)
-            return value.detach().float().cpu()
-        with GatheredParameters([parameter]):
-            return parameter.detach().float().cpu().clone()
-    if stage in (1, 2) and parameter.requires_grad and (from_masters or parameter.dtype != torch.float32):
-        return _assembled(engine, parameter, lambda flat: flat).cpu()
-    return parameter.detach().float().cpu().clone()
+        parts = (_stage3_fragment(engine, n, p) for n, p in trainable)
+        return [part for part in parts if part.length]
+    # Where there is no mapping, all of the parameter lies in other ranks' partitions.
+    return [_flat_fragment(n, p) for n, p in trainable if p._hp_mapping is not None]
 
 
-def gathered_optimizer(engine: Any) -> dict[str, Tensor]:
-    """Optimizer state as ``name|state`` -> fp32 tensor of the parameter's shape, and scalars such as Adam's step."""
-    found: dict[str, Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        for key, value in _states(engine, parameter):
-            found[f"{name}{SEPARATOR}{key}"] = value.detach().cpu().clone()
+def _flat_fragment(name: str, parameter: nn.Parameter) -> Fragment:
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Fragment(
+        name=name,
+        shape=tuple(parameter.shape),
+        start=here.start,
+        length=here.numel,
+        flat=mapping.param_group_index,
+        offset=there.start,
+    )
+
+
+def _stage3_fragment(engine: Any, name: str, parameter: nn.Parameter) -> Fragment:
+    zero = engine.optimizer
+    flat, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
+    start, length = _stage3_part(parameter)
+    return Fragment(name, tuple(parameter.ds_shape), start, length, flat, offset)  # type: ignore[attr-defined]
+
+
+def _stage3_part(parameter: nn.Parameter) -> tuple[int, int]:
+    """(start, length) of this rank's elements; the last part may be shorter than the others, or empty."""
+    size, whole = parameter.ds_tensor.ds_numel, parameter.ds_numel  # type: ignore[attr-defined]
+    start = min(dist.get_rank() * size, whole)
+    return start, min(size, whole - start)
+
+
+def slices_to_write(engine: Any, flats: Sequence[Tensor]) -> dict[str, Slice]:
+    """This rank's share of trainable tensors laid out like the masters: together the ranks write every element once."""
+    mine = fragments(engine)
+    if engine.zero_optimization_stage():
+        return {part.name: Slice(part.of(flats), part.start, part.shape) for part in mine}
+    return _share({part.name: Slice(part.of(flats), 0, part.shape) for part in mine})
+
+
+def parameter_slices(engine: Any) -> dict[str, Slice]:
+    """This rank's share of the fp32 values of all parameters, frozen ones included."""
+    return slices_to_write(engine, local_masters(engine)) | _frozen_slices(engine)
+
+
+def _frozen_slices(engine: Any) -> dict[str, Slice]:
+    frozen = {n: p for n, p in engine.module.named_parameters() if not p.requires_grad}
+    if engine.zero_optimization_stage() != 3:
+        return _share({n: Slice.whole(p.detach().float()) for n, p in frozen.items()})
+    found = {}
+    for name, parameter in frozen.items():
+        start, length = _stage3_part(parameter)
+        if length:
+            found[name] = Slice(parameter.ds_tensor[:length].float(), start, tuple(parameter.ds_shape))
     return found
 
 
-def _states(engine: Any, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
-    stage = engine.zero_optimization_stage()
-    if stage == 0:
-        yield from (
-            (k, v) for k, v in _torch_optimizer(engine).state[parameter].items() if isinstance(v, Tensor)
-        )
-        return
-    for key in _state_keys(engine):
-        if key == STEP:
-            yield key, _any_step(engine)
-        elif stage == 3:
-            from deepspeed.utils import safe_get_full_optimizer_state
-
-            yield key, safe_get_full_optimizer_state(parameter, key)
-        else:
-            yield (
-                key,
-                _assembled(
-                    engine, parameter, lambda flat, key=key: _torch_optimizer(engine).state[flat][key]
-                ),
-            )
+def _share(whole: Mapping[str, Slice]) -> dict[str, Slice]:
+    """What this rank writes of tensors that every rank has: an equal run of all their elements, laid end to end."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    total = sum(part.values.numel() for part in whole.values())
+    first, stop = total * rank // ranks, total * (rank + 1) // ranks
+    found: dict[str, Slice] = {}
+    at = 0
+    for name, part in whole.items():
+        size = part.values.numel()
+        start, end = max(first - at, 0), min(stop - at, size)
+        if start < end or (size == 0 and rank == 0):
+            found[name] = Slice(part.values[start:end], start, part.shape)
+        at += size
+    return found
 
 
-def _assembled(engine: Any, parameter: nn.Parameter, partition: Any) -> Tensor:
-    """A parameter-shaped fp32 tensor from every rank's slice of its flat partition."""
-    whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-    if mapping is not None:
-        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-        flat = _flat_of(engine, parameter)
-        whole.narrow(0, here.start, here.numel).copy_(partition(flat).narrow(0, there.start, there.numel))
-    if dist.get_world_size() > 1:
-        dist.all_reduce(whole)
-    return whole.reshape(parameter.shape)
+def optimizer_slices(engine: Any) -> dict[str, Slice]:
+    """This rank's share of the optimizer state as ``name|state``.
+
+    Scalars such as Adam's step are of shape (), and are written with a parameter's first element.
+    """
+    masters, state = local_masters(engine), _torch_optimizer(engine).state
+    own = slices_to_write(engine, masters)
+    keys = _state_keys(engine)
+    found: dict[str, Slice] = {}
+    for part in fragments(engine):
+        if part.name not in own:
+            continue
+        written, values = own[part.name], state.get(_optimized(engine, part, masters), {})
+        for key in keys & values.keys():
+            name = f"{part.name}{SEPARATOR}{key}"
+            if key == STEP:
+                if written.start == 0:
+                    found[name] = Slice(values[key].detach().reshape(1), 0, ())
+                continue
+            flat = values[key].detach().view(-1)
+            at = part.offset + written.start - part.start
+            found[name] = Slice(flat.narrow(0, at, written.values.numel()), written.start, part.shape)
+    return found
 
 
-def _flat_of(engine: Any, parameter: nn.Parameter) -> Tensor:
-    group = parameter._hp_mapping.param_group_index  # type: ignore[attr-defined]
-    flat: Tensor = engine.optimizer.single_partition_of_fp32_groups[group]
-    return flat
+def _optimized(engine: Any, part: Fragment, masters: Sequence[Tensor]) -> Tensor:
+    """The tensor by which the optimizer files its state of a fragment: the parameter itself, or the partition."""
+    if engine.zero_optimization_stage() == 0:
+        parameter: Tensor = engine.module.get_parameter(part.name)
+        return parameter
+    return masters[part.flat]
 
 
 def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -107,140 +189,124 @@ def _torch_optimizer(engine: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _partitions(engine: Any) -> list[Tensor]:
-    """This rank's flat fp32 partitions at stages 1 to 3."""
-    zero = engine.optimizer
-    flats = (
-        zero.fp32_partitioned_groups_flat
-        if engine.zero_optimization_stage() == 3
-        else zero.single_partition_of_fp32_groups
-    )
-    return list(flats)
+def _state_keys(engine: Any) -> set[str]:
+    """Names of the states that are tensors."""
+    states = _torch_optimizer(engine).state.values()
+    return {key for values in states for key, value in values.items() if isinstance(value, Tensor)}
 
 
-def local_masters(engine: Any) -> list[Tensor]:
-    """The fp32 tensors this rank's optimizer updates: whole parameters at stage 0, flat partitions at the others."""
-    if engine.zero_optimization_stage() == 0:
-        return [parameter.data for parameter in engine.module.parameters() if parameter.requires_grad]
-    return _partitions(engine)
-
-
-def _state_keys(engine: Any) -> list[str]:
-    state = _torch_optimizer(engine).state
-    for flat in _partitions(engine):
-        if state.get(flat):
-            return sorted(k for k, v in state[flat].items() if isinstance(v, Tensor))
-    return []
-
-
-def _any_step(engine: Any) -> Tensor:
-    state = _torch_optimizer(engine).state
-    step: Tensor = next(state[flat][STEP] for flat in _partitions(engine) if state.get(flat))
-    return step
-
-
-def restore_optimizer(engine: Any, saved: Mapping[str, Tensor]) -> None:
-    """Put saved optimizer state back, for this engine's stage and partitions."""
-    by_parameter: dict[str, dict[str, Tensor]] = {}
-    for name, value in saved.items():
+@torch.no_grad()
+def restore_optimizer(engine: Any, saved: Slices) -> None:
+    """Put saved optimizer state back: of every tensor the elements that this rank keeps, and no others are read."""
+    by_parameter: dict[str, list[str]] = {}
+    for name in saved:
         parameter, _, key = name.rpartition(SEPARATOR)
-        by_parameter.setdefault(parameter, {})[key] = value
+        by_parameter.setdefault(parameter, []).append(key)
     if not by_parameter:
         return
-    stage = engine.zero_optimization_stage()
-    if stage == 0:
-        _restore_whole(engine, by_parameter)
-        return
-    _make_states(engine, by_parameter)
-    for name, parameter in engine.module.named_parameters():
-        for key, value in by_parameter.get(name, {}).items():
-            if key == STEP:
-                continue
-            if stage == 3:
-                from deepspeed.utils import safe_set_local_optimizer_state
-
-                safe_set_local_optimizer_state(parameter, _own_part(parameter, value), key)
-            else:
-                _put_slice(engine, parameter, key, value)
-
-
-def _restore_whole(engine: Any, by_parameter: Mapping[str, Mapping[str, Tensor]]) -> None:
-    state = _torch_optimizer(engine).state
-    for name, parameter in engine.module.named_parameters():
-        if name in by_parameter:
-            state[parameter] = {
-                key: value.clone() if key == STEP else value.to(parameter.device, copy=True)
-                for key, value in by_parameter[name].items()
-            }
+    masters, state = local_masters(engine), _torch_optimizer(engine).state
+    if engine.zero_optimization_stage():
+        _make_states(engine, masters, saved, by_parameter)
+    for part in fragments(engine):
+        optimized = _optimized(engine, part, masters)
+        for key in by_parameter.get(part.name, ()):
+            name = f"{part.name}{SEPARATOR}{key}"
+            if engine.zero_optimization_stage() == 0:
+                state[optimized][key] = (
+                    _step(engine, saved, name, optimized)
+                    if key == STEP
+                    else saved.read(name, 0, part.length).reshape(part.shape).to(optimized.device, copy=True)
+                )
+            elif key != STEP:
+                flat = state[optimized][key].view(-1)
+                flat.narrow(0, part.offset, part.length).copy_(saved.read(name, part.start, part.length))
 
 
-def _make_states(engine: Any, by_parameter: Mapping[str, Mapping[str, Tensor]]) -> None:
+def _make_states(
+    engine: Any, masters: Sequence[Tensor], saved: Slices, by_parameter: Mapping[str, Sequence[str]]
+) -> None:
     """Zero states for every partition, and its own copy of the step: a shared one would count once a group."""
-    example = next(iter(by_parameter.values()))
+    example, keys = next(iter(by_parameter.items()))
     state = _torch_optimizer(engine).state
-    for flat in _partitions(engine):
+    for flat in masters:
         state[flat] = {
-            key: value.clone() if key == STEP else torch.zeros_like(flat) for key, value in example.items()
+            key: _step(engine, saved, f"{example}{SEPARATOR}{key}", flat)
+            if key == STEP
+            else torch.zeros_like(flat)
+            for key in keys
         }
 
 
-def _put_slice(engine: Any, parameter: nn.Parameter, key: str, value: Tensor) -> None:
-    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-    if mapping is None:
-        return
-    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-    part = value.flatten().narrow(0, here.start, here.numel)
-    _torch_optimizer(engine).state[_flat_of(engine, parameter)][key].narrow(
-        0, there.start, there.numel
-    ).copy_(part)
+def _step(engine: Any, saved: Slices, name: str, optimized: Tensor) -> Tensor:
+    """A saved step, (), where torch's optimizers keep it: beside the values if fused or capturable, else on the CPU."""
+    groups = _torch_optimizer(engine).param_groups
+    beside = any(group.get("fused") or group.get("capturable") for group in groups)
+    return saved.read(name, 0, 1).reshape(()).to(optimized.device if beside else "cpu", copy=True)
 
 
-def _own_part(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """This rank's flat part of a whole value at stage 3, zero-padded where the size does not divide by the ranks.
+@torch.no_grad()
+def fill(engine: Any, flats: Sequence[Tensor], *sources: Slices) -> None:
+    """Read this rank's elements of every trainable parameter into tensors laid out like the masters.
 
-    DeepSpeed's setters for whole values slice without that padding and fail on, say, a bias of 3 on 2 ranks.
+    Of several sources the first that has a parameter is taken; what no source has stays as it is.
     """
-    size = parameter.ds_tensor.ds_numel  # type: ignore[attr-defined]
-    start = dist.get_rank() * size
-    part = torch.zeros(size, dtype=torch.float32, device=parameter.device)
-    held = value.flatten()[start : start + size]
-    part[: len(held)] = held.to(part)
-    return part
+    for part in fragments(engine):
+        source = next((candidate for candidate in sources if part.name in candidate), None)
+        if source is not None:
+            part.of(flats).copy_(source.read(part.name, part.start, part.length))
 
 
-def put_parameters(engine: Any, saved: Mapping[str, Tensor]) -> None:
-    """Replace every parameter of a living engine by its saved value: the weights and their fp32 masters."""
-    with torch.no_grad():
-        for name, parameter in engine.module.named_parameters():
-            if engine.zero_optimization_stage() == 3:
-                from deepspeed.runtime.zero import GatheredParameters
+@torch.no_grad()
+def load_parameters(engine: Any, parameters: Slices, *over: Slices) -> None:
+    """Replace weights and fp32 masters of a living engine by saved ones. Collective.
 
-                with GatheredParameters([parameter], modifier_rank=0):
-                    if dist.get_rank() == 0:
-                        parameter.copy_(saved[name])
-                if parameter.requires_grad:
-                    _put_stage3_master(parameter, saved[name])
-            else:
-                parameter.copy_(saved[name])
-    if engine.zero_optimization_stage() != 3:
-        put_masters(engine, saved)
-
-
-def _put_stage3_master(parameter: nn.Parameter, value: Tensor) -> None:
-    from deepspeed.utils import safe_set_local_fp32_param
-
-    safe_set_local_fp32_param(parameter, _own_part(parameter, value))
-
-
-def put_masters(engine: Any, saved: Mapping[str, Tensor]) -> None:
-    """Put fp32 values into the optimizer's fp32 masters, leaving the weights alone. Stage 0 has no others."""
-    from deepspeed.utils import safe_set_full_fp32_param
-
-    stage = engine.zero_optimization_stage()
+    Each rank reads its own masters, and frozen parameters as far as it keeps them; the weights follow from the masters.
+    ``over`` holds values that go before those of ``parameters``: an average.
+    """
+    fill(engine, local_masters(engine), *over, parameters)
     for name, parameter in engine.module.named_parameters():
-        if stage == 0 or not parameter.requires_grad:
+        if parameter.requires_grad:
             continue
-        if stage == 3:
-            _put_stage3_master(parameter, saved[name])
+        if engine.zero_optimization_stage() == 3:
+            start, length = _stage3_part(parameter)
+            if length:
+                parameter.ds_tensor[:length].copy_(parameters.read(name, start, length))
+            _forget_gathered(parameter)
         else:
-            safe_set_full_fp32_param(parameter, saved[name].to(parameter.device))
+            parameter.copy_(parameters.read(name, 0, parameter.numel()).reshape(parameter.shape))
+    weights_from_masters(engine)
+
+
+@torch.no_grad()
+def weights_from_masters(engine: Any) -> None:
+    """Make the weights what the fp32 masters say, as after an optimizer step. Collective; stage 0 has no others."""
+    stage = engine.zero_optimization_stage()
+    if stage in (1, 2):
+        engine.optimizer.update_lp_params()
+    if stage != 3:
+        return
+    masters = local_masters(engine)
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            part = _stage3_fragment(engine, name, parameter)
+            parameter.ds_tensor[: part.length].copy_(part.of(masters))
+            _forget_gathered(parameter)
+
+
+def _forget_gathered(parameter: nn.Parameter) -> None:
+    """Small parameters stay gathered between steps at stage 3; let go, they are gathered anew from the parts."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # type: ignore[attr-defined]
+        parameter.partition()  # type: ignore[attr-defined]
+
+
+@torch.no_grad()
+def exchange(first: Sequence[Tensor], second: Sequence[Tensor], *, elements: int = 1 << 22) -> None:
+    """Exchange the values of two lists of tensors in place, a run of ``elements`` at a time."""
+    for a, b in zip(first, second, strict=True):
+        runs = (torch.split(tensor.detach().view(-1), elements) for tensor in (a, b))
+        for one, other in zip(*runs, strict=True):
+            kept = one.clone()
+            one.copy_(other)
+            other.copy_(kept)

@@ -25,6 +25,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig
 from cliplift.models.factory import from_pretrained, read_config
 from cliplift.models.protocol import VideoNetwork
+from cliplift.models.weight_files import has_weights
 from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
 from cliplift.pipelines.distributed.agreement import agree_on_run
@@ -197,7 +198,7 @@ def load_finished(folder: str) -> tuple[VideoNetwork, DataConfig | None, ModelCa
     """The network of a run or export folder, the run's data section (None for an export), and its card."""
     path = Path(folder)
     weights = path / WEIGHTS if (path / WEIGHTS).is_dir() else path
-    if not (weights / "model.safetensors").is_file():
+    if not has_weights(weights):
         raise ConfigError(
             f"{folder!r} holds no weights",
             key="run",

@@ -10,29 +10,35 @@ import torch
 from cliplift.configs.runs import ExportRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models.factory import from_pretrained
-from cliplift.pipelines.runs.folder import CONFIG, RunFolder, classes_of, metrics_of, write_text
+from cliplift.models.weight_files import has_weights
+from cliplift.pipelines.runs.folder import CONFIG, Record, RunFolder, classes_of, metrics_of, write_text
 
 
 def run_export(run: ExportRun) -> Path:
     """``cliplift export``: write and read back; raises ConfigError when the run has no weights yet."""
     source = RunFolder(Path(run.run))
-    if not (source.weights / "model.safetensors").is_file():
+    if not has_weights(source.weights):
         raise ConfigError(
             f"{run.run!r} has no weights", key="run", value=run.run, hint="give the folder of a finished run"
         )
     output = RunFolder.create(run.output, writes=True).path
     for file in sorted(source.weights.iterdir()):
         shutil.copyfile(file, output / file.name)
-    if (source.path / CONFIG).is_file():
-        shutil.copyfile(source.path / CONFIG, output / "run.yaml")
-    write_text(output / "README.md", model_card(source))
+    write_card(source, output, result=source.result() or {})
     _check_equal(source.weights, output)
     return output
 
 
-def model_card(source: RunFolder) -> str:
-    """A model card with the numbers of the run's own result.json, and nothing else."""
-    record, result = source.start_record() or {}, source.result() or {}
+def write_card(source: RunFolder, output: Path, *, result: Record) -> None:
+    """Write the run's config and a model card beside the weights."""
+    if (source.path / CONFIG).is_file():
+        shutil.copyfile(source.path / CONFIG, output / "run.yaml")
+    write_text(output / "README.md", model_card(source, result))
+
+
+def model_card(source: RunFolder, result: Record) -> str:
+    """A model card with the numbers of the run's own result, and nothing else."""
+    record = source.start_record() or {}
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics_of(result).items())
     classes = ", ".join(classes_of(result)) or "none (features only)"
     return f"""---

@@ -82,6 +82,11 @@ class RunFolder:
         record |= {"starts": starts, "started_utc": starts[0]}
         write_json(self.path / RUN, record)
 
+    def add_to_record(self, **facts: object) -> None:
+        """Facts that are known only after the start, in run.json: a checkpoint can be read with them alone."""
+        if self.writes:
+            write_json(self.path / RUN, (self.start_record() or {}) | facts)
+
     def write_result(
         self,
         *,

@@ -8,4 +8,5 @@
 * ``transfer``: 2D to 3D, with ``matching`` (pairs and their metrics), ``feature_targets`` (the teacher's features as
   the target), ``teacher`` (its features, computed once) and ``probe`` (features judged by labels)
 * ``repeats``: folds and seeds, one run each
+* ``checkpoint_export``: a checkpoint's weights as an export folder
 """

@@ -247,11 +247,16 @@ class ClassificationStage:
         return dict(metrics)
 
     def trained_network(self, weights: Mapping[str, Tensor]) -> SavedModel:
-        network = self._network(pretrained=None)
-        network.load_state_dict(network_weights(weights, prefix="network."))
+        with torch.device("meta"):
+            network = self._network(pretrained=None)
         card = data_card(self.run, self.run.data)
         card["classes"], card["task"] = list(self.classes), self.run.task
-        return SavedModel(network=network, options=dict(self.run.model.options), card=card)
+        return SavedModel(
+            network=network,
+            options=dict(self.run.model.options),
+            card=card,
+            weights=network_weights(weights, prefix="network."),
+        )
 
 
 class FinetuneStage(ClassificationStage):

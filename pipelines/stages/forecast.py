@@ -165,11 +165,16 @@ class ForecastStage:
         return dict(metrics)
 
     def trained_network(self, weights: Mapping[str, Tensor]) -> SavedModel:
-        network = build_forecaster(self.run, pretrained=None)
-        network.load_state_dict(network_weights(weights, prefix="network."))
+        with torch.device("meta"):
+            network = build_forecaster(self.run, pretrained=None)
         card = data_card(self.run, self.run.data)
         card["objective"], card["forecast"] = "forecast", self.run.forecast.model_dump(mode="json")
-        return SavedModel(network=network, options=forecaster_options(self.run), card=card)
+        return SavedModel(
+            network=network,
+            options=forecaster_options(self.run),
+            card=card,
+            weights=network_weights(weights, prefix="network."),
+        )
 
 
 def forecast_metrics(clips: list[dict[str, float]]) -> dict[str, float]:

@@ -124,6 +124,7 @@ def _run_in(
     _seed(run, topology)
     loader = agreed_data(lambda: _loader(run, topology), lambda made: made.fingerprint, topology)
     try:
+        folder.add_to_record(classes=list(loader.classes))
         task = _task(run, loader, topology)
         tracker = Tracker(run, stage=stage, folder=folder.path, topology=topology)
         log_main(topology, f"{run.name}: {_setting(run, task, loader, topology)}")
@@ -252,6 +253,15 @@ def _setting(run: TrainingRun, task: Stage, loader: TrainingLoader, topology: To
     )
 
 
+def read_classes(run: TrainingRun) -> tuple[str, ...]:
+    """The class names of a run, from its data."""
+    loader = _loader(run, Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu")))
+    try:
+        return tuple(loader.classes)
+    finally:
+        loader.close()
+
+
 def require_splits(run: TrainingRun, splits: Sequence[str]) -> None:
     """Refuse a run whose shards, of these splits, lack one it will evaluate: after the training would be late.
 
@@ -290,15 +300,15 @@ def _conclude(
     """Final evaluation and weights."""
     result.engine.eval()
     metrics = stage.finish(result.metrics, topology=topology, folder=folder)
-    weights = result.weights()
     if topology.is_main:
-        saved = stage.trained_network(weights)
+        saved = stage.trained_network(result.weights)
         save_pretrained(
             saved.network,
             folder.weights,
             name=run.model.name,
             options=dict(saved.options),
             extra=dict(saved.card),
+            weights=saved.weights,
         )
     return metrics
 

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cliplift.configs.sections import ConfigError
 from cliplift.models.factory import load_pretrained
+from cliplift.models.weight_files import has_weights
 from cliplift.pipelines.runs.folder import WEIGHTS
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def initialise_from(network: nn.Module, source: str) -> None:
             value=source,
             hint="give a finished run's folder, an export folder or a weights file",
         )
-    if Path(source).is_dir() and not folder.is_dir() and not (path / "model.safetensors").exists():
+    if Path(source).is_dir() and not folder.is_dir() and not has_weights(path):
         raise ConfigError(
             f"{source!r} holds no weights",
             key="initialise_from",

@@ -433,10 +433,15 @@ class TransferStage:
 
     def trained_network(self, weights: Mapping[str, Tensor]) -> SavedModel:
         """The student alone."""
-        student = self._student(pretrained=None)
-        student.load_state_dict(network_weights(weights, prefix="student."))
+        with torch.device("meta"):
+            student = self._student(pretrained=None)
         card = data_card(self.run, self.run.data)
-        return SavedModel(network=student, options=dict(self.run.model.options), card=card)
+        return SavedModel(
+            network=student,
+            options=dict(self.run.model.options),
+            card=card,
+            weights=network_weights(weights, prefix="student."),
+        )
 
 
 def _build_teacher(run: TransferRun, *, pretrained: str | None) -> nn.Module:

@@ -188,8 +188,9 @@ class FakeHub(types.ModuleType):
     ) -> types.SimpleNamespace:
         target = self.store / repo_id
         target.mkdir(parents=True)
-        for name in allow_patterns:
-            (target / name).write_bytes((Path(folder_path) / name).read_bytes())
+        for pattern in allow_patterns:
+            for file in Path(folder_path).glob(pattern):
+                (target / file.name).write_bytes(file.read_bytes())
         return types.SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
 
 
@@ -208,7 +209,17 @@ def test_push_and_pull_through_the_hub(tmp_path: Path, monkeypatch: pytest.Monke
     assert same(model, again)
     assert hub.calls == [
         ("create", "lab/t3d", True, True),
-        ("download", "lab/t3d", "v1", ("model.safetensors", "config.json")),
+        (
+            "download",
+            "lab/t3d",
+            "v1",
+            (
+                "model.safetensors",
+                "model-*-of-*.safetensors",
+                "model.safetensors.index.json",
+                "config.json",
+            ),
+        ),
     ]
     with pytest.raises(ModelError, match="no config"):
         push(tmp_path, "lab/t3d")

@@ -160,7 +160,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_says_so(
     whole = worker.train(worker.run_config(str(tmp_path), checkpoint__every_steps=3, checkpoint__keep_last=3))
     folder = tmp_path / "checkpoints"
     newest, before = sorted(folder.glob("step_*"))[-1], sorted(folder.glob("step_*"))[-2]
-    file = newest / "parameters.safetensors"
+    file = newest / "parameters-rank0.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(bytes(data))

@@ -74,9 +74,9 @@ def test_the_result_is_the_moving_average_of_the_weights(
     )  # and the buffer that counts steps
     run = worker.run_config(str(tmp_path), optim__average_decay=0.9, engine__zero_stage=stage)
     assert worker.train(run)["checksum"] == pytest.approx(expected, abs=2e-4)
-    saved = load_file(tmp_path / "checkpoints/step_00000008/average.safetensors")
+    saved = load_file(tmp_path / "checkpoints/step_00000008/average-rank0.safetensors")
     for name, value in average.items():
-        assert torch.allclose(saved[name], value, atol=ROUNDING), name
+        assert torch.allclose(saved[name], value.flatten(), atol=ROUNDING), name
     import shutil
 
     shutil.rmtree(tmp_path / "checkpoints/step_00000008")
@@ -182,7 +182,7 @@ def test_a_run_evaluates_with_precise_statistics(
     index = torch.arange(64, 80) % worker.SAMPLES  # the positions after step 8
     clips = torch.stack([worker.sample(int(i)) for i in index]).permute(0, 4, 1, 2, 3).float() / 255
     found = nn.functional.conv3d(clips, weight).mean((0, 2, 3, 4))
-    biases = load_file(tmp_path / "checkpoints/step_00000008/parameters.safetensors")["body.0.bias"]
+    biases = load_file(tmp_path / "checkpoints/step_00000008/parameters-rank0.safetensors")["body.0.bias"]
     assert torch.allclose(mean, found + biases, atol=1e-5)
 
 
@@ -274,7 +274,9 @@ def test_a_spike_is_skipped(
         )
     )
     assert found["skipped"] == 1
-    saved = [load_file(tmp_path / f"checkpoints/step_0000000{n}/parameters.safetensors") for n in (5, 6, 7)]
+    saved = [
+        load_file(tmp_path / f"checkpoints/step_0000000{n}/parameters-rank0.safetensors") for n in (5, 6, 7)
+    ]
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
     assert any(not torch.equal(saved[1][name], saved[2][name]) for name in saved[0])
 
@@ -388,15 +390,24 @@ def test_an_earlier_hang_is_said(
     assert "stacks/rank0.txt" in capfd.readouterr().out
 
 
-def test_a_checkpoint_of_format_1_is_continued(worker: ModuleType, tmp_path: Path) -> None:
-    """Step 4 of this case, saved by the first format; the unbroken run is the reference."""
+@pytest.mark.parametrize("form", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_checkpoints_of_earlier_formats_are_continued(
+    worker: ModuleType, tmp_path: Path, form: int, stage: int
+) -> None:
+    """Step 4 of this case, saved by earlier versions: format 1 by one process, format 2 by two, with an average.
+
+    The unbroken run is the reference.
+    """
     import shutil
 
-    whole = worker.train(worker.run_config(str(tmp_path / "whole")))
-    fixture = Path(__file__).with_name("checkpoint_format1") / "step_00000004"
+    changes = {"optim__average_decay": 0.9 if form == 2 else 0.0}
+    whole = worker.train(worker.run_config(str(tmp_path / "whole"), **changes))
+    fixture = Path(__file__).with_name(f"checkpoint_format{form}") / "step_00000004"
     shutil.copytree(fixture, tmp_path / "old/checkpoints/step_00000004")
-    found = worker.train(worker.run_config(str(tmp_path / "old")))
+    found = worker.train(worker.run_config(str(tmp_path / "old"), engine__zero_stage=stage, **changes))
     assert found["losses"] == pytest.approx(whole["losses"][4:], abs=ROUNDING)
+    assert found["checksum"] == pytest.approx(whole["checksum"], abs=2e-4)
 
 
 def test_asynchronous_checkpoints_are_the_same_and_complete(worker: ModuleType, tmp_path: Path) -> None:
@@ -409,7 +420,12 @@ def test_asynchronous_checkpoints_are_the_same_and_complete(worker: ModuleType, 
         )
     for step in (2, 4, 6, 8):
         now, later = (tmp_path / n / f"checkpoints/step_0000000{step}" for n in ("now", "later"))
-        for file in ("parameters.safetensors", "optimizer.safetensors", "state.json", "COMPLETE.json"):
+        for file in (
+            "parameters-rank0.safetensors",
+            "optimizer-rank0.safetensors",
+            "state.json",
+            "COMPLETE.json",
+        ):
             assert (now / file).read_bytes() == (later / file).read_bytes()
 
 

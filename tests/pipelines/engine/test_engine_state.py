@@ -20,7 +20,7 @@ from torch import nn
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import OptimConfig
 from cliplift.models import create_model
-from cliplift.pipelines.engine.checkpoint import check_space, complete_checkpoints
+from cliplift.pipelines.checkpoints.folder import check_space, complete_checkpoints
 from cliplift.pipelines.engine.optim import parameter_groups
 from cliplift.pipelines.stages.classification import Classifier
 from cliplift.pipelines.stages.starting_weights import batchnorms, freeze_named
@@ -32,8 +32,8 @@ ROUNDING = 2e-6
 
 def saved_sum(folder: Path) -> float:
     """Sum of magnitudes of a checkpoint's parameters and buffers, read straight from its files."""
-    tensors = load_file(folder / "parameters.safetensors") | load_file(folder / "buffers-rank0.safetensors")
-    return sum(float(tensor.double().abs().sum()) for tensor in tensors.values())
+    files = [*folder.glob("parameters-rank?.safetensors"), folder / "buffers-rank0.safetensors"]
+    return sum(float(tensor.double().abs().sum()) for file in files for tensor in load_file(file).values())
 
 
 @pytest.fixture(scope="module")

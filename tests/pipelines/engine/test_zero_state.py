@@ -5,7 +5,7 @@ One process; what two ranks share is in test_engine_state.py, and here the arith
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cliplift.configs.training import EngineConfig
+from cliplift.pipelines.checkpoints.slices import Slice
 from cliplift.pipelines.distributed.collectives import start
 from cliplift.pipelines.engine import zero_state
 
@@ -82,6 +83,27 @@ def plain(steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {name: p.detach() for name, p in parameters.items()}, state
 
 
+class Held(dict[str, Tensor]):
+    """Whole tensors of which runs of elements can be read."""
+
+    def read(self, name: str, start: int, length: int) -> Tensor:
+        return self[name].flatten()[start : start + length]
+
+
+def whole(slices: Mapping[str, Slice]) -> Held:
+    """What one process writes is all of every tensor."""
+    assert all(part.start == 0 for part in slices.values())
+    return Held({name: part.values.reshape(part.shape).clone() for name, part in slices.items()})
+
+
+def parameters_of(engine: Any) -> Held:
+    return whole(zero_state.parameter_slices(engine))
+
+
+def optimizer_of(engine: Any) -> Held:
+    return whole(zero_state.optimizer_slices(engine))
+
+
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in found.items():
@@ -100,21 +122,18 @@ def trained() -> dict[int, Any]:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("from_masters", [False, True])
-def test_parameters_are_those_of_plain_training(
-    trained: dict[int, Any], stage: int, from_masters: bool
-) -> None:
-    found = zero_state.gathered_parameters(trained[stage], from_masters=from_masters)
+def test_parameters_are_those_of_plain_training(trained: dict[int, Any], stage: int) -> None:
+    found = parameters_of(trained[stage])
     assert_near(found, plain(STEPS)[0])
     # They are copies: changing them changes nothing in the engine.
     for value in found.values():
         value.zero_()
-    assert_near(zero_state.gathered_parameters(trained[stage], from_masters=from_masters), plain(STEPS)[0])
+    assert_near(parameters_of(trained[stage]), plain(STEPS)[0])
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_moments_and_steps_are_those_of_plain_training(trained: dict[int, Any], stage: int) -> None:
-    found, expected = zero_state.gathered_optimizer(trained[stage]), plain(STEPS)[1]
+    found, expected = optimizer_of(trained[stage]), plain(STEPS)[1]
     assert_near(found, expected)
     assert set(found) == {
         f"{name}|{key}"
@@ -124,12 +143,12 @@ def test_moments_and_steps_are_those_of_plain_training(trained: dict[int, Any], 
     assert float(found["2.bias|step"]) == STEPS
     for value in found.values():
         value.zero_()
-    assert_near(zero_state.gathered_optimizer(trained[stage]), expected)
+    assert_near(optimizer_of(trained[stage]), expected)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_an_engine_that_took_no_step_has_no_moments(stage: int) -> None:
-    assert zero_state.gathered_optimizer(make_engine(stage)) == {}
+    assert optimizer_of(make_engine(stage)) == {}
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -146,16 +165,16 @@ def test_masters_are_what_the_optimizer_updates(trained: dict[int, Any], stage: 
 @pytest.mark.parametrize("saved_by", [0, 3])
 def test_restored_training_goes_on_as_if_unbroken(trained: dict[int, Any], stage: int, saved_by: int) -> None:
     """Weights, moments and step: two further steps equal five plain ones."""
-    parameters = zero_state.gathered_parameters(trained[saved_by])
-    optimizer = zero_state.gathered_optimizer(trained[saved_by])
+    parameters = parameters_of(trained[saved_by])
+    optimizer = optimizer_of(trained[saved_by])
     engine = make_engine(stage)
-    zero_state.put_parameters(engine, parameters)
+    zero_state.load_parameters(engine, parameters)
     zero_state.restore_optimizer(engine, optimizer)
-    assert_near(zero_state.gathered_parameters(engine), parameters)
-    assert_near(zero_state.gathered_optimizer(engine), optimizer)
+    assert_near(parameters_of(engine), parameters)
+    assert_near(optimizer_of(engine), optimizer)
     take_steps(engine, STEPS, STEPS + 2)
-    assert_near(zero_state.gathered_parameters(engine), plain(STEPS + 2)[0])
-    assert_near(zero_state.gathered_optimizer(engine), plain(STEPS + 2)[1])
+    assert_near(parameters_of(engine), plain(STEPS + 2)[0])
+    assert_near(optimizer_of(engine), plain(STEPS + 2)[1])
     # The saved values were copied, not taken over: training has not changed them.
     assert_near(optimizer, plain(STEPS)[1])
     assert_near(parameters, plain(STEPS)[0])
@@ -163,9 +182,9 @@ def test_restored_training_goes_on_as_if_unbroken(trained: dict[int, Any], stage
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_no_saved_state_leaves_the_optimizer_alone(trained: dict[int, Any], stage: int) -> None:
-    before = zero_state.gathered_optimizer(trained[stage])
-    zero_state.restore_optimizer(trained[stage], {})
-    assert_near(zero_state.gathered_optimizer(trained[stage]), before)
+    before = optimizer_of(trained[stage])
+    zero_state.restore_optimizer(trained[stage], Held())
+    assert_near(optimizer_of(trained[stage]), before)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -174,8 +193,8 @@ def test_half_precision_weights_keep_whole_masters(stage: int) -> None:
     engine = make_engine(stage, "bf16")
     value = 1 + 2**-12  # bfloat16 has 8 bits
     saved = {name: torch.full_like(p, value) for name, p in plain(0)[0].items()}
-    zero_state.put_parameters(engine, saved)
-    found = zero_state.gathered_parameters(engine)
+    zero_state.load_parameters(engine, Held(saved))
+    found = parameters_of(engine)
     trained_names = {"0.weight", "2.weight", "2.bias"}
     for name, tensor in found.items():
         assert tensor.dtype == torch.float32
@@ -185,90 +204,3 @@ def test_half_precision_weights_keep_whole_masters(stage: int) -> None:
     weight = engine.module[0].weight
     with GatheredParameters([weight], enabled=stage == 3):
         assert weight.detach().float().unique().tolist() == [1.0]
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_putting_masters_leaves_the_weights_alone(stage: int) -> None:
-    engine = make_engine(stage)
-    saved = {name: torch.full_like(p, 7.0) for name, p in plain(0)[0].items()}
-    before = plain(0)[0]
-    zero_state.put_masters(engine, saved)
-    from deepspeed.runtime.zero import GatheredParameters
-
-    for name, parameter in engine.module.named_parameters():
-        with GatheredParameters([parameter], enabled=stage == 3):
-            assert torch.equal(parameter.detach(), before[name])
-    masters = zero_state.gathered_parameters(engine, from_masters=True)
-    for name, value in masters.items():
-        changed = stage != 0 and name != "0.bias"
-        assert torch.equal(value, saved[name] if changed else before[name]), name
-
-
-@pytest.mark.parametrize(
-    ("numbers", "ranks", "rank", "expected"),
-    [
-        (4, 2, 0, [0, 1]), (4, 2, 1, [2, 3]), (3, 2, 0, [0, 1]), (3, 2, 1, [2, 0]),
-        (5, 4, 2, [4, 0]), (5, 4, 3, [0, 0]),
-    ],
-)  # fmt: skip
-def test_a_ranks_part_of_a_value_is_padded_with_zeros(
-    monkeypatch: pytest.MonkeyPatch, numbers: int, ranks: int, rank: int, expected: list[int]
-) -> None:
-    """Stage 3 deals ceil(numbers / ranks) to each rank; the last ranks may hold less, or nothing."""
-    monkeypatch.setattr(zero_state.dist, "get_rank", lambda: rank)
-    held = SimpleNamespace(
-        ds_tensor=SimpleNamespace(ds_numel=-(-numbers // ranks)), device=torch.device("cpu")
-    )
-    part = zero_state._own_part(held, torch.arange(numbers).reshape(1, -1))  # type: ignore[arg-type]
-    assert part.dtype == torch.float32
-    assert part.tolist() == expected
-
-
-def fragment(start: int, there: int, length: int) -> SimpleNamespace:
-    """Numbers ``start`` ... of the parameter lie at ``there`` ... of this rank's partition."""
-    address = SimpleNamespace
-    return SimpleNamespace(
-        lp_fragment_address=address(start=start, numel=length),
-        hp_fragment_address=address(start=there, numel=length),
-        param_group_index=0,
-    )
-
-
-@pytest.mark.parametrize(
-    ("mapping", "expected"),
-    [
-        (fragment(0, 0, 6), [10, 11, 12, 13, 14, 15]),
-        (fragment(2, 1, 3), [0, 0, 11, 12, 13, 0]),
-        (None, [0] * 6),
-    ],
-)
-def test_a_slice_of_a_partition_stands_where_the_mapping_says(
-    monkeypatch: pytest.MonkeyPatch, mapping: SimpleNamespace | None, expected: list[int]
-) -> None:
-    """What other ranks hold is added: they have zeros here, and this rank zeros there."""
-    flat = torch.arange(10.0, 18.0)
-    parameter = nn.Parameter(torch.zeros(2, 3))
-    parameter._hp_mapping = mapping  # type: ignore[attr-defined]
-    engine = SimpleNamespace(optimizer=SimpleNamespace(single_partition_of_fp32_groups=[flat]))
-    summed: list[Tensor] = []
-    monkeypatch.setattr(zero_state.dist, "all_reduce", lambda whole: summed.append(whole.clone()))
-    for world in (1, 2):
-        monkeypatch.setattr(zero_state.dist, "get_world_size", lambda world=world: world)
-        whole = zero_state._assembled(engine, parameter, lambda f: f)
-        assert whole.tolist() == [expected[:3], expected[3:]]
-        assert len(summed) == world - 1
-
-
-def test_a_saved_value_goes_to_its_slice_alone() -> None:
-    flat, moments = torch.zeros(8), torch.zeros(8)
-    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
-    optimizer.state[flat] = {"exp_avg": moments}  # type: ignore[index]
-    wrapper = SimpleNamespace(single_partition_of_fp32_groups=[flat], optimizer=optimizer)
-    parameter = nn.Parameter(torch.zeros(2, 3))
-    for mapping, expected in (
-        (None, [0] * 8), (fragment(2, 1, 3), [0, 3, 4, 5, 0, 0, 0, 0])
-    ):  # fmt: skip
-        parameter._hp_mapping = mapping  # type: ignore[attr-defined]
-        value = torch.arange(1.0, 7.0).reshape(2, 3)
-        zero_state._put_slice(SimpleNamespace(optimizer=wrapper), parameter, "exp_avg", value)
-        assert moments.tolist() == expected

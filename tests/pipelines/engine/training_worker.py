@@ -6,9 +6,10 @@ Not a test itself. The cases are compared by test_engine.py.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,16 +137,43 @@ def train(run: PretrainRun, *, poison_step: int | None = None) -> dict[str, Any]
     task = Task(poison_step)
     tracker = Tracker(run, stage="pretrain", folder=Path(run.output), topology=topology)
     result = fit(task=task, run=run, loader=FixedLoader(run, topology), topology=topology, tracker=tracker)  # type: ignore[arg-type]
-    weights = result.weights()
+    checksum = magnitudes(engine_tensors(result.engine).values())
+    if not result.interrupted:
+        assert magnitudes(result.weights.values()) == checksum, "what is saved is what the engine holds"
     result.release()
     tracker.finish()
     return {
         "losses": losses(Path(run.output)),
-        "checksum": sum(float(w.double().abs().sum()) for w in weights.values()),
+        "checksum": checksum,
         "interrupted": result.interrupted,
         "skipped": result.skipped_steps,
         "steps": result.steps,
     }
+
+
+def engine_tensors(engine: Any) -> dict[str, Tensor]:
+    """Every parameter (fp32: the masters where there are any) and persistent buffer of an engine, whole.
+
+    Gathered by DeepSpeed's own functions, whatever checkpoints do.
+    """
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    module = engine.module
+    kept = module.state_dict().keys()
+    found = {name: buffer.clone() for name, buffer in module.named_buffers() if name in kept}
+    for name, parameter in module.named_parameters():
+        master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        if master is None:
+            with GatheredParameters([parameter], enabled=engine.zero_optimization_stage() == 3):
+                master = parameter.detach().float().clone()
+        found[name] = master.detach()
+    return found
+
+
+def magnitudes(tensors: Iterable[Tensor]) -> float:
+    """A sum that does not depend on the tensors' order."""
+    return math.fsum(float(tensor.double().abs().sum()) for tensor in tensors)
 
 
 def losses(folder: Path) -> list[float]:

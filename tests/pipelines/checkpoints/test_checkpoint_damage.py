@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cliplift.pipelines.checkpoints import saver as saving
+from cliplift.pipelines.checkpoints.folder import newest_usable
+from cliplift.pipelines.checkpoints.slices import Slice
 from cliplift.pipelines.distributed.collectives import Topology
-from cliplift.pipelines.engine import checkpoint
 
 ALONE = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -34,7 +36,7 @@ def test_any_flipped_bit_of_the_seal_is_passed_over(tmp_path: Path) -> None:
         flipped[bit // 8] ^= 1 << bit % 8
         seal.write_bytes(flipped)
         said: list[str] = []
-        found = checkpoint.newest_usable(tmp_path, say=said.append)
+        found = newest_usable(tmp_path, topology=ALONE, say=said.append)
         # A flip that leaves the seal's meaning alone (in white space, format 2 -> another readable one) may pass.
         assert found == (older if said else newer)
 
@@ -54,7 +56,7 @@ def test_a_malformed_seal_is_damage(tmp_path: Path, seal: str) -> None:
     older, newer = write_checkpoint(tmp_path, 1), write_checkpoint(tmp_path, 2)
     (newer / "COMPLETE.json").write_text(seal)
     said: list[str] = []
-    assert checkpoint.newest_usable(tmp_path, say=said.append) == older
+    assert newest_usable(tmp_path, topology=ALONE, say=said.append) == older
     assert len(said) == 1
     assert said[0].startswith("checkpoint step_00000002 is damaged (COMPLETE.json: ")
 
@@ -64,7 +66,7 @@ def test_it_is_on_the_disk_and_named_before_older_ones_go(
 ) -> None:
     """Every file is synced while unnamed; then the rename, the sync of the folder, the removal of the old one."""
     events: list[str] = []
-    sync, replace, remove = os.fsync, Path.replace, checkpoint.shutil.rmtree  # type: ignore[attr-defined]
+    sync, replace, remove = os.fsync, Path.replace, saving.shutil.rmtree  # type: ignore[attr-defined]
 
     def synced(descriptor: int) -> None:
         events.append("sync " + Path(f"/proc/self/fd/{descriptor}").readlink().name)
@@ -80,13 +82,13 @@ def test_it_is_on_the_disk_and_named_before_older_ones_go(
             events.append(f"remove {Path(path).name}")
         remove(path, ignore_errors=ignore_errors)
 
-    saver = checkpoint.Saver(ALONE, asynchronous=False)
-    values = {"w": torch.ones(2)}
-    saver.save(tmp_path, checkpoint.Snapshot(values, {}, {}, {}, {"step": 1}), keep_last=1)
+    saver = saving.Saver(ALONE, asynchronous=False)
+    values = {"w": Slice.whole(torch.ones(2))}
+    saver.save(tmp_path, saving.Snapshot(values, {}, {}, {}, {"step": 1}), keep_last=1)
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "replace", replaced)
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", removed)  # type: ignore[attr-defined]
-    saver.save(tmp_path, checkpoint.Snapshot(values, {}, {}, {}, {"step": 2}), keep_last=1)
+    monkeypatch.setattr(saving.shutil, "rmtree", removed)  # type: ignore[attr-defined]
+    saver.save(tmp_path, saving.Snapshot(values, {}, {}, {}, {"step": 2}), keep_last=1)
     named = events.index("rename step_00000002.partial step_00000002")
     files = {path.name for path in (tmp_path / "step_00000002").iterdir()}
     assert {f"sync {name}" for name in (*files, "step_00000002.partial")} == set(events[:named])

@@ -1,0 +1,214 @@
+"""Weights on disk: safetensors written tensor by tensor, whole models in files of at most 5 GB with an index.
+
+safetensors' own ``save_file`` wants every tensor at once in the host's memory. :func:`write_tensors` asks for one after
+the other, so a model is written from slices or from a GPU with one tensor in memory, and the checksum comes with it.
+The format: https://huggingface.co/docs/safetensors/index#format. The index is that of Hugging Face's ``transformers``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cliplift.models.protocol import ModelError
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PART_PATTERN = "model-?????-of-?????.safetensors"
+MAX_FILE_BYTES = 5 * 10**9
+TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorToWrite:
+    """What the header of a file says of a tensor, and where its values come from when it is their turn."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """Size and checksum (zlib's crc32) of a file as it was written."""
+
+    size_bytes: int
+    crc32: int
+
+
+def write_tensors(
+    path: Path, tensors: Sequence[TensorToWrite], *, metadata: Mapping[str, str]
+) -> WrittenFile:
+    """Write one safetensors file, with one tensor at a time in the host's memory, and have it reach the disk.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    # As safetensors orders them: wide types first, so that every tensor begins at a multiple of its own width.
+    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    at = 0
+    for tensor in ordered:
+        header[tensor.name] = {
+            "dtype": TYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.size_bytes],
+        }
+        at += tensor.size_bytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        # A call each, so that no name here keeps a tensor while the next is read.
+        written = _append(file, struct.pack("<Q", len(text)) + text, WrittenFile(0, 0))
+        for tensor in ordered:
+            written = _append(file, _bytes_of(tensor), written)
+        file.flush()
+        os.fsync(file.fileno())
+    return written
+
+
+def _append(file: BinaryIO, block: bytes | memoryview, before: WrittenFile) -> WrittenFile:
+    file.write(block)
+    return WrittenFile(before.size_bytes + len(block), zlib.crc32(block, before.crc32))
+
+
+def _bytes_of(tensor: TensorToWrite) -> bytes | memoryview:
+    values = tensor.read()
+    assert (values.dtype, tuple(values.shape)) == (tensor.dtype, tensor.shape), tensor.name
+    flat = values.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().data if len(flat) else b""
+
+
+def write_weights(
+    folder: Path, tensors: Sequence[TensorToWrite], *, max_file_bytes: int = MAX_FILE_BYTES
+) -> None:
+    """Write a model's weights: ``model.safetensors``, or several files and their index where that would be too large.
+
+    Each file appears whole and the index last; what an earlier write left under other names is removed.
+
+    Args:
+        folder: an existing folder.
+        tensors: the weights by name.
+        max_file_bytes: of the values in one file; a single larger tensor gets a file of its own.
+    """
+    groups = _groups(tensors, max_file_bytes)
+    one = len(groups) == 1
+    count = len(groups)
+    names = [WEIGHTS if one else f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    for name, group in zip(names, groups, strict=True):
+        partial = folder / f".{name}.partial"
+        write_tensors(partial, group, metadata={"format": "pt"})
+        partial.replace(folder / name)
+    if not one:
+        index = {
+            "metadata": {"total_size": sum(tensor.size_bytes for tensor in tensors)},
+            "weight_map": {t.name: name for name, group in zip(names, groups, strict=True) for t in group},
+        }
+        partial = folder / f".{INDEX}.partial"
+        partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        partial.replace(folder / INDEX)
+    stale = {INDEX} if one else {WEIGHTS}
+    stale |= {path.name for path in folder.glob(PART_PATTERN)} - set(names)
+    for name in stale:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _groups(tensors: Sequence[TensorToWrite], max_file_bytes: int) -> list[list[TensorToWrite]]:
+    """Tensors in their order, files filled one after the other, as ``huggingface_hub`` does it."""
+    groups: list[list[TensorToWrite]] = []
+    current: list[TensorToWrite] = []
+    filled = 0
+    for tensor in tensors:
+        if tensor.size_bytes > max_file_bytes:
+            groups.append([tensor])
+            continue
+        if filled + tensor.size_bytes > max_file_bytes:
+            groups.append(current)
+            current, filled = [], 0
+        current.append(tensor)
+        filled += tensor.size_bytes
+    return [*groups, current] if current or not groups else groups
+
+
+def has_weights(folder: str | Path) -> bool:
+    """Whether a folder holds a model's weights, in one file or in several."""
+    return any((Path(folder) / name).is_file() for name in (WEIGHTS, INDEX))
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files of a folder that hold its weights: one, or those of its index with the index itself last.
+
+    Raises:
+        ModelError: no weights there, or an index that is malformed or names a file that is missing.
+    """
+    whole, index = Path(folder) / WEIGHTS, Path(folder) / INDEX
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise ModelError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}")
+    files = [Path(folder) / name for name in sorted(set(_weight_map(index).values()))]
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"{index}: {file.name} is missing; copy the folder again, with all its files")
+    return [*files, index]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{index}: not valid JSON ({error})") from None
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not found:
+        raise ModelError(f"{index}: has no weight_map")
+    for key, name in found.items():
+        # A name from outside: it may name a file of this folder and nothing else.
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelError(f"{index}: puts {key!r:.80} into {name!r:.80}, which is no file of this folder")
+    return found
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """All weights of a folder, from one file or several.
+
+    Raises:
+        ModelError: no weights there, a damaged file, or files that hold other tensors than their index says.
+    """
+    *files, last = weight_files(folder)
+    if not files:
+        return _load(last)
+    expected, found = _weight_map(last), dict[str, Tensor]()
+    for file in files:
+        tensors = _load(file)
+        wrong = tensors.keys() ^ {key for key, name in expected.items() if name == file.name}
+        if wrong:
+            raise ModelError(f"{file}: differs from {INDEX} in {len(wrong)} tensors, first {min(wrong)}")
+        found |= tensors
+    return found
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ModelError(f"{path}: not a readable safetensors file ({error})") from error

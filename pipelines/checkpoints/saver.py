@@ -1,0 +1,230 @@
+"""Checkpoints written by all ranks together, each rank its own part; none holds or gathers the whole.
+
+``checkpoints/step_00000040/`` (format 3) holds, of each rank, ``parameters-rankR.safetensors``, ``optimizer-rankR``
+and with a moving average ``average-rankR``, all in slices (``slices.py``), and whole ``buffers-rankR``,
+``average-buffers-rankR`` and ``random-rankR``; beside them ``state.json`` (step, schedule, fingerprints). When all
+ranks have written theirs, rank 0 seals the folder with ``COMPLETE.json`` and renames it into place.
+
+Slices are named by parameter, in fp32, so a checkpoint knows neither ranks nor ZeRO stages. DeepSpeed's own files are
+not used: they refuse another world size and another stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+
+from cliplift.models.weight_files import WrittenFile
+from cliplift.pipelines.checkpoints.folder import (
+    COMPLETE,
+    FORMAT,
+    NAMES,
+    STATE,
+    checkpoint_path,
+    complete_checkpoints,
+    crc32_of,
+)
+from cliplift.pipelines.checkpoints.slices import CheckpointError, Slice, write_slices
+from cliplift.pipelines.distributed.collectives import Topology, gather_objects
+from cliplift.pipelines.runs.folder import write_json
+
+PARTIAL = ".partial"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds of the training state: of the ranks' shared tensors what this rank writes.
+
+    Tensors may be views of the living state, on any device.
+    """
+
+    parameters: Mapping[str, Slice]
+    optimizer: Mapping[str, Slice]  # "parameter name|state name"
+    buffers: Mapping[str, Tensor]  # this rank's
+    random_state: Mapping[str, Tensor]  # this rank's
+    state: Mapping[str, Any]
+    average: Mapping[str, Slice] = field(
+        default_factory=dict
+    )  # of the trainable parameters; empty without EMA
+    average_buffers: Mapping[str, Tensor] = field(default_factory=dict)  # this rank's
+
+    def files(self, rank: int) -> dict[str, Mapping[str, Slice]]:
+        """File name -> what this rank writes into it."""
+        kinds = {
+            "parameters": self.parameters,
+            "optimizer": self.optimizer,
+            "buffers": _whole(self.buffers),
+            "random": _whole(self.random_state),
+        }
+        if self.average:
+            kinds |= {"average": self.average, "average-buffers": _whole(self.average_buffers)}
+        return {f"{kind}-rank{rank}.safetensors": slices for kind, slices in kinds.items()}
+
+    def copied(self) -> Snapshot:
+        """The same in host memory of its own, so that training may go on while it is written."""
+        return replace(
+            self,
+            parameters=_copied_slices(self.parameters),
+            optimizer=_copied_slices(self.optimizer),
+            average=_copied_slices(self.average),
+            buffers={name: _copied(tensor) for name, tensor in self.buffers.items()},
+            random_state={name: _copied(tensor) for name, tensor in self.random_state.items()},
+            average_buffers={name: _copied(tensor) for name, tensor in self.average_buffers.items()},
+        )
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Slice]:
+    return {name: Slice.whole(tensor) for name, tensor in tensors.items()}
+
+
+def _copied_slices(slices: Mapping[str, Slice]) -> dict[str, Slice]:
+    return {name: replace(part, values=_copied(part.values)) for name, part in slices.items()}
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).copy_(tensor)
+
+
+class Saver:
+    """Writes checkpoints, all ranks together; with ``asynchronous`` a thread of each rank does while training goes on.
+
+    The next save and :meth:`wait` are where a failure in a thread is raised, on all ranks. ``timeout_seconds`` is how
+    long the threads wait for one another.
+    """
+
+    def __init__(self, topology: Topology, *, asynchronous: bool, timeout_seconds: float = 1800.0) -> None:
+        self.topology = topology
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._group: dist.ProcessGroup | None = None
+        if asynchronous and topology.world_size > 1:
+            # The threads agree in a group of their own: collectives of the training must not mix with theirs.
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        self._unfinished: tuple[Path, Future[None]] | None = None
+
+    def save(self, folder: Path, snapshot: Snapshot, *, keep_last: int) -> Path:
+        """Write one checkpoint; older ones beyond ``keep_last`` are removed after it is complete. Collective.
+
+        Raises:
+            CheckpointError: this one or, with ``asynchronous``, the one before could not be written.
+        """
+        self.wait()
+        final = checkpoint_path(folder, int(snapshot.state["step"]))
+        partial = folder / f"{final.name}{PARTIAL}"
+        topology = self.topology
+        with _agreed_failure(partial, topology):
+            if topology.is_main:
+                for left in folder.glob(f"{NAMES}{PARTIAL}"):  # of a run that was killed
+                    shutil.rmtree(left)
+                partial.mkdir(parents=True)
+        with _agreed_failure(partial, topology):
+            partial.mkdir(parents=True, exist_ok=True)  # a rank on a host without a common disk
+
+        def seal(files: Mapping[str, WrittenFile]) -> None:
+            _seal(partial, final, files, {"world_size": topology.world_size, **snapshot.state})
+            for old in complete_checkpoints(folder)[:-keep_last]:
+                shutil.rmtree(old)
+
+        if self._thread is not None:
+            kept = snapshot.copied()
+            self._unfinished = partial, self._thread.submit(self._write_in_thread, partial, kept, seal)
+            return final
+        written: dict[str, WrittenFile] = {}
+        with _agreed_failure(partial, topology):
+            written = _write_own(partial, snapshot, rank=topology.rank)
+        files = dict(gather_objects(list(written.items()), topology))
+        with _agreed_failure(partial, topology):
+            if topology.is_main:
+                seal(files)
+        return final
+
+    def _write_in_thread(
+        self, partial: Path, snapshot: Snapshot, seal: Callable[[Mapping[str, WrittenFile]], None]
+    ) -> None:
+        """Write this rank's files, hear of the others', and seal; a rank that failed is seen by all in ``wait``."""
+        problem: Exception | None = None
+        written: dict[str, WrittenFile] = {}
+        try:
+            written = _write_own(partial, snapshot, rank=self.topology.rank)
+        except (OSError, SafetensorError) as error:
+            problem = error
+        parts: list[Any] = [written if problem is None else None]
+        if self._group is not None:
+            parts = [None] * self.topology.world_size
+            dist.all_gather_object(parts, written if problem is None else None, group=self._group)
+        if problem is not None:
+            raise problem
+        if self.topology.is_main and None not in parts:
+            seal({name: facts for part in parts for name, facts in part.items()})
+
+    def wait(self) -> None:
+        """Until the last checkpoint is complete. Collective; raises CheckpointError where it could not be written."""
+        if self._unfinished is None:
+            return
+        (partial, writing), self._unfinished = self._unfinished, None
+        with _agreed_failure(partial, self.topology):
+            writing.result()
+
+
+def _write_own(partial: Path, snapshot: Snapshot, *, rank: int) -> dict[str, WrittenFile]:
+    """This rank's files, on the disk, and what was written."""
+    return {name: write_slices(partial / name, slices) for name, slices in snapshot.files(rank).items()}
+
+
+def _seal(partial: Path, final: Path, files: Mapping[str, WrittenFile], state: Mapping[str, Any]) -> None:
+    """Write the state, then the list of all files, and give the folder its name."""
+    write_json(partial / STATE, {"format": FORMAT, **state})
+    own = WrittenFile(size_bytes=(partial / STATE).stat().st_size, crc32=crc32_of(partial / STATE))
+    listed = {
+        name: {"bytes": written.size_bytes, "crc32": written.crc32}
+        for name, written in sorted({**files, STATE: own}.items())
+    }
+    write_json(partial / COMPLETE, {"format": FORMAT, "files": listed})
+    for path in (partial / STATE, partial / COMPLETE, partial):
+        _to_disk(path)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.replace(final)
+    _to_disk(final.parent)
+
+
+def _to_disk(path: Path) -> None:
+    """Have the system write a file or a folder's entries: only then does a checkpoint outlive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _agreed_failure(partial: Path, topology: Topology) -> Iterator[None]:
+    """All ranks wait for each other at the end; where one could not write, all raise, and none waits in vain."""
+    problem: list[str] = []
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        problem.append(f"rank {topology.rank}: {error}")
+    problems = gather_objects(problem, topology)
+    if problems:
+        if topology.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{partial.parent}: the checkpoint {partial.stem} could not be written ({problems[0]}); "
+            "the ones before it are untouched: free some space and start again"
+        )
