@@ -18,6 +18,7 @@ import torch
 from cliplift.configs.training import TrainingRun
 from cliplift.launch.check.findings import Finding
 from cliplift.launch.check.machine import ASSUMED_MFU, FP32_SHARE, Machine
+from cliplift.pipelines.checkpoints.folder import checkpoint_bytes
 from cliplift.pipelines.cost.memory_plan import MemoryPlan, Sizes, parts, plan_memory
 from cliplift.pipelines.data.failures import TooManyFailuresError
 from cliplift.pipelines.data.loader import ClipLoader
@@ -264,15 +265,24 @@ def decode_seconds(run: TrainingRun) -> float:
 
 def check_disk(cost: Cost, sizes: Sizes) -> Iterator[Finding]:
     run = cost.run
-    states = optimizer_moments(run.optim) + int(run.optim.average_decay > 0)
-    one = 4 * (sizes.parameters + states * sizes.trained) + sizes.buffer_bytes
+    one = sizes.buffer_bytes + checkpoint_bytes(
+        parameters=sizes.parameters,
+        trainable=sizes.trained,
+        moments=optimizer_moments(run.optim),
+        averaged=run.optim.average_decay > 0,
+    )
     kept = run.checkpoint.keep_last + 1  # a new one is whole before the oldest goes
     best = run.checkpoint.keep_best and run.evaluation.every_steps is not None
     needed = one * (kept + int(best))
     folder = Path(run.output).absolute()
     place = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(place).free
-    text = f"{needed / GIB:.2f} GiB ({one / GIB:.2f} per checkpoint, {kept + int(best)} at once), {free / GIB:.1f} free"
+    # Every rank writes its own slices, which are equal parts but for rounding.
+    own = f"{one / cost.machine.world_size / GIB:.2f} written by each rank"
+    text = (
+        f"{needed / GIB:.2f} GiB ({one / GIB:.2f} per checkpoint, {own}, {kept + int(best)} at once), "
+        f"{free / GIB:.1f} free"
+    )
     if needed <= free:
         yield Finding("ok", "disk", text)
         return
