@@ -34,7 +34,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.models import ModelError, create_model, save_pretrained
 from cliplift.models.factory import read_config
 from cliplift.models.state_dicts import read_state
-from cliplift.pipelines.engine.checkpoint import damage
+from cliplift.pipelines.checkpoints.folder import damage
 from cliplift.pipelines.runs.folder import read_json
 from cliplift.pipelines.runs.records import read_history, read_predictions
 from cliplift.sharding.manifest import (
