@@ -47,7 +47,9 @@ def load_training(word: str, overrides: Sequence[str] = ()) -> LoadedRun[Trainin
     Raises:
         ConfigError: there is no such file, or it holds no valid run of a stage that trains.
     """
-    return load_run(_file_of(word), TRAINING, overrides, kind="a stage that trains")
+    return load_run(
+        _file_of(word), TRAINING, overrides, kind="a stage that trains (`cliplift verify` checks shards)"
+    )
 
 
 def load_as(word: str, schema: type[R], overrides: Sequence[str] = ()) -> LoadedRun[R]:

@@ -286,7 +286,7 @@ def test_two_classes_match_scikit_learn() -> None:
         (lambda: metrics.global_average_precision(np.zeros((1, 2)), np.ones((1, 2)), top=0), "top=0"),
         (lambda: metrics.area_under_curve(np.zeros(2), [0, 0]), "0 positives and 2 negatives"),
         (lambda: metrics.top_k_accuracy(np.zeros((2, 3)), np.array([0, 1]), k=0), "k=0 needs 1 to 3"),
-        (lambda: metrics.top_k_accuracy(np.zeros((2, 3)), np.array([0]), k=1), "one label a row"),
+        (lambda: metrics.top_k_accuracy(np.zeros((2, 3)), np.array([0]), k=1), "one label per row"),
         (
             lambda: metrics.top_k_accuracy(np.zeros((2, 3)), np.array([0, 3]), k=1),
             "label 3 in row 1 is outside",
