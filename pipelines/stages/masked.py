@@ -274,11 +274,16 @@ class MaskedStage:
 
     def trained_network(self, weights: Mapping[str, Tensor]) -> SavedModel:
         """The encoder alone: `initialise_from` of another run reads it."""
-        encoder = build_encoder(self.run, pretrained=None)
-        encoder.load_state_dict(network_weights(weights, prefix="autoencoder.encoder."))
+        with torch.device("meta"):
+            encoder = build_encoder(self.run, pretrained=None)
         card = data_card(self.run, self.run.data)
         card["objective"], card["masked"] = "masked", self.run.masked.model_dump(mode="json")
-        return SavedModel(network=encoder, options=encoder_options(self.run), card=card)
+        return SavedModel(
+            network=encoder,
+            options=encoder_options(self.run),
+            card=card,
+            weights=network_weights(weights, prefix="autoencoder.encoder."),
+        )
 
 
 def target_variance(found: Reconstruction) -> Tensor:
