@@ -31,9 +31,10 @@ from cliplift.pipelines.report.sections import (
     embedding,
     lineage,
 )
-from cliplift.pipelines.report.tables import duration, percent, result_tables
+from cliplift.pipelines.report.tables import duration, result_tables
 from cliplift.pipelines.runs.folder import RUN, write_text
 from cliplift.pipelines.runs.records import RunGroup, RunRecord, group_runs, read_run
+from cliplift.pipelines.runs.results import percent
 
 DEMO = "demo.json"
 

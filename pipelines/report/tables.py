@@ -7,10 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from cliplift.pipelines.runs.records import TRANSFER, RunGroup, RunRecord
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+from cliplift.pipelines.runs.results import percent
 
 
 def duration(seconds: float) -> str:

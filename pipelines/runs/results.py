@@ -17,7 +17,7 @@ NAMES = {
     "f1": "F1",
     "loss": "loss",
     "matching_accuracy": "matching accuracy",
-    "matching_auc": "matching AUC",
+    "auc": "AUC",
     "probe_knn_accuracy": "k-NN probe",
     "probe_linear_accuracy": "linear probe",
 }
@@ -27,10 +27,14 @@ SILENT = ("samples", "chance", "probe_chance", "runs")
 SILENT_ENDINGS = ("_low", "_high", "_sd", "_sigmas", "_prior")
 
 
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
 def formatted(name: str, value: float) -> str:
     """A number as a person reads it: shares in percent, everything else with four digits."""
     if name.endswith(SHARES):
-        return f"{100 * value:.1f} %"
+        return percent(value)
     return f"{value:.4g}"
 
 
@@ -47,7 +51,7 @@ def metric_phrase(name: str, metrics: Mapping[str, float]) -> str:
     text = f"{metric_name(name)} {formatted(name, metrics[name])}"
     low, high, spread = (metrics.get(f"{name}_{end}") for end in ("low", "high", "sd"))
     prefix = "val_" if name.startswith("val_") else "probe_" if name.startswith("probe_") else ""
-    chance = metrics.get(f"{prefix}chance") if name.endswith(("_accuracy", "accuracy")) else None
+    chance = metrics.get(f"{prefix}chance") if name.endswith("accuracy") else None
     notes = []
     if spread is not None:
         notes.append(f"sd {formatted(name, spread)} over {metrics['runs']:.0f} runs")

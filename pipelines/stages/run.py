@@ -145,25 +145,12 @@ def _run_in(
         finally:
             result.release()
         seconds = time.monotonic() - started
-        folder.write_result(
-            stage=stage,
-            metrics=metrics,
-            seconds=seconds,
-            classes=loader.classes,
-            steps=result.steps,
-            clips_per_second=result.clips_per_second,
-            skipped_steps=result.skipped_steps,
-            data_fingerprint=loader.fingerprint,
-            model=run.model.name,
-        )
-        tracker.summary(metrics)
-        tracker.artifacts(shards=_shard_urls(run), fingerprint=loader.fingerprint, weights=folder.weights)
-        offline = tracker.offline_folder
+        _write_records(run, folder, loader, tracker, result, metrics=metrics, seconds=seconds)
+        next_commands = commands_after(stage, folder.path, offline_run=tracker.offline_folder)
         tracker.finish()
     finally:
         loader.close()
     barrier(topology)
-    next_commands = commands_after(stage, folder.path, offline_run=offline)
     log_main(
         topology,
         result_block(
@@ -171,6 +158,32 @@ def _run_in(
         ),
     )
     return StageResult(folder.path, metrics, seconds=seconds)
+
+
+def _write_records(
+    run: TrainingRun,
+    folder: RunFolder,
+    loader: TrainingLoader,
+    tracker: Tracker,
+    result: FitResult,
+    *,
+    metrics: Mapping[str, float],
+    seconds: float,
+) -> None:
+    """The finished run's numbers into its folder and the tracker."""
+    folder.write_result(
+        stage=run.stage,
+        metrics=metrics,
+        seconds=seconds,
+        classes=loader.classes,
+        steps=result.steps,
+        clips_per_second=result.clips_per_second,
+        skipped_steps=result.skipped_steps,
+        data_fingerprint=loader.fingerprint,
+        model=run.model.name,
+    )
+    tracker.summary(metrics)
+    tracker.artifacts(shards=_shard_urls(run), fingerprint=loader.fingerprint, weights=folder.weights)
 
 
 @dataclass(frozen=True)
