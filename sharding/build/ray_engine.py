@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import import_module
 from types import ModuleType
 
 from cliplift.configs.discovery import VARIABLE, named_modules
@@ -56,7 +57,7 @@ def build_on_ray(
 
 def _ray() -> ModuleType:
     try:
-        import ray
+        return import_module("ray")
     except ImportError as error:
         raise ConfigError(
             "Ray is not installed",
@@ -64,7 +65,6 @@ def _ray() -> ModuleType:
             value="ray",
             hint="pip install 'cliplift[ray]', or engine: local",
         ) from error
-    return ray
 
 
 def _connect(ray: ModuleType, run: ShardRun) -> bool:
