@@ -81,11 +81,16 @@ class Study:
 
 
 def cells(
-    *, students: Sequence[str], methods: Sequence[str], folds: int, seeds: Sequence[int]
+    *,
+    students: Sequence[str],
+    methods: Sequence[str],
+    shares: Sequence[float],
+    folds: int,
+    seeds: Sequence[int],
 ) -> Iterator[Cell]:
     """All cells, the most telling first: a cut study has whole folds, in which every method can be compared."""
     for seed, share, student, fold, method in itertools.product(
-        seeds, SHARES, students, range(folds), methods
+        seeds, shares, students, range(folds), methods
     ):
         if method != "inflated" or student.endswith("_tam"):
             yield Cell(method, student, share, fold, seed)
@@ -283,6 +288,7 @@ def main() -> None:
     parser.add_argument("--students", nargs="+", default=["t3d_tiny"])
     both = [m for name in OBJECTIVES for m in (name, f"{name}; probe")]
     parser.add_argument("--methods", nargs="+", default=["frames", "scratch", "inflated", *both])
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="shares of the labels")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--transfer-steps", type=int, default=240)
@@ -302,7 +308,11 @@ def main() -> None:
     make_shards(study, arguments.data, arguments.unlabelled)
     finished = {Cell(**{k: row[k] for k in ("method", "student", "share", "fold", "seed")}) for row in done}
     plan = cells(
-        students=arguments.students, methods=arguments.methods, folds=study.folds, seeds=arguments.seeds
+        students=arguments.students,
+        methods=arguments.methods,
+        shares=arguments.shares,
+        folds=study.folds,
+        seeds=arguments.seeds,
     )
     for cell in plan:
         if cell in finished:
