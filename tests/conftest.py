@@ -9,7 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import hypothesis
 import pytest
+
+# No example fails for being slow: on a busy machine any may take longer than hypothesis allows by default.
+hypothesis.settings.register_profile("cliplift", deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "cliplift"))
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
