@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -35,6 +35,18 @@ class UnknownModelError(ModelError):
             f"did you mean {' or '.join(repr(n) for n in nearest)}?" if nearest else "see `cliplift models`."
         )
         super().__init__(f"unknown model {name!r}: {hint}")
+
+
+def check_choices(words: object, **options: object) -> None:
+    """Refuse the first option whose value is none of the words of its ``Literal`` type.
+
+    Raises:
+        ModelError: it names the option, its value and the words.
+    """
+    *others, last = map(repr, get_args(words))
+    for option, value in options.items():
+        if value not in get_args(words):
+            raise ModelError(f"{option}={value!r} must be {', '.join(others)} or {last}")
 
 
 @dataclass(frozen=True, kw_only=True)

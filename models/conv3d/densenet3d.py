@@ -25,7 +25,7 @@ from typing import Literal
 from torch import Tensor
 
 from cliplift.models.image.densenet import BLOCKS, DenseNet, DenseShape
-from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.protocol import InputSpec, check_choices
 from cliplift.models.registry import variant
 
 StemPool = Literal["paper", "official"]
@@ -43,10 +43,7 @@ def dense_shape_3d(
     stem_channels: int = 64,
 ) -> DenseShape:
     """The sizes of a DenseNet3D or T3D; ``stem_stride`` is the first convolution's stride in time."""
-    if pool not in ("paper", "official"):
-        raise ModelError(
-            f"pool={pool!r} must be 'paper' (the stem's pooling keeps T) or 'official' (halves T)"
-        )
+    check_choices(StemPool, pool=pool)
     return DenseShape(
         blocks=blocks,
         growth=growth,

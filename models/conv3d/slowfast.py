@@ -39,8 +39,8 @@ from torch.nn import functional as F
 
 from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS
 from cliplift.models.layers import Conv3d, PooledClassifier
-from cliplift.models.protocol import InputSpec, ModelError
-from cliplift.models.registry import register_model
+from cliplift.models.protocol import InputSpec, ModelError, check_choices
+from cliplift.models.registry import variant
 from cliplift.models.state_dicts import rename_prefixes
 from cliplift.models.streams import flow_from_rgb, stream_spec
 
@@ -132,8 +132,8 @@ class Pathways:
         alpha: frames of Fast for one of Slow.
         beta_inv: channels of Slow for one of Fast (the paper's 1/beta).
         lateral_ratio: channels of a lateral connection for one of Fast.
-        lateral_kernel: its frames.
-        slow_sampling: which frames Slow sees.
+        lateral_kernel: its frames; 7 in the released weights, 5 in the paper.
+        slow_sampling: which frames Slow sees, "strided", or "spread" as PySlowFast samples.
         fast_stride: of the frames given, Fast sees one in so many.
     """
 
@@ -152,8 +152,7 @@ class Pathways:
             raise ModelError(f"beta_inv={self.beta_inv} must divide {STAGE_WIDTHS[0]}, the stem's channels")
         if self.lateral_kernel % 2 == 0:
             raise ModelError(f"lateral_kernel={self.lateral_kernel} must be odd, to keep T / alpha frames")
-        if self.slow_sampling not in ("strided", "spread"):
-            raise ModelError(f"slow_sampling={self.slow_sampling!r} must be 'strided' or 'spread'")
+        check_choices(SlowSampling, slow_sampling=self.slow_sampling)
 
     def check_frames(self, frames: int) -> None:
         """Raises ModelError unless both pathways get whole numbers of frames."""
@@ -255,31 +254,70 @@ class Block(nn.Module):
 
 
 class SlowFast(PooledClassifier):
-    """(B, C, T, H, W) -> (B, K) for T a multiple of ``alpha * fast_stride`` and any H, W."""
+    """(B, C, T, H, W) -> (B, K) for T a multiple of ``alpha * fast_stride`` and any H, W.
+
+    With the defaults 32 frames at a stride of 2 in the video: Slow sees 8, a stride of 8. ``in_frames=64,
+    fast_stride=2`` takes 64 consecutive frames and sees the same ones.
+
+    Args:
+        depth: of both pathways' ResNet.
+        in_frames: T, a multiple of ``alpha * fast_stride``.
+        in_channels: 3, or 2 for the flow stream; both stems take them.
+        alpha, beta_inv, lateral_ratio, lateral_kernel, slow_sampling, fast_stride: see :class:`Pathways`.
+        dropout: before the classifier.
+    """
 
     head_name = "projection"
 
     def __init__(
-        self, depth: int, *, num_classes: int, input_spec: InputSpec, pathways: Pathways, dropout: float
+        self,
+        *,
+        depth: int,
+        num_classes: int = 400,
+        in_frames: int = 32,
+        in_channels: int = 3,
+        alpha: int = 4,
+        beta_inv: int = 8,
+        lateral_ratio: int = 2,
+        lateral_kernel: int = 7,
+        slow_sampling: SlowSampling = "strided",
+        fast_stride: int = 1,
+        dropout: float = 0.5,
     ) -> None:
-        pathways.check_frames(input_spec.frames)
+        rgb = InputSpec(
+            frames=in_frames,
+            frame_stride=2 if fast_stride == 1 else 1,
+            crop_height=224,
+            crop_width=224,
+            mean=(0.45, 0.45, 0.45),
+            std=(0.225, 0.225, 0.225),
+            test_clips=10,
+            test_crops=3,
+        )
+        pathways = Pathways(
+            alpha=alpha,
+            beta_inv=beta_inv,
+            lateral_ratio=lateral_ratio,
+            lateral_kernel=lateral_kernel,
+            slow_sampling=slow_sampling,
+            fast_stride=fast_stride,
+        )
+        spec = stream_spec(rgb, in_channels)
+        pathways.check_frames(in_frames)
         stem, last = STAGE_WIDTHS[0], STAGE_WIDTHS[-1] * EXPANSION
         super().__init__(
-            feature_dim=last + last // pathways.beta_inv,
-            num_classes=num_classes,
-            input_spec=input_spec,
-            dropout=dropout,
+            feature_dim=last + last // beta_inv, num_classes=num_classes, input_spec=spec, dropout=dropout
         )
         self.pathways, self.counts = pathways, LAYERS[depth]
-        narrow = (1, pathways.beta_inv)
+        narrow = (1, beta_inv)
         self.s1 = nn.ModuleDict(
-            {f"pathway{p}_stem": Stem(input_spec.channels, stem // narrow[p], STEM_DEPTHS[p]) for p in (0, 1)}
+            {f"pathway{p}_stem": Stem(spec.channels, stem // narrow[p], STEM_DEPTHS[p]) for p in (0, 1)}
         )
-        channels = [stem, stem // pathways.beta_inv]
+        channels = [stem, stem // beta_inv]
         for s, (count, width) in enumerate(zip(self.counts, STAGE_WIDTHS, strict=True), start=2):
             self.add_module(f"s{s - 1}_fuse", Lateral(channels[1], pathways))
             # the lateral connection is concatenated to what enters Slow's stage, not to what leaves it
-            channels[0] += channels[1] * pathways.lateral_ratio
+            channels[0] += channels[1] * lateral_ratio
             stage = nn.ModuleDict()
             for p in (0, 1):
                 for i in range(count):
@@ -345,53 +383,5 @@ class SlowFast(PooledClassifier):
         return cast(Tensor, self.get_submodule(name)(x))
 
 
-@register_model(paper=PAPER)
-def slowfast_r50_8x8(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 32,
-    in_channels: int = 3,
-    alpha: int = 4,
-    beta_inv: int = 8,
-    lateral_ratio: int = 2,
-    lateral_kernel: int = 7,
-    slow_sampling: SlowSampling = "strided",
-    fast_stride: int = 1,
-    dropout: float = 0.5,
-) -> nn.Module:
-    """SlowFast 8x8 on ResNet-50, 34,566,488 parameters at 400 classes, features of 2048 + 256.
-
-    32 frames at a stride of 2 in the video: Slow sees 8, a stride of 8. ``in_frames=64, fast_stride=2`` takes
-    64 consecutive frames and sees the same ones.
-
-    Args:
-        in_frames: T, a multiple of ``alpha * fast_stride``.
-        in_channels: 3, or 2 for the flow stream; both stems take them.
-        alpha: frames of Fast for one of Slow.
-        beta_inv: channels of Slow for one of Fast.
-        lateral_ratio: channels of a lateral connection for one of Fast.
-        lateral_kernel: its frames; 7 in the released weights, 5 in the paper.
-        slow_sampling: "strided", or "spread" as PySlowFast samples.
-        fast_stride: of the frames given, Fast sees one in so many.
-        dropout: before the classifier.
-    """
-    rgb = InputSpec(
-        frames=in_frames,
-        frame_stride=2 if fast_stride == 1 else 1,
-        crop_height=224,
-        crop_width=224,
-        mean=(0.45, 0.45, 0.45),
-        std=(0.225, 0.225, 0.225),
-        test_clips=10,
-        test_crops=3,
-    )
-    pathways = Pathways(
-        alpha=alpha,
-        beta_inv=beta_inv,
-        lateral_ratio=lateral_ratio,
-        lateral_kernel=lateral_kernel,
-        slow_sampling=slow_sampling,
-        fast_stride=fast_stride,
-    )
-    spec = stream_spec(rgb, in_channels)
-    return SlowFast(50, num_classes=num_classes, input_spec=spec, pathways=pathways, dropout=dropout)
+# 8x8 on ResNet-50: 34,566,488 parameters at 400 classes, features of 2048 + 256
+slowfast_r50_8x8 = variant("slowfast_r50_8x8", SlowFast, paper=PAPER, fixed={"depth": 50})

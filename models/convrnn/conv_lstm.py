@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.convrnn.fc_lstm import GateCell, LSTMLayer
-from cliplift.models.convrnn.recurrence import RecurrentStack, layer_widths
-from cliplift.models.protocol import ModelError
+from cliplift.models.convrnn.recurrence import RecurrentStack, layer_places, layer_widths, per_layer
+from cliplift.models.protocol import ModelError, check_choices
 
 MapPeephole = Literal["none", "channel", "position"]
 
@@ -101,8 +101,7 @@ class ConvLSTMLayer(LSTMLayer):
 def _peephole_weights(
     peephole: MapPeephole, channels: int, map_size: tuple[int, int] | None
 ) -> Tensor | None:
-    if peephole not in ("none", "channel", "position"):
-        raise ModelError(f"peephole={peephole!r} must be 'none', 'channel' or 'position'")
+    check_choices(MapPeephole, peephole=peephole)
     if peephole == "none":
         return None
     if peephole == "channel":
@@ -149,10 +148,9 @@ class ConvLSTM(RecurrentStack):
         widths = layer_widths(hidden)
         input_kernels = per_layer("input_kernel", input_kernel, len(widths))
         hidden_kernels = per_layer("hidden_kernel", hidden_kernel, len(widths))
-        directions = 2 if bidirectional else 1
-        layers = [
+        layers = (
             ConvLSTMLayer(
-                widths[level - 1] * directions if level else in_channels,
+                inputs,
                 width,
                 input_kernel=input_kernels[level],
                 hidden_kernel=hidden_kernels[level],
@@ -161,15 +159,6 @@ class ConvLSTM(RecurrentStack):
                 output_gate_cell=output_gate_cell,
                 forget_bias=forget_bias,
             )
-            for level, width in enumerate(widths)
-            for _ in range(directions)
-        ]
+            for level, inputs, width in layer_places(in_channels, widths, bidirectional=bidirectional)
+        )
         super().__init__(layers, bidirectional=bidirectional, dropout=dropout)
-
-
-def per_layer(name: str, value: int | Sequence[int], layers: int) -> tuple[int, ...]:
-    """One number for all layers, or one for each. Raises ModelError for another count."""
-    values = (value,) * layers if isinstance(value, int) else tuple(value)
-    if len(values) != layers:
-        raise ModelError(f"{name}={list(values)} is for {len(values)} layers, the network has {layers}")
-    return values

@@ -17,7 +17,6 @@ Shape letters: B clips, T steps, D width of the input, N state channels, L layer
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -26,8 +25,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.convrnn.lstm_unroll import LSTMUnroll
-from cliplift.models.convrnn.recurrence import LayerState, RecurrentLayer, RecurrentStack, layer_widths
-from cliplift.models.protocol import ModelError
+from cliplift.models.convrnn.recurrence import (
+    LayerState,
+    RecurrentLayer,
+    RecurrentStack,
+    fan_in_uniform,
+    layer_places,
+    layer_widths,
+)
+from cliplift.models.protocol import check_choices
 
 Peephole = Literal["none", "diagonal", "full"]
 GateCell = Literal["new", "old"]
@@ -50,8 +56,7 @@ class LSTMLayer(RecurrentLayer):
         self, *, channels: int, peephole: Tensor | None, output_gate_cell: GateCell, forget_bias: float
     ) -> None:
         super().__init__(channels=channels, state_tensors=2)
-        if output_gate_cell not in ("new", "old"):
-            raise ModelError(f"output_gate_cell={output_gate_cell!r} must be 'new' or 'old'")
+        check_choices(GateCell, output_gate_cell=output_gate_cell)
         self.output_gate_cell = output_gate_cell
         self.forget_bias = forget_bias
         self.peephole = None if peephole is None else nn.Parameter(peephole)
@@ -114,9 +119,7 @@ class LSTMLayer(RecurrentLayer):
     def reset_parameters(self) -> None:
         """Weights uniform in +-1/sqrt(fan-in); zero peepholes and bias, but for the forget gate's."""
         N = self.channels
-        for weight in (self.weight_input, self.weight_hidden):
-            if weight is not None:
-                nn.init.uniform_(weight, -(bound := 1 / math.sqrt(weight[0].numel())), bound)
+        fan_in_uniform(self.weight_input, self.weight_hidden)
         with torch.no_grad():
             self.bias.zero_()
             self.bias[N : 2 * N] = self.forget_bias
@@ -136,8 +139,7 @@ class FCLSTMLayer(LSTMLayer):
         output_gate_cell: GateCell = "new",
         forget_bias: float = 1.0,
     ) -> None:
-        if peephole not in ("none", "diagonal", "full"):
-            raise ModelError(f"peephole={peephole!r} must be 'none', 'diagonal' or 'full'")
+        check_choices(Peephole, peephole=peephole)
         shapes = {"diagonal": (3, channels), "full": (3, channels, channels)}
         super().__init__(
             channels=channels,
@@ -198,17 +200,15 @@ class FCLSTM(RecurrentStack):
         dropout: float = 0.0,
         forget_bias: float = 1.0,
     ) -> None:
-        widths = layer_widths(hidden)
-        directions = 2 if bidirectional else 1
-        layers = [
+        places = layer_places(in_features, layer_widths(hidden), bidirectional=bidirectional)
+        layers = (
             FCLSTMLayer(
-                widths[level - 1] * directions if level else in_features,
+                inputs,
                 width,
                 peephole=peephole,
                 output_gate_cell=output_gate_cell,
                 forget_bias=forget_bias,
             )
-            for level, width in enumerate(widths)
-            for _ in range(directions)
-        ]
+            for _, inputs, width in places
+        )
         super().__init__(layers, bidirectional=bidirectional, dropout=dropout)

@@ -83,10 +83,8 @@ class CaffeNet(PooledClassifier):
 
     Args:
         layers: the convolutions.
-        num_classes: K.
-        input_spec: what it expects.
-        fully_connected: 2 for fc6 and fc7, 1 for fc6 alone (LRCN reads that), 0 for the convolutions alone, whose map
-            is then averaged.
+        fully_connected: layers of 4096 before the classifier, which say where the features are read: 2 for fc6 and
+            fc7, 1 for fc6 alone (LRCN), 0 for the convolutions alone, whose map is then averaged.
         dropout: after each fully connected layer.
 
     Inputs of another size than 227 are brought to the 6 x 6 grid by averaging, as torchvision's AlexNet does; at 227
@@ -97,10 +95,10 @@ class CaffeNet(PooledClassifier):
 
     def __init__(
         self,
-        layers: tuple[Layer, ...],
         *,
-        num_classes: int,
-        input_spec: InputSpec,
+        layers: tuple[Layer, ...],
+        num_classes: int = 1000,
+        in_frames: int = 1,
         fully_connected: Literal[0, 1, 2] = 2,
         dropout: float = 0.5,
     ) -> None:
@@ -110,11 +108,11 @@ class CaffeNet(PooledClassifier):
         super().__init__(
             feature_dim=FC_WIDTH if fully_connected else channels,
             num_classes=num_classes,
-            input_spec=input_spec,
+            input_spec=InputSpec(frames=in_frames, frame_stride=1, crop_height=227, crop_width=227),
             dropout=dropout,
         )
         self.map_dim = channels
-        widths = [input_spec.channels, *(layer.width for layer in layers)]
+        widths = [3, *(layer.width for layer in layers)]
         self.conv = nn.ModuleList(convolution(c, layer) for c, layer in zip(widths, layers, strict=False))
         sizes = [channels * GRID * GRID, *[FC_WIDTH] * fully_connected]
         self.fc = nn.ModuleList(ReluLinear(a, b) for a, b in pairwise(sizes))
@@ -146,34 +144,14 @@ class CaffeNet(PooledClassifier):
         return [f"conv.{i}" for i in range(len(self.conv))]
 
 
-def build_caffenet(
-    *,
-    layers: tuple[Layer, ...],
-    num_classes: int = 1000,
-    in_frames: int = 1,
-    fully_connected: Literal[0, 1, 2] = 2,
-    dropout: float = 0.5,
-) -> CaffeNet:
-    """CaffeNet for images of 227x227.
-
-    Args:
-        fully_connected: FC layers of 4096 before the classifier; their number says where the features are read.
-        dropout: after each of them.
-    """
-    spec = InputSpec(frames=in_frames, frame_stride=1, crop_height=227, crop_width=227)
-    return CaffeNet(
-        layers, num_classes=num_classes, input_spec=spec, fully_connected=fully_connected, dropout=dropout
-    )
-
-
 # 60,965,224 parameters at 1000 classes, features of 4096 (fc7; fc6 with ``fully_connected=1``)
 caffenet = variant(
-    "caffenet", build_caffenet, dims="2d", paper="Krizhevsky et al. 2012, BVLC", fixed={"layers": CAFFENET}
+    "caffenet", CaffeNet, dims="2d", paper="Krizhevsky et al. 2012, BVLC", fixed={"layers": CAFFENET}
 )
 # The frame network of LRCN, features of 4096; dropout 0.9 as released
 caffenet_hybrid = variant(
     "caffenet_hybrid",
-    build_caffenet,
+    CaffeNet,
     dims="2d",
     paper="Donahue et al. 2015, LRCN",
     fixed={"layers": HYBRID},

@@ -12,15 +12,15 @@ Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, Protocol, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.layers import BATCH_NORMS, CONVOLUTIONS, Conv2d, PooledClassifier
-from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.protocol import InputSpec, check_choices
 from cliplift.models.registry import variant
 
 PAPER = "He et al. 2016"
@@ -51,24 +51,26 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 - 3x3 - 1x1, each with BN, and the shortcut (50 layers and more)."""
+    """1x1 - 3x3 - 1x1, each with BN, and the shortcut (50 layers and more). ResNeXt's 3x3 is in ``groups``."""
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, *, stride: int, rank: int, layout: Layout) -> None:
+    def __init__(
+        self, in_channels: int, width: int, *, stride: int, rank: int, layout: Layout, groups: int = 1
+    ) -> None:
         super().__init__()
         conv, norm = CONVOLUTIONS[rank], BATCH_NORMS[rank]
         first, second = (stride, 1) if layout == "caffe" else (1, stride)
         self.conv1 = conv(in_channels, width, 1, stride=first, bias=False)
         self.bn1 = norm(width)
-        self.conv2 = conv(width, width, 3, stride=second, padding=1, bias=False)
+        self.conv2 = conv(width, width, 3, stride=second, padding=1, groups=groups, bias=False)
         self.bn2 = norm(width)
         self.conv3 = conv(width, width * self.expansion, 1, bias=False)
         self.bn3 = norm(width * self.expansion)
         self.downsample = shortcut(in_channels, width * self.expansion, stride=stride, rank=rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, 4 * width, T/stride, H/stride, W/stride); without the T in 2D."""
+        """(B, C, T, H, W) -> (B, expansion * width, T/stride, H/stride, W/stride); without the T in 2D."""
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
         y = self.bn3(self.conv3(y))
@@ -94,6 +96,8 @@ class BlockBuilder(Protocol):
 class StagedNet(PooledClassifier):
     """Four stages of residual blocks, ``layer1`` to ``layer4``; the first block of all but the first has stride 2."""
 
+    head_name = "fc"
+
     def add_stages(
         self,
         counts: tuple[int, ...],
@@ -102,80 +106,25 @@ class StagedNet(PooledClassifier):
         channels: int,
         widths: tuple[int, ...] = STAGE_WIDTHS,
         expansion: int = 1,
+        between: Callable[[int, int], nn.Module] | None = None,
     ) -> None:
-        """Build the stages of blocks that give ``width * expansion`` channels."""
+        """Build the stages of blocks that give ``width * expansion`` channels.
+
+        ``between(channels, index)`` builds a layer after stage ``index`` (0, 1, 2) with an ``out_channels`` attribute.
+        """
         for stage, (count, width) in enumerate(zip(counts, widths, strict=True), start=1):
             blocks = []
             for i in range(count):
                 blocks.append(block(channels, width, stride=2 if stage > 1 and i == 0 else 1))
                 channels = width * expansion
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+            if between is not None and stage < len(counts):
+                layer = between(channels, stage - 1)
+                self.add_module(f"between{stage}", layer)
+                channels = cast(int, layer.out_channels)
 
     def run_stages(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> the last stage's map."""
-        for stage in range(1, 5):
-            x = self.get_submodule(f"layer{stage}")(x)
-        return x
-
-    def checkpoint_blocks(self) -> list[str]:
-        stages = ((n, stage) for n, stage in self.named_children() if n.startswith("layer"))
-        return [f"{name}.{i}" for name, stage in stages for i, _ in enumerate(stage.children())]
-
-
-class ResNet(PooledClassifier):
-    """ResNet of any rank.
-
-    Args:
-        depth: 18, 34, 50, 101 or 152.
-        stem: the first convolution; its BN, ReLU and the pooling follow.
-        pool: the pooling after the stem.
-        between: ``between(channels, index)`` builds a layer after stage ``index`` (0, 1, 2) with an
-            ``out_channels`` attribute; None for the plain network.
-    """
-
-    head_name = "fc"
-
-    def __init__(
-        self,
-        depth: int,
-        *,
-        stem: nn.Conv2d | nn.Conv3d,
-        pool: nn.Module,
-        num_classes: int,
-        input_spec: InputSpec,
-        layout: Layout = "torchvision",
-        between: Callable[[int, int], nn.Module] | None = None,
-        dropout: float = 0.0,
-    ) -> None:
-        if layout not in ("torchvision", "caffe"):
-            raise ModelError(f"layout={layout!r} must be 'torchvision' or 'caffe'")
-        block = BasicBlock if depth < 50 else Bottleneck
-        super().__init__(
-            feature_dim=STAGE_WIDTHS[-1] * block.expansion,
-            num_classes=num_classes,
-            input_spec=input_spec,
-            dropout=dropout,
-        )
-        rank = len(stem.kernel_size)
-        self.input_dims = rank + 2
-        self.conv1, self.bn1, self.maxpool = stem, BATCH_NORMS[rank](stem.out_channels), pool
-        channels = stem.out_channels
-        for i, (blocks, width) in enumerate(zip(LAYERS[depth], STAGE_WIDTHS, strict=True)):
-            layers: OrderedDict[str, nn.Module] = OrderedDict()
-            for j in range(blocks):
-                stride = 2 if i > 0 and j == 0 else 1
-                layers[str(j)] = block(channels, width, stride=stride, rank=rank, layout=layout)
-                channels = width * block.expansion
-            self.add_module(f"layer{i + 1}", nn.Sequential(layers))
-            if between is not None and i < len(STAGE_WIDTHS) - 1:
-                extra = between(channels, i)
-                self.add_module(f"between{i + 1}", extra)
-                channels = cast(int, extra.out_channels)
-        self.reset_classifier(num_classes)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, D, T', H', W'); without the T in 2D."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
         for name, stage in self.named_children():
             if name.startswith(("layer", "between")):
                 x = stage(x)
@@ -189,6 +138,53 @@ class ResNet(PooledClassifier):
             elif name.startswith("between"):
                 names.append(name)
         return names
+
+
+class ResNet(StagedNet):
+    """ResNet of any rank.
+
+    Args:
+        depth: 18, 34, 50, 101 or 152.
+        stem: the first convolution; its BN, ReLU and the pooling follow.
+        pool: the pooling after the stem.
+        between: layers between the stages, see :meth:`StagedNet.add_stages`; None for the plain network.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        stem: nn.Conv2d | nn.Conv3d,
+        pool: nn.Module,
+        num_classes: int,
+        input_spec: InputSpec,
+        layout: Layout = "torchvision",
+        between: Callable[[int, int], nn.Module] | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        check_choices(Layout, layout=layout)
+        block = BasicBlock if depth < 50 else Bottleneck
+        super().__init__(
+            feature_dim=STAGE_WIDTHS[-1] * block.expansion,
+            num_classes=num_classes,
+            input_spec=input_spec,
+            dropout=dropout,
+        )
+        rank = len(stem.kernel_size)
+        self.input_dims = rank + 2
+        self.conv1, self.bn1, self.maxpool = stem, BATCH_NORMS[rank](stem.out_channels), pool
+        self.add_stages(
+            LAYERS[depth],
+            partial(block, rank=rank, layout=layout),
+            channels=stem.out_channels,
+            expansion=block.expansion,
+            between=between,
+        )
+        self.reset_classifier(num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, D, T', H', W'); without the T in 2D."""
+        return self.run_stages(self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True)))
 
 
 def resnet(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.protocol import ModelError
+from cliplift.models.protocol import ModelError, check_choices
 
 Positions = Literal["learned", "sinusoidal", "none"]
 Norm = Literal["original", "torch"]
@@ -164,7 +164,9 @@ class TemporalBert(nn.Module):
     ) -> None:
         super().__init__()
         _check_rates(dim, layers, heads, keep_probability, dropout)
-        _check_names(positions, norm, init)
+        check_choices(Positions, positions=positions)
+        check_choices(Norm, norm=norm)
+        check_choices(Init, init=init)
         self.dim, self.max_tokens, self.keep_probability = dim, max_tokens, keep_probability
         std = 0.02 if init == "bert5" else dim**-0.5
         length = max_tokens + int(cls_token)
@@ -235,13 +237,3 @@ def _check_rates(dim: int, layers: int, heads: int, keep_probability: float, dro
         raise ModelError(
             f"BERT head: keep_probability={keep_probability} must be in (0, 1] and dropout={dropout} in [0, 1)"
         )
-
-
-def _check_names(positions: str, norm: str, init: str) -> None:
-    for name, value, known in (
-        ("positions", positions, ("learned", "sinusoidal", "none")),
-        ("norm", norm, ("original", "torch")),
-        ("init", init, ("bert5", "bert2")),
-    ):
-        if value not in known:
-            raise ModelError(f"BERT head: {name}={value!r} must be one of {', '.join(map(repr, known))}")

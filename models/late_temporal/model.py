@@ -20,13 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cliplift.models.late_temporal.heads import Bert, BertOptions, HeadKind, TemporalHead, temporal_head
-from cliplift.models.late_temporal.reduction import (
-    REDUCTIONS,
-    Reduction,
-    last_block,
-    reducing_block,
-    replace_block,
-)
+from cliplift.models.late_temporal.reduction import Reduction, last_block, reducing_block, replace_block
 from cliplift.models.late_temporal.weights import late_temporal_state
 from cliplift.models.layers import PooledClassifier
 from cliplift.models.protocol import (
@@ -35,6 +29,7 @@ from cliplift.models.protocol import (
     StateLoader,
     VideoNetwork,
     adapt_2d_state,
+    check_choices,
     published_weights,
 )
 
@@ -73,8 +68,7 @@ class ReductionOptions:
     channels: int = 512
 
     def __post_init__(self) -> None:
-        if self.kind not in REDUCTIONS:
-            raise ModelError(f"reduction={self.kind!r} must be one of {', '.join(map(repr, REDUCTIONS))}")
+        check_choices(Reduction, reduction=self.kind)
 
     def apply(
         self, backbone: nn.Module, block: str, dim: int, channels: int
@@ -262,8 +256,7 @@ def with_temporal_heads_on_pathways(
     Raises:
         ModelError: another fusion.
     """
-    if fusion not in ("early", "late"):
-        raise ModelError(f"fusion={fusion!r} must be 'early' or 'late'")
+    check_choices(Fusion, fusion=fusion)
     # blocks come in forward order, and each pathway has its own
     last = {
         name: [n for n in backbone.checkpoint_blocks() if f"pathway{p}_res" in n][-1]

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,47 @@ def on_encoder(network: Callable[..., _M], *, read_at: str = "fc7") -> Callable[
     return build
 
 
-class FrameSequence(VideoNetwork):
+class OnEncoder(VideoNetwork):
+    """A network that holds an image network as ``encoder`` and runs it on every frame.
+
+    ``train_encoder=False`` freezes the encoder and keeps it in eval mode: its BatchNorm statistics belong to its
+    weights.
+    """
+
+    def __init__(
+        self, encoder: VideoNetwork, *, in_frames: int, frame_stride: int, train_encoder: bool
+    ) -> None:
+        super().__init__()
+        if in_frames < 1:
+            raise ModelError(f"in_frames={in_frames} must be 1 or more")
+        self.encoder, self.train_encoder = encoder, train_encoder
+        self.input_spec = dataclasses.replace(encoder.input_spec, frames=in_frames, frame_stride=frame_stride)
+        if not train_encoder:
+            self.encoder.requires_grad_(False)
+
+    def on_frames(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, D, T, ...): the encoder, or a part of it, in one pass over all B T frames."""
+        frames = x.transpose(1, 2).flatten(0, 1)  # (B T, C, H, W)
+        with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):
+            answers = network(frames)
+        return torch.unflatten(answers, 0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if not self.train_encoder:
+            self.encoder.eval()
+        return self
+
+    def checkpoint_blocks(self) -> list[str]:
+        return [f"{ENCODER}{name}" for name in self.encoder.checkpoint_blocks()] if self.train_encoder else []
+
+    @property
+    def published_weights(self) -> Mapping[str, StateLoader]:
+        """The encoder's published weights under this model's names; anything else is added when they are loaded."""
+        return encoder_weights(self.encoder)
+
+
+class FrameSequence(OnEncoder):
     """An encoder on every frame and a temporal part in a subclass, which defines ``clip_features`` and ``clip_logits``.
 
     Args:
@@ -97,7 +137,7 @@ class FrameSequence(VideoNetwork):
             whose features are not the mean of that map says how wide the map is (``map_dim``) and how it becomes the
             features (``pool_map``).
         in_frames: T the model is built for; models that take any T only record it.
-        train_encoder: False freezes the encoder and keeps it in eval mode.
+        train_encoder: whether the encoder is trained; see :class:`OnEncoder`.
         multi_label: classes do not exclude each other: sigmoid and BCE in place of softmax and cross-entropy.
     """
 
@@ -106,28 +146,19 @@ class FrameSequence(VideoNetwork):
     def __init__(
         self, encoder: VideoNetwork, *, in_frames: int, train_encoder: bool = True, multi_label: bool = False
     ) -> None:
-        super().__init__()
-        if in_frames < 1:
-            raise ModelError(f"in_frames={in_frames} must be 1 or more")
-        self.encoder, self.encoder_dim = encoder, encoder.feature_dim
+        super().__init__(encoder, in_frames=in_frames, frame_stride=1, train_encoder=train_encoder)
+        self.encoder_dim, self.multi_label = encoder.feature_dim, multi_label
         self.map_dim = encoder.map_dim if isinstance(encoder, PoolsMap) else encoder.feature_dim
-        self.train_encoder, self.multi_label = train_encoder, multi_label
-        self.input_spec = dataclasses.replace(encoder.input_spec, frames=in_frames, frame_stride=1)
-        if not train_encoder:
-            self.encoder.requires_grad_(False)
 
     # --- frames ---------------------------------------------------------------------------------------------------
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, D, T, H', W'): the encoder's last map of every frame, in one pass over B T frames."""
+        """(B, C, T, H, W) -> (B, D, T, H', W'): the encoder's last map of every frame."""
         if x.ndim != 5 or x.shape[1] != self.input_spec.channels:
             raise ModelError(
                 f"{type(self).__name__} takes (B, {self.input_spec.channels}, T, H, W), got {tuple(x.shape)}"
             )
-        frames = x.transpose(1, 2).flatten(0, 1)  # (B T, C, H, W)
-        with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):
-            maps = self.encoder.forward_features(frames)
-        return torch.unflatten(maps, 0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        return self.on_frames(self.encoder.forward_features, x)
 
     def refuse_layers_behind_the_map(self) -> None:
         """For networks that read the map: layers of the encoder behind it would stay in the model, untrained.
@@ -191,22 +222,7 @@ class FrameSequence(VideoNetwork):
         head = self.make_head(*self.head_size(num_classes)) if num_classes else nn.Identity()
         self.head = head.to(device=reference.device, dtype=reference.dtype)
 
-    def train(self, mode: bool = True) -> FrameSequence:
-        """A frozen encoder stays in eval mode: its BatchNorm statistics belong to its weights."""
-        super().train(mode)
-        if not self.train_encoder:
-            self.encoder.eval()
-        return self
-
-    def checkpoint_blocks(self) -> list[str]:
-        return [f"{ENCODER}{name}" for name in self.encoder.checkpoint_blocks()] if self.train_encoder else []
-
     # --- weights --------------------------------------------------------------------------------------------------
-
-    @property
-    def published_weights(self) -> Mapping[str, StateLoader]:
-        """The encoder's published weights under this model's names; the temporal part is added when they are loaded."""
-        return encoder_weights(self.encoder)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Accept the weights of an image network or of another frame model: the temporal part then starts fresh.

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.protocol import ModelError
+from cliplift.models.protocol import ModelError, check_choices
 
 State = tuple[Tensor, Tensor]  # h and c, each (L, B, H)
 Init = Literal["torch", "lrcn", "orthogonal"]
@@ -46,8 +46,7 @@ class LSTM(nn.Module):
         super().__init__()
         if hidden_size < 1 or layers < 1:
             raise ModelError(f"an LSTM of layers={layers} and hidden={hidden_size}: both must be 1 or more")
-        if init not in ("torch", "lrcn", "orthogonal"):
-            raise ModelError(f"init={init!r} must be 'torch', 'lrcn' or 'orthogonal'")
+        check_choices(Init, init=init)
         self.input_size, self.hidden_size, self.layers, self.init = input_size, hidden_size, layers, init
         for layer in range(layers):
             width = input_size if layer == 0 else hidden_size

@@ -62,7 +62,7 @@ def densenets() -> tuple[nn.Module, nn.Module]:
 
 def p3ds(arrangement: str) -> tuple[nn.Module, nn.Module]:
     flat = create_model("resnet_50", num_classes=0, layout="caffe")
-    return flat, P3D((3, 4, 6, 3), num_classes=0, input_spec=SPEC, arrangement=arrangement)
+    return flat, P3D(layers=(3, 4, 6, 3), num_classes=0, arrangement=arrangement)
 
 
 PAIRS = {
@@ -99,7 +99,7 @@ def test_the_ports_wiring_starts_as_the_2d_blocks_too() -> None:
     """s + ReLU(t): T starts at zero in B and C. Block by block, since the port's pooling is not Caffe's."""
     torch.manual_seed(0)
     flat = scrambled(create_model("resnet_50", num_classes=0, layout="caffe"))
-    deep = P3D((3, 4, 6, 3), num_classes=0, input_spec=SPEC, wiring="port").eval()
+    deep = P3D(layers=(3, 4, 6, 3), num_classes=0, wiring="port").eval()
     inflate(deep, flat.state_dict())
     x = torch.randn(1, 64, 10, 10).relu()
     with torch.no_grad():

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from cliplift.models.convrnn.conv_lstm import ConvLSTM, ConvLSTMLayer, convolve_steps, odd_padding, per_layer
+from cliplift.models.convrnn.conv_lstm import ConvLSTM, ConvLSTMLayer, convolve_steps, odd_padding
+from cliplift.models.convrnn.recurrence import per_layer
 from cliplift.models.protocol import ModelError
 
 
