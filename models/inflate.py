@@ -105,20 +105,10 @@ def inflate(
         raise ModelError(
             f"{source}: no kernel fits {type(model).__name__}; these are not weights of its 2D counterpart"
         )
-    _log(report, source=source, kernels=kernels)
+    done = f"{len(copied)} tensors copied, {len(inflated)} kernels inflated ({kernels})"
+    left = [", ".join(keys) or "nothing" for keys in (report.fresh, report.unused)]
+    logger.info("%s: %s; freshly initialised: %s; unused: %s", source, done, *left)
     return report
-
-
-def _log(report: InflationReport, *, source: str, kernels: Kernels) -> None:
-    logger.info(
-        "%s: %d tensors copied, %d kernels inflated (%s); freshly initialised: %s; unused: %s",
-        source,
-        len(report.copied),
-        len(report.inflated),
-        kernels,
-        ", ".join(report.fresh) or "nothing",
-        ", ".join(report.unused) or "nothing",
-    )
 
 
 def _is_flat_form(given: Tensor, target: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from cliplift.models.protocol import InputSpec, ModelError, VideoNetwork
+from cliplift.models.protocol import InputSpec, ModelError, PoolsMap, VideoNetwork
 
 # Every layer initialises itself inside its constructor (reset_parameters), not in a pass over the finished model:
 # under ``deepspeed.zero.Init`` the weights are partitioned away as soon as a constructor returns.
@@ -96,9 +96,10 @@ class PooledClassifier(VideoNetwork):
         self.head_dropout = nn.Dropout(dropout)
 
     def forward_pooled(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, D): the feature map averaged over time and space."""
+        """(B, C, T, H, W) -> (B, D): the feature map averaged over time and space, or as ``pool_map`` says."""
         self.check_input(x)
-        return self.forward_features(x).flatten(2).mean(dim=2)
+        maps = self.forward_features(x)
+        return self.pool_map(maps) if isinstance(self, PoolsMap) else maps.flatten(2).mean(dim=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, K) logits, or (B, D) features when ``num_classes == 0``."""

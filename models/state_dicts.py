@@ -10,8 +10,8 @@ Nothing read here is executed: safetensors, and ``torch.load(weights_only=True)`
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +29,17 @@ from cliplift.models.protocol import (
     adapt_state_dict,
     published_weights,
 )
-from cliplift.models.weight_files import has_weights, read_safetensors, read_weights
+from cliplift.models.weight_files import has_weights, read_json, read_safetensors, read_weights
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 CONFIG = "config.json"
 HEAD_NAMES = ("classifier", "fc", "head")  # where a model does not name its head
+# a blob of Caffe2 and what its ending says. SpatialBN's are s(cale), b(ias), rm and riv, which holds the variance in
+# spite of its name
+CAFFE2_BLOB = re.compile(r"(.+)_(w|s|b|rm|riv)")
+CAFFE2_TENSORS = {"w": "weight", "s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
 # where public checkpoints keep the weights
 WRAPPER_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "module")
 
@@ -175,10 +179,7 @@ def _check_foreign_config(model: nn.Module, folder: Path) -> None:
     path = folder / CONFIG
     if not isinstance(model, ChecksForeignConfig) or not path.is_file():
         return
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not valid JSON ({error})") from None
+    config = read_json(path)
     if isinstance(config, dict) and config.get("format") != FORMAT:
         try:
             model.check_foreign_config(config)

@@ -127,6 +127,7 @@ def write_weights(
         partial = folder / f".{INDEX}.partial"
         partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         partial.replace(folder / INDEX)
+    # Only now: until the new weights are whole, the old ones stay readable.
     stale = {INDEX} if one else {WEIGHTS}
     stale |= {path.name for path in folder.glob(PART_PATTERN)} - set(names)
     for name in stale:
@@ -191,11 +192,16 @@ def weight_files(folder: str | Path) -> list[Path]:
     return [*files, index]
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_json(path: Path) -> object:
+    """A JSON file from outside. Raises ModelError where it is damaged."""
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{index}: not valid JSON ({error})") from None
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # also text that is not UTF-8
+        raise ModelError(f"{path}: not valid JSON ({error})") from None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    content = read_json(index)
     found = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(found, dict) or not found:
         raise ModelError(f"{index}: has no weight_map")

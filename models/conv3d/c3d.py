@@ -3,13 +3,12 @@
 Paper: Tran et al., "Learning Spatiotemporal Features with 3D Convolutional Networks", arXiv 1412.0767, Fig. 3. The
 last pooling is padded by one in space, as in the authors' Caffe release, so that 112x112 gives 4x4 before fc6. A
 comparison row of the T3D and P3D papers. No BatchNorm.
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,7 +44,7 @@ class C3D(PooledClassifier):
     def __init__(
         self, *, num_classes: int = 487, in_frames: int = 16, width: int = 4096, dropout: float = 0.5
     ) -> None:
-        spec = InputSpec(frames=in_frames, frame_stride=1, crop_height=112, crop_width=112)
+        spec = InputSpec.square(112, frames=in_frames, frame_stride=1)
         super().__init__(feature_dim=width, num_classes=num_classes, input_spec=spec, dropout=dropout)
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         channels = spec.channels
@@ -65,8 +64,7 @@ class C3D(PooledClassifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, 512, T/16, H', W'), pool5."""
-        features: Tensor = self.features(x)
-        return features
+        return cast(Tensor, self.features(x))
 
     def forward_pooled(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, 4096), fc7 after its ReLU."""

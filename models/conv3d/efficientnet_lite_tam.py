@@ -12,13 +12,12 @@ Two deviations, both so that the clip network starts as the image network it tak
 
 It is the 3D network of this registry whose ImageNet weights install from the package index
 (``pretrained: 2d:imagenet``), and so the row "inflated from 2D" of a comparison made without a network.
-
-Shape letters: B clips, C channels, T frames, H W pixels, K classes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +39,7 @@ class TemporalAggregation(nn.Module):
         before, here, behind = self.weight[:, None, None, :, None, None]
         T = x.shape[1]
         padded = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1))
-        summed: Tensor = before * padded[:, :T] + here * x + behind * padded[:, 2:]
-        return summed
+        return cast(Tensor, before * padded[:, :T] + here * x + behind * padded[:, 2:])
 
 
 class TemporalInvertedResidual(nn.Module):

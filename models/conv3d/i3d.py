@@ -12,8 +12,6 @@ convolutions with bias, two 3x3x3 for a 5x5, and its own padding).
 ``temporal_pool="windows"`` is the released head: averages over 2 frames at a stride of 1, logits of each, and their
 mean, so that the first and the last frame count half. ``"global"`` is a plain average, as in the late-temporal
 experiments (arXiv 2008.01232).
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -136,14 +134,7 @@ class InceptionI3D(PooledClassifier):
         dropout: float = 0.5,
     ) -> None:
         check_choices(TemporalPool, temporal_pool=temporal_pool)
-        rgb = InputSpec(
-            frames=in_frames,
-            frame_stride=1,
-            crop_height=224,
-            crop_width=224,
-            mean=(0.5, 0.5, 0.5),
-            std=(0.5, 0.5, 0.5),
-        )
+        rgb = InputSpec.square(224, frames=in_frames, frame_stride=1, mean=(0.5,) * 3, std=(0.5,) * 3)
         spec = stream_spec(rgb, in_channels, flow_std=0.5)
         super().__init__(feature_dim=FEATURES, num_classes=num_classes, input_spec=spec, dropout=dropout)
         self.temporal_pool = temporal_pool

@@ -7,8 +7,6 @@ pooling; on an unpadded map this is the released convolution averaged over its p
 
 ``padding="aligned"`` (default) halves the map to 112, 56, 28, 14, 7; ``padding="released"`` keeps the file's padded
 1x1x1 convolution and unpadded pooling in the stem (18 frames and 57 pixels inside, with borders made of biases).
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -87,7 +85,7 @@ class Inception3D(PooledClassifier):
         dropout: float = 0.0,
     ) -> None:
         check_choices(Padding, padding=padding)
-        spec = InputSpec(frames=in_frames, frame_stride=2, crop_height=224, crop_width=224)
+        spec = InputSpec.square(224, frames=in_frames, frame_stride=2)
         super().__init__(feature_dim=1024, num_classes=num_classes, input_spec=spec, dropout=dropout)
         conv_pad, pool_pad = (0, (0, 1, 1)) if padding == "aligned" else (1, 0)
         self.pre_layers = nn.Sequential(

@@ -20,15 +20,13 @@ kernels, so that 32 frames give two maps, averaged with everything else, where t
 
 The input is normalised as the port does it. The Caffe weights themselves were trained on BGR values of 0 to 255 minus
 (104, 117, 123), without division.
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -127,12 +125,8 @@ class P3D(StagedNet):
         check_choices(Wiring, wiring=wiring)
         check_choices(Arrangement, arrangement=arrangement)
         check_frames(in_frames)
-        super().__init__(
-            feature_dim=STAGE_WIDTHS[-1] * EXPANSION,
-            num_classes=num_classes,
-            input_spec=InputSpec(frames=in_frames, frame_stride=1, crop_height=160, crop_width=160),
-            dropout=dropout,
-        )
+        spec, width = InputSpec.square(160, frames=in_frames, frame_stride=1), STAGE_WIDTHS[-1] * EXPANSION
+        super().__init__(feature_dim=width, num_classes=num_classes, input_spec=spec, dropout=dropout)
         self.conv1_custom = Conv3d(3, 64, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False)
         self.bn1 = nn.BatchNorm3d(64)
         self.maxpool = (
@@ -161,8 +155,7 @@ class P3D(StagedNet):
         x = self.maxpool_2(self.get_submodule("layer1")(x))  # 3a_pool
         x = self.maxpool_2(self.get_submodule("layer2")(x))  # 4a_pool
         x = self.maxpool_2(self.get_submodule("layer3")(x))  # res5a_pool
-        features: Tensor = self.get_submodule("layer4")(x)
-        return features
+        return cast(Tensor, self.get_submodule("layer4")(x))
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """The port's res5 is made of 2D layers: its (O, I, k, k) kernels get a T of 1."""

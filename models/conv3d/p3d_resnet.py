@@ -10,8 +10,6 @@ arXiv 1711.10305. Not the 2017 network of :mod:`cliplift.models.conv3d.p3d`: str
 
 in the order A, B, C, A, ... over all blocks. The stem is ``early_stride`` x 7 x 7 with that stride in time and no
 padding there. The weights are named as in torchvision's ResNet, with ``conv2_t`` for T.
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -70,6 +68,8 @@ class PseudoBottleneck(nn.Module):
 class P3DResNet(StagedNet):
     """(B, C, T, H, W) -> (B, K) for T a multiple of ``early_stride`` and any H, W.
 
+    The last map is (B, 2048, T/early_stride, H/32, W/32).
+
     Args:
         layers: blocks of each stage.
         arrangement: "abc" alternates; "a", "b" and "c" are the pure networks.
@@ -90,14 +90,9 @@ class P3DResNet(StagedNet):
         check_choices(Arrangement, arrangement=arrangement)
         if early_stride < 1:
             raise ModelError(f"early_stride={early_stride} must be at least 1")
-        super().__init__(
-            feature_dim=STAGE_WIDTHS[-1] * EXPANSION,
-            num_classes=num_classes,
-            input_spec=InputSpec(
-                frames=in_frames, frame_stride=1, crop_height=224, crop_width=224, test_clips=20, test_crops=3
-            ),
-            dropout=dropout,
-        )
+        spec = InputSpec.square(224, frames=in_frames, frame_stride=1, test_clips=20, test_crops=3)
+        width = STAGE_WIDTHS[-1] * EXPANSION
+        super().__init__(feature_dim=width, num_classes=num_classes, input_spec=spec, dropout=dropout)
         self.early_stride = early_stride
         self._check_frames(in_frames)
         self.conv1 = Conv3d(
@@ -123,10 +118,6 @@ class P3DResNet(StagedNet):
                 f"in_frames={frames} must be a multiple of early_stride={self.early_stride}: the stem does not "
                 f"pad in time and would drop {frames % self.early_stride} frames"
             )
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, 2048, T/early_stride, H/32, W/32)."""
-        return self.run_stages(self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True)))
 
     def adapt_2d_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A torchvision ResNet's weights, plus T: the identity in A, zero in B and C (the author's initialisation).

@@ -18,7 +18,7 @@ which are in circulation: "block" for 18 layers (torchvision), "convolution" for
 *old* average read in PyTorch's sense: its running statistics are almost those of the last batch. At test time both
 give the same answer.
 
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes, M channels between the factors.
+M: channels between the factors.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS, StagedNet
+from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS, StagedNet, shortcut
 from cliplift.models.layers import Conv3d
 from cliplift.models.protocol import InputSpec, ModelError, check_choices
 from cliplift.models.registry import variant
-from cliplift.models.state_dicts import rename_numbered_children
+from cliplift.models.state_dicts import CAFFE2_BLOB, CAFFE2_TENSORS, rename_numbered_children
 from cliplift.models.streams import flow_from_rgb, stream_spec
 
 MidChannels = Literal["block", "convolution"]
@@ -77,12 +77,7 @@ class FactoredBlock(nn.Module):
             Factored(in_channels, width, first, stride=stride, norm=norm), norm(width), nn.ReLU(inplace=True)
         )
         self.conv2 = nn.Sequential(Factored(width, width, second, norm=norm), norm(width))
-        same = stride == 1 and in_channels == width
-        self.downsample: nn.Module = (
-            nn.Identity()
-            if same
-            else nn.Sequential(Conv3d(in_channels, width, 1, stride=stride, bias=False), norm(width))
-        )
+        self.downsample = shortcut(in_channels, width, stride=stride, rank=3, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, width, T/stride, H/stride, W/stride)."""
@@ -118,13 +113,8 @@ class R2Plus1D(StagedNet):
         check_choices(MidChannels, mid_channels=mid_channels)
         if bn_eps <= 0 or not 0 < bn_momentum <= 1:
             raise ModelError(f"bn_eps={bn_eps} must be positive and bn_momentum={bn_momentum} in (0, 1]")
-        rgb = InputSpec(
-            frames=in_frames,
-            frame_stride=frame_stride,
-            crop_height=112,
-            crop_width=112,
-            mean=KINETICS_MEAN,
-            std=KINETICS_STD,
+        rgb = InputSpec.square(
+            112, frames=in_frames, frame_stride=frame_stride, mean=KINETICS_MEAN, std=KINETICS_STD
         )
         spec = stream_spec(rgb, in_channels)
         super().__init__(
@@ -172,10 +162,7 @@ class R2Plus1D(StagedNet):
         )
 
 
-# In Caffe2, SpatialBN's tensors are s(cale), b(ias), rm and riv; in spite of its name riv holds the variance
-_CAFFE2_NORM = {"s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
 _CAFFE2_STEM = {"conv1_middle": "0", "conv1_middle_spatbn_relu": "1", "conv1": "3", "conv1_spatbn_relu": "4"}
-_CAFFE2_BLOB = re.compile(r"(.+)_(w|s|b|rm|riv)")
 _CAFFE2_PART = re.compile(r"comp_(\d+)_(conv|spatbn)_([12])(_middle)?")
 _CAFFE2_SHORTCUT = re.compile(r"shortcut_projection_(\d+)(_spatbn)?")
 
@@ -185,7 +172,7 @@ def _from_caffe2(state: dict[str, Tensor], counts: tuple[int, ...]) -> dict[str,
     blocks = [f"layer{stage}.{i}" for stage, count in enumerate(counts, start=1) for i in range(count)]
     renamed = {}
     for key, value in state.items():
-        match = _CAFFE2_BLOB.fullmatch(key)
+        match = CAFFE2_BLOB.fullmatch(key)
         module = _caffe2_module(match[1], blocks) if match else None
         is_linear = match is not None and match[1].startswith("last_out_L")
         if match is None or (module is None and not is_linear):
@@ -193,7 +180,7 @@ def _from_caffe2(state: dict[str, Tensor], counts: tuple[int, ...]) -> dict[str,
         elif is_linear:
             renamed["fc.weight" if match[2] == "w" else "fc.bias"] = value
         else:
-            renamed[f"{module}.{_CAFFE2_NORM.get(match[2], 'weight')}"] = value
+            renamed[f"{module}.{CAFFE2_TENSORS[match[2]]}"] = value
     return renamed
 
 

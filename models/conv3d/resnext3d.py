@@ -7,8 +7,6 @@ prefix ``module.``. Shortcuts are projections where shapes change (option B), as
 
 The input is what those weights were trained on: values of 0 to 255 minus the mean of ActivityNet, not divided by a
 standard deviation. Written for pixels scaled to [0, 1], that is a standard deviation of 1/255.
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from __future__ import annotations
 from functools import partial
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from cliplift.models.image.resnet import LAYERS, Bottleneck, StagedNet
 from cliplift.models.layers import Conv3d
@@ -46,7 +43,7 @@ class GroupedBottleneck(Bottleneck):
 
 
 class ResNeXt3D(StagedNet):
-    """(B, C, T, H, W) -> (B, K), any T, H, W; features of 2048.
+    """(B, C, T, H, W) -> (B, K), any T, H, W. The last map is (B, 2048, T/16, H/32, W/32), sizes rounded up.
 
     ``pretrained="2d:PATH"`` takes an image ResNeXt-101 32x4d under torchvision's names: the widths are the same.
 
@@ -70,32 +67,19 @@ class ResNeXt3D(StagedNet):
     ) -> None:
         if cardinality < 1:
             raise ModelError(f"cardinality={cardinality} must be at least 1")
-        rgb = InputSpec(
-            frames=in_frames,
-            frame_stride=1,
-            crop_height=112,
-            crop_width=112,
-            mean=ACTIVITYNET_MEAN,
-            std=(UNDIVIDED,) * 3,
+        rgb = InputSpec.square(
+            112, frames=in_frames, frame_stride=1, mean=ACTIVITYNET_MEAN, std=(UNDIVIDED,) * 3
         )
         spec = stream_spec(rgb, in_channels, flow_std=UNDIVIDED)
         expansion = GroupedBottleneck.expansion
-        super().__init__(
-            feature_dim=STAGE_WIDTHS[-1] * expansion,
-            num_classes=num_classes,
-            input_spec=spec,
-            dropout=dropout,
-        )
+        width = STAGE_WIDTHS[-1] * expansion
+        super().__init__(feature_dim=width, num_classes=num_classes, input_spec=spec, dropout=dropout)
         self.conv1 = Conv3d(spec.channels, 64, 7, stride=(1, 2, 2), padding=3, bias=False)
         self.bn1 = nn.BatchNorm3d(64)
         self.maxpool = nn.MaxPool3d(3, stride=2, padding=1)
         block = partial(GroupedBottleneck, cardinality=cardinality)
         self.add_stages(LAYERS[depth], block, channels=64, widths=STAGE_WIDTHS, expansion=expansion)
         self.reset_classifier(num_classes)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, 2048, T/16, H/32, W/32), sizes rounded up; 2048x4x4x4 for 64x112x112."""
-        return self.run_stages(self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True)))
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """The public files' names are ours once ``module.`` is off, which loading does; LTM's are translated."""

@@ -22,8 +22,6 @@ Weights: our names are PySlowFast's (``.pyth`` files of facebookresearch/SlowFas
 pytorchvideo's (``blocks.1.multipathway_blocks.0...``) and Caffe2's blobs (``t_res2_0_branch2a_w``), in which the
 model zoo of PySlowFast has the Kinetics weights. Those ``.pkl`` files are plain pickles and are never opened here:
 save their "blobs" as tensors (safetensors or ``torch.save``) first.
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS
 from cliplift.models.layers import Conv3d, PooledClassifier
 from cliplift.models.protocol import InputSpec, ModelError, check_choices
 from cliplift.models.registry import variant
-from cliplift.models.state_dicts import rename_prefixes
+from cliplift.models.state_dicts import CAFFE2_BLOB, CAFFE2_TENSORS, rename_prefixes
 from cliplift.models.streams import flow_from_rgb, stream_spec
 
 Patterns = Sequence[tuple[str, str]]
@@ -59,23 +57,20 @@ _PYTORCHVIDEO_INNER: Patterns = (
     (r"\.branch2\.conv_([abc])\.", r".branch2.\1."),
     (r"\.branch2\.norm_([abc])\.", r".branch2.\1_bn."),
 )
-# The Fast pathway's names begin with t_. A lateral connection is called after the layer it leaves
+# A lateral connection is called after the layer it leaves
+_CAFFE2_LATERAL: Patterns = (
+    (r"pool1_subsample_bn", "s1_fuse.bn"),
+    (r"pool1_subsample", "s1_fuse.conv_f2s"),
+    (r"res(\d)_\d+_branch2c_bn_subsample_bn", r"s\1_fuse.bn"),
+    (r"res(\d)_\d+_branch2c_bn_subsample", r"s\1_fuse.conv_f2s"),
+)
 _CAFFE2: Patterns = (
-    (r"t_pool1_subsample_bn", "s1_fuse.bn"),
-    (r"t_pool1_subsample", "s1_fuse.conv_f2s"),
-    (r"t_res(\d)_\d+_branch2c_bn_subsample_bn", r"s\1_fuse.bn"),
-    (r"t_res(\d)_\d+_branch2c_bn_subsample", r"s\1_fuse.conv_f2s"),
-    (r"res_conv1_bn", "s1.pathway0_stem.bn"),
-    (r"t_res_conv1_bn", "s1.pathway1_stem.bn"),
-    (r"conv1", "s1.pathway0_stem.conv"),
-    (r"t_conv1", "s1.pathway1_stem.conv"),
-    (r"res(\d)_(\d+)_branch1(_bn)?", r"s\1.pathway0_res\2.branch1\3"),
-    (r"t_res(\d)_(\d+)_branch1(_bn)?", r"s\1.pathway1_res\2.branch1\3"),
-    (r"res(\d)_(\d+)_branch2([abc](?:_bn)?)", r"s\1.pathway0_res\2.branch2.\3"),
-    (r"t_res(\d)_(\d+)_branch2([abc](?:_bn)?)", r"s\1.pathway1_res\2.branch2.\3"),
+    (r"res_conv1_bn", "s1.PATHWAY_stem.bn"),
+    (r"conv1", "s1.PATHWAY_stem.conv"),
+    (r"res(\d)_(\d+)_branch1(_bn)?", r"s\1.PATHWAY_res\2.branch1\3"),
+    (r"res(\d)_(\d+)_branch2([abc](?:_bn)?)", r"s\1.PATHWAY_res\2.branch2.\3"),
     (r"pred", "projection"),
 )
-_CAFFE2_TENSORS = {"w": "weight", "s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
 
 
 def adapt_slowfast(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -107,12 +102,15 @@ def _from_pytorchvideo(key: str) -> str:
 
 
 def _from_caffe2(blob: str) -> str:
-    match = re.fullmatch(r"(.+)_(w|s|b|rm|riv)", blob)
+    match = CAFFE2_BLOB.fullmatch(blob)
     if match is None:
         return blob
-    for old, new in _CAFFE2:
-        if re.fullmatch(old, match[1]):
-            return f"{re.sub(f'^{old}$', new, match[1])}.{_CAFFE2_TENSORS[match[2]]}"
+    # the Fast pathway's names begin with t_
+    fast, layer = match[1].startswith("t_"), match[1].removeprefix("t_")
+    for old, new in _CAFFE2_LATERAL if "subsample" in layer else _CAFFE2:
+        if re.fullmatch(old, layer):
+            ours = re.sub(f"^{old}$", new, layer).replace("PATHWAY", f"pathway{int(fast)}")
+            return f"{ours}.{CAFFE2_TENSORS[match[2]]}"
     return blob
 
 
@@ -284,13 +282,12 @@ class SlowFast(PooledClassifier):
         fast_stride: int = 1,
         dropout: float = 0.5,
     ) -> None:
-        rgb = InputSpec(
+        rgb = InputSpec.square(
+            224,
             frames=in_frames,
             frame_stride=2 if fast_stride == 1 else 1,
-            crop_height=224,
-            crop_width=224,
-            mean=(0.45, 0.45, 0.45),
-            std=(0.225, 0.225, 0.225),
+            mean=(0.45,) * 3,
+            std=(0.225,) * 3,
             test_clips=10,
             test_crops=3,
         )

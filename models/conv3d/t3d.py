@@ -13,20 +13,19 @@ its convolutions have no padding, so the branches of a TTL cannot be concatenate
 * ``pool="paper"``: the stem's pooling keeps T, as Table 1 prints. "official" is the DenseNet3D code's.
 
 The initialisation is not published; convolutions are Kaiming-normal as in torchvision's DenseNet.
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.conv3d.densenet3d import PAPER, DenseNet3D, StemPool, dense_shape_3d
-from cliplift.models.image.densenet import BLOCKS
+from cliplift.models.conv3d.densenet3d import PAPER, DenseNet3D, StemPool, stem_pool_stride
+from cliplift.models.image.densenet import BLOCKS, DenseShape
 from cliplift.models.layers import SameConv3d, halve
 from cliplift.models.protocol import InputSpec, ModelError
 from cliplift.models.registry import variant
@@ -45,8 +44,7 @@ class TemporalBranch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T, H, W)."""
-        y: Tensor = self.conv(F.relu(self.norm(x), inplace=True))
-        return y
+        return cast(Tensor, self.conv(F.relu(self.norm(x), inplace=True)))
 
 
 class TemporalTransition(nn.Module):
@@ -104,26 +102,26 @@ class T3D(DenseNet3D):
         num_classes: int = 400,
         in_frames: int = 32,
         crop: int = 224,
-        blocks: tuple[int, ...] = BLOCKS[121],
+        blocks: tuple[int, int, int, int] = BLOCKS[121],
         growth: int = 32,
         bottleneck: int = 4,
         stem_channels: int = 64,
         stem_kernel: tuple[int, int, int] = (3, 7, 7),
         stem_stride: int = 2,
-        ttl_widths: Sequence[int] = (128, 128, 128),
+        ttl_widths: tuple[int, int, int] = (128, 128, 128),
         fusion: bool = False,
         pool: StemPool = "paper",
         drop_rate: float = 0.0,
         dropout: float = 0.0,
     ) -> None:
-        shape = dense_shape_3d(
-            blocks,
-            pool=pool,
-            stem_stride=stem_stride,
-            stem_kernel=stem_kernel,
+        shape = DenseShape(
+            blocks=blocks,
             growth=growth,
             bottleneck=bottleneck,
             stem_channels=stem_channels,
+            stem_kernel=stem_kernel,
+            stem_stride=(stem_stride, 2, 2),
+            pool_stride=stem_pool_stride(pool),
         )
         if len(blocks) - 1 != len(TABLE_1_DEPTHS) or len(ttl_widths) != len(TABLE_1_DEPTHS):
             raise ModelError(
@@ -139,7 +137,7 @@ class T3D(DenseNet3D):
         super().__init__(
             shape,
             num_classes=num_classes,
-            input_spec=InputSpec(frames=in_frames, frame_stride=2, crop_height=crop, crop_width=crop),
+            input_spec=InputSpec.square(crop, frames=in_frames, frame_stride=2),
             drop_rate=drop_rate,
             dropout=dropout,
             transition=transition,
@@ -164,7 +162,7 @@ def t3d(
         in_frames=in_frames,
         blocks=BLOCKS[depth],
         stem_stride=stem_stride,
-        ttl_widths=(ttl_width,) * len(TABLE_1_DEPTHS),
+        ttl_widths=(ttl_width, ttl_width, ttl_width),
         fusion=fusion,
         pool=pool,
         drop_rate=drop_rate,

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.convrnn.conv_lstm import convolve_steps, odd_padding
+from cliplift.models.convrnn.conv_lstm import odd_padding
+from cliplift.models.convrnn.lstm_unroll import product_of_steps
 from cliplift.models.convrnn.recurrence import (
     LayerState,
     RecurrentLayer,
@@ -94,7 +95,7 @@ class ConvGRULayer(RecurrentLayer):
         gates = self.project(x)
         if self.weight_lower is not None:
             assert lower is not None, "a layer with lower_channels needs the lower layer's states"
-            share = convolve_steps(lower, self.weight_lower, None)
+            share = product_of_steps(lower, self.weight_lower, None)
             if self.lower_gates == 2:
                 share = F.pad(share, (0, 0, 0, 0, 0, self.channels))  # nothing for the candidate
             gates = gates + share
@@ -102,7 +103,7 @@ class ConvGRULayer(RecurrentLayer):
 
     def project(self, x: Tensor) -> Tensor:
         """(T, B, C, H, W) -> (T, B, 3N, H, W)."""
-        return convolve_steps(x, self.weight_input, self.bias)
+        return product_of_steps(x, self.weight_input, self.bias)
 
     def step(self, gates: Tensor, state: LayerState | None) -> LayerState:
         """(B, 3N, H, W) and (h,) -> (h,)."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cliplift.models.convrnn.fc_lstm import GateCell, LSTMLayer
@@ -35,17 +35,6 @@ def odd_padding(name: str, kernel: int) -> int:
     return kernel // 2
 
 
-def convolve_steps(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(T, B, C, H, W) -> (T, B, G, H, W), all steps as one batch, H and W kept.
-
-    Channels last, and so is everything after it: the CPU's convolutions would otherwise reorder every step's map on
-    the way in and out.
-    """
-    frames = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    y = F.conv2d(frames, weight, bias, padding=weight.shape[-1] // 2)
-    return y.view(*x.shape[:2], *y.shape[1:])
-
-
 class ConvLSTMLayer(LSTMLayer):
     """One layer, one direction. ``in_channels`` 0: no input and no W_x at all (the forecaster's first layer)."""
 
@@ -61,24 +50,19 @@ class ConvLSTMLayer(LSTMLayer):
         output_gate_cell: GateCell = "new",
         forget_bias: float = 1.0,
     ) -> None:
+        odd_padding("input_kernel", input_kernel)
+        odd_padding("hidden_kernel", hidden_kernel)
         super().__init__(
+            inputs=(in_channels, input_kernel, input_kernel),
             channels=channels,
+            hidden_kernel=(hidden_kernel, hidden_kernel),
             peephole=_peephole_weights(peephole, channels, map_size),
             output_gate_cell=output_gate_cell,
             forget_bias=forget_bias,
         )
         self.in_channels = in_channels
         self.input_kernel, self.hidden_kernel = input_kernel, hidden_kernel
-        self.hidden_padding = odd_padding("hidden_kernel", hidden_kernel)
-        odd_padding("input_kernel", input_kernel)
-        self.weight_input = (
-            nn.Parameter(torch.empty(4 * channels, in_channels, input_kernel, input_kernel))
-            if in_channels
-            else None
-        )
-        self.weight_hidden = nn.Parameter(torch.empty(4 * channels, channels, hidden_kernel, hidden_kernel))
-        self.bias = nn.Parameter(torch.empty(4 * channels))
-        self.reset_parameters()
+        self.hidden_padding = hidden_kernel // 2
 
     def check_input(self, x: Tensor) -> None:
         size = None if self.peephole is None else tuple(self.peephole.shape[-2:])
@@ -87,12 +71,6 @@ class ConvLSTMLayer(LSTMLayer):
                 f"peephole='position' was built for maps of {size[0]}x{size[1]}, got "
                 f"{x.shape[-2]}x{x.shape[-1]}; peephole='channel' takes any size"
             )
-
-    def project(self, x: Tensor) -> Tensor:
-        """(T, B, C, H, W) -> (T, B, 4N, H, W); without W_x, of the input only T, B, H and W count."""
-        if self.weight_input is None:
-            return self.bias.view(-1, 1, 1).expand(*x.shape[:2], -1, *x.shape[-2:])
-        return convolve_steps(x, self.weight_input, self.bias)
 
     def recurrent(self, gates: Tensor, h: Tensor) -> Tensor:
         return gates + F.conv2d(h, self.weight_hidden, padding=self.hidden_padding)

@@ -7,8 +7,6 @@
   grouped convolutions as in CaffeNet. 13 x 13 maps, 6 x 6 after the last pooling.
 
 ImageNet weights of neither ship with a package; a state dict in these names loads with ``pretrained=FILE``.
-
-Shape letters: B images, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -104,17 +102,13 @@ class CaffeNet(PooledClassifier):
     ) -> None:
         if fully_connected not in (0, 1, 2):
             raise ModelError(f"fully_connected={fully_connected!r} must be 0, 1 or 2")
-        channels = layers[-1].width
-        super().__init__(
-            feature_dim=FC_WIDTH if fully_connected else channels,
-            num_classes=num_classes,
-            input_spec=InputSpec(frames=in_frames, frame_stride=1, crop_height=227, crop_width=227),
-            dropout=dropout,
-        )
-        self.map_dim = channels
+        spec, width = InputSpec.square(227, frames=in_frames, frame_stride=1), layers[-1].width
+        features = FC_WIDTH if fully_connected else width
+        super().__init__(feature_dim=features, num_classes=num_classes, input_spec=spec, dropout=dropout)
+        self.map_dim = width
         widths = [3, *(layer.width for layer in layers)]
         self.conv = nn.ModuleList(convolution(c, layer) for c, layer in zip(widths, layers, strict=False))
-        sizes = [channels * GRID * GRID, *[FC_WIDTH] * fully_connected]
+        sizes = [width * GRID * GRID, *[FC_WIDTH] * fully_connected]
         self.fc = nn.ModuleList(ReluLinear(a, b) for a, b in pairwise(sizes))
         self.reset_classifier(num_classes)
 
@@ -134,11 +128,6 @@ class CaffeNet(PooledClassifier):
         for i, layer in enumerate(self.fc):
             x = F.relu(layer(x if i == 0 else self.head_dropout(x)))
         return x
-
-    def forward_pooled(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D)."""
-        self.check_input(x)
-        return self.pool_map(self.forward_features(x))
 
     def checkpoint_blocks(self) -> list[str]:
         return [f"conv.{i}" for i in range(len(self.conv))]

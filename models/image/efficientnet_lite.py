@@ -6,8 +6,6 @@ not scaled, the first and the last stage not made deeper. Weights: the packages 
 ``-lite2-`` (extra ``teachers``), ports of the TensorFlow checkpoints; they keep TensorFlow's BatchNorm epsilon (1e-3)
 and its input scaling, (x - 0.5) / 0.5. The ImageNet mean and deviation often quoted beside these weights are not what
 they were trained with.
-
-Shape letters: B images, C channels, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -126,14 +125,7 @@ class EfficientNetLite(PooledClassifier):
         self, *, lite: int, num_classes: int = 1000, in_frames: int = 1, dropout: float = 0.0
     ) -> None:
         side = SCALES[lite][2]
-        spec = InputSpec(
-            frames=in_frames,
-            frame_stride=1,
-            crop_height=side,
-            crop_width=side,
-            mean=(0.5,) * 3,
-            std=(0.5,) * 3,
-        )
+        spec = InputSpec.square(side, frames=in_frames, frame_stride=1, mean=(0.5,) * 3, std=(0.5,) * 3)
         super().__init__(feature_dim=HEAD, num_classes=num_classes, input_spec=spec, dropout=dropout)
         self.lite = lite
         self.stem = nn.Sequential(
@@ -158,8 +150,7 @@ class EfficientNetLite(PooledClassifier):
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
-        features: Tensor = self.head(x)
-        return features
+        return cast(Tensor, self.head(x))
 
     def checkpoint_blocks(self) -> list[str]:
         return [f"blocks.{i}" for i in range(len(self.blocks))]
@@ -191,29 +182,13 @@ _PACKAGE_TOP = {
     "_fc": "classifier",
 }
 _TIMM_TOP = {"conv_stem": "stem.0", "bn1": "stem.1", "conv_head": "head.0", "bn2": "head.1"}
-_PACKAGE_BLOCK = {
-    "_expand_conv": "expand",
-    "_bn0": "expand_norm",
-    "_depthwise_conv": "depthwise",
-    "_bn1": "depthwise_norm",
-    "_project_conv": "project",
-    "_bn2": "project_norm",
-}
-_TIMM_BLOCK = {
-    "conv_pw": "expand",
-    "bn1": "expand_norm",
-    "conv_dw": "depthwise",
-    "bn2": "depthwise_norm",
-    "conv_pwl": "project",
-    "bn3": "project_norm",
-}
+_PARTS = ("expand", "expand_norm", "depthwise", "depthwise_norm", "project", "project_norm")
+_PACKAGE_BLOCK = dict(
+    zip(("_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2"), _PARTS, strict=True)
+)
+_TIMM_BLOCK = dict(zip(("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"), _PARTS, strict=True))
 # stage 0 does not expand: its 1x1 is the projection
-_TIMM_FIRST_BLOCK = {
-    "conv_dw": "depthwise",
-    "bn1": "depthwise_norm",
-    "conv_pw": "project",
-    "bn2": "project_norm",
-}
+_TIMM_FIRST_BLOCK = dict(zip(("conv_dw", "bn1", "conv_pw", "bn2"), _PARTS[2:], strict=True))
 
 
 def _from_package(key: str) -> str:

@@ -6,8 +6,6 @@ in torchvision and timm. Two layouts are in circulation:
 * ``layout="torchvision"`` (default): a bottleneck's stride is on its 3x3 convolution, the stem's pooling is padded;
 * ``layout="caffe"``: the authors' release, stride on the first 1x1 and an unpadded pooling that rounds up. It is the
   network P3D (2017) was initialised from.
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -78,13 +76,18 @@ class Bottleneck(nn.Module):
 
 
 def shortcut(
-    in_channels: int, out_channels: int, *, stride: int | tuple[int, int, int], rank: int
+    in_channels: int,
+    out_channels: int,
+    *,
+    stride: int | tuple[int, int, int],
+    rank: int,
+    norm: Callable[[int], nn.Module] | None = None,
 ) -> nn.Module:
     """The identity where shapes agree, else a strided 1x1 convolution with BN (option B of the paper)."""
     if stride in (1, (1, 1, 1)) and in_channels == out_channels:
         return nn.Identity()
     projection = CONVOLUTIONS[rank](in_channels, out_channels, 1, stride=stride, bias=False)
-    return nn.Sequential(projection, BATCH_NORMS[rank](out_channels))
+    return nn.Sequential(projection, (norm or BATCH_NORMS[rank])(out_channels))
 
 
 class BlockBuilder(Protocol):
@@ -97,6 +100,9 @@ class StagedNet(PooledClassifier):
     """Four stages of residual blocks, ``layer1`` to ``layer4``; the first block of all but the first has stride 2."""
 
     head_name = "fc"
+    conv1: nn.Module
+    bn1: nn.Module
+    maxpool: nn.Module
 
     def add_stages(
         self,
@@ -129,6 +135,10 @@ class StagedNet(PooledClassifier):
             if name.startswith(("layer", "between")):
                 x = stage(x)
         return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, D, T', H', W'); without the T in 2D. For nets with ResNet's stem."""
+        return self.run_stages(self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True)))
 
     def checkpoint_blocks(self) -> list[str]:
         names: list[str] = []
@@ -164,12 +174,8 @@ class ResNet(StagedNet):
     ) -> None:
         check_choices(Layout, layout=layout)
         block = BasicBlock if depth < 50 else Bottleneck
-        super().__init__(
-            feature_dim=STAGE_WIDTHS[-1] * block.expansion,
-            num_classes=num_classes,
-            input_spec=input_spec,
-            dropout=dropout,
-        )
+        width = STAGE_WIDTHS[-1] * block.expansion
+        super().__init__(feature_dim=width, num_classes=num_classes, input_spec=input_spec, dropout=dropout)
         rank = len(stem.kernel_size)
         self.input_dims = rank + 2
         self.conv1, self.bn1, self.maxpool = stem, BATCH_NORMS[rank](stem.out_channels), pool
@@ -181,10 +187,6 @@ class ResNet(StagedNet):
             between=between,
         )
         self.reset_classifier(num_classes)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, D, T', H', W'); without the T in 2D."""
-        return self.run_stages(self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True)))
 
 
 def resnet(
@@ -211,7 +213,7 @@ def resnet(
         stem=Conv2d(3, STAGE_WIDTHS[0], 7, stride=2, padding=3, bias=False),
         pool=pool,
         num_classes=num_classes,
-        input_spec=InputSpec(frames=in_frames, frame_stride=1, crop_height=224, crop_width=224),
+        input_spec=InputSpec.square(224, frames=in_frames, frame_stride=1),
         layout=layout,
         dropout=dropout,
     )

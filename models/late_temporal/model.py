@@ -13,13 +13,13 @@ Shape letters: B clips, C channels, T frames, H W pixels, T' H' W' the feature m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from cliplift.models.late_temporal.heads import Bert, BertOptions, HeadKind, TemporalHead, temporal_head
+from cliplift.models.late_temporal.heads import Bert, HeadOptions, TemporalHead
 from cliplift.models.late_temporal.reduction import Reduction, last_block, reducing_block, replace_block
 from cliplift.models.late_temporal.weights import late_temporal_state
 from cliplift.models.layers import PooledClassifier
@@ -43,21 +43,6 @@ class XavierHead(nn.Linear):
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.weight)
         nn.init.zeros_(self.bias)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadOptions:
-    """What :func:`~cliplift.models.late_temporal.heads.temporal_head` takes beside the feature map's size."""
-
-    kind: HeadKind = "bert"
-    dropout: float = 0.8
-    width: int | None = None
-    bert: BertOptions = field(default_factory=BertOptions)
-
-    def build(self, *, dim: int, tokens: int) -> TemporalHead:
-        return temporal_head(
-            self.kind, dim=dim, tokens=tokens, dropout=self.dropout, width=self.width, bert=self.bert
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

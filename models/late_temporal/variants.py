@@ -17,11 +17,10 @@ from typing import Any
 import torch
 
 from cliplift.models.factory import create_model
-from cliplift.models.late_temporal.bert import Init, Norm, Positions
-from cliplift.models.late_temporal.heads import BertOptions, HeadKind
+from cliplift.models.late_temporal.bert import BertOptions, Init, Norm, Positions
+from cliplift.models.late_temporal.heads import HeadKind, HeadOptions
 from cliplift.models.late_temporal.model import (
     Fusion,
-    HeadOptions,
     LateTemporal,
     ReductionOptions,
     with_temporal_head,
@@ -128,7 +127,7 @@ def late_temporal(
         dropout: before the classifier.
         width: outputs of concat_fc (1550), lstm (450), nonlocal_concat_fc (1000).
         layers, heads, cls_token, positions, keep_probability, bert_dropout, norm, init, normalise_tokens: of the
-            bert head; see :class:`~cliplift.models.late_temporal.bert.TemporalBert`.
+            bert head; see :class:`~cliplift.models.late_temporal.bert.BertOptions`.
     """
     bert = BertOptions(
         layers=layers,

@@ -6,6 +6,8 @@ is the row every 3D result is read against (and the paper's teacher side, T3D, a
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from cliplift.models.per_frame.frame_sequence import OnEncoder, on_encoder
@@ -35,8 +37,7 @@ class FrameAverage(OnEncoder):
         return self.on_frames(self.encoder, x)[..., None, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.forward_features(x).mean(dim=(2, 3, 4)))
-        return logits
+        return cast(Tensor, self.head(self.forward_features(x).mean(dim=(2, 3, 4))))
 
 
 # ``pretrained`` takes the encoder's published tags, such as "imagenet", beside files of the whole model

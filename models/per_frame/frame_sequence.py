@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Self, TypeVar
+from typing import Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,17 +57,6 @@ def frame_encoder(name: str, *, layer: str | None = None, unless_given: str = "f
     if chosen not in FC_LAYERS:
         raise ModelError(f"encoder_layer={chosen!r} must be one of {list(FC_LAYERS)}")
     return create_model(name, num_classes=0, fully_connected=FC_LAYERS[chosen])
-
-
-def encoder_weights(encoder: VideoNetwork) -> dict[str, StateLoader]:
-    """The published weights of an image network, under the names of a model that holds it as ``encoder``."""
-    own = encoder.state_dict().keys()
-
-    def load_as_part(load: StateLoader) -> dict[str, Tensor]:
-        adapted, _ = adapt_state_dict(encoder, load())
-        return {f"{ENCODER}{key}": value for key, value in adapted.items() if key in own}
-
-    return {tag: functools.partial(load_as_part, load) for tag, load in published_weights(encoder).items()}
 
 
 def on_encoder(network: Callable[..., _M], *, read_at: str = "fc7") -> Callable[..., _M]:
@@ -126,11 +115,20 @@ class OnEncoder(VideoNetwork):
     @property
     def published_weights(self) -> Mapping[str, StateLoader]:
         """The encoder's published weights under this model's names; anything else is added when they are loaded."""
-        return encoder_weights(self.encoder)
+        encoder = self.encoder
+        own = encoder.state_dict().keys()
+
+        def load_as_part(load: StateLoader) -> dict[str, Tensor]:
+            adapted, _ = adapt_state_dict(encoder, load())
+            return {f"{ENCODER}{key}": value for key, value in adapted.items() if key in own}
+
+        return {
+            tag: functools.partial(load_as_part, load) for tag, load in published_weights(encoder).items()
+        }
 
 
 class FrameSequence(OnEncoder):
-    """An encoder on every frame and a temporal part in a subclass, which defines ``clip_features`` and ``clip_logits``.
+    """An encoder on every frame and a temporal part in a subclass, which defines ``clip_features``.
 
     Args:
         encoder: an image model without classifier, with ``forward_features`` (N, C, H, W) -> (N, D, H', W'). One
@@ -191,7 +189,7 @@ class FrameSequence(OnEncoder):
 
     def clip_logits(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """(B, D, T, H', W') -> (B, K): their softmax (sigmoid for multi-label) is the clip's prediction."""
-        raise NotImplementedError
+        return cast(Tensor, self.head(self.clip_features(maps, lengths=lengths)))
 
     def forward(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) -> (B, K), or features (B, feature_dim) when ``num_classes == 0``.
@@ -256,6 +254,46 @@ class FrameSequence(OnEncoder):
         if not own <= adapted.keys():
             return state, []
         return {f"{ENCODER}{k}": v for k, v in adapted.items()}, [*notes, "the weights are the encoder's"]
+
+
+class FrameClassifier(FrameSequence):
+    """A frame model that predicts at every frame; a subclass defines ``step_features``.
+
+    The clip's prediction is the mean of its frames' probabilities, the loss the mean of their losses.
+    """
+
+    dropout: nn.Module  # before the classifier
+
+    def step_features(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        """(B, D, T, H', W') -> (B, T, feature_dim)."""
+        raise NotImplementedError
+
+    def predict(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        """(B, D, T, H', W') -> the logits of every frame (B, T, K)."""
+        return cast(Tensor, self.head(self.dropout(self.step_features(maps, lengths=lengths))))
+
+    def step_logits(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, T, K): the prediction of every frame."""
+        return self.predict(self.forward_features(x))
+
+    def counted(self, steps: Tensor, lengths: Tensor | None) -> Tensor:
+        """float (B, T): how much each frame counts in the clip's features and prediction."""
+        return real_weights(lengths, steps)
+
+    def clip_features(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        features = self.step_features(maps, lengths=lengths)
+        weights = self.counted(features, lengths)[..., None]
+        return (features * weights).sum(dim=1) / weights.sum(dim=1)
+
+    def clip_logits(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        logits = self.predict(maps, lengths=lengths)
+        return averaged_predictions(logits, self.counted(logits, lengths), multi_label=self.multi_label)
+
+    def loss(self, x: Tensor, labels: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        """Mean of the losses of all real frames; labels as in :func:`step_losses`."""
+        logits = self.predict(self.forward_features(x), lengths=lengths)
+        losses = step_losses(logits, labels, multi_label=self.multi_label)
+        return mean_of_real(losses, real_weights(lengths, logits))
 
 
 # --- predictions and losses of several steps --------------------------------------------------------------------------

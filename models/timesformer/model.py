@@ -86,13 +86,12 @@ class TimeSformer(PooledClassifier):
         position_resize: PositionResize = "bicubic",
         time_resize: TimeResize = "linear",
     ) -> None:
-        input_spec = InputSpec(
+        input_spec = InputSpec.square(
+            crop,
             frames=in_frames,
             frame_stride=stride,
-            crop_height=crop,
-            crop_width=crop,
-            mean=(0.45, 0.45, 0.45),  # the released code's
-            std=(0.225, 0.225, 0.225),
+            mean=(0.45,) * 3,  # the released code's
+            std=(0.225,) * 3,
             test_crops=3,  # and one clip (section 4)
         )
         super().__init__(feature_dim=width, num_classes=num_classes, input_spec=input_spec, dropout=dropout)

@@ -97,6 +97,7 @@ def adapt_timesformer(
         ModelError: position embeddings that are not of a square image.
     """
     given, notes = _rename_keys(state)
+    # No extra steps and no time embedding: an image ViT, whose own attention the extra steps start from.
     if not any(_EXTRA.fullmatch(key) or key == "time_embed" for key in given):
         given = _complete_from_image(given, own, notes)
     source = given.get("pos_embed")

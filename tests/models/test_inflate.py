@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cliplift.models import ModelError, create_model
-from cliplift.models.conv3d.densenet3d import DenseNet3D, dense_shape_3d
+from cliplift.models.conv3d.densenet3d import DenseNet3D
 from cliplift.models.conv3d.p3d import P3D
 from cliplift.models.image.densenet import DenseNet, DenseShape
 from cliplift.models.inflate import inflate, inflate_kernel
@@ -56,7 +56,13 @@ SPEC = InputSpec()
 
 def densenets() -> tuple[nn.Module, nn.Module]:
     flat = DenseNet(DenseShape(blocks=(2, 2, 2), stem_channels=16), num_classes=0, input_spec=SPEC)
-    shape = dense_shape_3d((2, 2, 2), pool="paper", stem_channels=16)
+    shape = DenseShape(
+        blocks=(2, 2, 2),
+        stem_channels=16,
+        stem_kernel=(3, 7, 7),
+        stem_stride=(2, 2, 2),
+        pool_stride=(1, 2, 2),
+    )
     return flat, DenseNet3D(shape, num_classes=0, input_spec=SPEC)
 
 

@@ -175,7 +175,7 @@ def test_the_tiny_one_learns_to_tell_motion_apart() -> None:
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ModelError, match="2 dense blocks have 1 temporal transitions"):
-        T3D(blocks=(1, 1), ttl_widths=(4, 4, 4), num_classes=2)
+        T3D(blocks=(1, 1), num_classes=2)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="must be positive"):
         TemporalTransition(4, depths=(1, 0))
     with pytest.raises(ModelError, match="must be positive"):
