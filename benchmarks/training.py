@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from cliplift.configs.runs import PretrainRun
 from cliplift.models import create_model
-from cliplift.pipelines.data.loader import ClipBatch
+from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology, start
 from cliplift.pipelines.engine.loop import fit
 from cliplift.pipelines.engine.optim import Schedule

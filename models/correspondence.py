@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.layers import ReluLinear
-from cliplift.models.protocol import ModelError
+from cliplift.models.protocol import ModelError, check_choices
 
 Projection = Literal["auto", "linear", "none"]
 MATCH, NO_MATCH = 1, 0  # which of the two logits says what
@@ -157,8 +157,7 @@ class FeaturePredictor(nn.Module):
 
 
 def _projection(side: str, kind: Projection, in_dim: int, out_dim: int) -> nn.Module:
-    if kind not in ("auto", "linear", "none"):
-        raise ModelError(f"{side}_projection={kind!r} must be 'auto', 'linear' or 'none'")
+    check_choices(Projection, **{f"{side}_projection": kind})
     if kind == "none" and in_dim != out_dim:
         raise ModelError(f"{side}_projection='none' needs {out_dim} features, this {side} has {in_dim}")
     if kind == "none" or (kind == "auto" and in_dim == out_dim):

@@ -28,7 +28,14 @@ from cliplift.models.state_dicts import (
     load_state,
     read_state,
 )
-from cliplift.models.weight_files import INDEX, MAX_FILE_BYTES, WEIGHTS, TensorToWrite, write_weights
+from cliplift.models.weight_files import (
+    INDEX,
+    MAX_FILE_BYTES,
+    WEIGHTS,
+    TensorToWrite,
+    read_json,
+    write_weights,
+)
 
 FLAT_PREFIX = "2d:"
 FILES = [WEIGHTS, "model-*-of-*.safetensors", INDEX, CONFIG]  # of an export folder
@@ -167,12 +174,9 @@ def read_config(source: str | Path) -> dict[str, Any]:
         ModelError: it is missing, not one of ours, or a value in it is none that :func:`save_pretrained` writes.
     """
     path = Path(source) / CONFIG
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ModelError(f"{source}: no {CONFIG} there; is it an export folder of cliplift?") from None
-    except (OSError, ValueError, RecursionError) as error:  # also text that is not UTF-8
-        raise ModelError(f"{path}: not valid JSON ({error})") from None
+    if not path.is_file():
+        raise ModelError(f"{source}: no {CONFIG} there; is it an export folder of cliplift?")
+    config = read_json(path)
     if not isinstance(config, dict) or config.get("format") != FORMAT or "name" not in config:
         raise ModelError(f"{path}: not a cliplift model of format {FORMAT}")
     _check_config(config, path)

@@ -21,7 +21,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from cliplift.models.protocol import ModelError, adapt_2d_state, adapt_state_dict
+from cliplift.models.protocol import ModelError, adapt_2d_state, adapt_state_dict, check_choices
 from cliplift.models.state_dicts import head_prefix
 
 logger = logging.getLogger(__name__)
@@ -47,8 +47,7 @@ def inflate_kernel(kernel: Tensor, depth: int, *, kernels: Kernels = "centre") -
     Raises:
         ModelError: depth < 1 or an unknown rule.
     """
-    if kernels not in ("centre", "mean"):
-        raise ModelError(f"kernels={kernels!r} must be 'centre' or 'mean'")
+    check_choices(Kernels, kernels=kernels)
     if depth < 1 or kernel.ndim != 4:
         raise ModelError(f"cannot inflate a kernel of shape {tuple(kernel.shape)} to depth {depth}")
     if kernels == "mean":
@@ -106,20 +105,10 @@ def inflate(
         raise ModelError(
             f"{source}: no kernel fits {type(model).__name__}; these are not weights of its 2D counterpart"
         )
-    _log(report, source=source, kernels=kernels)
+    done = f"{len(copied)} tensors copied, {len(inflated)} kernels inflated ({kernels})"
+    left = [", ".join(keys) or "nothing" for keys in (report.fresh, report.unused)]
+    logger.info("%s: %s; freshly initialised: %s; unused: %s", source, done, *left)
     return report
-
-
-def _log(report: InflationReport, *, source: str, kernels: Kernels) -> None:
-    logger.info(
-        "%s: %d tensors copied, %d kernels inflated (%s); freshly initialised: %s; unused: %s",
-        source,
-        len(report.copied),
-        len(report.inflated),
-        kernels,
-        ", ".join(report.fresh) or "nothing",
-        ", ".join(report.unused) or "nothing",
-    )
 
 
 def _is_flat_form(given: Tensor, target: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from cliplift.models.protocol import InputSpec, ModelError, VideoNetwork
+from cliplift.models.protocol import InputSpec, ModelError, PoolsMap, VideoNetwork
 
 # Every layer initialises itself inside its constructor (reset_parameters), not in a pass over the finished model:
 # under ``deepspeed.zero.Init`` the weights are partitioned away as soon as a constructor returns.
@@ -96,9 +96,10 @@ class PooledClassifier(VideoNetwork):
         self.head_dropout = nn.Dropout(dropout)
 
     def forward_pooled(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, D): the feature map averaged over time and space."""
+        """(B, C, T, H, W) -> (B, D): the feature map averaged over time and space, or as ``pool_map`` says."""
         self.check_input(x)
-        return self.forward_features(x).flatten(2).mean(dim=2)
+        maps = self.forward_features(x)
+        return self.pool_map(maps) if isinstance(self, PoolsMap) else maps.flatten(2).mean(dim=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, K) logits, or (B, D) features when ``num_classes == 0``."""
@@ -137,13 +138,25 @@ class DropPath(nn.Module):
         return x * keep.div_(1 - self.rate)
 
 
-def same_padding(kernel: int) -> tuple[int, int]:
-    """(front, behind) zeros that keep the length at stride 1; an even kernel gets the odd one behind.
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; every part gets its own mode back (a frozen BatchNorm stays in eval)."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
-    This is the TensorFlow/Keras rule; the T3D paper's depths 4 and 6 need a rule and name none.
+
+def same_pads(size: int, kernel: int, stride: int = 1) -> tuple[int, int]:
+    """(front, behind) padding for ceil(size / stride) positions, the odd one behind: TensorFlow's "SAME".
+
+    At stride 1 the length is kept, whatever it is; the T3D paper's depths 4 and 6 need this rule and name none.
     """
-    front = (kernel - 1) // 2
-    return front, kernel - 1 - front
+    total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+    return total // 2, total - total // 2
 
 
 class SameConv3d(Conv3d):
@@ -156,7 +169,7 @@ class SameConv3d(Conv3d):
     def __init__(
         self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], *, bias: bool = False
     ) -> None:
-        pads = [same_padding(k) for k in kernel]
+        pads = [same_pads(1, k) for k in kernel]
         front = (pads[0][0], pads[1][0], pads[2][0])
         super().__init__(in_channels, out_channels, kernel, padding=front, bias=bias)
         # F.pad counts from the last dimension: (W front, W behind, H front, H behind, T front, T behind)

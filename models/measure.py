@@ -68,7 +68,8 @@ def measure_model(
         parameters=sum(p.numel() for p in model.parameters()),
         gmacs=counter.get_total_flops() / 2e9,
         input_shape=shape[1:],
-        feature_shape=_shape(features),
+        # multi-pathway models give one map per pathway, of which the first is shown
+        feature_shape=tuple((features if isinstance(features, Tensor) else features[0]).shape[1:]),
         feature_dim=model.feature_dim,
     )
 
@@ -78,9 +79,3 @@ def input_shape(model: VideoModel, *, dims: str, crop: int | None = None, batch:
     spec = model.input_spec
     time = () if dims == "2d" else (spec.frames,)
     return (batch, spec.channels, *time, crop or spec.crop_height, crop or spec.crop_width)
-
-
-def _shape(features: Tensor | tuple[Tensor, ...]) -> tuple[int, ...]:
-    """Without the batch; multi-pathway models give one map per pathway, of which the first is shown."""
-    first = features if isinstance(features, Tensor) else features[0]
-    return tuple(first.shape[1:])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, Self, get_args, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -37,6 +37,18 @@ class UnknownModelError(ModelError):
         super().__init__(f"unknown model {name!r}: {hint}")
 
 
+def check_choices(words: object, **options: object) -> None:
+    """Refuse the first option whose value is none of the words of its ``Literal`` type.
+
+    Raises:
+        ModelError: it names the option, its value and the words.
+    """
+    *others, last = map(repr, get_args(words))
+    for option, value in options.items():
+        if value not in get_args(words):
+            raise ModelError(f"{option}={value!r} must be {', '.join(others)} or {last}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class InputSpec:
     """What a model expects of a clip; pixel values are first scaled to [0, 1]."""
@@ -50,6 +62,30 @@ class InputSpec:
     std: tuple[float, ...] = IMAGENET_STD
     test_clips: int = 1
     test_crops: int = 1
+
+    @classmethod
+    def square(
+        cls,
+        side: int,
+        *,
+        frames: int,
+        frame_stride: int,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        test_clips: int = 1,
+        test_crops: int = 1,
+    ) -> Self:
+        """For RGB crops of ``side`` x ``side`` pixels."""
+        return cls(
+            frames=frames,
+            frame_stride=frame_stride,
+            crop_height=side,
+            crop_width=side,
+            mean=mean,
+            std=std,
+            test_clips=test_clips,
+            test_crops=test_crops,
+        )
 
 
 @runtime_checkable
@@ -88,19 +124,15 @@ class VideoNetwork(nn.Module):
     input_spec: InputSpec
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, D, T', H', W'); (B, C, H, W) -> (B, D, H', W') for images."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, K) logits, or (B, D) features when ``num_classes == 0``."""
         raise NotImplementedError
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a freshly initialised one; 0 removes it."""
         raise NotImplementedError
 
     def checkpoint_blocks(self) -> list[str]:
-        """Names of the submodules, in forward order, that activation checkpointing may wrap."""
         raise NotImplementedError
 
 

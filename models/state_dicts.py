@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
+import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cliplift.models.protocol import (
@@ -33,13 +31,17 @@ from cliplift.models.protocol import (
     adapt_state_dict,
     published_weights,
 )
-from cliplift.models.weight_files import has_weights, read_weights
+from cliplift.models.weight_files import has_weights, read_json, read_safetensors, read_weights
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 CONFIG = "config.json"
 HEAD_NAMES = ("classifier", "fc", "head")  # where a model does not name its head
+# a blob of Caffe2 and what its ending says. SpatialBN's are s(cale), b(ias), rm and riv, which holds the variance in
+# spite of its name
+CAFFE2_BLOB = re.compile(r"(.+)_(w|s|b|rm|riv)")
+CAFFE2_TENSORS = {"w": "weight", "s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
 # where public checkpoints keep the weights
 WRAPPER_KEYS = ("state_dict", "model_state_dict", "model_state", "model", "module")
 
@@ -67,18 +69,14 @@ def read_state(model: nn.Module, source: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         tags = f" (tags of this model: {sorted(published)})" if published else ""
         raise ModelError(f"pretrained={str(source)!r}: no such file or export folder{tags}")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
     _refuse_compressed(path)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
         # public files keep the arguments of their training beside the weights: a Namespace of plain values
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
-    except (
-        Exception
-    ):  # pickle, zip and torch each raise their own; torch's text advises to unpickle all the same
+    except Exception:  # pickle, zip and torch raise their own each; torch's text advises unpickling anyway
         raise ModelError(
             f"{path}: damaged, or it holds pickled objects beside tensors, which are never loaded because they can "
             "run code. Save the state dict alone: torch.save(model.state_dict(), path), or as .safetensors."
@@ -115,7 +113,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) ->
     skipped = () if fits else tuple(k for k in given if k in in_head)
     fresh = () if fits else tuple(k for k in own if k in in_head)
     body = {k: v for k, v in given.items() if k not in skipped}
-    _refuse_mismatches(own, body, fresh, source)
+    _refuse_mismatches(body, {k: v for k, v in own.items() if k not in fresh}, source)
     model.load_state_dict(body, strict=False)
     if skipped or fresh:
         notes.append(
@@ -155,19 +153,33 @@ def rename_prefixes(state: Mapping[str, Tensor], prefixes: Mapping[str, str]) ->
     return {rename_key(key, prefixes): value for key, value in state.items()}
 
 
-def _refuse_mismatches(
-    own: Mapping[str, Tensor], body: Mapping[str, Tensor], fresh: tuple[str, ...], source: str
-) -> None:
-    unexpected = [k for k in body if k not in own]
-    missing = [k for k in own if k not in body and k not in fresh and not k.endswith("num_batches_tracked")]
-    shapes = [
-        f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}"
-        for k, v in body.items()
-        if k in own and v.shape != own[k].shape
-    ]
+def rename_numbered_children(
+    state: Mapping[str, Tensor], children: Sequence[str], *, head: str
+) -> dict[str, Tensor]:
+    """LateTemporalModeling3DCNN's names: ``features.N`` is the backbone's N-th child, ``fc_action`` the classifier."""
+    names = {f"features.{n}.": f"{child}." for n, child in enumerate(children)}
+    return rename_prefixes(state, names | {"fc_action.": f"{head}."})
+
+
+def _mismatches(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """Keys of the model that the source lacks, keys it has too many, and those of another shape."""
+    return {
+        # old files lack BatchNorm's counters, which play no part in evaluation
+        "missing": tuple(k for k in own if k not in given and not k.endswith("num_batches_tracked")),
+        "unexpected": tuple(k for k in given if k not in own),
+        "reshaped": tuple(
+            f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}"
+            for k, v in given.items()
+            if k in own and v.shape != own[k].shape
+        ),
+    }
+
+
+def _refuse_mismatches(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
     problems = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        f"{len(keys)} {'of another shape' if what == 'reshaped' else what} "
+        f"({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in _mismatches(given, own).items()
         if keys
     ]
     if problems:
@@ -185,10 +197,7 @@ def _check_foreign_config(model: nn.Module, folder: Path) -> None:
     path = folder / CONFIG
     if not isinstance(model, ChecksForeignConfig) or not path.is_file():
         return
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{path}: not valid JSON ({error})") from None
+    config = read_json(path)
     if isinstance(config, dict) and config.get("format") != FORMAT:
         try:
             model.check_foreign_config(config)
@@ -250,17 +259,9 @@ def match_weights(model: VideoNetwork, state: Mapping[str, Tensor]) -> WeightMat
     ]
     body = {k: v for k, v in given.items() if k not in heads[0]}
     own_body = {k: v for k, v in own.items() if k not in heads[1]}
-    fits = {k for k in body if k in own_body and body[k].shape == own_body[k].shape}
     return WeightMatch(
-        matched=tuple(k for k in own_body if k in fits),
-        # as load_state: old files lack BatchNorm's counters, which play no part in evaluation
-        missing=tuple(k for k in own_body if k not in body and not k.endswith("num_batches_tracked")),
-        unexpected=tuple(k for k in body if k not in own_body),
-        reshaped=tuple(
-            f"{k} {tuple(body[k].shape)} for {tuple(own_body[k].shape)}"
-            for k in body
-            if k in own_body and k not in fits
-        ),
+        matched=tuple(k for k, v in own_body.items() if k in body and body[k].shape == v.shape),
+        **_mismatches(body, own_body),
         head_given=tuple(f"{k} {tuple(v.shape)}" for k, v in heads[0].items()),
         head_fits={k: v.shape for k, v in heads[0].items()} == {k: v.shape for k, v in heads[1].items()},
         classes=_count_classes(heads[0], heads[1], model.num_classes) if heads[1] else None,

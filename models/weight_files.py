@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cliplift.models.protocol import ModelError
@@ -127,10 +127,29 @@ def write_weights(
         partial = folder / f".{INDEX}.partial"
         partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         partial.replace(folder / INDEX)
+    # Only now: until the new weights are whole, the old ones stay readable.
     stale = {INDEX} if one else {WEIGHTS}
     stale |= {path.name for path in folder.glob(PART_PATTERN)} - set(names)
     for name in stale:
         (folder / name).unlink(missing_ok=True)
+
+
+def write_huggingface_folder(
+    folder: str | Path,
+    state: Mapping[str, Tensor],
+    *,
+    config: Mapping[str, object],
+    processor: Mapping[str, object],
+) -> Path:
+    """Write what ``from_pretrained`` of ``transformers`` reads: weights, config and preprocessing."""
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    # a clone each: safetensors refuses tensors that share their memory
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+    for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
+        (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return target
 
 
 def _groups(tensors: Sequence[TensorToWrite], max_file_bytes: int) -> list[list[TensorToWrite]]:
@@ -173,11 +192,16 @@ def weight_files(folder: str | Path) -> list[Path]:
     return [*files, index]
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_json(path: Path) -> object:
+    """A JSON file from outside. Raises ModelError where it is damaged."""
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{index}: not valid JSON ({error})") from None
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # also text that is not UTF-8
+        raise ModelError(f"{path}: not valid JSON ({error})") from None
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    content = read_json(index)
     found = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(found, dict) or not found:
         raise ModelError(f"{index}: has no weight_map")
@@ -196,10 +220,10 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     """
     *files, last = weight_files(folder)
     if not files:
-        return _load(last)
+        return read_safetensors(last)
     expected, found = _weight_map(last), dict[str, Tensor]()
     for file in files:
-        tensors = _load(file)
+        tensors = read_safetensors(file)
         wrong = tensors.keys() ^ {key for key, name in expected.items() if name == file.name}
         if wrong:
             raise ModelError(f"{file}: differs from {INDEX} in {len(wrong)} tensors, first {min(wrong)}")
@@ -207,7 +231,8 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     return found
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file. Raises ModelError where it is damaged."""
     try:
         return load_file(path)
     except SafetensorError as error:

@@ -278,6 +278,7 @@ def check_samples(table: Any, dataset: Dataset, *, file: str) -> None:
     right |= {name: columns[name] > 0 for name in ("num_frames", "fps", "width", "height")}
     for kind in ("mp4", "json", "flow"):
         if f"{kind}_bytes" in columns:
+            # Compared without a sum, which could overflow for a damaged offset.
             offset, size = columns[f"{kind}_offset"], columns[f"{kind}_bytes"]
             right[f"{kind}_bytes"] = (offset >= 0) & (size >= 0) & (offset <= room) & (size <= room - offset)
     for name, good in right.items():

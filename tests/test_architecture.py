@@ -72,6 +72,8 @@ ROOMS: dict[str, list[set[str]]] = {
 }
 MAX_FILES_IN_A_ROOM = 12
 MAX_LINES = 500
+MAX_FUNCTION_LINES = 60  # signature and docstring included
+MAX_MODEL_LINES = 10_000  # of models/ without the rooms video_vit and hiera
 MAX_ANY = 120  # lines with an `Any`, imports included, over all packages
 
 
@@ -153,6 +155,28 @@ def test_files_hold_one_idea(repository: Path, folder: str) -> None:
     for path in modules(repository, folder):
         lines = len(path.read_text().splitlines())
         assert lines <= MAX_LINES, f"{path} has {lines} lines and holds more than one idea; cut it in two"
+
+
+def test_functions_fit_on_a_screen(repository: Path) -> None:
+    long = [
+        f"{path}:{node.lineno}: {node.name} has {(node.end_lineno or 0) - node.lineno + 1} lines"
+        for package in PACKAGES
+        for path in modules(repository, package)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno >= MAX_FUNCTION_LINES
+    ]
+    assert not long, long
+
+
+def test_models_repeat_little(repository: Path) -> None:
+    """Every line of every network, comments included: what a family shares is written once."""
+    lines = sum(
+        len(path.read_text().splitlines())
+        for path in modules(repository, "models")
+        if room_of(path, "models", repository) not in ("video_vit", "hiera")
+    )
+    assert lines < MAX_MODEL_LINES, f"models/ has {lines} lines"
 
 
 def test_nobody_asks_which_kind_of_run_it_has(repository: Path) -> None:

@@ -17,7 +17,7 @@ from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS, PretrainRun
 from cliplift.models import create_model
 from cliplift.pipelines.cost.memory_plan import plan_memory
-from cliplift.pipelines.data.loader import ClipBatch
+from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology, start
 from cliplift.pipelines.engine import loop
 from cliplift.pipelines.engine.deepspeed_setup import build_engine, set_numerics

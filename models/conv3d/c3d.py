@@ -3,20 +3,19 @@
 Paper: Tran et al., "Learning Spatiotemporal Features with 3D Convolutional Networks", arXiv 1412.0767, Fig. 3. The
 last pooling is padded by one in space, as in the authors' Caffe release, so that 112x112 gives 4x4 before fc6. A
 comparison row of the T3D and P3D papers. No BatchNorm.
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.layers import Conv3d, PooledClassifier, ReluLinear
 from cliplift.models.protocol import InputSpec
-from cliplift.models.registry import register_model
+from cliplift.models.registry import variant
 
 FC6_MAP = (1, 4, 4)  # (T, H, W) that fc6 was built for
 # Fig. 3: the widths of each stage's convolutions; a max pooling of stride 2 follows each
@@ -34,14 +33,21 @@ class C3D(PooledClassifier):
     """(B, C, T, H, W) -> (B, K); the features are fc7's 4096.
 
     Other sizes than 16x112x112 are averaged to fc6's 1x4x4 map, which leaves the published size untouched.
+
+    Args:
+        width: of fc6 and fc7.
+        dropout: after fc6 and fc7.
     """
 
     head_name = "fc8"
 
-    def __init__(self, *, num_classes: int, input_spec: InputSpec, width: int, dropout: float) -> None:
-        super().__init__(feature_dim=width, num_classes=num_classes, input_spec=input_spec, dropout=dropout)
+    def __init__(
+        self, *, num_classes: int = 487, in_frames: int = 16, width: int = 4096, dropout: float = 0.5
+    ) -> None:
+        spec = InputSpec.square(112, frames=in_frames, frame_stride=1)
+        super().__init__(feature_dim=width, num_classes=num_classes, input_spec=spec, dropout=dropout)
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        channels = input_spec.channels
+        channels = spec.channels
         for i, widths in enumerate(STAGES, start=1):
             for letter, out in zip("ab", widths, strict=False):
                 layer = f"{i}{letter if len(widths) > 1 else ''}"
@@ -58,8 +64,7 @@ class C3D(PooledClassifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, 512, T/16, H', W'), pool5."""
-        features: Tensor = self.features(x)
-        return features
+        return cast(Tensor, self.features(x))
 
     def forward_pooled(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, 4096), fc7 after its ReLU."""
@@ -72,13 +77,5 @@ class C3D(PooledClassifier):
         return [f"features.{name}" for name, _ in self.features.named_children() if name.startswith("conv")]
 
 
-@register_model(paper="Tran et al. 2015", default_classes=487)
-def c3d(*, num_classes: int = 487, in_frames: int = 16, width: int = 4096, dropout: float = 0.5) -> nn.Module:
-    """C3D, 79,991,015 parameters at 487 classes (Sports-1M), 78,409,573 at 101.
-
-    Args:
-        width: of fc6 and fc7.
-        dropout: after fc6 and fc7.
-    """
-    spec = InputSpec(frames=in_frames, frame_stride=1, crop_height=112, crop_width=112)
-    return C3D(num_classes=num_classes, input_spec=spec, width=width, dropout=dropout)
+# 79,991,015 parameters at 487 classes (Sports-1M), 78,409,573 at 101
+c3d = variant("c3d", C3D, paper="Tran et al. 2015")

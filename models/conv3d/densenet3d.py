@@ -13,8 +13,6 @@ Where paper and code disagree there is an option:
 
 The weights are named as in torchvision's 2D DenseNet, which is also the authors' naming once the dots inside their
 submodule names ("norm.1") are taken out; see :meth:`DenseNet3D.adapt_state_dict`.
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -25,37 +23,17 @@ from typing import Literal
 from torch import Tensor
 
 from cliplift.models.image.densenet import BLOCKS, DenseNet, DenseShape
-from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.protocol import InputSpec, check_choices
 from cliplift.models.registry import variant
 
 StemPool = Literal["paper", "official"]
 PAPER = "Diba et al. 2017"
 
 
-def dense_shape_3d(
-    blocks: tuple[int, ...],
-    *,
-    pool: StemPool,
-    stem_stride: int = 2,
-    stem_kernel: tuple[int, int, int] = (3, 7, 7),
-    growth: int = 32,
-    bottleneck: int = 4,
-    stem_channels: int = 64,
-) -> DenseShape:
-    """The sizes of a DenseNet3D or T3D; ``stem_stride`` is the first convolution's stride in time."""
-    if pool not in ("paper", "official"):
-        raise ModelError(
-            f"pool={pool!r} must be 'paper' (the stem's pooling keeps T) or 'official' (halves T)"
-        )
-    return DenseShape(
-        blocks=blocks,
-        growth=growth,
-        bottleneck=bottleneck,
-        stem_channels=stem_channels,
-        stem_kernel=stem_kernel,
-        stem_stride=(stem_stride, 2, 2),
-        pool_stride=(1 if pool == "paper" else 2, 2, 2),
-    )
+def stem_pool_stride(pool: StemPool) -> tuple[int, int, int]:
+    """The stem's pooling keeps T ("paper") or halves it ("official")."""
+    check_choices(StemPool, pool=pool)
+    return (1 if pool == "paper" else 2, 2, 2)
 
 
 class DenseNet3D(DenseNet):
@@ -91,8 +69,13 @@ def densenet3d(
         drop_rate: dropout on every dense layer's new maps (0.2 in the authors' "DropOut" variants).
         dropout: before the classifier.
     """
-    spec = InputSpec(frames=in_frames, frame_stride=2, crop_height=224, crop_width=224)
-    shape = dense_shape_3d(BLOCKS[depth], pool=pool)
+    spec = InputSpec.square(224, frames=in_frames, frame_stride=2)
+    shape = DenseShape(
+        blocks=BLOCKS[depth],
+        stem_kernel=(3, 7, 7),
+        stem_stride=(2, 2, 2),
+        pool_stride=stem_pool_stride(pool),
+    )
     return DenseNet3D(shape, num_classes=num_classes, input_spec=spec, drop_rate=drop_rate, dropout=dropout)
 
 

@@ -12,19 +12,19 @@ Two deviations, both so that the clip network starts as the image network it tak
 
 It is the 3D network of this registry whose ImageNet weights install from the package index
 (``pretrained: 2d:imagenet``), and so the row "inflated from 2D" of a comparison made without a network.
-
-Shape letters: B clips, C channels, T frames, H W pixels, K classes.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.image.efficientnet_lite import EfficientNetLite, InvertedResidual
-from cliplift.models.protocol import InputSpec
-from cliplift.models.registry import register_model
+from cliplift.models.registry import variant
 
 
 class TemporalAggregation(nn.Module):
@@ -39,8 +39,7 @@ class TemporalAggregation(nn.Module):
         before, here, behind = self.weight[:, None, None, :, None, None]
         T = x.shape[1]
         padded = F.pad(x, (0, 0, 0, 0, 0, 0, 1, 1))
-        summed: Tensor = before * padded[:, :T] + here * x + behind * padded[:, 2:]
-        return summed
+        return cast(Tensor, before * padded[:, :T] + here * x + behind * padded[:, 2:])
 
 
 class TemporalInvertedResidual(nn.Module):
@@ -64,8 +63,9 @@ class EfficientNetLiteTAM(EfficientNetLite):
 
     input_dims = 5
 
-    def __init__(self, *, num_classes: int, input_spec: InputSpec, dropout: float = 0.0) -> None:
-        super().__init__(num_classes=num_classes, input_spec=input_spec, dropout=dropout)
+    def __init__(self, *, num_classes: int = 400, in_frames: int = 8, dropout: float = 0.0) -> None:
+        super().__init__(lite=0, num_classes=num_classes, in_frames=in_frames, dropout=dropout)
+        self.input_spec = dataclasses.replace(self.input_spec, frame_stride=8)
         inner = [block for block in self.blocks if isinstance(block, InvertedResidual)]
         self.blocks = nn.ModuleList(
             TemporalInvertedResidual(block, in_channels=block.layers[0].in_channels)  # type: ignore[arg-type]
@@ -83,16 +83,8 @@ class EfficientNetLiteTAM(EfficientNetLite):
         return features.reshape(B, T, *features.shape[1:]).transpose(1, 2)
 
 
-@register_model(paper="Fan et al. 2019, TAM on Lite0")
-def efficientnet_lite0_tam(
-    *, num_classes: int = 400, in_frames: int = 8, dropout: float = 0.0
-) -> EfficientNetLiteTAM:
-    """EfficientNet-Lite0 with temporal aggregation, 3,887,968 parameters at 400 classes, features of 1280.
-
-    ``create_model("efficientnet_lite0_tam", pretrained="2d:imagenet")`` starts as the ImageNet network on every frame,
-    averaged over time, and needs no network: the extra ``teachers`` ships the weights.
-    """
-    spec = InputSpec(
-        frames=in_frames, frame_stride=8, crop_height=224, crop_width=224, mean=(0.5,) * 3, std=(0.5,) * 3
-    )
-    return EfficientNetLiteTAM(num_classes=num_classes, input_spec=spec, dropout=dropout)
+# 3,887,968 parameters at 400 classes, features of 1280. ``pretrained="2d:imagenet"`` starts as the ImageNet network on
+# every frame, averaged over time, and needs no download: the extra ``teachers`` ships the weights
+efficientnet_lite0_tam = variant(
+    "efficientnet_lite0_tam", EfficientNetLiteTAM, paper="Fan et al. 2019, TAM on Lite0"
+)

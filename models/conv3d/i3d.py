@@ -12,8 +12,6 @@ convolutions with bias, two 3x3x3 for a 5x5, and its own padding).
 ``temporal_pool="windows"`` is the released head: averages over 2 frames at a stride of 1, logits of each, and their
 mean, so that the first and the last frame count half. ``"global"`` is a plain average, as in the late-temporal
 experiments (arXiv 2008.01232).
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -26,9 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.conv3d.inception3d import MODULES
-from cliplift.models.layers import Conv3d, PooledClassifier
-from cliplift.models.protocol import InputSpec, ModelError
-from cliplift.models.registry import register_model
+from cliplift.models.layers import Conv3d, PooledClassifier, same_pads
+from cliplift.models.protocol import InputSpec, check_choices
+from cliplift.models.registry import variant
+from cliplift.models.state_dicts import rename_numbered_children
 from cliplift.models.streams import flow_from_rgb, stream_spec
 
 TemporalPool = Literal["windows", "global"]
@@ -38,12 +37,6 @@ PAPER = "Carreira & Zisserman 2017"
 STAGES = ("3b", "3c", "4b", "4c", "4d", "4e", "4f", "5b", "5c")
 WIDTHS: dict[str, Widths] = dict(zip(STAGES, MODULES.values(), strict=True))
 FEATURES = 1024
-
-
-def same_pads(size: int, kernel: int, stride: int) -> tuple[int, int]:
-    """(front, behind) padding for ceil(size / stride) positions: TensorFlow's "SAME"."""
-    total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-    return total // 2, total - total // 2
 
 
 def pad_same(x: Tensor, kernel: Size, stride: Size, *, value: float) -> tuple[Tensor, Size]:
@@ -121,20 +114,31 @@ class Mixed(nn.Module):
 
 
 class InceptionI3D(PooledClassifier):
-    """(B, C, T, H, W) -> (B, K), any T, H, W."""
+    """(B, C, T, H, W) -> (B, K), any T, H, W. ``pretrained="2d:PATH"`` takes torchvision's GoogLeNet.
+
+    Args:
+        in_channels: 3, or 2 for the flow stream.
+        temporal_pool: "windows", the released head, or "global".
+        dropout: before the classifier.
+    """
 
     head_name = "logits"
 
     def __init__(
-        self, *, num_classes: int, input_spec: InputSpec, temporal_pool: TemporalPool, dropout: float
+        self,
+        *,
+        num_classes: int = 400,
+        in_frames: int = 64,
+        in_channels: int = 3,
+        temporal_pool: TemporalPool = "windows",
+        dropout: float = 0.5,
     ) -> None:
-        if temporal_pool not in ("windows", "global"):
-            raise ModelError(f"temporal_pool={temporal_pool!r} must be 'windows' or 'global'")
-        super().__init__(
-            feature_dim=FEATURES, num_classes=num_classes, input_spec=input_spec, dropout=dropout
-        )
+        check_choices(TemporalPool, temporal_pool=temporal_pool)
+        rgb = InputSpec.square(224, frames=in_frames, frame_stride=1, mean=(0.5,) * 3, std=(0.5,) * 3)
+        spec = stream_spec(rgb, in_channels, flow_std=0.5)
+        super().__init__(feature_dim=FEATURES, num_classes=num_classes, input_spec=spec, dropout=dropout)
         self.temporal_pool = temporal_pool
-        self.Conv3d_1a_7x7 = Unit(input_spec.channels, 64, 7, stride=2)
+        self.Conv3d_1a_7x7 = Unit(spec.channels, 64, 7, stride=2)
         self.MaxPool3d_2a_3x3 = SamePool((1, 3, 3), (1, 2, 2))
         self.Conv3d_2b_1x1 = Unit(64, 64, 1)
         self.Conv3d_2c_3x3 = Unit(64, 192, 3)
@@ -176,7 +180,8 @@ class InceptionI3D(PooledClassifier):
             state["logits.weight"] = state["logits.weight"].flatten(1)
             notes.append("read the convolution logits.conv3d as the linear classifier")
         if "features.0.conv3d.weight" in state:
-            state = _from_late_temporal(state, self.checkpoint_blocks())
+            # its layers are numbered with the poolings counted
+            state = rename_numbered_children(state, self.checkpoint_blocks(), head="logits")
             notes.append("took LateTemporalModeling3DCNN's names")
         stem = ("Conv3d_1a_7x7.conv3d.weight",)
         state, more = flow_from_rgb(state, stem, in_channels=self.input_spec.channels)
@@ -223,43 +228,5 @@ def _from_googlenet(key: str) -> str | None:
     return key
 
 
-def _from_late_temporal(state: dict[str, Tensor], layers: list[str]) -> dict[str, Tensor]:
-    """``features.N`` is the N-th layer, poolings counted; ``fc_action`` the classifier."""
-    names = {f"features.{n}.": f"{layer}." for n, layer in enumerate(layers)} | {"fc_action.": "logits."}
-    renamed = {}
-    for key, value in state.items():
-        start = next((s for s in names if key.startswith(s)), "")
-        renamed[names.get(start, "") + key.removeprefix(start)] = value
-    return renamed
-
-
-@register_model(paper=PAPER)
-def i3d_inception(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 64,
-    in_channels: int = 3,
-    temporal_pool: TemporalPool = "windows",
-    dropout: float = 0.5,
-) -> nn.Module:
-    """I3D on Inception-v1, 12,697,264 parameters at 400 classes, features of 1024. Any T, H, W.
-
-    ``pretrained="2d:PATH"`` takes torchvision's GoogLeNet.
-
-    Args:
-        in_channels: 3, or 2 for the flow stream.
-        temporal_pool: "windows", the released head, or "global".
-        dropout: before the classifier.
-    """
-    rgb = InputSpec(
-        frames=in_frames,
-        frame_stride=1,
-        crop_height=224,
-        crop_width=224,
-        mean=(0.5, 0.5, 0.5),
-        std=(0.5, 0.5, 0.5),
-    )
-    spec = stream_spec(rgb, in_channels, flow_std=0.5)
-    return InceptionI3D(
-        num_classes=num_classes, input_spec=spec, temporal_pool=temporal_pool, dropout=dropout
-    )
+# 12,697,264 parameters at 400 classes, features of 1024
+i3d_inception = variant("i3d_inception", InceptionI3D, paper=PAPER)

@@ -7,8 +7,6 @@ pooling; on an unpadded map this is the released convolution averaged over its p
 
 ``padding="aligned"`` (default) halves the map to 112, 56, 28, 14, 7; ``padding="released"`` keeps the file's padded
 1x1x1 convolution and unpadded pooling in the stem (18 frames and 57 pixels inside, with borders made of biases).
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -19,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from cliplift.models.layers import Conv3d, PooledClassifier
-from cliplift.models.protocol import InputSpec, ModelError
-from cliplift.models.registry import register_model
+from cliplift.models.protocol import InputSpec, check_choices
+from cliplift.models.registry import variant
 
 Padding = Literal["aligned", "released"]
 # 1x1; 3x3 reduce, 3x3; 5x5 reduce, 5x5; pool projection: arXiv 1409.4842, Table 1
@@ -71,15 +69,27 @@ class InceptionModule(nn.Module):
 
 
 class Inception3D(PooledClassifier):
-    """(B, C, T, H, W) -> (B, K)."""
+    """(B, C, T, H, W) -> (B, K), any T, H, W.
 
-    def __init__(self, *, num_classes: int, input_spec: InputSpec, padding: Padding, dropout: float) -> None:
-        if padding not in ("aligned", "released"):
-            raise ModelError(f"padding={padding!r} must be 'aligned' or 'released'")
-        super().__init__(feature_dim=1024, num_classes=num_classes, input_spec=input_spec, dropout=dropout)
+    Args:
+        padding: "aligned", maps of 112, 56, 28, 14, 7, or "released", the authors' file.
+        dropout: before the classifier.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int = 400,
+        in_frames: int = 32,
+        padding: Padding = "aligned",
+        dropout: float = 0.0,
+    ) -> None:
+        check_choices(Padding, padding=padding)
+        spec = InputSpec.square(224, frames=in_frames, frame_stride=2)
+        super().__init__(feature_dim=1024, num_classes=num_classes, input_spec=spec, dropout=dropout)
         conv_pad, pool_pad = (0, (0, 1, 1)) if padding == "aligned" else (1, 0)
         self.pre_layers = nn.Sequential(
-            *_unit(input_spec.channels, 64, 3, stride=2, padding=1),
+            *_unit(spec.channels, 64, 3, stride=2, padding=1),
             nn.MaxPool3d((1, 3, 3), stride=(1, 2, 2), padding=pool_pad),
             *_unit(64, 64, 1, padding=conv_pad),
             *_unit(64, 192, 3, padding=1),
@@ -119,15 +129,5 @@ class Inception3D(PooledClassifier):
         return renamed, ["read the convolution convF as the linear classifier"]
 
 
-@register_model(paper="Diba et al. 2017")
-def inception3d(
-    *, num_classes: int = 400, in_frames: int = 32, padding: Padding = "aligned", dropout: float = 0.0
-) -> nn.Module:
-    """Inception3D, 14,643,696 parameters at 400 classes. Any T, H, W.
-
-    Args:
-        padding: "aligned", maps of 112, 56, 28, 14, 7, or "released", the authors' file.
-        dropout: before the classifier.
-    """
-    spec = InputSpec(frames=in_frames, frame_stride=2, crop_height=224, crop_width=224)
-    return Inception3D(num_classes=num_classes, input_spec=spec, padding=padding, dropout=dropout)
+# 14,643,696 parameters at 400 classes
+inception3d = variant("inception3d", Inception3D, paper="Diba et al. 2017")

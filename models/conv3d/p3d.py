@@ -20,15 +20,13 @@ kernels, so that 32 frames give two maps, averaged with everything else, where t
 
 The input is normalised as the port does it. The Caffe weights themselves were trained on BGR values of 0 to 255 minus
 (104, 117, 123), without division.
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +34,7 @@ from torch.nn import functional as F
 
 from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS, StagedNet, shortcut
 from cliplift.models.layers import Conv3d
-from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.protocol import InputSpec, ModelError, check_choices
 from cliplift.models.registry import variant
 
 Wiring = Literal["official", "port"]
@@ -105,34 +103,31 @@ class PlainBlock(nn.Module):
 
 
 class P3D(StagedNet):
-    """(B, C, T, H, W) -> (B, K) for T a multiple of 16 and any H, W."""
+    """(B, C, T, H, W) -> (B, K) for T a multiple of 16 and any H, W.
 
-    head_name = "fc"
+    Args:
+        layers: blocks of res2 to res5, as in a ResNet.
+        arrangement: "abc" alternates; "a", "b" and "c" are the paper's pure networks.
+        wiring: "official", or "port" for the weights of the popular PyTorch port.
+        dropout: before the classifier; 0.5 is the authors' for Kinetics RGB, 0.1 for Sports-1M.
+    """
 
     def __init__(
         self,
-        layers: tuple[int, ...],
         *,
-        num_classes: int,
-        input_spec: InputSpec,
+        layers: tuple[int, ...],
+        num_classes: int = 400,
+        in_frames: int = 16,
         arrangement: Arrangement = "abc",
         wiring: Wiring = "official",
         dropout: float = 0.5,
     ) -> None:
-        if wiring not in ("official", "port"):
-            raise ModelError(f"wiring={wiring!r} must be 'official' or 'port'")
-        if arrangement not in ("abc", "a", "b", "c"):
-            raise ModelError(f"arrangement={arrangement!r} must be 'abc', 'a', 'b' or 'c'")
-        check_frames(input_spec.frames)
-        super().__init__(
-            feature_dim=STAGE_WIDTHS[-1] * EXPANSION,
-            num_classes=num_classes,
-            input_spec=input_spec,
-            dropout=dropout,
-        )
-        self.conv1_custom = Conv3d(
-            input_spec.channels, 64, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False
-        )
+        check_choices(Wiring, wiring=wiring)
+        check_choices(Arrangement, arrangement=arrangement)
+        check_frames(in_frames)
+        spec, width = InputSpec.square(160, frames=in_frames, frame_stride=1), STAGE_WIDTHS[-1] * EXPANSION
+        super().__init__(feature_dim=width, num_classes=num_classes, input_spec=spec, dropout=dropout)
+        self.conv1_custom = Conv3d(3, 64, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False)
         self.bn1 = nn.BatchNorm3d(64)
         self.maxpool = (
             nn.MaxPool3d((2, 3, 3), stride=2, ceil_mode=True)
@@ -160,8 +155,7 @@ class P3D(StagedNet):
         x = self.maxpool_2(self.get_submodule("layer1")(x))  # 3a_pool
         x = self.maxpool_2(self.get_submodule("layer2")(x))  # 4a_pool
         x = self.maxpool_2(self.get_submodule("layer3")(x))  # res5a_pool
-        features: Tensor = self.get_submodule("layer4")(x)
-        return features
+        return cast(Tensor, self.get_submodule("layer4")(x))
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """The port's res5 is made of 2D layers: its (O, I, k, k) kernels get a T of 1."""
@@ -220,33 +214,7 @@ def check_frames(frames: int) -> None:
         )
 
 
-def p3d(
-    *,
-    depth: int,
-    num_classes: int = 400,
-    in_frames: int = 16,
-    arrangement: Arrangement = "abc",
-    wiring: Wiring = "official",
-    dropout: float = 0.5,
-) -> P3D:
-    """P3D on a ResNet of ``depth`` layers. T a multiple of 16.
-
-    Args:
-        arrangement: "abc" alternates; "a", "b" and "c" are the paper's pure networks.
-        wiring: "official", or "port" for the weights of the popular PyTorch port.
-        dropout: before the classifier; 0.5 is the authors' for Kinetics RGB, 0.1 for Sports-1M.
-    """
-    return P3D(
-        LAYERS[depth],
-        num_classes=num_classes,
-        input_spec=InputSpec(frames=in_frames, frame_stride=1, crop_height=160, crop_width=160),
-        arrangement=arrangement,
-        wiring=wiring,
-        dropout=dropout,
-    )
-
-
 # Parameters at 400 classes: 25,745,232; 48,088,400; 66,492,240
-p3d_63 = variant("p3d_63", p3d, paper=PAPER, fixed={"depth": 50})
-p3d_131 = variant("p3d_131", p3d, paper=PAPER, fixed={"depth": 101})
-p3d_199 = variant("p3d_199", p3d, paper=PAPER, fixed={"depth": 152})
+p3d_63 = variant("p3d_63", P3D, paper=PAPER, fixed={"layers": LAYERS[50]})
+p3d_131 = variant("p3d_131", P3D, paper=PAPER, fixed={"layers": LAYERS[101]})
+p3d_199 = variant("p3d_199", P3D, paper=PAPER, fixed={"layers": LAYERS[152]})

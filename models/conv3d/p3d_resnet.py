@@ -10,8 +10,6 @@ arXiv 1711.10305. Not the 2017 network of :mod:`cliplift.models.conv3d.p3d`: str
 
 in the order A, B, C, A, ... over all blocks. The stem is ``early_stride`` x 7 x 7 with that stride in time and no
 padding there. The weights are named as in torchvision's ResNet, with ``conv2_t`` for T.
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from torch.nn import functional as F
 from cliplift.models.conv3d.p3d import Arrangement
 from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS, StagedNet, shortcut
 from cliplift.models.layers import Conv3d
-from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.protocol import InputSpec, ModelError, check_choices
 from cliplift.models.registry import variant
 
 PAPER = "Qiu et al. 2021"
@@ -68,39 +66,37 @@ class PseudoBottleneck(nn.Module):
 
 
 class P3DResNet(StagedNet):
-    """(B, C, T, H, W) -> (B, K) for T a multiple of ``early_stride`` and any H, W."""
+    """(B, C, T, H, W) -> (B, K) for T a multiple of ``early_stride`` and any H, W.
 
-    head_name = "fc"
+    The last map is (B, 2048, T/early_stride, H/32, W/32).
+
+    Args:
+        layers: blocks of each stage.
+        arrangement: "abc" alternates; "a", "b" and "c" are the pure networks.
+        early_stride: kernel and stride of the stem in time.
+        dropout: before the classifier.
+    """
 
     def __init__(
         self,
-        layers: tuple[int, ...],
         *,
-        num_classes: int,
-        input_spec: InputSpec,
-        arrangement: Arrangement,
-        early_stride: int,
-        dropout: float,
+        layers: tuple[int, ...],
+        num_classes: int = 400,
+        in_frames: int = 16,
+        arrangement: Arrangement = "abc",
+        early_stride: int = 4,
+        dropout: float = 0.5,
     ) -> None:
-        if arrangement not in ("abc", "a", "b", "c"):
-            raise ModelError(f"arrangement={arrangement!r} must be 'abc', 'a', 'b' or 'c'")
+        check_choices(Arrangement, arrangement=arrangement)
         if early_stride < 1:
             raise ModelError(f"early_stride={early_stride} must be at least 1")
-        super().__init__(
-            feature_dim=STAGE_WIDTHS[-1] * EXPANSION,
-            num_classes=num_classes,
-            input_spec=input_spec,
-            dropout=dropout,
-        )
+        spec = InputSpec.square(224, frames=in_frames, frame_stride=1, test_clips=20, test_crops=3)
+        width = STAGE_WIDTHS[-1] * EXPANSION
+        super().__init__(feature_dim=width, num_classes=num_classes, input_spec=spec, dropout=dropout)
         self.early_stride = early_stride
-        self._check_frames(input_spec.frames)
+        self._check_frames(in_frames)
         self.conv1 = Conv3d(
-            input_spec.channels,
-            64,
-            (early_stride, 7, 7),
-            stride=(early_stride, 2, 2),
-            padding=(0, 3, 3),
-            bias=False,
+            3, 64, (early_stride, 7, 7), stride=(early_stride, 2, 2), padding=(0, 3, 3), bias=False
         )
         self.bn1 = nn.BatchNorm3d(64)
         self.maxpool = nn.MaxPool3d((1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1))
@@ -123,10 +119,6 @@ class P3DResNet(StagedNet):
                 f"pad in time and would drop {frames % self.early_stride} frames"
             )
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, 2048, T/early_stride, H/32, W/32)."""
-        return self.run_stages(self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True)))
-
     def adapt_2d_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A torchvision ResNet's weights, plus T: the identity in A, zero in B and C (the author's initialisation).
 
@@ -140,35 +132,7 @@ class P3DResNet(StagedNet):
         return new
 
 
-def p3d_resnet(
-    *,
-    depth: int,
-    num_classes: int = 400,
-    in_frames: int = 16,
-    arrangement: Arrangement = "abc",
-    early_stride: int = 4,
-    dropout: float = 0.5,
-) -> P3DResNet:
-    """P3D-ResNet of ``depth`` layers. T a multiple of ``early_stride``.
-
-    Args:
-        arrangement: "abc" alternates; "a", "b" and "c" are the pure networks.
-        early_stride: kernel and stride of the stem in time.
-        dropout: before the classifier.
-    """
-    return P3DResNet(
-        LAYERS[depth],
-        num_classes=num_classes,
-        input_spec=InputSpec(
-            frames=in_frames, frame_stride=1, crop_height=224, crop_width=224, test_clips=20, test_crops=3
-        ),
-        arrangement=arrangement,
-        early_stride=early_stride,
-        dropout=dropout,
-    )
-
-
 # Parameters at 400 classes of the first and the last: 28,128,272; 68,858,896
-p3d_resnet50 = variant("p3d_resnet50", p3d_resnet, paper=PAPER, fixed={"depth": 50})
-p3d_resnet101 = variant("p3d_resnet101", p3d_resnet, paper=PAPER, fixed={"depth": 101})
-p3d_resnet152 = variant("p3d_resnet152", p3d_resnet, paper=PAPER, fixed={"depth": 152})
+p3d_resnet50 = variant("p3d_resnet50", P3DResNet, paper=PAPER, fixed={"layers": LAYERS[50]})
+p3d_resnet101 = variant("p3d_resnet101", P3DResNet, paper=PAPER, fixed={"layers": LAYERS[101]})
+p3d_resnet152 = variant("p3d_resnet152", P3DResNet, paper=PAPER, fixed={"layers": LAYERS[152]})

@@ -18,7 +18,7 @@ which are in circulation: "block" for 18 layers (torchvision), "convolution" for
 *old* average read in PyTorch's sense: its running statistics are almost those of the last batch. At test time both
 give the same answer.
 
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes, M channels between the factors.
+M: channels between the factors.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS, StagedNet
+from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS, StagedNet, shortcut
 from cliplift.models.layers import Conv3d
-from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.protocol import InputSpec, ModelError, check_choices
 from cliplift.models.registry import variant
-from cliplift.models.state_dicts import rename_prefixes
+from cliplift.models.state_dicts import CAFFE2_BLOB, CAFFE2_TENSORS, rename_numbered_children
 from cliplift.models.streams import flow_from_rgb, stream_spec
 
 MidChannels = Literal["block", "convolution"]
@@ -77,12 +77,7 @@ class FactoredBlock(nn.Module):
             Factored(in_channels, width, first, stride=stride, norm=norm), norm(width), nn.ReLU(inplace=True)
         )
         self.conv2 = nn.Sequential(Factored(width, width, second, norm=norm), norm(width))
-        same = stride == 1 and in_channels == width
-        self.downsample: nn.Module = (
-            nn.Identity()
-            if same
-            else nn.Sequential(Conv3d(in_channels, width, 1, stride=stride, bias=False), norm(width))
-        )
+        self.downsample = shortcut(in_channels, width, stride=stride, rank=3, norm=norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, width, T/stride, H/stride, W/stride)."""
@@ -90,33 +85,46 @@ class FactoredBlock(nn.Module):
 
 
 class R2Plus1D(StagedNet):
-    """(B, C, T, H, W) -> (B, K), any T, H, W."""
+    """(B, C, T, H, W) -> (B, K), any T, H, W; features of 512.
 
-    head_name = "fc"
+    Args:
+        depth: 18 or 34 layers.
+        frame_stride: in the video, of the frames the weights were trained on.
+        in_channels: 3, or 2 for the flow stream.
+        mid_channels: the channels between the factors, counted per "block" (torchvision's weights) or "convolution".
+        bn_eps: of every BN; VMZ's weights need 1e-3.
+        bn_momentum: weight of the new batch in the running statistics.
+        dropout: before the classifier.
+    """
 
     def __init__(
         self,
-        depth: int,
         *,
-        num_classes: int,
-        input_spec: InputSpec,
-        mid_channels: MidChannels,
-        bn_eps: float,
-        bn_momentum: float,
-        dropout: float,
+        depth: int,
+        frame_stride: int,
+        num_classes: int = 400,
+        in_frames: int = 16,
+        in_channels: int = 3,
+        mid_channels: MidChannels = "block",
+        bn_eps: float = 1e-5,
+        bn_momentum: float = 0.1,
+        dropout: float = 0.0,
     ) -> None:
-        if mid_channels not in ("block", "convolution"):
-            raise ModelError(f"mid_channels={mid_channels!r} must be 'block' or 'convolution'")
+        check_choices(MidChannels, mid_channels=mid_channels)
         if bn_eps <= 0 or not 0 < bn_momentum <= 1:
             raise ModelError(f"bn_eps={bn_eps} must be positive and bn_momentum={bn_momentum} in (0, 1]")
+        rgb = InputSpec.square(
+            112, frames=in_frames, frame_stride=frame_stride, mean=KINETICS_MEAN, std=KINETICS_STD
+        )
+        spec = stream_spec(rgb, in_channels)
         super().__init__(
-            feature_dim=STAGE_WIDTHS[-1], num_classes=num_classes, input_spec=input_spec, dropout=dropout
+            feature_dim=STAGE_WIDTHS[-1], num_classes=num_classes, input_spec=spec, dropout=dropout
         )
         self.depth = depth
         norm = partial(nn.BatchNorm3d, eps=bn_eps, momentum=bn_momentum)
         width = STAGE_WIDTHS[0]
         self.stem = nn.Sequential(
-            Conv3d(input_spec.channels, STEM_MID, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False),
+            Conv3d(spec.channels, STEM_MID, (1, 7, 7), stride=(1, 2, 2), padding=(0, 3, 3), bias=False),
             norm(STEM_MID),
             nn.ReLU(inplace=True),
             Conv3d(STEM_MID, width, (3, 1, 1), padding=(1, 0, 0), bias=False),
@@ -140,7 +148,9 @@ class R2Plus1D(StagedNet):
         if "conv1_middle_w" in state:
             state, notes = _from_caffe2(state, LAYERS[self.depth]), ["took the names of VMZ's Caffe2 blobs"]
         elif "features.0.0.weight" in state:
-            state, notes = _from_late_temporal(state), ["took LateTemporalModeling3DCNN's names"]
+            parts = ("stem", "layer1", "layer2", "layer3", "layer4")
+            state = rename_numbered_children(state, parts, head="fc")
+            notes = ["took LateTemporalModeling3DCNN's names"]
         state, more = flow_from_rgb(state, ("stem.0.weight",), in_channels=self.input_spec.channels)
         return state, notes + more
 
@@ -152,10 +162,7 @@ class R2Plus1D(StagedNet):
         )
 
 
-# In Caffe2, SpatialBN's tensors are s(cale), b(ias), rm and riv; in spite of its name riv holds the variance
-_CAFFE2_NORM = {"s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
 _CAFFE2_STEM = {"conv1_middle": "0", "conv1_middle_spatbn_relu": "1", "conv1": "3", "conv1_spatbn_relu": "4"}
-_CAFFE2_BLOB = re.compile(r"(.+)_(w|s|b|rm|riv)")
 _CAFFE2_PART = re.compile(r"comp_(\d+)_(conv|spatbn)_([12])(_middle)?")
 _CAFFE2_SHORTCUT = re.compile(r"shortcut_projection_(\d+)(_spatbn)?")
 
@@ -165,7 +172,7 @@ def _from_caffe2(state: dict[str, Tensor], counts: tuple[int, ...]) -> dict[str,
     blocks = [f"layer{stage}.{i}" for stage, count in enumerate(counts, start=1) for i in range(count)]
     renamed = {}
     for key, value in state.items():
-        match = _CAFFE2_BLOB.fullmatch(key)
+        match = CAFFE2_BLOB.fullmatch(key)
         module = _caffe2_module(match[1], blocks) if match else None
         is_linear = match is not None and match[1].startswith("last_out_L")
         if match is None or (module is None and not is_linear):
@@ -173,7 +180,7 @@ def _from_caffe2(state: dict[str, Tensor], counts: tuple[int, ...]) -> dict[str,
         elif is_linear:
             renamed["fc.weight" if match[2] == "w" else "fc.bias"] = value
         else:
-            renamed[f"{module}.{_CAFFE2_NORM.get(match[2], 'weight')}"] = value
+            renamed[f"{module}.{CAFFE2_TENSORS[match[2]]}"] = value
     return renamed
 
 
@@ -191,60 +198,13 @@ def _caffe2_module(name: str, blocks: list[str]) -> str | None:
     return f"{block}.conv{part[3]}.{inner[0] if part[4] else inner[1]}"
 
 
-def _from_late_temporal(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``features.N`` is the N-th child of VideoResNet, ``fc_action`` the classifier."""
-    parts = ("stem", "layer1", "layer2", "layer3", "layer4")
-    names = {f"features.{n}.": f"{part}." for n, part in enumerate(parts)} | {"fc_action.": "fc."}
-    return rename_prefixes(state, names)
-
-
-def r2plus1d(
-    *,
-    depth: int,
-    frame_stride: int,
-    num_classes: int = 400,
-    in_frames: int = 16,
-    in_channels: int = 3,
-    mid_channels: MidChannels = "block",
-    bn_eps: float = 1e-5,
-    bn_momentum: float = 0.1,
-    dropout: float = 0.0,
-) -> R2Plus1D:
-    """R(2+1)D, features of 512. Any T, H, W.
-
-    Args:
-        in_channels: 3, or 2 for the flow stream.
-        mid_channels: the channels between the factors, counted per "block" (torchvision's weights) or "convolution".
-        bn_eps: of every BN; VMZ's weights need 1e-3.
-        bn_momentum: weight of the new batch in the running statistics.
-        dropout: before the classifier.
-    """
-    rgb = InputSpec(
-        frames=in_frames,
-        frame_stride=frame_stride,
-        crop_height=112,
-        crop_width=112,
-        mean=KINETICS_MEAN,
-        std=KINETICS_STD,
-    )
-    return R2Plus1D(
-        depth,
-        num_classes=num_classes,
-        input_spec=stream_spec(rgb, in_channels),
-        mid_channels=mid_channels,
-        bn_eps=bn_eps,
-        bn_momentum=bn_momentum,
-        dropout=dropout,
-    )
-
-
 # 31,505,325 parameters at 400 classes
-r2plus1d_18 = variant("r2plus1d_18", r2plus1d, paper=PAPER, fixed={"depth": 18, "frame_stride": 2})
+r2plus1d_18 = variant("r2plus1d_18", R2Plus1D, paper=PAPER, fixed={"depth": 18, "frame_stride": 2})
 # 63,676,142 parameters at the 359 classes of IG65M. Published are weights for 32 frames (359 and, fine-tuned, Kinetics'
 # 400 classes) and for 8 (487 and 400); the defaults are those of these weights
 r2plus1d_34 = variant(
     "r2plus1d_34",
-    r2plus1d,
+    R2Plus1D,
     paper=PAPER,
     fixed={"depth": 34, "frame_stride": 1},
     num_classes=359,

@@ -5,8 +5,6 @@ Table 1; weights named as in kenshohara/3D-ResNets-PyTorch. A comparison row of 
 
 ``ttl=True`` puts a temporal transition layer after each of the first three stages, which is the T3D paper's claim that
 the layer is not tied to DenseNet (arXiv 1711.08200, section 3.1). It does not pool: ResNet's stages have strides.
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -61,7 +59,7 @@ def resnet3d(
         ),
         pool=nn.MaxPool3d(3, stride=2, padding=1) if stem_pool else nn.Identity(),
         num_classes=num_classes,
-        input_spec=InputSpec(frames=in_frames, frame_stride=2, crop_height=112, crop_width=112),
+        input_spec=InputSpec.square(112, frames=in_frames, frame_stride=2),
         between=transition if ttl else None,
         dropout=dropout,
     )

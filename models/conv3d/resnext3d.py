@@ -7,8 +7,6 @@ prefix ``module.``. Shortcuts are projections where shapes change (option B), as
 
 The input is what those weights were trained on: values of 0 to 255 minus the mean of ActivityNet, not divided by a
 standard deviation. Written for pixels scaled to [0, 1], that is a standard deviation of 1/255.
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -16,118 +14,84 @@ from __future__ import annotations
 from functools import partial
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from cliplift.models.image.resnet import LAYERS, StagedNet, shortcut
+from cliplift.models.image.resnet import LAYERS, Bottleneck, StagedNet
 from cliplift.models.layers import Conv3d
 from cliplift.models.protocol import InputSpec, ModelError
-from cliplift.models.registry import register_model
-from cliplift.models.state_dicts import rename_prefixes
+from cliplift.models.registry import variant
+from cliplift.models.state_dicts import rename_numbered_children
 from cliplift.models.streams import flow_from_rgb, stream_spec
 
 PAPER = "Hara et al. 2018"
 CARDINALITY = 32
 STAGE_WIDTHS = (128, 256, 512, 1024)  # of the grouped convolution: 32 groups of 4, 8, 16, 32
-EXPANSION = 2
 ACTIVITYNET_MEAN = (114.7748 / 255, 107.7354 / 255, 99.4750 / 255)
 UNDIVIDED = 1 / 255
 
 
-class GroupedBottleneck(nn.Module):
+class GroupedBottleneck(Bottleneck):
     """1x1x1 - 3x3x3 in groups - 1x1x1, each with BN, and the shortcut."""
+
+    expansion = 2
 
     def __init__(
         self, in_channels: int, width: int, *, stride: int = 1, cardinality: int = CARDINALITY
     ) -> None:
-        super().__init__()
         if width % cardinality:
             raise ModelError(f"cardinality={cardinality} must divide every stage's width, here {width}")
-        out_channels = width * EXPANSION
-        self.conv1 = Conv3d(in_channels, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm3d(width)
-        self.conv2 = Conv3d(width, width, 3, stride=stride, padding=1, groups=cardinality, bias=False)
-        self.bn2 = nn.BatchNorm3d(width)
-        self.conv3 = Conv3d(width, out_channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm3d(out_channels)
-        self.downsample = shortcut(in_channels, out_channels, stride=stride, rank=3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, 2 * width, T/stride, H/stride, W/stride)."""
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(y))
-        return F.relu(y + self.downsample(x), inplace=True)
+        super().__init__(in_channels, width, stride=stride, rank=3, layout="torchvision", groups=cardinality)
 
 
 class ResNeXt3D(StagedNet):
-    """(B, C, T, H, W) -> (B, K), any T, H, W."""
+    """(B, C, T, H, W) -> (B, K), any T, H, W. The last map is (B, 2048, T/16, H/32, W/32), sizes rounded up.
 
-    head_name = "fc"
+    ``pretrained="2d:PATH"`` takes an image ResNeXt-101 32x4d under torchvision's names: the widths are the same.
+
+    Args:
+        depth: 50 layers or more.
+        in_frames: the public weights exist for 64 frames and for 16.
+        in_channels: 3, or 2 for the flow stream.
+        cardinality: groups of the 3x3x3 convolutions; 32 is the paper's.
+        dropout: before the classifier.
+    """
 
     def __init__(
-        self, depth: int, *, num_classes: int, input_spec: InputSpec, cardinality: int, dropout: float
+        self,
+        *,
+        depth: int,
+        num_classes: int = 400,
+        in_frames: int = 64,
+        in_channels: int = 3,
+        cardinality: int = CARDINALITY,
+        dropout: float = 0.0,
     ) -> None:
         if cardinality < 1:
             raise ModelError(f"cardinality={cardinality} must be at least 1")
-        super().__init__(
-            feature_dim=STAGE_WIDTHS[-1] * EXPANSION,
-            num_classes=num_classes,
-            input_spec=input_spec,
-            dropout=dropout,
+        rgb = InputSpec.square(
+            112, frames=in_frames, frame_stride=1, mean=ACTIVITYNET_MEAN, std=(UNDIVIDED,) * 3
         )
-        self.conv1 = Conv3d(input_spec.channels, 64, 7, stride=(1, 2, 2), padding=3, bias=False)
+        spec = stream_spec(rgb, in_channels, flow_std=UNDIVIDED)
+        expansion = GroupedBottleneck.expansion
+        width = STAGE_WIDTHS[-1] * expansion
+        super().__init__(feature_dim=width, num_classes=num_classes, input_spec=spec, dropout=dropout)
+        self.conv1 = Conv3d(spec.channels, 64, 7, stride=(1, 2, 2), padding=3, bias=False)
         self.bn1 = nn.BatchNorm3d(64)
         self.maxpool = nn.MaxPool3d(3, stride=2, padding=1)
         block = partial(GroupedBottleneck, cardinality=cardinality)
-        self.add_stages(LAYERS[depth], block, channels=64, widths=STAGE_WIDTHS, expansion=EXPANSION)
+        self.add_stages(LAYERS[depth], block, channels=64, widths=STAGE_WIDTHS, expansion=expansion)
         self.reset_classifier(num_classes)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, 2048, T/16, H/32, W/32), sizes rounded up; 2048x4x4x4 for 64x112x112."""
-        return self.run_stages(self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True)))
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """The public files' names are ours once ``module.`` is off, which loading does; LTM's are translated."""
         notes = []
         if "features.0.weight" in state:
-            state, notes = _from_late_temporal(state), ["took LateTemporalModeling3DCNN's names"]
+            # the children of the public network, relu and maxpool included
+            children = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+            state = rename_numbered_children(state, children, head="fc")
+            notes = ["took LateTemporalModeling3DCNN's names"]
         state, more = flow_from_rgb(state, ("conv1.weight",), in_channels=self.input_spec.channels)
         return state, notes + more
 
 
-def _from_late_temporal(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``features.N`` is the N-th child of the public network, relu and maxpool included; ``fc_action`` its ``fc``."""
-    children = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-    names = {f"features.{n}.": f"{child}." for n, child in enumerate(children)} | {"fc_action.": "fc."}
-    return rename_prefixes(state, names)
-
-
-@register_model(paper=PAPER)
-def resnext3d_101(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 64,
-    in_channels: int = 3,
-    cardinality: int = CARDINALITY,
-    dropout: float = 0.0,
-) -> nn.Module:
-    """ResNeXt3D-101, 48,340,816 parameters at 400 classes, features of 2048. Any T, H, W.
-
-    ``pretrained="2d:PATH"`` takes an image ResNeXt-101 32x4d under torchvision's names: the widths are the same.
-
-    Args:
-        in_frames: 64; the public weights exist for 64 frames and for 16.
-        in_channels: 3, or 2 for the flow stream.
-        cardinality: groups of the 3x3x3 convolutions; 32 is the paper's.
-        dropout: before the classifier.
-    """
-    rgb = InputSpec(
-        frames=in_frames,
-        frame_stride=1,
-        crop_height=112,
-        crop_width=112,
-        mean=ACTIVITYNET_MEAN,
-        std=(UNDIVIDED,) * 3,
-    )
-    spec = stream_spec(rgb, in_channels, flow_std=UNDIVIDED)
-    return ResNeXt3D(101, num_classes=num_classes, input_spec=spec, cardinality=cardinality, dropout=dropout)
+# 48,340,816 parameters at 400 classes
+resnext3d_101 = variant("resnext3d_101", ResNeXt3D, paper=PAPER, fixed={"depth": 101})

@@ -22,8 +22,6 @@ Weights: our names are PySlowFast's (``.pyth`` files of facebookresearch/SlowFas
 pytorchvideo's (``blocks.1.multipathway_blocks.0...``) and Caffe2's blobs (``t_res2_0_branch2a_w``), in which the
 model zoo of PySlowFast has the Kinetics weights. Those ``.pkl`` files are plain pickles and are never opened here:
 save their "blobs" as tensors (safetensors or ``torch.save``) first.
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -39,9 +37,9 @@ from torch.nn import functional as F
 
 from cliplift.models.image.resnet import LAYERS, STAGE_WIDTHS
 from cliplift.models.layers import Conv3d, PooledClassifier
-from cliplift.models.protocol import InputSpec, ModelError
-from cliplift.models.registry import register_model
-from cliplift.models.state_dicts import rename_prefixes
+from cliplift.models.protocol import InputSpec, ModelError, check_choices
+from cliplift.models.registry import variant
+from cliplift.models.state_dicts import CAFFE2_BLOB, CAFFE2_TENSORS, rename_prefixes
 from cliplift.models.streams import flow_from_rgb, stream_spec
 
 Patterns = Sequence[tuple[str, str]]
@@ -59,23 +57,20 @@ _PYTORCHVIDEO_INNER: Patterns = (
     (r"\.branch2\.conv_([abc])\.", r".branch2.\1."),
     (r"\.branch2\.norm_([abc])\.", r".branch2.\1_bn."),
 )
-# The Fast pathway's names begin with t_. A lateral connection is called after the layer it leaves
+# A lateral connection is called after the layer it leaves
+_CAFFE2_LATERAL: Patterns = (
+    (r"pool1_subsample_bn", "s1_fuse.bn"),
+    (r"pool1_subsample", "s1_fuse.conv_f2s"),
+    (r"res(\d)_\d+_branch2c_bn_subsample_bn", r"s\1_fuse.bn"),
+    (r"res(\d)_\d+_branch2c_bn_subsample", r"s\1_fuse.conv_f2s"),
+)
 _CAFFE2: Patterns = (
-    (r"t_pool1_subsample_bn", "s1_fuse.bn"),
-    (r"t_pool1_subsample", "s1_fuse.conv_f2s"),
-    (r"t_res(\d)_\d+_branch2c_bn_subsample_bn", r"s\1_fuse.bn"),
-    (r"t_res(\d)_\d+_branch2c_bn_subsample", r"s\1_fuse.conv_f2s"),
-    (r"res_conv1_bn", "s1.pathway0_stem.bn"),
-    (r"t_res_conv1_bn", "s1.pathway1_stem.bn"),
-    (r"conv1", "s1.pathway0_stem.conv"),
-    (r"t_conv1", "s1.pathway1_stem.conv"),
-    (r"res(\d)_(\d+)_branch1(_bn)?", r"s\1.pathway0_res\2.branch1\3"),
-    (r"t_res(\d)_(\d+)_branch1(_bn)?", r"s\1.pathway1_res\2.branch1\3"),
-    (r"res(\d)_(\d+)_branch2([abc](?:_bn)?)", r"s\1.pathway0_res\2.branch2.\3"),
-    (r"t_res(\d)_(\d+)_branch2([abc](?:_bn)?)", r"s\1.pathway1_res\2.branch2.\3"),
+    (r"res_conv1_bn", "s1.PATHWAY_stem.bn"),
+    (r"conv1", "s1.PATHWAY_stem.conv"),
+    (r"res(\d)_(\d+)_branch1(_bn)?", r"s\1.PATHWAY_res\2.branch1\3"),
+    (r"res(\d)_(\d+)_branch2([abc](?:_bn)?)", r"s\1.PATHWAY_res\2.branch2.\3"),
     (r"pred", "projection"),
 )
-_CAFFE2_TENSORS = {"w": "weight", "s": "weight", "b": "bias", "rm": "running_mean", "riv": "running_var"}
 
 
 def adapt_slowfast(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -107,12 +102,15 @@ def _from_pytorchvideo(key: str) -> str:
 
 
 def _from_caffe2(blob: str) -> str:
-    match = re.fullmatch(r"(.+)_(w|s|b|rm|riv)", blob)
+    match = CAFFE2_BLOB.fullmatch(blob)
     if match is None:
         return blob
-    for old, new in _CAFFE2:
-        if re.fullmatch(old, match[1]):
-            return f"{re.sub(f'^{old}$', new, match[1])}.{_CAFFE2_TENSORS[match[2]]}"
+    # the Fast pathway's names begin with t_
+    fast, layer = match[1].startswith("t_"), match[1].removeprefix("t_")
+    for old, new in _CAFFE2_LATERAL if "subsample" in layer else _CAFFE2:
+        if re.fullmatch(old, layer):
+            ours = re.sub(f"^{old}$", new, layer).replace("PATHWAY", f"pathway{int(fast)}")
+            return f"{ours}.{CAFFE2_TENSORS[match[2]]}"
     return blob
 
 
@@ -132,8 +130,8 @@ class Pathways:
         alpha: frames of Fast for one of Slow.
         beta_inv: channels of Slow for one of Fast (the paper's 1/beta).
         lateral_ratio: channels of a lateral connection for one of Fast.
-        lateral_kernel: its frames.
-        slow_sampling: which frames Slow sees.
+        lateral_kernel: its frames; 7 in the released weights, 5 in the paper.
+        slow_sampling: which frames Slow sees, "strided", or "spread" as PySlowFast samples.
         fast_stride: of the frames given, Fast sees one in so many.
     """
 
@@ -152,8 +150,7 @@ class Pathways:
             raise ModelError(f"beta_inv={self.beta_inv} must divide {STAGE_WIDTHS[0]}, the stem's channels")
         if self.lateral_kernel % 2 == 0:
             raise ModelError(f"lateral_kernel={self.lateral_kernel} must be odd, to keep T / alpha frames")
-        if self.slow_sampling not in ("strided", "spread"):
-            raise ModelError(f"slow_sampling={self.slow_sampling!r} must be 'strided' or 'spread'")
+        check_choices(SlowSampling, slow_sampling=self.slow_sampling)
 
     def check_frames(self, frames: int) -> None:
         """Raises ModelError unless both pathways get whole numbers of frames."""
@@ -255,31 +252,69 @@ class Block(nn.Module):
 
 
 class SlowFast(PooledClassifier):
-    """(B, C, T, H, W) -> (B, K) for T a multiple of ``alpha * fast_stride`` and any H, W."""
+    """(B, C, T, H, W) -> (B, K) for T a multiple of ``alpha * fast_stride`` and any H, W.
+
+    With the defaults 32 frames at a stride of 2 in the video: Slow sees 8, a stride of 8. ``in_frames=64,
+    fast_stride=2`` takes 64 consecutive frames and sees the same ones.
+
+    Args:
+        depth: of both pathways' ResNet.
+        in_frames: T, a multiple of ``alpha * fast_stride``.
+        in_channels: 3, or 2 for the flow stream; both stems take them.
+        alpha, beta_inv, lateral_ratio, lateral_kernel, slow_sampling, fast_stride: see :class:`Pathways`.
+        dropout: before the classifier.
+    """
 
     head_name = "projection"
 
     def __init__(
-        self, depth: int, *, num_classes: int, input_spec: InputSpec, pathways: Pathways, dropout: float
+        self,
+        *,
+        depth: int,
+        num_classes: int = 400,
+        in_frames: int = 32,
+        in_channels: int = 3,
+        alpha: int = 4,
+        beta_inv: int = 8,
+        lateral_ratio: int = 2,
+        lateral_kernel: int = 7,
+        slow_sampling: SlowSampling = "strided",
+        fast_stride: int = 1,
+        dropout: float = 0.5,
     ) -> None:
-        pathways.check_frames(input_spec.frames)
+        rgb = InputSpec.square(
+            224,
+            frames=in_frames,
+            frame_stride=2 if fast_stride == 1 else 1,
+            mean=(0.45,) * 3,
+            std=(0.225,) * 3,
+            test_clips=10,
+            test_crops=3,
+        )
+        pathways = Pathways(
+            alpha=alpha,
+            beta_inv=beta_inv,
+            lateral_ratio=lateral_ratio,
+            lateral_kernel=lateral_kernel,
+            slow_sampling=slow_sampling,
+            fast_stride=fast_stride,
+        )
+        spec = stream_spec(rgb, in_channels)
+        pathways.check_frames(in_frames)
         stem, last = STAGE_WIDTHS[0], STAGE_WIDTHS[-1] * EXPANSION
         super().__init__(
-            feature_dim=last + last // pathways.beta_inv,
-            num_classes=num_classes,
-            input_spec=input_spec,
-            dropout=dropout,
+            feature_dim=last + last // beta_inv, num_classes=num_classes, input_spec=spec, dropout=dropout
         )
         self.pathways, self.counts = pathways, LAYERS[depth]
-        narrow = (1, pathways.beta_inv)
+        narrow = (1, beta_inv)
         self.s1 = nn.ModuleDict(
-            {f"pathway{p}_stem": Stem(input_spec.channels, stem // narrow[p], STEM_DEPTHS[p]) for p in (0, 1)}
+            {f"pathway{p}_stem": Stem(spec.channels, stem // narrow[p], STEM_DEPTHS[p]) for p in (0, 1)}
         )
-        channels = [stem, stem // pathways.beta_inv]
+        channels = [stem, stem // beta_inv]
         for s, (count, width) in enumerate(zip(self.counts, STAGE_WIDTHS, strict=True), start=2):
             self.add_module(f"s{s - 1}_fuse", Lateral(channels[1], pathways))
             # the lateral connection is concatenated to what enters Slow's stage, not to what leaves it
-            channels[0] += channels[1] * pathways.lateral_ratio
+            channels[0] += channels[1] * lateral_ratio
             stage = nn.ModuleDict()
             for p in (0, 1):
                 for i in range(count):
@@ -345,53 +380,5 @@ class SlowFast(PooledClassifier):
         return cast(Tensor, self.get_submodule(name)(x))
 
 
-@register_model(paper=PAPER)
-def slowfast_r50_8x8(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 32,
-    in_channels: int = 3,
-    alpha: int = 4,
-    beta_inv: int = 8,
-    lateral_ratio: int = 2,
-    lateral_kernel: int = 7,
-    slow_sampling: SlowSampling = "strided",
-    fast_stride: int = 1,
-    dropout: float = 0.5,
-) -> nn.Module:
-    """SlowFast 8x8 on ResNet-50, 34,566,488 parameters at 400 classes, features of 2048 + 256.
-
-    32 frames at a stride of 2 in the video: Slow sees 8, a stride of 8. ``in_frames=64, fast_stride=2`` takes
-    64 consecutive frames and sees the same ones.
-
-    Args:
-        in_frames: T, a multiple of ``alpha * fast_stride``.
-        in_channels: 3, or 2 for the flow stream; both stems take them.
-        alpha: frames of Fast for one of Slow.
-        beta_inv: channels of Slow for one of Fast.
-        lateral_ratio: channels of a lateral connection for one of Fast.
-        lateral_kernel: its frames; 7 in the released weights, 5 in the paper.
-        slow_sampling: "strided", or "spread" as PySlowFast samples.
-        fast_stride: of the frames given, Fast sees one in so many.
-        dropout: before the classifier.
-    """
-    rgb = InputSpec(
-        frames=in_frames,
-        frame_stride=2 if fast_stride == 1 else 1,
-        crop_height=224,
-        crop_width=224,
-        mean=(0.45, 0.45, 0.45),
-        std=(0.225, 0.225, 0.225),
-        test_clips=10,
-        test_crops=3,
-    )
-    pathways = Pathways(
-        alpha=alpha,
-        beta_inv=beta_inv,
-        lateral_ratio=lateral_ratio,
-        lateral_kernel=lateral_kernel,
-        slow_sampling=slow_sampling,
-        fast_stride=fast_stride,
-    )
-    spec = stream_spec(rgb, in_channels)
-    return SlowFast(50, num_classes=num_classes, input_spec=spec, pathways=pathways, dropout=dropout)
+# 8x8 on ResNet-50: 34,566,488 parameters at 400 classes, features of 2048 + 256
+slowfast_r50_8x8 = variant("slowfast_r50_8x8", SlowFast, paper=PAPER, fixed={"depth": 50})

@@ -13,26 +13,24 @@ its convolutions have no padding, so the branches of a TTL cannot be concatenate
 * ``pool="paper"``: the stem's pooling keeps T, as Table 1 prints. "official" is the DenseNet3D code's.
 
 The initialisation is not published; convolutions are Kaiming-normal as in torchvision's DenseNet.
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.conv3d.densenet3d import PAPER, DenseNet3D, StemPool, dense_shape_3d
+from cliplift.models.conv3d.densenet3d import PAPER, DenseNet3D, StemPool, stem_pool_stride
 from cliplift.models.image.densenet import BLOCKS, DenseShape
 from cliplift.models.layers import SameConv3d, halve
 from cliplift.models.protocol import InputSpec, ModelError
-from cliplift.models.registry import register_model, variant
+from cliplift.models.registry import variant
 
-Depths = Sequence[tuple[int, ...]]
-TABLE_1_DEPTHS: Depths = ((1, 3, 6), (1, 3, 4), (1, 3, 4))
+TABLE_1_DEPTHS = ((1, 3, 6), (1, 3, 4), (1, 3, 4))
 
 
 class TemporalBranch(nn.Module):
@@ -46,8 +44,7 @@ class TemporalBranch(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, C', T, H, W)."""
-        y: Tensor = self.conv(F.relu(self.norm(x), inplace=True))
-        return y
+        return cast(Tensor, self.conv(F.relu(self.norm(x), inplace=True)))
 
 
 class TemporalTransition(nn.Module):
@@ -87,34 +84,60 @@ class TemporalTransition(nn.Module):
 
 
 class T3D(DenseNet3D):
-    """DenseNet3D with temporal transition layers. ``widths`` gives the branch width of each of them."""
+    """DenseNet3D with temporal transition layers, for any T, H, W.
+
+    Args:
+        blocks, growth, bottleneck, stem_channels, stem_kernel: see :class:`~cliplift.models.image.densenet.DenseShape`.
+        stem_stride: temporal stride of the first convolution; 1 for clips of 8 or 16 frames.
+        ttl_widths: channels of a branch, for each temporal transition.
+        fusion: the withdrawn code's 1x1x1 convolution after the concatenation.
+        pool: "paper", Table 1 (the stem's pooling keeps T), or "official", the DenseNet3D code (halves it).
+        drop_rate: dropout on every dense layer's new maps.
+        dropout: before the classifier.
+    """
 
     def __init__(
         self,
-        shape: DenseShape,
         *,
-        depths: Depths,
-        widths: Sequence[int],
-        fusion: bool,
-        num_classes: int,
-        input_spec: InputSpec,
+        num_classes: int = 400,
+        in_frames: int = 32,
+        crop: int = 224,
+        blocks: tuple[int, int, int, int] = BLOCKS[121],
+        growth: int = 32,
+        bottleneck: int = 4,
+        stem_channels: int = 64,
+        stem_kernel: tuple[int, int, int] = (3, 7, 7),
+        stem_stride: int = 2,
+        ttl_widths: tuple[int, int, int] = (128, 128, 128),
+        fusion: bool = False,
+        pool: StemPool = "paper",
         drop_rate: float = 0.0,
         dropout: float = 0.0,
     ) -> None:
-        gaps = len(shape.blocks) - 1
-        if len(depths) != gaps or len(widths) != gaps:
+        shape = DenseShape(
+            blocks=blocks,
+            growth=growth,
+            bottleneck=bottleneck,
+            stem_channels=stem_channels,
+            stem_kernel=stem_kernel,
+            stem_stride=(stem_stride, 2, 2),
+            pool_stride=stem_pool_stride(pool),
+        )
+        if len(blocks) - 1 != len(TABLE_1_DEPTHS) or len(ttl_widths) != len(TABLE_1_DEPTHS):
             raise ModelError(
-                f"{len(shape.blocks)} dense blocks have {gaps} temporal transitions between them, "
-                f"got depths={tuple(depths)} and widths={tuple(widths)}"
+                f"{len(blocks)} dense blocks have {len(blocks) - 1} temporal transitions between them, "
+                f"got depths={TABLE_1_DEPTHS} and widths={tuple(ttl_widths)}"
             )
 
         def transition(channels: int, index: int) -> nn.Module:
-            return TemporalTransition(channels, depths=depths[index], width=widths[index], fusion=fusion)
+            return TemporalTransition(
+                channels, depths=TABLE_1_DEPTHS[index], width=ttl_widths[index], fusion=fusion
+            )
 
         super().__init__(
             shape,
             num_classes=num_classes,
-            input_spec=input_spec,
+            input_spec=InputSpec.square(crop, frames=in_frames, frame_stride=2),
             drop_rate=drop_rate,
             dropout=dropout,
             transition=transition,
@@ -133,23 +156,15 @@ def t3d(
     drop_rate: float = 0.0,
     dropout: float = 0.0,
 ) -> T3D:
-    """T3D for any T, H, W.
-
-    Args:
-        pool: "paper", Table 1 (the stem's pooling keeps T), or "official", the DenseNet3D code (halves it).
-        stem_stride: temporal stride of the first convolution; 1 for clips of 8 or 16 frames.
-        ttl_width: channels of each branch of a temporal transition.
-        fusion: the withdrawn code's 1x1x1 convolution after the concatenation.
-        drop_rate: dropout on every dense layer's new maps.
-        dropout: before the classifier.
-    """
+    """The paper's T3D of ``depth`` layers; ``ttl_width`` is the branch width of every temporal transition."""
     return T3D(
-        dense_shape_3d(BLOCKS[depth], pool=pool, stem_stride=stem_stride),
-        depths=TABLE_1_DEPTHS,
-        widths=(ttl_width,) * 3,
-        fusion=fusion,
         num_classes=num_classes,
-        input_spec=InputSpec(frames=in_frames, frame_stride=2, crop_height=224, crop_width=224),
+        in_frames=in_frames,
+        blocks=BLOCKS[depth],
+        stem_stride=stem_stride,
+        ttl_widths=(ttl_width, ttl_width, ttl_width),
+        fusion=fusion,
+        pool=pool,
         drop_rate=drop_rate,
         dropout=dropout,
     )
@@ -158,46 +173,19 @@ def t3d(
 # Parameters at 400 classes: 29,876,880 (30,321,552 with ``fusion``); 38,519,184 (38,963,856)
 t3d_121 = variant("t3d_121", t3d, paper=PAPER, fixed={"depth": 121})
 t3d_169 = variant("t3d_169", t3d, paper=PAPER, fixed={"depth": 169})
-
-
-@register_model(paper=f"{PAPER}, reduced")
-def t3d_tiny(
-    *,
-    num_classes: int = 400,
-    in_frames: int = 8,
-    crop: int = 64,
-    blocks: tuple[int, int, int, int] = (1, 2, 2, 2),
-    growth: int = 16,
-    bottleneck: int = 2,
-    stem_channels: int = 16,
-    stem_kernel: tuple[int, int, int] = (3, 3, 3),
-    stem_stride: int = 2,
-    ttl_widths: tuple[int, int, int] = (8, 24, 64),
-    fusion: bool = False,
-    pool: StemPool = "paper",
-    drop_rate: float = 0.0,
-    dropout: float = 0.0,
-) -> T3D:
-    """The same network at laptop size: clips of 8 to 16 frames at 64 to 112 pixels. Not a model of the paper.
-
-    Narrow where the maps are large (the first temporal transition sees 16 times the positions of the second) and
-    wide where they are small, so that a CPU trains it.
-    """
-    return T3D(
-        dense_shape_3d(
-            blocks,
-            growth=growth,
-            bottleneck=bottleneck,
-            stem_channels=stem_channels,
-            stem_kernel=stem_kernel,
-            stem_stride=stem_stride,
-            pool=pool,
-        ),
-        depths=TABLE_1_DEPTHS,
-        widths=ttl_widths,
-        fusion=fusion,
-        num_classes=num_classes,
-        input_spec=InputSpec(frames=in_frames, frame_stride=2, crop_height=crop, crop_width=crop),
-        drop_rate=drop_rate,
-        dropout=dropout,
-    )
+# The same network at laptop size, not a model of the paper: clips of 8 to 16 frames at 64 to 112 pixels. Narrow where
+# the maps are large (the first temporal transition sees 16 times the positions of the second) and wide where they are
+# small, so that a CPU trains it
+t3d_tiny = variant(
+    "t3d_tiny",
+    T3D,
+    paper=f"{PAPER}, reduced",
+    in_frames=8,
+    crop=64,
+    blocks=(1, 2, 2, 2),
+    growth=16,
+    bottleneck=2,
+    stem_channels=16,
+    stem_kernel=(3, 3, 3),
+    ttl_widths=(8, 24, 64),
+)

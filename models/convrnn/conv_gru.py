@@ -16,7 +16,6 @@ Shape letters: B clips, C channels, T steps, H W positions, N state channels, M 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -24,9 +23,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.convrnn.conv_lstm import convolve_steps, odd_padding, per_layer
-from cliplift.models.convrnn.recurrence import LayerState, RecurrentLayer, RecurrentStack, layer_widths
-from cliplift.models.protocol import ModelError
+from cliplift.models.convrnn.conv_lstm import odd_padding
+from cliplift.models.convrnn.lstm_unroll import product_of_steps
+from cliplift.models.convrnn.recurrence import (
+    LayerState,
+    RecurrentLayer,
+    RecurrentStack,
+    fan_in_uniform,
+    layer_places,
+    layer_widths,
+    per_layer,
+)
+from cliplift.models.protocol import check_choices
 
 LowerHidden = Literal["input", "gates", "gates_and_candidate"]
 
@@ -71,9 +79,7 @@ class ConvGRULayer(RecurrentLayer):
 
     def reset_parameters(self) -> None:
         """Uniform in +-1/sqrt(fan-in), zero bias; the paper names no initialiser."""
-        for weight in (self.weight_input, self.weight_lower, self.weight_gates, self.weight_candidate):
-            if weight is not None:
-                nn.init.uniform_(weight, -(bound := 1 / math.sqrt(weight[0].numel())), bound)
+        fan_in_uniform(self.weight_input, self.weight_lower, self.weight_gates, self.weight_candidate)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
@@ -89,7 +95,7 @@ class ConvGRULayer(RecurrentLayer):
         gates = self.project(x)
         if self.weight_lower is not None:
             assert lower is not None, "a layer with lower_channels needs the lower layer's states"
-            share = convolve_steps(lower, self.weight_lower, None)
+            share = product_of_steps(lower, self.weight_lower, None)
             if self.lower_gates == 2:
                 share = F.pad(share, (0, 0, 0, 0, 0, self.channels))  # nothing for the candidate
             gates = gates + share
@@ -97,7 +103,7 @@ class ConvGRULayer(RecurrentLayer):
 
     def project(self, x: Tensor) -> Tensor:
         """(T, B, C, H, W) -> (T, B, 3N, H, W)."""
-        return convolve_steps(x, self.weight_input, self.bias)
+        return product_of_steps(x, self.weight_input, self.bias)
 
     def step(self, gates: Tensor, state: LayerState | None) -> LayerState:
         """(B, 3N, H, W) and (h,) -> (h,)."""
@@ -143,45 +149,27 @@ class ConvGRU(RecurrentStack):
         bidirectional: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        if lower_hidden not in ("input", "gates", "gates_and_candidate"):
-            raise ModelError(
-                f"lower_hidden={lower_hidden!r} must be 'input', 'gates' or 'gates_and_candidate'"
-            )
+        check_choices(LowerHidden, lower_hidden=lower_hidden)
         widths = layer_widths(hidden)
         input_kernels = per_layer("input_kernel", input_kernel, len(widths))
         hidden_kernels = per_layer("hidden_kernel", hidden_kernel, len(widths))
         chained = lower_hidden == "input"
-        directions = 2 if bidirectional else 1
-        layers = []
-        for level, width in enumerate(widths):
-            lower = widths[level - 1] * directions if level else 0
-            layers += [
-                ConvGRULayer(
-                    lower if chained and level else in_channels,
-                    width,
-                    input_kernel=input_kernels[level],
-                    hidden_kernel=hidden_kernels[level],
-                    lower_channels=0 if chained else lower,
-                    lower_in_candidate=lower_hidden == "gates_and_candidate",
-                    bias=bias,
-                )
-                for _ in range(directions)
-            ]
+        layers = (
+            ConvGRULayer(
+                below if chained else in_channels,
+                width,
+                input_kernel=input_kernels[level],
+                hidden_kernel=hidden_kernels[level],
+                lower_channels=0 if chained or level == 0 else below,
+                lower_in_candidate=lower_hidden == "gates_and_candidate",
+                bias=bias,
+            )
+            for level, below, width in layer_places(in_channels, widths, bidirectional=bidirectional)
+        )
         super().__init__(layers, bidirectional=bidirectional, dropout=dropout)
         self.chained = chained
 
-    def run_layer(
-        self,
-        index: int,
-        sequence: Tensor,
-        below: Tensor,
-        state: LayerState | None,
-        *,
-        real: Tensor | None,
-        reverse: bool,
-    ) -> tuple[Tensor, LayerState]:
+    def layer_inputs(self, index: int, sequence: Tensor, below: Tensor) -> tuple[Tensor, ...]:
+        # in the paper's stack every layer reads the stack's own input, and the states below enter its gates
         first = index < self.directions
-        if self.chained or first:
-            return super().run_layer(index, sequence, below, state, real=real, reverse=reverse)
-        hidden, after = self.layers[index](sequence, state, real, reverse, below)
-        return hidden, after
+        return (below,) if self.chained or first else (sequence, below)

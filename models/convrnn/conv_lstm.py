@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cliplift.models.convrnn.fc_lstm import GateCell, LSTMLayer
-from cliplift.models.convrnn.recurrence import RecurrentStack, layer_widths
-from cliplift.models.protocol import ModelError
+from cliplift.models.convrnn.recurrence import RecurrentStack, layer_places, layer_widths, per_layer
+from cliplift.models.protocol import ModelError, check_choices
 
 MapPeephole = Literal["none", "channel", "position"]
 
@@ -33,17 +33,6 @@ def odd_padding(name: str, kernel: int) -> int:
             f"{name}={kernel} must be odd: an even kernel moves the state by half a pixel each step"
         )
     return kernel // 2
-
-
-def convolve_steps(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(T, B, C, H, W) -> (T, B, G, H, W), all steps as one batch, H and W kept.
-
-    Channels last, and so is everything after it: the CPU's convolutions would otherwise reorder every step's map on
-    the way in and out.
-    """
-    frames = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-    y = F.conv2d(frames, weight, bias, padding=weight.shape[-1] // 2)
-    return y.view(*x.shape[:2], *y.shape[1:])
 
 
 class ConvLSTMLayer(LSTMLayer):
@@ -61,24 +50,19 @@ class ConvLSTMLayer(LSTMLayer):
         output_gate_cell: GateCell = "new",
         forget_bias: float = 1.0,
     ) -> None:
+        odd_padding("input_kernel", input_kernel)
+        odd_padding("hidden_kernel", hidden_kernel)
         super().__init__(
+            inputs=(in_channels, input_kernel, input_kernel),
             channels=channels,
+            hidden_kernel=(hidden_kernel, hidden_kernel),
             peephole=_peephole_weights(peephole, channels, map_size),
             output_gate_cell=output_gate_cell,
             forget_bias=forget_bias,
         )
         self.in_channels = in_channels
         self.input_kernel, self.hidden_kernel = input_kernel, hidden_kernel
-        self.hidden_padding = odd_padding("hidden_kernel", hidden_kernel)
-        odd_padding("input_kernel", input_kernel)
-        self.weight_input = (
-            nn.Parameter(torch.empty(4 * channels, in_channels, input_kernel, input_kernel))
-            if in_channels
-            else None
-        )
-        self.weight_hidden = nn.Parameter(torch.empty(4 * channels, channels, hidden_kernel, hidden_kernel))
-        self.bias = nn.Parameter(torch.empty(4 * channels))
-        self.reset_parameters()
+        self.hidden_padding = hidden_kernel // 2
 
     def check_input(self, x: Tensor) -> None:
         size = None if self.peephole is None else tuple(self.peephole.shape[-2:])
@@ -88,12 +72,6 @@ class ConvLSTMLayer(LSTMLayer):
                 f"{x.shape[-2]}x{x.shape[-1]}; peephole='channel' takes any size"
             )
 
-    def project(self, x: Tensor) -> Tensor:
-        """(T, B, C, H, W) -> (T, B, 4N, H, W); without W_x, of the input only T, B, H and W count."""
-        if self.weight_input is None:
-            return self.bias.view(-1, 1, 1).expand(*x.shape[:2], -1, *x.shape[-2:])
-        return convolve_steps(x, self.weight_input, self.bias)
-
     def recurrent(self, gates: Tensor, h: Tensor) -> Tensor:
         return gates + F.conv2d(h, self.weight_hidden, padding=self.hidden_padding)
 
@@ -101,8 +79,7 @@ class ConvLSTMLayer(LSTMLayer):
 def _peephole_weights(
     peephole: MapPeephole, channels: int, map_size: tuple[int, int] | None
 ) -> Tensor | None:
-    if peephole not in ("none", "channel", "position"):
-        raise ModelError(f"peephole={peephole!r} must be 'none', 'channel' or 'position'")
+    check_choices(MapPeephole, peephole=peephole)
     if peephole == "none":
         return None
     if peephole == "channel":
@@ -149,10 +126,9 @@ class ConvLSTM(RecurrentStack):
         widths = layer_widths(hidden)
         input_kernels = per_layer("input_kernel", input_kernel, len(widths))
         hidden_kernels = per_layer("hidden_kernel", hidden_kernel, len(widths))
-        directions = 2 if bidirectional else 1
-        layers = [
+        layers = (
             ConvLSTMLayer(
-                widths[level - 1] * directions if level else in_channels,
+                inputs,
                 width,
                 input_kernel=input_kernels[level],
                 hidden_kernel=hidden_kernels[level],
@@ -161,15 +137,6 @@ class ConvLSTM(RecurrentStack):
                 output_gate_cell=output_gate_cell,
                 forget_bias=forget_bias,
             )
-            for level, width in enumerate(widths)
-            for _ in range(directions)
-        ]
+            for level, inputs, width in layer_places(in_channels, widths, bidirectional=bidirectional)
+        )
         super().__init__(layers, bidirectional=bidirectional, dropout=dropout)
-
-
-def per_layer(name: str, value: int | Sequence[int], layers: int) -> tuple[int, ...]:
-    """One number for all layers, or one for each. Raises ModelError for another count."""
-    values = (value,) * layers if isinstance(value, int) else tuple(value)
-    if len(values) != layers:
-        raise ModelError(f"{name}={list(values)} is for {len(values)} layers, the network has {layers}")
-    return values

@@ -17,7 +17,6 @@ Shape letters: B clips, T steps, D width of the input, N state channels, L layer
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -25,9 +24,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.convrnn.lstm_unroll import LSTMUnroll
-from cliplift.models.convrnn.recurrence import LayerState, RecurrentLayer, RecurrentStack, layer_widths
-from cliplift.models.protocol import ModelError
+from cliplift.models.convrnn.lstm_unroll import LSTMUnroll, product_of_steps
+from cliplift.models.convrnn.recurrence import (
+    LayerState,
+    RecurrentLayer,
+    RecurrentStack,
+    fan_in_uniform,
+    layer_places,
+    layer_widths,
+)
+from cliplift.models.protocol import check_choices
 
 Peephole = Literal["none", "diagonal", "full"]
 GateCell = Literal["new", "old"]
@@ -36,25 +42,34 @@ GateCell = Literal["new", "old"]
 class LSTMLayer(RecurrentLayer):
     """The cell's equations; subclasses give the products with input and state. Gate order i, f, g, o.
 
+    ``inputs`` are the input's channels, 0 for none, and the sides of W_x' kernel; ``hidden_kernel`` those of W_h's.
     ``peephole`` (3, N, ...) holds w_ci, w_cf, w_co, broadcast over the state, or (3, N, N) matrices V of them.
     """
 
-    weight_input: nn.Parameter | None
-    weight_hidden: nn.Parameter
-    bias: nn.Parameter
     # False leaves the loop to autograd, slower and larger: for second derivatives and torch.func, which the gradient
     # written out does not offer.
     written_out = True
 
     def __init__(
-        self, *, channels: int, peephole: Tensor | None, output_gate_cell: GateCell, forget_bias: float
+        self,
+        *,
+        inputs: tuple[int, ...],
+        channels: int,
+        hidden_kernel: tuple[int, ...] = (),
+        peephole: Tensor | None,
+        output_gate_cell: GateCell,
+        forget_bias: float,
     ) -> None:
         super().__init__(channels=channels, state_tensors=2)
-        if output_gate_cell not in ("new", "old"):
-            raise ModelError(f"output_gate_cell={output_gate_cell!r} must be 'new' or 'old'")
+        check_choices(GateCell, output_gate_cell=output_gate_cell)
         self.output_gate_cell = output_gate_cell
         self.forget_bias = forget_bias
         self.peephole = None if peephole is None else nn.Parameter(peephole)
+        # a layer without input (the forecaster's first) has no W_x at all
+        self.weight_input = nn.Parameter(torch.empty(4 * channels, *inputs)) if inputs[0] else None
+        self.weight_hidden = nn.Parameter(torch.empty(4 * channels, channels, *hidden_kernel))
+        self.bias = nn.Parameter(torch.empty(4 * channels))
+        self.reset_parameters()
 
     def forward(
         self, x: Tensor, state: LayerState | None = None, real: Tensor | None = None, reverse: bool = False
@@ -87,6 +102,12 @@ class LSTMLayer(RecurrentLayer):
     def check_input(self, x: Tensor) -> None:
         """Raises ModelError for a sequence (T, B, C, ...) this layer was not built for."""
 
+    def project(self, x: Tensor) -> Tensor:
+        """(T, B, C, ...) -> (T, B, 4N, ...); without W_x, of the input only T, B, H and W count."""
+        if self.weight_input is None:
+            return self.bias.view(-1, *[1] * (x.ndim - 3)).expand(*x.shape[:2], -1, *x.shape[3:])
+        return product_of_steps(x, self.weight_input, self.bias)
+
     def recurrent(self, gates: Tensor, h: Tensor) -> Tensor:
         """The input's share of the gates (B, 4N, ...) plus W_h h."""
         raise NotImplementedError
@@ -114,9 +135,7 @@ class LSTMLayer(RecurrentLayer):
     def reset_parameters(self) -> None:
         """Weights uniform in +-1/sqrt(fan-in); zero peepholes and bias, but for the forget gate's."""
         N = self.channels
-        for weight in (self.weight_input, self.weight_hidden):
-            if weight is not None:
-                nn.init.uniform_(weight, -(bound := 1 / math.sqrt(weight[0].numel())), bound)
+        fan_in_uniform(self.weight_input, self.weight_hidden)
         with torch.no_grad():
             self.bias.zero_()
             self.bias[N : 2 * N] = self.forget_bias
@@ -136,30 +155,20 @@ class FCLSTMLayer(LSTMLayer):
         output_gate_cell: GateCell = "new",
         forget_bias: float = 1.0,
     ) -> None:
-        if peephole not in ("none", "diagonal", "full"):
-            raise ModelError(f"peephole={peephole!r} must be 'none', 'diagonal' or 'full'")
+        check_choices(Peephole, peephole=peephole)
         shapes = {"diagonal": (3, channels), "full": (3, channels, channels)}
         super().__init__(
+            inputs=(in_features,),
             channels=channels,
             peephole=None if peephole == "none" else torch.empty(shapes[peephole]),
             output_gate_cell=output_gate_cell,
             forget_bias=forget_bias,
         )
         self.in_features = in_features
-        self.weight_input = nn.Parameter(torch.empty(4 * channels, in_features)) if in_features else None
-        self.weight_hidden = nn.Parameter(torch.empty(4 * channels, channels))
-        self.bias = nn.Parameter(torch.empty(4 * channels))
-        self.reset_parameters()
 
     @property
     def peephole_is_diagonal(self) -> bool:
         return self.peephole is None or self.peephole.ndim == 2
-
-    def project(self, x: Tensor) -> Tensor:
-        """(T, B, D) -> (T, B, 4N); without W_x, of the input only T and B count."""
-        if self.weight_input is None:
-            return self.bias.expand(*x.shape[:2], -1)
-        return F.linear(x, self.weight_input, self.bias)
 
     def recurrent(self, gates: Tensor, h: Tensor) -> Tensor:
         return torch.addmm(gates, h, self.weight_hidden.T)
@@ -198,17 +207,15 @@ class FCLSTM(RecurrentStack):
         dropout: float = 0.0,
         forget_bias: float = 1.0,
     ) -> None:
-        widths = layer_widths(hidden)
-        directions = 2 if bidirectional else 1
-        layers = [
+        places = layer_places(in_features, layer_widths(hidden), bidirectional=bidirectional)
+        layers = (
             FCLSTMLayer(
-                widths[level - 1] * directions if level else in_features,
+                inputs,
                 width,
                 peephole=peephole,
                 output_gate_cell=output_gate_cell,
                 forget_bias=forget_bias,
             )
-            for level, width in enumerate(widths)
-            for _ in range(directions)
-        ]
+            for _, inputs, width in places
+        )
         super().__init__(layers, bidirectional=bidirectional, dropout=dropout)

@@ -55,15 +55,11 @@ class GRURCN(PooledClassifier):
         if lower_in_candidate and not stacked:
             raise ModelError("lower_in_candidate=True says how levels are stacked: it needs stacked=True")
         self.directions = 2 if bidirectional else 1
-        spec = InputSpec(frames=in_frames, frame_stride=1, crop_height=224, crop_width=224)
-        super().__init__(
-            feature_dim=sum(STATES) * self.directions,
-            num_classes=num_classes,
-            input_spec=spec,
-            dropout=dropout,
-        )
+        spec = InputSpec.square(224, frames=in_frames, frame_stride=1)
+        width = sum(STATES) * self.directions
+        super().__init__(feature_dim=width, num_classes=num_classes, input_spec=spec, dropout=dropout)
         self.train_encoder = train_encoder
-        self.encoder = VGG16(num_classes=0, dropout=0.5).requires_grad_(train_encoder)
+        self.encoder = VGG16(num_classes=0).requires_grad_(train_encoder)
         lower = (0, *STATES[:-1]) if stacked else (0,) * len(STATES)
         # level after level, of the first direction and then of the second
         self.levels = nn.ModuleList(
@@ -154,11 +150,6 @@ def pooled_to(lower: Tensor, percept: Tensor) -> Tensor:
     flat = lower.flatten(0, 1)
     small = flat.amax(dim=(2, 3), keepdim=True) if percept.shape[-2:] == (1, 1) else F.max_pool2d(flat, 2)
     return small.view(*lower.shape[:2], *small.shape[1:])
-
-
-def recurrent_parameters(model: GRURCN) -> int:
-    """What the paper counts: the GRUs, without image network and classifiers."""
-    return sum(p.numel() for p in model.levels.parameters())
 
 
 gru_rcn = variant("gru_rcn", GRURCN, paper="arXiv 1511.06432", num_classes=101, in_frames=10)

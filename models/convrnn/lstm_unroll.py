@@ -50,6 +50,12 @@ def flat_steps(x: Tensor) -> Tensor:
     return frames if frames.ndim == 2 else frames.contiguous(memory_format=torch.channels_last)
 
 
+def product_of_steps(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(T, B, C, ...) -> (T, B, G, ...): :func:`product` of all steps as one batch."""
+    y = product(flat_steps(x), weight, bias)
+    return y.view(*x.shape[:2], *y.shape[1:])
+
+
 class Context(Protocol):
     """What :class:`LSTMUnroll` keeps for its backward pass, on the object that autograd hands it."""
 
@@ -95,6 +101,8 @@ class LSTMUnroll(torch.autograd.Function):
         hidden = torch.empty_like(gates[:, :N])
         cells = torch.empty_like(hidden)
         gates, hidden, cells = (y.view(T, B, *y.shape[1:]) for y in (gates, hidden, cells))
+        # A step's h and c are written straight into its rows of the results, and its gates over the products: the loop
+        # allocates nothing, and what backward needs is these buffers.
         start = (h, c)
         for t in reversed(range(T)) if reverse else range(T):
             before_h, before_c = h, c

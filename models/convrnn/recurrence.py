@@ -9,7 +9,8 @@ Shape letters: B clips, C channels, T steps, H W positions, N state channels, D 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,34 @@ StackState = tuple[LayerState, ...]
 def layer_widths(hidden: int | Sequence[int]) -> tuple[int, ...]:
     """N of each layer; one number is one layer."""
     return (hidden,) if isinstance(hidden, int) else tuple(hidden)
+
+
+def per_layer(name: str, value: int | Sequence[int], layers: int) -> tuple[int, ...]:
+    """One number for all layers, or one for each. Raises ModelError for another count."""
+    values = (value,) * layers if isinstance(value, int) else tuple(value)
+    if len(values) != layers:
+        raise ModelError(f"{name}={list(values)} is for {len(values)} layers, the network has {layers}")
+    return values
+
+
+def layer_places(
+    inputs: int, widths: Sequence[int], *, bidirectional: bool
+) -> Iterator[tuple[int, int, int]]:
+    """Level, input channels and N of every layer of a stack; with two directions each level comes twice.
+
+    A level reads the states of both directions below it, side by side.
+    """
+    directions = 2 if bidirectional else 1
+    below = [inputs, *(width * directions for width in widths)]
+    for level, width in enumerate(widths):
+        yield from [(level, below[level], width)] * directions
+
+
+def fan_in_uniform(*weights: Tensor | None) -> None:
+    """Initialise the weights there are, uniform in +-1/sqrt(fan-in)."""
+    for weight in weights:
+        if weight is not None:
+            nn.init.uniform_(weight, -(bound := 1 / math.sqrt(weight[0].numel())), bound)
 
 
 class RecurrentLayer(nn.Module):
@@ -110,9 +139,10 @@ class RecurrentStack(nn.Module):
     position_axes = 0  # 2 for maps
 
     def __init__(
-        self, layers: Sequence[RecurrentLayer], *, bidirectional: bool = False, dropout: float = 0.0
+        self, layers: Iterable[RecurrentLayer], *, bidirectional: bool = False, dropout: float = 0.0
     ) -> None:
         super().__init__()
+        layers = list(layers)
         if not layers:
             raise ModelError(f"{type(self).__name__} has no layers; give the state channels of at least one")
         if not 0 <= dropout < 1:
@@ -184,27 +214,16 @@ class RecurrentStack(nn.Module):
             both = []
             for direction in range(self.directions):
                 at = level + direction
-                hidden, after = self.run_layer(
-                    at, sequence, below, states[at], real=real, reverse=direction == 1
-                )
+                x, *lower = self.layer_inputs(at, sequence, below)
+                hidden, after = self.layers[at](x, states[at], real, direction == 1, *lower)
                 both.append(hidden)
                 last.append(after)
             outputs.append(both[0] if len(both) == 1 else torch.cat(both, dim=2))
         return outputs, tuple(last)
 
-    def run_layer(
-        self,
-        index: int,
-        sequence: Tensor,
-        below: Tensor,
-        state: LayerState | None,
-        *,
-        real: Tensor | None,
-        reverse: bool,
-    ) -> tuple[Tensor, LayerState]:
-        """One layer on the states of the layer below; ``sequence`` is the stack's own input."""
-        hidden, after = self.layers[index](below, state, real, reverse)
-        return hidden, after
+    def layer_inputs(self, index: int, sequence: Tensor, below: Tensor) -> tuple[Tensor, ...]:
+        """What a layer reads: the states below it, or whatever else of these and the stack's own input."""
+        return (below,)
 
     def _layer_states(self, state: StackState | None) -> Sequence[LayerState | None]:
         if state is None:

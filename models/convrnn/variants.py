@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from cliplift.models.convrnn.conv_lstm import ConvLSTM, MapPeephole, per_layer
+from cliplift.models.convrnn.conv_lstm import ConvLSTM, MapPeephole
 from cliplift.models.convrnn.fc_lstm import FCLSTM, Peephole
 from cliplift.models.convrnn.forecaster import EncoderForecaster
-from cliplift.models.convrnn.recurrence import layer_widths
+from cliplift.models.convrnn.recurrence import layer_widths, per_layer
 from cliplift.models.protocol import ModelError
 from cliplift.models.registry import register_model, variant
 

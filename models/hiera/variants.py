@@ -31,11 +31,10 @@ def hiera(
         drop_path: rate of the last block; it rises linearly from 0 in the first.
         dropout: before the classifier.
     """
-    spec = InputSpec(
+    spec = InputSpec.square(
+        crop,
         frames=in_frames,
         frame_stride=4,
-        crop_height=crop,
-        crop_width=crop,
         mean=(0.45, 0.45, 0.45),
         std=(0.225, 0.225, 0.225),
         test_clips=5,

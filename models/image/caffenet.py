@@ -7,8 +7,6 @@
   grouped convolutions as in CaffeNet. 13 x 13 maps, 6 x 6 after the last pooling.
 
 ImageNet weights of neither ship with a package; a state dict in these names loads with ``pretrained=FILE``.
-
-Shape letters: B images, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -83,10 +81,8 @@ class CaffeNet(PooledClassifier):
 
     Args:
         layers: the convolutions.
-        num_classes: K.
-        input_spec: what it expects.
-        fully_connected: 2 for fc6 and fc7, 1 for fc6 alone (LRCN reads that), 0 for the convolutions alone, whose map
-            is then averaged.
+        fully_connected: layers of 4096 before the classifier, which say where the features are read: 2 for fc6 and
+            fc7, 1 for fc6 alone (LRCN), 0 for the convolutions alone, whose map is then averaged.
         dropout: after each fully connected layer.
 
     Inputs of another size than 227 are brought to the 6 x 6 grid by averaging, as torchvision's AlexNet does; at 227
@@ -97,26 +93,22 @@ class CaffeNet(PooledClassifier):
 
     def __init__(
         self,
-        layers: tuple[Layer, ...],
         *,
-        num_classes: int,
-        input_spec: InputSpec,
+        layers: tuple[Layer, ...],
+        num_classes: int = 1000,
+        in_frames: int = 1,
         fully_connected: Literal[0, 1, 2] = 2,
         dropout: float = 0.5,
     ) -> None:
         if fully_connected not in (0, 1, 2):
             raise ModelError(f"fully_connected={fully_connected!r} must be 0, 1 or 2")
-        channels = layers[-1].width
-        super().__init__(
-            feature_dim=FC_WIDTH if fully_connected else channels,
-            num_classes=num_classes,
-            input_spec=input_spec,
-            dropout=dropout,
-        )
-        self.map_dim = channels
-        widths = [input_spec.channels, *(layer.width for layer in layers)]
+        spec, width = InputSpec.square(227, frames=in_frames, frame_stride=1), layers[-1].width
+        features = FC_WIDTH if fully_connected else width
+        super().__init__(feature_dim=features, num_classes=num_classes, input_spec=spec, dropout=dropout)
+        self.map_dim = width
+        widths = [3, *(layer.width for layer in layers)]
         self.conv = nn.ModuleList(convolution(c, layer) for c, layer in zip(widths, layers, strict=False))
-        sizes = [channels * GRID * GRID, *[FC_WIDTH] * fully_connected]
+        sizes = [width * GRID * GRID, *[FC_WIDTH] * fully_connected]
         self.fc = nn.ModuleList(ReluLinear(a, b) for a, b in pairwise(sizes))
         self.reset_classifier(num_classes)
 
@@ -137,43 +129,18 @@ class CaffeNet(PooledClassifier):
             x = F.relu(layer(x if i == 0 else self.head_dropout(x)))
         return x
 
-    def forward_pooled(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D)."""
-        self.check_input(x)
-        return self.pool_map(self.forward_features(x))
-
     def checkpoint_blocks(self) -> list[str]:
         return [f"conv.{i}" for i in range(len(self.conv))]
 
 
-def build_caffenet(
-    *,
-    layers: tuple[Layer, ...],
-    num_classes: int = 1000,
-    in_frames: int = 1,
-    fully_connected: Literal[0, 1, 2] = 2,
-    dropout: float = 0.5,
-) -> CaffeNet:
-    """CaffeNet for images of 227x227.
-
-    Args:
-        fully_connected: FC layers of 4096 before the classifier; their number says where the features are read.
-        dropout: after each of them.
-    """
-    spec = InputSpec(frames=in_frames, frame_stride=1, crop_height=227, crop_width=227)
-    return CaffeNet(
-        layers, num_classes=num_classes, input_spec=spec, fully_connected=fully_connected, dropout=dropout
-    )
-
-
 # 60,965,224 parameters at 1000 classes, features of 4096 (fc7; fc6 with ``fully_connected=1``)
 caffenet = variant(
-    "caffenet", build_caffenet, dims="2d", paper="Krizhevsky et al. 2012, BVLC", fixed={"layers": CAFFENET}
+    "caffenet", CaffeNet, dims="2d", paper="Krizhevsky et al. 2012, BVLC", fixed={"layers": CAFFENET}
 )
 # The frame network of LRCN, features of 4096; dropout 0.9 as released
 caffenet_hybrid = variant(
     "caffenet_hybrid",
-    build_caffenet,
+    CaffeNet,
     dims="2d",
     paper="Donahue et al. 2015, LRCN",
     fixed={"layers": HYBRID},

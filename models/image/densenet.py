@@ -2,8 +2,6 @@
 
 Paper: Huang et al., "Densely Connected Convolutional Networks", arXiv 1608.06993, Table 1 (121 and 169: growth 32,
 bottleneck 4 x growth, 64 stem filters, compression 0.5). The weights are named as in torchvision and timm.
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -185,7 +183,7 @@ def _trunk(
             rank=rank,
         )
         channels = block.out_channels
-        if i + 1 < len(shape.blocks):
+        if i + 1 < len(shape.blocks):  # a transition of T3D gives other widths than half, so each is asked
             parts[f"transition{i + 1}"] = gap = transition(channels, i)
             channels = cast(int, gap.out_channels)
     parts["norm5"] = BATCH_NORMS[rank](channels)
@@ -201,7 +199,7 @@ def densenet(
         drop_rate: dropout on every dense layer's new maps.
         dropout: before the classifier.
     """
-    spec = InputSpec(frames=in_frames, frame_stride=1, crop_height=224, crop_width=224)
+    spec = InputSpec.square(224, frames=in_frames, frame_stride=1)
     shape = DenseShape(blocks=BLOCKS[depth])
     return DenseNet(shape, num_classes=num_classes, input_spec=spec, drop_rate=drop_rate, dropout=dropout)
 

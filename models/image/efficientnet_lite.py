@@ -6,8 +6,6 @@ not scaled, the first and the last stage not made deeper. Weights: the packages 
 ``-lite2-`` (extra ``teachers``), ports of the TensorFlow checkpoints; they keep TensorFlow's BatchNorm epsilon (1e-3)
 and its input scaling, (x - 0.5) / 0.5. The ImageNet mean and deviation often quoted beside these weights are not what
 they were trained with.
-
-Shape letters: B images, C channels, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
@@ -18,14 +16,15 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.layers import Conv2d, PooledClassifier
+from cliplift.models.layers import Conv2d, PooledClassifier, same_pads
 from cliplift.models.protocol import InputSpec, ModelError
-from cliplift.models.registry import register_model
+from cliplift.models.registry import variant
 
 # (blocks, kernel, stride of the first, expansion, channels out): arXiv 1905.11946 Table 1, stages 2 to 8
 STAGES = (
@@ -38,6 +37,7 @@ STAGES = (
     (1, 3, 1, 6, 320),
 )
 STEM, HEAD = 32, 1280
+PAPER = "Tan & Le 2019, Lite"
 
 # Lite number -> (width, depth, side of the published input in pixels): efficientnet_lite_builder.py
 SCALES = {0: (1.0, 1.0, 224), 1: (1.0, 1.1, 240), 2: (1.1, 1.2, 260)}
@@ -73,8 +73,7 @@ class SamePaddedConv2d(Conv2d):
         for size, kernel, stride in zip(
             x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True
         ):
-            total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
-            pads += [total // 2, total - total // 2]
+            pads += same_pads(size, kernel, stride)
         return super().forward(F.pad(x, pads))
 
 
@@ -114,17 +113,23 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite(PooledClassifier):
-    """EfficientNet-Lite0, -1 or -2: (B, 3, H, W) -> (B, K)."""
+    """EfficientNet-Lite0, -1 or -2: (B, 3, H, W) -> (B, K), features of 1280.
+
+    ``create_model("efficientnet_lite0", pretrained="imagenet")`` needs no network: the extra ``teachers`` ships the
+    weights of all three.
+    """
 
     input_dims = 4
 
     def __init__(
-        self, *, num_classes: int, input_spec: InputSpec, dropout: float = 0.0, lite: int = 0
+        self, *, lite: int, num_classes: int = 1000, in_frames: int = 1, dropout: float = 0.0
     ) -> None:
-        super().__init__(feature_dim=HEAD, num_classes=num_classes, input_spec=input_spec, dropout=dropout)
+        side = SCALES[lite][2]
+        spec = InputSpec.square(side, frames=in_frames, frame_stride=1, mean=(0.5,) * 3, std=(0.5,) * 3)
+        super().__init__(feature_dim=HEAD, num_classes=num_classes, input_spec=spec, dropout=dropout)
         self.lite = lite
         self.stem = nn.Sequential(
-            _convolution(input_spec.channels, STEM, 3, stride=2), _norm(STEM), nn.ReLU6(inplace=True)
+            _convolution(spec.channels, STEM, 3, stride=2), _norm(STEM), nn.ReLU6(inplace=True)
         )
         blocks: list[nn.Module] = []
         channels = STEM
@@ -145,8 +150,7 @@ class EfficientNetLite(PooledClassifier):
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
-        features: Tensor = self.head(x)
-        return features
+        return cast(Tensor, self.head(x))
 
     def checkpoint_blocks(self) -> list[str]:
         return [f"blocks.{i}" for i in range(len(self.blocks))]
@@ -178,29 +182,13 @@ _PACKAGE_TOP = {
     "_fc": "classifier",
 }
 _TIMM_TOP = {"conv_stem": "stem.0", "bn1": "stem.1", "conv_head": "head.0", "bn2": "head.1"}
-_PACKAGE_BLOCK = {
-    "_expand_conv": "expand",
-    "_bn0": "expand_norm",
-    "_depthwise_conv": "depthwise",
-    "_bn1": "depthwise_norm",
-    "_project_conv": "project",
-    "_bn2": "project_norm",
-}
-_TIMM_BLOCK = {
-    "conv_pw": "expand",
-    "bn1": "expand_norm",
-    "conv_dw": "depthwise",
-    "bn2": "depthwise_norm",
-    "conv_pwl": "project",
-    "bn3": "project_norm",
-}
+_PARTS = ("expand", "expand_norm", "depthwise", "depthwise_norm", "project", "project_norm")
+_PACKAGE_BLOCK = dict(
+    zip(("_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2"), _PARTS, strict=True)
+)
+_TIMM_BLOCK = dict(zip(("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"), _PARTS, strict=True))
 # stage 0 does not expand: its 1x1 is the projection
-_TIMM_FIRST_BLOCK = {
-    "conv_dw": "depthwise",
-    "bn1": "depthwise_norm",
-    "conv_pw": "project",
-    "bn2": "project_norm",
-}
+_TIMM_FIRST_BLOCK = dict(zip(("conv_dw", "bn1", "conv_pw", "bn2"), _PARTS[2:], strict=True))
 
 
 def _from_package(key: str) -> str:
@@ -236,31 +224,13 @@ def _imagenet_weights(lite: int) -> dict[str, Tensor]:
     return state
 
 
-def _build(lite: int, *, num_classes: int, in_frames: int, dropout: float) -> EfficientNetLite:
-    side = SCALES[lite][2]
-    spec = InputSpec(
-        frames=in_frames, frame_stride=1, crop_height=side, crop_width=side, mean=(0.5,) * 3, std=(0.5,) * 3
-    )
-    return EfficientNetLite(num_classes=num_classes, input_spec=spec, dropout=dropout, lite=lite)
-
-
-@register_model(dims="2d", paper="Tan & Le 2019, Lite", default_classes=1000)
-def efficientnet_lite0(*, num_classes: int = 1000, in_frames: int = 1, dropout: float = 0.0) -> nn.Module:
-    """EfficientNet-Lite0, 4,652,008 parameters at 1000 classes, features of 1280.
-
-    ``create_model("efficientnet_lite0", pretrained="imagenet")`` needs no network: the extra ``teachers`` ships the
-    weights. Input: 224x224 RGB, mean = deviation = 0.5.
-    """
-    return _build(0, num_classes=num_classes, in_frames=in_frames, dropout=dropout)
-
-
-@register_model(dims="2d", paper="Tan & Le 2019, Lite", default_classes=1000)
-def efficientnet_lite1(*, num_classes: int = 1000, in_frames: int = 1, dropout: float = 0.0) -> nn.Module:
-    """EfficientNet-Lite1, 5,416,680 parameters at 1000 classes, features of 1280; input 240x240. Weights as Lite0's."""
-    return _build(1, num_classes=num_classes, in_frames=in_frames, dropout=dropout)
-
-
-@register_model(dims="2d", paper="Tan & Le 2019, Lite", default_classes=1000)
-def efficientnet_lite2(*, num_classes: int = 1000, in_frames: int = 1, dropout: float = 0.0) -> nn.Module:
-    """EfficientNet-Lite2, 6,092,072 parameters at 1000 classes, features of 1280; input 260x260. Weights as Lite0's."""
-    return _build(2, num_classes=num_classes, in_frames=in_frames, dropout=dropout)
+# Parameters at 1000 classes: 4,652,008; 5,416,680; 6,092,072
+efficientnet_lite0 = variant(
+    "efficientnet_lite0", EfficientNetLite, dims="2d", paper=PAPER, fixed={"lite": 0}
+)
+efficientnet_lite1 = variant(
+    "efficientnet_lite1", EfficientNetLite, dims="2d", paper=PAPER, fixed={"lite": 1}
+)
+efficientnet_lite2 = variant(
+    "efficientnet_lite2", EfficientNetLite, dims="2d", paper=PAPER, fixed={"lite": 2}
+)

@@ -6,21 +6,19 @@ in torchvision and timm. Two layouts are in circulation:
 * ``layout="torchvision"`` (default): a bottleneck's stride is on its 3x3 convolution, the stem's pooling is padded;
 * ``layout="caffe"``: the authors' release, stride on the first 1x1 and an unpadded pooling that rounds up. It is the
   network P3D (2017) was initialised from.
-
-Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, Protocol, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.layers import BATCH_NORMS, CONVOLUTIONS, Conv2d, PooledClassifier
-from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.protocol import InputSpec, check_choices
 from cliplift.models.registry import variant
 
 PAPER = "He et al. 2016"
@@ -51,24 +49,26 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 - 3x3 - 1x1, each with BN, and the shortcut (50 layers and more)."""
+    """1x1 - 3x3 - 1x1, each with BN, and the shortcut (50 layers and more). ResNeXt's 3x3 is in ``groups``."""
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, *, stride: int, rank: int, layout: Layout) -> None:
+    def __init__(
+        self, in_channels: int, width: int, *, stride: int, rank: int, layout: Layout, groups: int = 1
+    ) -> None:
         super().__init__()
         conv, norm = CONVOLUTIONS[rank], BATCH_NORMS[rank]
         first, second = (stride, 1) if layout == "caffe" else (1, stride)
         self.conv1 = conv(in_channels, width, 1, stride=first, bias=False)
         self.bn1 = norm(width)
-        self.conv2 = conv(width, width, 3, stride=second, padding=1, bias=False)
+        self.conv2 = conv(width, width, 3, stride=second, padding=1, groups=groups, bias=False)
         self.bn2 = norm(width)
         self.conv3 = conv(width, width * self.expansion, 1, bias=False)
         self.bn3 = norm(width * self.expansion)
         self.downsample = shortcut(in_channels, width * self.expansion, stride=stride, rank=rank)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, 4 * width, T/stride, H/stride, W/stride); without the T in 2D."""
+        """(B, C, T, H, W) -> (B, expansion * width, T/stride, H/stride, W/stride); without the T in 2D."""
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
         y = self.bn3(self.conv3(y))
@@ -76,13 +76,18 @@ class Bottleneck(nn.Module):
 
 
 def shortcut(
-    in_channels: int, out_channels: int, *, stride: int | tuple[int, int, int], rank: int
+    in_channels: int,
+    out_channels: int,
+    *,
+    stride: int | tuple[int, int, int],
+    rank: int,
+    norm: Callable[[int], nn.Module] | None = None,
 ) -> nn.Module:
     """The identity where shapes agree, else a strided 1x1 convolution with BN (option B of the paper)."""
     if stride in (1, (1, 1, 1)) and in_channels == out_channels:
         return nn.Identity()
     projection = CONVOLUTIONS[rank](in_channels, out_channels, 1, stride=stride, bias=False)
-    return nn.Sequential(projection, BATCH_NORMS[rank](out_channels))
+    return nn.Sequential(projection, (norm or BATCH_NORMS[rank])(out_channels))
 
 
 class BlockBuilder(Protocol):
@@ -94,6 +99,11 @@ class BlockBuilder(Protocol):
 class StagedNet(PooledClassifier):
     """Four stages of residual blocks, ``layer1`` to ``layer4``; the first block of all but the first has stride 2."""
 
+    head_name = "fc"
+    conv1: nn.Module
+    bn1: nn.Module
+    maxpool: nn.Module
+
     def add_stages(
         self,
         counts: tuple[int, ...],
@@ -102,38 +112,53 @@ class StagedNet(PooledClassifier):
         channels: int,
         widths: tuple[int, ...] = STAGE_WIDTHS,
         expansion: int = 1,
+        between: Callable[[int, int], nn.Module] | None = None,
     ) -> None:
-        """Build the stages of blocks that give ``width * expansion`` channels."""
+        """Build the stages of blocks that give ``width * expansion`` channels.
+
+        ``between(channels, index)`` builds a layer after stage ``index`` (0, 1, 2) with an ``out_channels`` attribute.
+        """
         for stage, (count, width) in enumerate(zip(counts, widths, strict=True), start=1):
             blocks = []
             for i in range(count):
                 blocks.append(block(channels, width, stride=2 if stage > 1 and i == 0 else 1))
                 channels = width * expansion
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+            if between is not None and stage < len(counts):
+                layer = between(channels, stage - 1)
+                self.add_module(f"between{stage}", layer)
+                channels = cast(int, layer.out_channels)
 
     def run_stages(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> the last stage's map."""
-        for stage in range(1, 5):
-            x = self.get_submodule(f"layer{stage}")(x)
+        for name, stage in self.named_children():
+            if name.startswith(("layer", "between")):
+                x = stage(x)
         return x
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, D, T', H', W'); without the T in 2D. For nets with ResNet's stem."""
+        return self.run_stages(self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True)))
+
     def checkpoint_blocks(self) -> list[str]:
-        stages = ((n, stage) for n, stage in self.named_children() if n.startswith("layer"))
-        return [f"{name}.{i}" for name, stage in stages for i, _ in enumerate(stage.children())]
+        names: list[str] = []
+        for name, stage in self.named_children():
+            if name.startswith("layer"):
+                names += [f"{name}.{i}" for i, _ in enumerate(stage.children())]
+            elif name.startswith("between"):
+                names.append(name)
+        return names
 
 
-class ResNet(PooledClassifier):
+class ResNet(StagedNet):
     """ResNet of any rank.
 
     Args:
         depth: 18, 34, 50, 101 or 152.
         stem: the first convolution; its BN, ReLU and the pooling follow.
         pool: the pooling after the stem.
-        between: ``between(channels, index)`` builds a layer after stage ``index`` (0, 1, 2) with an
-            ``out_channels`` attribute; None for the plain network.
+        between: layers between the stages, see :meth:`StagedNet.add_stages`; None for the plain network.
     """
-
-    head_name = "fc"
 
     def __init__(
         self,
@@ -147,48 +172,21 @@ class ResNet(PooledClassifier):
         between: Callable[[int, int], nn.Module] | None = None,
         dropout: float = 0.0,
     ) -> None:
-        if layout not in ("torchvision", "caffe"):
-            raise ModelError(f"layout={layout!r} must be 'torchvision' or 'caffe'")
+        check_choices(Layout, layout=layout)
         block = BasicBlock if depth < 50 else Bottleneck
-        super().__init__(
-            feature_dim=STAGE_WIDTHS[-1] * block.expansion,
-            num_classes=num_classes,
-            input_spec=input_spec,
-            dropout=dropout,
-        )
+        width = STAGE_WIDTHS[-1] * block.expansion
+        super().__init__(feature_dim=width, num_classes=num_classes, input_spec=input_spec, dropout=dropout)
         rank = len(stem.kernel_size)
         self.input_dims = rank + 2
         self.conv1, self.bn1, self.maxpool = stem, BATCH_NORMS[rank](stem.out_channels), pool
-        channels = stem.out_channels
-        for i, (blocks, width) in enumerate(zip(LAYERS[depth], STAGE_WIDTHS, strict=True)):
-            layers: OrderedDict[str, nn.Module] = OrderedDict()
-            for j in range(blocks):
-                stride = 2 if i > 0 and j == 0 else 1
-                layers[str(j)] = block(channels, width, stride=stride, rank=rank, layout=layout)
-                channels = width * block.expansion
-            self.add_module(f"layer{i + 1}", nn.Sequential(layers))
-            if between is not None and i < len(STAGE_WIDTHS) - 1:
-                extra = between(channels, i)
-                self.add_module(f"between{i + 1}", extra)
-                channels = cast(int, extra.out_channels)
+        self.add_stages(
+            LAYERS[depth],
+            partial(block, rank=rank, layout=layout),
+            channels=stem.out_channels,
+            expansion=block.expansion,
+            between=between,
+        )
         self.reset_classifier(num_classes)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, D, T', H', W'); without the T in 2D."""
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
-        for name, stage in self.named_children():
-            if name.startswith(("layer", "between")):
-                x = stage(x)
-        return x
-
-    def checkpoint_blocks(self) -> list[str]:
-        names: list[str] = []
-        for name, stage in self.named_children():
-            if name.startswith("layer"):
-                names += [f"{name}.{i}" for i, _ in enumerate(stage.children())]
-            elif name.startswith("between"):
-                names.append(name)
-        return names
 
 
 def resnet(
@@ -215,7 +213,7 @@ def resnet(
         stem=Conv2d(3, STAGE_WIDTHS[0], 7, stride=2, padding=3, bias=False),
         pool=pool,
         num_classes=num_classes,
-        input_spec=InputSpec(frames=in_frames, frame_stride=1, crop_height=224, crop_width=224),
+        input_spec=InputSpec.square(224, frames=in_frames, frame_stride=1),
         layout=layout,
         dropout=dropout,
     )

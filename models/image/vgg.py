@@ -2,18 +2,18 @@
 
 Torchvision's weights load by ``pretrained=FILE``: their ``classifier.0``, ``.3`` and ``.6`` are fc6, fc7 and the
 classifier here. Images of another size than 224 are averaged to fc6's 7 x 7 grid, as in torchvision.
-
-Shape letters: B images, C channels, H W pixels, D width, K classes.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.layers import Conv2d, PooledClassifier, ReluLinear
 from cliplift.models.protocol import InputSpec
-from cliplift.models.registry import register_model
+from cliplift.models.registry import variant
 from cliplift.models.state_dicts import rename_prefixes
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # Table 1, column D
@@ -27,8 +27,8 @@ class VGG16(PooledClassifier):
 
     input_dims = 4
 
-    def __init__(self, *, num_classes: int, dropout: float) -> None:
-        spec = InputSpec(frames=1, frame_stride=1, crop_height=224, crop_width=224)
+    def __init__(self, *, num_classes: int = 1000, in_frames: int = 1, dropout: float = 0.5) -> None:
+        spec = InputSpec.square(224, frames=in_frames, frame_stride=1)
         super().__init__(feature_dim=FC_WIDTH, num_classes=num_classes, input_spec=spec, dropout=dropout)
         layers: list[nn.Module] = []
         channels = 3
@@ -45,13 +45,7 @@ class VGG16(PooledClassifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> pool5 (B, 512, H/32, W/32)."""
-        features: Tensor = self.features(x)
-        return features
-
-    def forward_pooled(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> fc7 (B, 4096)."""
-        self.check_input(x)
-        return self.pool_map(self.forward_features(x))
+        return cast(Tensor, self.features(x))
 
     def percepts(self, x: Tensor) -> list[Tensor]:
         """(B, 3, H, W) -> pool2, pool3, pool4, pool5 (B, D, H', W') and fc7 (B, 4096, 1, 1)."""
@@ -82,7 +76,5 @@ class VGG16(PooledClassifier):
         return [f"features.{i}" for i, layer in enumerate(self.features) if isinstance(layer, Conv2d)]
 
 
-@register_model(dims="2d", paper="arXiv 1409.1556", default_classes=1000)
-def vgg16(*, num_classes: int = 1000, in_frames: int = 1, dropout: float = 0.5) -> VGG16:
-    """138,357,544 parameters with 1000 classes."""
-    return VGG16(num_classes=num_classes, dropout=dropout)
+# 138,357,544 parameters at 1000 classes
+vgg16 = variant("vgg16", VGG16, dims="2d", paper="arXiv 1409.1556")

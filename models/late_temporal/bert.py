@@ -14,13 +14,14 @@ Shape letters: B clips, N tokens (T' of the feature map), S = N + 1 with the CLS
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.protocol import ModelError
+from cliplift.models.protocol import ModelError, check_choices
 
 Positions = Literal["learned", "sinusoidal", "none"]
 Norm = Literal["original", "torch"]
@@ -28,6 +29,49 @@ Init = Literal["bert5", "bert2"]
 
 FEED_FORWARD_RATIO = 4
 SINUSOID_BASE = 64.0  # of the public code; 10000 in "Attention is all you need", for far longer sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertOptions:
+    """Options of :class:`TemporalBert`.
+
+    Attributes:
+        layers, heads: encoder layers and attention heads (paper's Table 2: 1 and 8 are best).
+        cls_token: a learned token collects the answer; without it the output tokens are averaged.
+        positions: "learned", "sinusoidal" (not trained), or "none" (then the order of the frames is unknowable).
+        keep_probability: in training every key token is kept with this probability, drawn once per clip for all
+            layers, heads and queries; CLS is always kept. Nothing is masked in eval mode.
+        dropout: on embeddings, attention weights, both branches, inside the feed-forward and on the block's output.
+        norm: "original" (see :class:`OriginalLayerNorm`; needed for the published weights) or "torch".
+        init: "bert5" (ResNeXt, R(2+1)D, SlowFast: CLS and positions N(0, 0.02)) or "bert2" (I3D: CLS and positions
+            N(0, 1/sqrt(D)), linear layers N(0, 0.02)).
+        normalise_tokens: divide every token by its L2 norm before BERT (I3D; the others feed raw averages).
+    """
+
+    layers: int = 1
+    heads: int = 8
+    cls_token: bool = True
+    positions: Positions = "learned"
+    keep_probability: float = 0.8
+    dropout: float = 0.1
+    norm: Norm = "original"
+    init: Init = "bert5"
+    normalise_tokens: bool = False
+
+    def check(self, dim: int) -> None:
+        """Raises ModelError for options that tokens of width ``dim`` cannot have."""
+        if self.layers < 1 or self.heads < 1 or dim % self.heads:
+            raise ModelError(
+                f"BERT head: layers={self.layers} and heads={self.heads} must be at least 1, heads a divisor of {dim}"
+            )
+        if not 0 < self.keep_probability <= 1 or not 0 <= self.dropout < 1:
+            raise ModelError(
+                f"BERT head: keep_probability={self.keep_probability} must be in (0, 1] and dropout={self.dropout} "
+                "in [0, 1)"
+            )
+        check_choices(Positions, positions=self.positions)
+        check_choices(Norm, norm=self.norm)
+        check_choices(Init, init=self.init)
 
 
 class BertOutput(NamedTuple):
@@ -112,11 +156,12 @@ class FeedForward(nn.Sequential):
 class BertBlock(nn.Module):
     """Pre-norm attention and feed-forward, each with dropout on its branch, and dropout on the block's output."""
 
-    def __init__(self, dim: int, *, heads: int, dropout: float, norm: Norm, init: Init) -> None:
+    def __init__(self, dim: int, options: BertOptions) -> None:
         super().__init__()
-        self.attention_norm = _norm(dim, norm)
-        self.attention = Attention(dim, heads=heads, dropout=dropout, init=init)
-        self.feed_forward_norm = _norm(dim, norm)
+        dropout, init = options.dropout, options.init
+        self.attention_norm = _norm(dim, options.norm)
+        self.attention = Attention(dim, heads=options.heads, dropout=dropout, init=init)
+        self.feed_forward_norm = _norm(dim, options.norm)
         self.feed_forward = FeedForward(dim, dropout=dropout, init=init)
         self.dropout = nn.Dropout(dropout)
 
@@ -134,50 +179,25 @@ class TemporalBert(nn.Module):
     Args:
         dim: width D of the tokens.
         max_tokens: N of a whole clip; a position is learned for each, and one for CLS.
-        layers, heads: encoder layers and attention heads (paper's Table 2: 1 and 8 are best).
-        cls_token: a learned token collects the answer; without it the output tokens are averaged.
-        positions: "learned", "sinusoidal" (not trained), or "none" (then the order of the frames is unknowable).
-        keep_probability: in training every key token is kept with this probability, drawn once per clip for all
-            layers, heads and queries; CLS is always kept. Nothing is masked in eval mode.
-        dropout: on embeddings, attention weights, both branches, inside the feed-forward and on the block's output.
-        norm: "original" (see :class:`OriginalLayerNorm`; needed for the published weights) or "torch".
-        init: "bert5" (ResNeXt, R(2+1)D, SlowFast: CLS and positions N(0, 0.02)) or "bert2" (I3D: CLS and positions
-            N(0, 1/sqrt(D)), linear layers N(0, 0.02)).
 
     Raises:
         ModelError: an impossible option; and in ``forward`` more than ``max_tokens`` tokens.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        *,
-        max_tokens: int,
-        layers: int = 1,
-        heads: int = 8,
-        cls_token: bool = True,
-        positions: Positions = "learned",
-        keep_probability: float = 0.8,
-        dropout: float = 0.1,
-        norm: Norm = "original",
-        init: Init = "bert5",
-    ) -> None:
+    def __init__(self, dim: int, *, max_tokens: int, options: BertOptions) -> None:
         super().__init__()
-        _check_rates(dim, layers, heads, keep_probability, dropout)
-        _check_names(positions, norm, init)
-        self.dim, self.max_tokens, self.keep_probability = dim, max_tokens, keep_probability
-        std = 0.02 if init == "bert5" else dim**-0.5
-        length = max_tokens + int(cls_token)
-        self.cls_token = _normal(1, 1, dim, std=std) if cls_token else None
-        if positions == "learned":
+        options.check(dim)
+        self.dim, self.max_tokens, self.keep_probability = dim, max_tokens, options.keep_probability
+        std = 0.02 if options.init == "bert5" else dim**-0.5
+        length = max_tokens + int(options.cls_token)
+        self.cls_token = _normal(1, 1, dim, std=std) if options.cls_token else None
+        if options.positions == "learned":
             self.positions: Tensor | None = _normal(1, length, dim, std=std)
         else:
-            table = sinusoids(length, dim)[None] if positions == "sinusoidal" else None
+            table = sinusoids(length, dim)[None] if options.positions == "sinusoidal" else None
             self.register_buffer("positions", table, persistent=False)
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(
-            BertBlock(dim, heads=heads, dropout=dropout, norm=norm, init=init) for _ in range(layers)
-        )
+        self.dropout = nn.Dropout(options.dropout)
+        self.blocks = nn.ModuleList(BertBlock(dim, options) for _ in range(options.layers))
 
     def forward(self, tokens: Tensor, *, return_attention: bool = False) -> BertOutput:
         """(B, N, D) -> :class:`BertOutput`."""
@@ -224,24 +244,3 @@ def _normal(*shape: int, std: float) -> nn.Parameter:
 
 def _norm(dim: int, kind: Norm) -> nn.Module:
     return OriginalLayerNorm(dim) if kind == "original" else nn.LayerNorm(dim, eps=1e-6)
-
-
-def _check_rates(dim: int, layers: int, heads: int, keep_probability: float, dropout: float) -> None:
-    if layers < 1 or heads < 1 or dim % heads:
-        raise ModelError(
-            f"BERT head: layers={layers} and heads={heads} must be at least 1, heads a divisor of {dim}"
-        )
-    if not 0 < keep_probability <= 1 or not 0 <= dropout < 1:
-        raise ModelError(
-            f"BERT head: keep_probability={keep_probability} must be in (0, 1] and dropout={dropout} in [0, 1)"
-        )
-
-
-def _check_names(positions: str, norm: str, init: str) -> None:
-    for name, value, known in (
-        ("positions", positions, ("learned", "sinusoidal", "none")),
-        ("norm", norm, ("original", "torch")),
-        ("init", init, ("bert5", "bert2")),
-    ):
-        if value not in known:
-            raise ModelError(f"BERT head: {name}={value!r} must be one of {', '.join(map(repr, known))}")

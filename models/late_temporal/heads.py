@@ -12,18 +12,18 @@ Shape letters: B clips, C channels, T' frames of the feature map (tokens), H' W'
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Literal, cast
+from dataclasses import dataclass, field
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.late_temporal.bert import BertOutput, Init, Norm, Positions, TemporalBert
-from cliplift.models.protocol import ModelError
+from cliplift.models.late_temporal.bert import BertOptions, BertOutput, TemporalBert
+from cliplift.models.protocol import ModelError, check_choices
 
 HeadKind = Literal["tgap", "concat", "concat_fc", "lstm", "nonlocal_concat_fc", "bert"]
-HEAD_KINDS: tuple[HeadKind, ...] = ("tgap", "concat", "concat_fc", "lstm", "nonlocal_concat_fc", "bert")
+HEAD_KINDS: tuple[HeadKind, ...] = get_args(HeadKind)
 PUBLISHED_WIDTHS = {"concat_fc": 1550, "lstm": 450, "nonlocal_concat_fc": 1000}
 LSTM_LAYERS = 2
 
@@ -31,24 +31,6 @@ LSTM_LAYERS = 2
 def tokens_of(maps: Tensor) -> Tensor:
     """(B, C, T', H', W') -> (B, T', C): the average over space."""
     return maps.flatten(3).mean(dim=3).transpose(1, 2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BertOptions:
-    """Options of the BERT head; see :class:`~cliplift.models.late_temporal.bert.TemporalBert`.
-
-    ``normalise_tokens`` divides every token by its L2 norm first (the I3D models; the others feed raw averages).
-    """
-
-    layers: int = 1
-    heads: int = 8
-    cls_token: bool = True
-    positions: Positions = "learned"
-    keep_probability: float = 0.8
-    dropout: float = 0.1
-    norm: Norm = "original"
-    init: Init = "bert5"
-    normalise_tokens: bool = False
 
 
 class TemporalHead(nn.Module):
@@ -139,9 +121,8 @@ class Bert(TemporalHead):
 
     def __init__(self, *, dim: int, tokens: int, dropout: float, options: BertOptions) -> None:
         super().__init__(dim=dim, out_dim=dim, dropout=dropout)
-        settings = asdict(options)
-        self.normalise_tokens = settings.pop("normalise_tokens")
-        self.bert = TemporalBert(dim, max_tokens=tokens, **settings)
+        self.normalise_tokens = options.normalise_tokens
+        self.bert = TemporalBert(dim, max_tokens=tokens, options=options)
 
     def forward(self, maps: Tensor) -> Tensor:
         return cast(Tensor, self.dropout(self.attend(maps).summary))
@@ -155,41 +136,43 @@ class Bert(TemporalHead):
         return output
 
 
-def temporal_head(
-    kind: HeadKind,
-    *,
-    dim: int,
-    tokens: int,
-    dropout: float = 0.8,
-    width: int | None = None,
-    bert: BertOptions | None = None,
-) -> TemporalHead:
-    """Build a head by name.
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """A temporal head by name, and what it takes beside the feature map's size.
 
-    Args:
+    Attributes:
         kind: one of ``HEAD_KINDS``.
-        dim: channels C of the feature map.
-        tokens: its T' for a whole clip; the concatenations need exactly it, BERT at most it.
         dropout: before the classifier (before the linear layer where the head has one).
         width: outputs of ``concat_fc`` (1550), ``lstm`` (450) and ``nonlocal_concat_fc`` (1000); None is the published.
-        bert: options of the ``bert`` head; None is as published.
-
-    Raises:
-        ModelError: an unknown kind, a dropout outside [0, 1), or a width for a head that has none.
+        bert: options of the ``bert`` head.
     """
-    if not 0 <= dropout < 1:
-        raise ModelError(f"dropout={dropout} must be in [0, 1)")
-    if width is not None and (kind not in PUBLISHED_WIDTHS or width < 1):
-        raise ModelError(f"head {kind!r} with width={width}: {sorted(PUBLISHED_WIDTHS)} take one, at least 1")
-    inner = width or PUBLISHED_WIDTHS.get(kind, 0)
-    if kind == "tgap":
-        return AveragePooling(dim=dim, dropout=dropout)
-    if kind in ("concat", "concat_fc"):
+
+    kind: HeadKind = "bert"
+    dropout: float = 0.8
+    width: int | None = None
+    bert: BertOptions = field(default_factory=BertOptions)
+
+    def build(self, *, dim: int, tokens: int) -> TemporalHead:
+        """The head for ``dim`` channels and T' = ``tokens``; the concatenations need exactly that T', BERT at most it.
+
+        Raises:
+            ModelError: an unknown kind, a dropout outside [0, 1), or a width for a head that has none.
+        """
+        kind, dropout, width = self.kind, self.dropout, self.width
+        check_choices(HeadKind, head=kind)
+        if not 0 <= dropout < 1:
+            raise ModelError(f"dropout={dropout} must be in [0, 1)")
+        if width is not None and (kind not in PUBLISHED_WIDTHS or width < 1):
+            raise ModelError(
+                f"head {kind!r} with width={width}: {sorted(PUBLISHED_WIDTHS)} take one, at least 1"
+            )
+        inner = width or PUBLISHED_WIDTHS.get(kind, 0)
+        if kind == "tgap":
+            return AveragePooling(dim=dim, dropout=dropout)
+        if kind == "nonlocal_concat_fc":
+            return NonLocalConcatenation(dim=dim, tokens=tokens, dropout=dropout, width=inner)
+        if kind == "lstm":
+            return Lstm(dim=dim, dropout=dropout, width=inner)
+        if kind == "bert":
+            return Bert(dim=dim, tokens=tokens, dropout=dropout, options=self.bert)
         return Concatenation(dim=dim, tokens=tokens, dropout=dropout, width=inner or None)
-    if kind == "nonlocal_concat_fc":
-        return NonLocalConcatenation(dim=dim, tokens=tokens, dropout=dropout, width=inner)
-    if kind == "lstm":
-        return Lstm(dim=dim, dropout=dropout, width=inner)
-    if kind == "bert":
-        return Bert(dim=dim, tokens=tokens, dropout=dropout, options=bert or BertOptions())
-    raise ModelError(f"head={kind!r} must be one of {', '.join(map(repr, HEAD_KINDS))}")

@@ -13,20 +13,14 @@ Shape letters: B clips, C channels, T frames, H W pixels, T' H' W' the feature m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from cliplift.models.late_temporal.heads import Bert, BertOptions, HeadKind, TemporalHead, temporal_head
-from cliplift.models.late_temporal.reduction import (
-    REDUCTIONS,
-    Reduction,
-    last_block,
-    reducing_block,
-    replace_block,
-)
+from cliplift.models.late_temporal.heads import Bert, HeadOptions, TemporalHead
+from cliplift.models.late_temporal.reduction import Reduction, last_block, reducing_block, replace_block
 from cliplift.models.late_temporal.weights import late_temporal_state
 from cliplift.models.layers import PooledClassifier
 from cliplift.models.protocol import (
@@ -35,6 +29,7 @@ from cliplift.models.protocol import (
     StateLoader,
     VideoNetwork,
     adapt_2d_state,
+    check_choices,
     published_weights,
 )
 
@@ -51,21 +46,6 @@ class XavierHead(nn.Linear):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadOptions:
-    """What :func:`~cliplift.models.late_temporal.heads.temporal_head` takes beside the feature map's size."""
-
-    kind: HeadKind = "bert"
-    dropout: float = 0.8
-    width: int | None = None
-    bert: BertOptions = field(default_factory=BertOptions)
-
-    def build(self, *, dim: int, tokens: int) -> TemporalHead:
-        return temporal_head(
-            self.kind, dim=dim, tokens=tokens, dropout=self.dropout, width=self.width, bert=self.bert
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class ReductionOptions:
     """``kind`` "frmb" replaces the backbone's last block, "frab" adds one after it; ``channels`` is C after it."""
 
@@ -73,8 +53,7 @@ class ReductionOptions:
     channels: int = 512
 
     def __post_init__(self) -> None:
-        if self.kind not in REDUCTIONS:
-            raise ModelError(f"reduction={self.kind!r} must be one of {', '.join(map(repr, REDUCTIONS))}")
+        check_choices(Reduction, reduction=self.kind)
 
     def apply(
         self, backbone: nn.Module, block: str, dim: int, channels: int
@@ -262,8 +241,7 @@ def with_temporal_heads_on_pathways(
     Raises:
         ModelError: another fusion.
     """
-    if fusion not in ("early", "late"):
-        raise ModelError(f"fusion={fusion!r} must be 'early' or 'late'")
+    check_choices(Fusion, fusion=fusion)
     # blocks come in forward order, and each pathway has its own
     last = {
         name: [n for n in backbone.checkpoint_blocks() if f"pathway{p}_res" in n][-1]

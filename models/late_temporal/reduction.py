@@ -23,7 +23,6 @@ from cliplift.models.conv3d.i3d import Mixed
 from cliplift.models.protocol import ModelError, VideoNetwork
 
 Reduction = Literal["none", "frmb", "frab"]
-REDUCTIONS: tuple[Reduction, ...] = ("none", "frmb", "frab")
 
 
 class FanInConv3d(nn.Conv3d):

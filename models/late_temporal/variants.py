@@ -17,11 +17,10 @@ from typing import Any
 import torch
 
 from cliplift.models.factory import create_model
-from cliplift.models.late_temporal.bert import Init, Norm, Positions
-from cliplift.models.late_temporal.heads import BertOptions, HeadKind
+from cliplift.models.late_temporal.bert import BertOptions, Init, Norm, Positions
+from cliplift.models.late_temporal.heads import HeadKind, HeadOptions
 from cliplift.models.late_temporal.model import (
     Fusion,
-    HeadOptions,
     LateTemporal,
     ReductionOptions,
     with_temporal_head,
@@ -128,7 +127,7 @@ def late_temporal(
         dropout: before the classifier.
         width: outputs of concat_fc (1550), lstm (450), nonlocal_concat_fc (1000).
         layers, heads, cls_token, positions, keep_probability, bert_dropout, norm, init, normalise_tokens: of the
-            bert head; see :class:`~cliplift.models.late_temporal.bert.TemporalBert`.
+            bert head; see :class:`~cliplift.models.late_temporal.bert.BertOptions`.
     """
     bert = BertOptions(
         layers=layers,
@@ -153,54 +152,26 @@ def late_temporal(
     )
 
 
-def one_layer_bert(
-    *,
-    backbone: str,
-    reduction: Reduction = "none",
-    fusion: Fusion | None = None,
-    fast_stride: int | None = None,
-    num_classes: int = 51,
-    in_frames: int = 64,
-    in_channels: int = 3,
-    dropout: float = 0.8,
-) -> LateTemporal:
-    """A published net: a backbone and one layer of BERT; I3D's normalises its tokens and has another initialisation.
-
-    Args:
-        in_frames: consecutive ones.
-        in_channels: 3, or 2 for the flow stream.
-        dropout: before the classifier.
-    """
-    i3d = backbone == "i3d_inception"
-    bert = BertOptions(init="bert2", normalise_tokens=True) if i3d else BertOptions()
-    return _build(
-        backbone,
-        num_classes=num_classes,
-        in_frames=in_frames,
-        in_channels=in_channels,
-        backbone_options={} if fast_stride is None else {"fast_stride": fast_stride},
-        head=HeadOptions(kind="bert", dropout=dropout, bert=bert),
-        reduction=ReductionOptions(kind=reduction),
-        fusion=fusion,
-    )
+# what may still be chosen of a published net
+OPEN_OPTIONS = ("num_classes", "in_frames", "in_channels", "dropout")
 
 
 def _with_bert(
-    name: str,
-    backbone: str,
-    reduction: Reduction,
-    *,
-    in_frames: int = 64,
-    fusion: Fusion | None = None,
-    fast_stride: int | None = None,
+    name: str, backbone: str, reduction: Reduction, *, in_frames: int = 64, **options: object
 ) -> Callable[..., LateTemporal]:
-    fixed = {"backbone": backbone, "reduction": reduction, "fusion": fusion, "fast_stride": fast_stride}
-    return variant(name, one_layer_bert, paper=PAPER, fixed=fixed, in_frames=in_frames)
+    """A published net: a backbone and one layer of BERT; I3D's normalises its tokens and has another initialisation."""
+    defaults = inspect.signature(late_temporal).parameters
+    fixed = {key: p.default for key, p in defaults.items() if key not in OPEN_OPTIONS}
+    fixed |= {"backbone": backbone, "reduction": reduction, **options}
+    if backbone == "i3d_inception":
+        fixed |= {"init": "bert2", "normalise_tokens": True}
+    return variant(name, late_temporal, paper=PAPER, fixed=fixed, in_frames=in_frames)
 
 
 def _slowfast_with_bert(name: str, reduction: Reduction, fusion: Fusion) -> Callable[..., LateTemporal]:
     """On 64 consecutive frames, of which Fast sees every second: those of the 8x8 configuration."""
-    return _with_bert(name, "slowfast_r50_8x8", reduction, fusion=fusion, fast_stride=2)
+    every_second = {"fast_stride": 2}
+    return _with_bert(name, "slowfast_r50_8x8", reduction, fusion=fusion, backbone_options=every_second)
 
 
 # Table 1: the last block gives 512 channels (FRMB), or one more block does (FRAB); BERT over 4 tokens

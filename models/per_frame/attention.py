@@ -13,6 +13,7 @@ Shape letters: B clips, Q queries, N keys, D width, A attention width, T frames.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +83,7 @@ class AdditiveScore(nn.Module):
 
     def project(self, keys: Tensor) -> Tensor:
         """(..., N, D) -> (..., N, A)."""
-        projected: Tensor = self.keys(keys)
-        return projected
+        return cast(Tensor, self.keys(keys))
 
     def forward(self, query: Tensor, projected: Tensor) -> Tensor:
         scores: Tensor = self.out((projected + self.query(query)[:, None]).tanh())
@@ -104,8 +104,7 @@ class ProductScore(nn.Module):
 
     def project(self, keys: Tensor) -> Tensor:
         """(..., N, D) -> (..., N, A)."""
-        projected: Tensor = self.keys(keys).tanh()
-        return projected
+        return cast(Tensor, self.keys(keys).tanh())
 
     def forward(self, query: Tensor, projected: Tensor) -> Tensor:
         scores: Tensor = self.out(projected * self.query(query).tanh()[:, None])

@@ -10,6 +10,8 @@ Shape letters: B clips, C channels, T frames, D encoder width, W hidden width, K
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -69,8 +71,7 @@ class AttentionLSTM(FrameSequence):
         return self.attend(maps, lengths=lengths)[0]
 
     def clip_logits(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        logits: Tensor = self.head(self.dropout(self.clip_features(maps, lengths=lengths)))
-        return logits
+        return cast(Tensor, self.head(self.dropout(self.clip_features(maps, lengths=lengths))))
 
 
 # ``attention_weights`` shows how much each frame's state counted

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,17 +59,6 @@ def frame_encoder(name: str, *, layer: str | None = None, unless_given: str = "f
     return create_model(name, num_classes=0, fully_connected=FC_LAYERS[chosen])
 
 
-def encoder_weights(encoder: VideoNetwork) -> dict[str, StateLoader]:
-    """The published weights of an image network, under the names of a model that holds it as ``encoder``."""
-    own = encoder.state_dict().keys()
-
-    def load_as_part(load: StateLoader) -> dict[str, Tensor]:
-        adapted, _ = adapt_state_dict(encoder, load())
-        return {f"{ENCODER}{key}": value for key, value in adapted.items() if key in own}
-
-    return {tag: functools.partial(load_as_part, load) for tag, load in published_weights(encoder).items()}
-
-
 def on_encoder(network: Callable[..., _M], *, read_at: str = "fc7") -> Callable[..., _M]:
     """A frame model's class as a builder for :func:`~cliplift.models.registry.variant`.
 
@@ -89,15 +78,64 @@ def on_encoder(network: Callable[..., _M], *, read_at: str = "fc7") -> Callable[
     return build
 
 
-class FrameSequence(VideoNetwork):
-    """An encoder on every frame and a temporal part in a subclass, which defines ``clip_features`` and ``clip_logits``.
+class OnEncoder(VideoNetwork):
+    """A network that holds an image network as ``encoder`` and runs it on every frame.
+
+    ``train_encoder=False`` freezes the encoder and keeps it in eval mode: its BatchNorm statistics belong to its
+    weights.
+    """
+
+    def __init__(
+        self, encoder: VideoNetwork, *, in_frames: int, frame_stride: int, train_encoder: bool
+    ) -> None:
+        super().__init__()
+        if in_frames < 1:
+            raise ModelError(f"in_frames={in_frames} must be 1 or more")
+        self.encoder, self.train_encoder = encoder, train_encoder
+        self.input_spec = dataclasses.replace(encoder.input_spec, frames=in_frames, frame_stride=frame_stride)
+        if not train_encoder:
+            self.encoder.requires_grad_(False)
+
+    def on_frames(self, network: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, D, T, ...): the encoder, or a part of it, in one pass over all B T frames."""
+        frames = x.transpose(1, 2).flatten(0, 1)  # (B T, C, H, W)
+        with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):
+            answers = network(frames)
+        return torch.unflatten(answers, 0, (x.shape[0], x.shape[2])).transpose(1, 2)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if not self.train_encoder:
+            self.encoder.eval()
+        return self
+
+    def checkpoint_blocks(self) -> list[str]:
+        return [f"{ENCODER}{name}" for name in self.encoder.checkpoint_blocks()] if self.train_encoder else []
+
+    @property
+    def published_weights(self) -> Mapping[str, StateLoader]:
+        """The encoder's published weights under this model's names; anything else is added when they are loaded."""
+        encoder = self.encoder
+        own = encoder.state_dict().keys()
+
+        def load_as_part(load: StateLoader) -> dict[str, Tensor]:
+            adapted, _ = adapt_state_dict(encoder, load())
+            return {f"{ENCODER}{key}": value for key, value in adapted.items() if key in own}
+
+        return {
+            tag: functools.partial(load_as_part, load) for tag, load in published_weights(encoder).items()
+        }
+
+
+class FrameSequence(OnEncoder):
+    """An encoder on every frame and a temporal part in a subclass, which defines ``clip_features``.
 
     Args:
         encoder: an image model without classifier, with ``forward_features`` (N, C, H, W) -> (N, D, H', W'). One
             whose features are not the mean of that map says how wide the map is (``map_dim``) and how it becomes the
             features (``pool_map``).
         in_frames: T the model is built for; models that take any T only record it.
-        train_encoder: False freezes the encoder and keeps it in eval mode.
+        train_encoder: whether the encoder is trained; see :class:`OnEncoder`.
         multi_label: classes do not exclude each other: sigmoid and BCE in place of softmax and cross-entropy.
     """
 
@@ -106,28 +144,19 @@ class FrameSequence(VideoNetwork):
     def __init__(
         self, encoder: VideoNetwork, *, in_frames: int, train_encoder: bool = True, multi_label: bool = False
     ) -> None:
-        super().__init__()
-        if in_frames < 1:
-            raise ModelError(f"in_frames={in_frames} must be 1 or more")
-        self.encoder, self.encoder_dim = encoder, encoder.feature_dim
+        super().__init__(encoder, in_frames=in_frames, frame_stride=1, train_encoder=train_encoder)
+        self.encoder_dim, self.multi_label = encoder.feature_dim, multi_label
         self.map_dim = encoder.map_dim if isinstance(encoder, PoolsMap) else encoder.feature_dim
-        self.train_encoder, self.multi_label = train_encoder, multi_label
-        self.input_spec = dataclasses.replace(encoder.input_spec, frames=in_frames, frame_stride=1)
-        if not train_encoder:
-            self.encoder.requires_grad_(False)
 
     # --- frames ---------------------------------------------------------------------------------------------------
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, D, T, H', W'): the encoder's last map of every frame, in one pass over B T frames."""
+        """(B, C, T, H, W) -> (B, D, T, H', W'): the encoder's last map of every frame."""
         if x.ndim != 5 or x.shape[1] != self.input_spec.channels:
             raise ModelError(
                 f"{type(self).__name__} takes (B, {self.input_spec.channels}, T, H, W), got {tuple(x.shape)}"
             )
-        frames = x.transpose(1, 2).flatten(0, 1)  # (B T, C, H, W)
-        with torch.set_grad_enabled(self.train_encoder and torch.is_grad_enabled()):
-            maps = self.encoder.forward_features(frames)
-        return torch.unflatten(maps, 0, (x.shape[0], x.shape[2])).transpose(1, 2)
+        return self.on_frames(self.encoder.forward_features, x)
 
     def refuse_layers_behind_the_map(self) -> None:
         """For networks that read the map: layers of the encoder behind it would stay in the model, untrained.
@@ -160,7 +189,7 @@ class FrameSequence(VideoNetwork):
 
     def clip_logits(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """(B, D, T, H', W') -> (B, K): their softmax (sigmoid for multi-label) is the clip's prediction."""
-        raise NotImplementedError
+        return cast(Tensor, self.head(self.clip_features(maps, lengths=lengths)))
 
     def forward(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) -> (B, K), or features (B, feature_dim) when ``num_classes == 0``.
@@ -191,22 +220,7 @@ class FrameSequence(VideoNetwork):
         head = self.make_head(*self.head_size(num_classes)) if num_classes else nn.Identity()
         self.head = head.to(device=reference.device, dtype=reference.dtype)
 
-    def train(self, mode: bool = True) -> FrameSequence:
-        """A frozen encoder stays in eval mode: its BatchNorm statistics belong to its weights."""
-        super().train(mode)
-        if not self.train_encoder:
-            self.encoder.eval()
-        return self
-
-    def checkpoint_blocks(self) -> list[str]:
-        return [f"{ENCODER}{name}" for name in self.encoder.checkpoint_blocks()] if self.train_encoder else []
-
     # --- weights --------------------------------------------------------------------------------------------------
-
-    @property
-    def published_weights(self) -> Mapping[str, StateLoader]:
-        """The encoder's published weights under this model's names; the temporal part is added when they are loaded."""
-        return encoder_weights(self.encoder)
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Accept the weights of an image network or of another frame model: the temporal part then starts fresh.
@@ -240,6 +254,46 @@ class FrameSequence(VideoNetwork):
         if not own <= adapted.keys():
             return state, []
         return {f"{ENCODER}{k}": v for k, v in adapted.items()}, [*notes, "the weights are the encoder's"]
+
+
+class FrameClassifier(FrameSequence):
+    """A frame model that predicts at every frame; a subclass defines ``step_features``.
+
+    The clip's prediction is the mean of its frames' probabilities, the loss the mean of their losses.
+    """
+
+    dropout: nn.Module  # before the classifier
+
+    def step_features(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        """(B, D, T, H', W') -> (B, T, feature_dim)."""
+        raise NotImplementedError
+
+    def predict(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        """(B, D, T, H', W') -> the logits of every frame (B, T, K)."""
+        return cast(Tensor, self.head(self.dropout(self.step_features(maps, lengths=lengths))))
+
+    def step_logits(self, x: Tensor) -> Tensor:
+        """(B, C, T, H, W) -> (B, T, K): the prediction of every frame."""
+        return self.predict(self.forward_features(x))
+
+    def counted(self, steps: Tensor, lengths: Tensor | None) -> Tensor:
+        """float (B, T): how much each frame counts in the clip's features and prediction."""
+        return real_weights(lengths, steps)
+
+    def clip_features(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        features = self.step_features(maps, lengths=lengths)
+        weights = self.counted(features, lengths)[..., None]
+        return (features * weights).sum(dim=1) / weights.sum(dim=1)
+
+    def clip_logits(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        logits = self.predict(maps, lengths=lengths)
+        return averaged_predictions(logits, self.counted(logits, lengths), multi_label=self.multi_label)
+
+    def loss(self, x: Tensor, labels: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        """Mean of the losses of all real frames; labels as in :func:`step_losses`."""
+        logits = self.predict(self.forward_features(x), lengths=lengths)
+        losses = step_losses(logits, labels, multi_label=self.multi_label)
+        return mean_of_real(losses, real_weights(lengths, logits))
 
 
 # --- predictions and losses of several steps --------------------------------------------------------------------------

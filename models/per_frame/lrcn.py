@@ -14,22 +14,17 @@ Shape letters: B clips, C channels, T frames, D encoder width, W hidden width, K
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
-from cliplift.models.per_frame.frame_sequence import (
-    FrameSequence,
-    averaged_predictions,
-    mean_of_real,
-    on_encoder,
-    real_weights,
-    step_losses,
-)
+from cliplift.models.per_frame.frame_sequence import FrameClassifier, on_encoder
 from cliplift.models.per_frame.lstm import LSTM, Init, State
 from cliplift.models.protocol import VideoNetwork
 from cliplift.models.registry import variant
 
 
-class SingleFrame(FrameSequence):
+class SingleFrame(FrameClassifier):
     """A classifier on every frame by itself; probabilities, not features, are averaged over the clip.
 
     Args:
@@ -51,29 +46,9 @@ class SingleFrame(FrameSequence):
         self.dropout = nn.Dropout(dropout)
         self.reset_classifier(num_classes)
 
-    def step_features(self, maps: Tensor) -> Tensor:
+    def step_features(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """(B, D, T, H', W') -> (B, T, D)."""
         return self.frame_vectors(maps)
-
-    def clip_features(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        features = self.step_features(maps)
-        weights = real_weights(lengths, features)[..., None]
-        return (features * weights).sum(dim=1) / weights.sum(dim=1)
-
-    def clip_logits(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        logits = self.head(self.dropout(self.step_features(maps)))
-        return averaged_predictions(logits, real_weights(lengths, logits), multi_label=self.multi_label)
-
-    def step_logits(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, T, K): the prediction of every frame."""
-        logits: Tensor = self.head(self.dropout(self.step_features(self.forward_features(x))))
-        return logits
-
-    def loss(self, x: Tensor, labels: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        """Mean of the losses of all real frames; labels as in :func:`step_losses`."""
-        logits = self.step_logits(x)
-        losses = step_losses(logits, labels, multi_label=self.multi_label)
-        return mean_of_real(losses, real_weights(lengths, logits))
 
 
 class LRCN(SingleFrame):
@@ -113,10 +88,10 @@ class LRCN(SingleFrame):
         self.lstm = LSTM(self.encoder_dim, hidden, layers=layers, init=init)
         self.reset_classifier(num_classes)
 
-    def step_features(self, maps: Tensor) -> Tensor:
+    def step_features(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """(B, D, T, H', W') -> (B, T, W): the LSTM's outputs, from a zero state."""
-        outputs: Tensor = self.lstm(self.feature_dropout(self.frame_vectors(maps)))[0]
-        return outputs
+        # padding stands behind the real frames, so that what the LSTM makes of it reaches none of them
+        return cast(Tensor, self.lstm(self.feature_dropout(self.frame_vectors(maps)))[0])
 
     def stream(
         self,

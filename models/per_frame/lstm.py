@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.protocol import ModelError
+from cliplift.models.protocol import ModelError, check_choices
 
 State = tuple[Tensor, Tensor]  # h and c, each (L, B, H)
 Init = Literal["torch", "lrcn", "orthogonal"]
@@ -46,8 +46,7 @@ class LSTM(nn.Module):
         super().__init__()
         if hidden_size < 1 or layers < 1:
             raise ModelError(f"an LSTM of layers={layers} and hidden={hidden_size}: both must be 1 or more")
-        if init not in ("torch", "lrcn", "orthogonal"):
-            raise ModelError(f"init={init!r} must be 'torch', 'lrcn' or 'orthogonal'")
+        check_choices(Init, init=init)
         self.input_size, self.hidden_size, self.layers, self.init = input_size, hidden_size, layers, init
         for layer in range(layers):
             width = input_size if layer == 0 else hidden_size
@@ -82,10 +81,6 @@ class LSTM(nn.Module):
             getattr(self, f"bias{layer}"),
         )
 
-    def _with_second_bias(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        weight_x, weight_h, bias = self.layer_weights(layer)
-        return weight_x, weight_h, bias, torch.zeros_like(bias)
-
     def zero_state(self, x: Tensor) -> State:
         """h = c = 0 for the clips of ``x`` (B, T, D)."""
         zeros = x.new_zeros(self.layers, x.shape[0], self.hidden_size)
@@ -114,13 +109,18 @@ class LSTM(nn.Module):
         """
         if x.ndim != 3 or x.shape[2] != self.input_size:
             raise ModelError(f"the LSTM takes (B, T, {self.input_size}), got {tuple(x.shape)}")
+        B, T = x.shape[:2]
+        if starts is not None and (starts.shape != (B, T) or starts.dtype != torch.bool):
+            raise ModelError(f"starts must be bool {(B, T)}, got {starts.dtype} {tuple(starts.shape)}")
         if state is None:
             state = self.zero_state(x)
         # the fused kernel packs the weights at every call, which a single step does not repay
-        if x.shape[1] == 1 or starts is not None or lengths is not None:
-            real = None if lengths is None else real_frames(lengths, clips=x.shape[0], frames=x.shape[1])
-            return self._stepwise(x, state, _frame_flags(starts, x), real)
-        flat = [w for n in range(self.layers) for w in self._with_second_bias(n)]
+        if T == 1 or starts is not None or lengths is not None:
+            real = None if lengths is None else real_frames(lengths, clips=B, frames=T)
+            return self._stepwise(x, state, starts, real)
+        weights = [self.layer_weights(layer) for layer in range(self.layers)]
+        # zeros for the kernel's second bias
+        flat = [tensor for x_h_bias in weights for tensor in (*x_h_bias, torch.zeros_like(x_h_bias[2]))]
         outputs, h, c = torch.lstm(x, state, flat, True, self.layers, 0.0, self.training, False, True)
         return outputs, (h, c)
 
@@ -149,14 +149,6 @@ class LSTM(nn.Module):
             x = torch.stack(outputs, dim=1)
             last.append((h, c))
         return x, (torch.stack([h for h, _ in last]), torch.stack([c for _, c in last]))
-
-
-def _frame_flags(starts: Tensor | None, x: Tensor) -> Tensor | None:
-    if starts is not None and (starts.shape != x.shape[:2] or starts.dtype != torch.bool):
-        raise ModelError(
-            f"starts must be bool {tuple(x.shape[:2])}, got {starts.dtype} {tuple(starts.shape)}"
-        )
-    return starts
 
 
 def real_frames(lengths: Tensor, *, clips: int, frames: int) -> Tensor:

@@ -27,22 +27,20 @@ from torch.nn import functional as F
 
 from cliplift.models.per_frame.attention import DotScore, ProductScore
 from cliplift.models.per_frame.frame_sequence import (
-    FrameSequence,
+    FrameClassifier,
     averaged_predictions,
-    mean_of_real,
     on_encoder,
     real_weights,
-    step_losses,
 )
 from cliplift.models.per_frame.lstm import LSTM
-from cliplift.models.protocol import ModelError, VideoNetwork
+from cliplift.models.protocol import ModelError, VideoNetwork, check_choices
 from cliplift.models.registry import variant
 
 Score = Literal["product", "dot", "scaled_dot"]
 OutputWeights = Literal["uniform", "linear"]
 
 
-class MultiLSTM(FrameSequence):
+class MultiLSTM(FrameClassifier):
     """Encoder, attention over the latest frames, LSTM, N predictions per step, combined for every frame.
 
     Args:
@@ -72,8 +70,7 @@ class MultiLSTM(FrameSequence):
         super().__init__(encoder, in_frames=in_frames, train_encoder=train_encoder, multi_label=multi_label)
         if window < 1:
             raise ModelError(f"window={window} must be 1 or more frames")
-        if output_weights not in ("uniform", "linear"):
-            raise ModelError(f"output_weights={output_weights!r} must be 'uniform' or 'linear'")
+        check_choices(OutputWeights, output_weights=output_weights)
         self.window, self.output_weights = window, output_weights
         self.score = _score(score, hidden, self.encoder_dim, attention_dim)
         self.lstm = LSTM(self.encoder_dim, hidden)
@@ -104,17 +101,20 @@ class MultiLSTM(FrameSequence):
             attention.append(F.pad(weights.flip(1), (0, self.window - weights.shape[1])))
         return torch.stack(outputs, dim=1), torch.stack(attention, dim=1)
 
+    def step_features(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        """(B, D, T, H', W') -> the LSTM's outputs (B, T, W)."""
+        return self.read(self.frame_vectors(maps))[0]
+
     def window_logits(self, maps: Tensor) -> Tensor:
         """(B, D, T, H', W') -> (B, T, N, K): step i's prediction of the frame d steps back."""
-        outputs, _ = self.read(self.frame_vectors(maps))
-        logits: Tensor = self.head(self.dropout(outputs))
-        return torch.unflatten(logits, 2, (self.window, self.num_classes))
+        return torch.unflatten(super().predict(maps), 2, (self.window, self.num_classes))
 
     def frame_logits(self, x: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """(B, C, T, H, W) -> (B, T, K): the combined prediction of every frame, as logits."""
-        return self._frame_logits(self.forward_features(x), lengths)
+        return self.predict(self.forward_features(x), lengths=lengths)
 
-    def _frame_logits(self, maps: Tensor, lengths: Tensor | None) -> Tensor:
+    def predict(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        """(B, D, T, H', W') -> (B, T, K): a frame's prediction is the weighted mean of the steps' that saw it."""
         logits = self.window_logits(maps)
         real = real_weights(lengths, logits)
         return combined_frames(logits, real, output_weights=self.output_weights, multi_label=self.multi_label)
@@ -122,29 +122,6 @@ class MultiLSTM(FrameSequence):
     def attention_weights(self, x: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, T, N): how much each step took from the frame d steps back; rows sum to 1."""
         return self.read(self.frame_vectors(self.forward_features(x)))[1]
-
-    def clip_features(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        outputs, _ = self.read(self.frame_vectors(maps))
-        weights = real_weights(lengths, outputs)[..., None]
-        return (outputs * weights).sum(dim=1) / weights.sum(dim=1)
-
-    def clip_logits(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        """The probabilities of all frames averaged."""
-        logits = self._frame_logits(maps, lengths)
-        return averaged_predictions(logits, real_weights(lengths, logits), multi_label=self.multi_label)
-
-    def loss(self, x: Tensor, labels: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        """Mean over real frames and classes of the BCE of the combined predictions.
-
-        Args:
-            x: (B, C, T, H, W).
-            labels: 0 and 1, (B, K) for all frames of a clip or (B, T, K). With ``multi_label=False``, class numbers
-                (B,) or (B, T), and cross-entropy.
-            lengths: int64 (B,), real frames.
-        """
-        logits = self.frame_logits(x, lengths=lengths)
-        losses = step_losses(logits, labels, multi_label=self.multi_label)
-        return mean_of_real(losses, real_weights(lengths, logits))
 
 
 def combined_frames(

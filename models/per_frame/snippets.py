@@ -31,6 +31,7 @@ from cliplift.models.convrnn.fc_lstm import FCLSTM, Peephole
 from cliplift.models.image.caffenet import GRID, CaffeNet
 from cliplift.models.layers import Conv3d, ReluLinear
 from cliplift.models.per_frame.frame_sequence import (
+    FrameClassifier,
     FrameSequence,
     averaged_predictions,
     on_encoder,
@@ -38,7 +39,7 @@ from cliplift.models.per_frame.frame_sequence import (
     step_losses,
 )
 from cliplift.models.per_frame.lstm import LSTM
-from cliplift.models.protocol import ModelError, VideoNetwork
+from cliplift.models.protocol import ModelError, VideoNetwork, check_choices
 from cliplift.models.registry import variant
 
 PAPER = "Ng et al. 2015"
@@ -96,6 +97,7 @@ class PooledFrames(FrameSequence):
         self.refuse_layers_behind_the_map()
         self.pooling, self.grid, self.width = pooling, grid, width
         channels = self.encoder_dim
+        # The convolution takes the place of the first pooling, and of the second FC layer
         if pooling == "time_convolution":
             channels = TIME_KERNELS
             self.time_convolution = Conv3d(
@@ -106,9 +108,6 @@ class PooledFrames(FrameSequence):
             self.fc2 = FullyConnected(width, width, dropout=dropout)
         self.feature_dim = width * (len(windows(in_frames)) if pooling == "local" else 1)
         self.reset_classifier(num_classes)
-
-    def clip_logits(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        return cast(Tensor, self.head(self.clip_features(maps, lengths=lengths)))
 
     def clip_features(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """(B, D, T, H', W') -> (B, feature_dim), what the softmax layer reads."""
@@ -229,7 +228,7 @@ Gain = Literal["linear", "uniform", "last"]
 Combine = Literal["last", "max", "sum", "weighted_sum"]
 
 
-class SnippetsLSTM(FrameSequence):
+class SnippetsLSTM(FrameClassifier):
     """Five LSTM layers over the frames' features, a softmax at every frame.
 
     Args:
@@ -260,10 +259,8 @@ class SnippetsLSTM(FrameSequence):
         multi_label: bool = False,
     ) -> None:
         super().__init__(encoder, in_frames=in_frames, train_encoder=train_encoder, multi_label=multi_label)
-        if gain not in ("linear", "uniform", "last"):
-            raise ModelError(f"gain={gain!r} must be 'linear', 'uniform' or 'last'")
-        if combine not in ("last", "max", "sum", "weighted_sum"):
-            raise ModelError(f"combine={combine!r} must be 'last', 'max', 'sum' or 'weighted_sum'")
+        check_choices(Gain, gain=gain)
+        check_choices(Combine, combine=combine)
         self.gain, self.combine = gain, combine
         self.lstm = (
             LSTM(self.encoder_dim, hidden, layers=layers)
@@ -274,22 +271,20 @@ class SnippetsLSTM(FrameSequence):
         self.feature_dim = hidden
         self.reset_classifier(num_classes)
 
-    def step_features(self, maps: Tensor) -> Tensor:
+    def step_features(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
         """(B, D, T, H', W') -> (B, T, hidden)."""
         return cast(Tensor, self.lstm(self.dropout(self.frame_vectors(maps)))[0])
 
-    def step_logits(self, x: Tensor) -> Tensor:
-        """(B, C, T, H, W) -> (B, T, K)."""
-        return cast(Tensor, self.head(self.step_features(self.forward_features(x))))
+    def predict(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        """(B, D, T, H', W') -> (B, T, K); the dropout stands before the LSTM here."""
+        return cast(Tensor, self.head(self.step_features(maps)))
 
-    def clip_features(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        """(B, D, T, H', W') -> (B, hidden): the steps' outputs weighted as their losses are."""
-        features = self.step_features(maps)
-        weights = step_gains(features, lengths, self.gain)[..., None]
-        return (features * weights).sum(dim=1) / weights.sum(dim=1)
+    def counted(self, steps: Tensor, lengths: Tensor | None) -> Tensor:
+        """float (B, T): in the clip's features the steps count as their losses do."""
+        return step_gains(steps, lengths, self.gain)
 
     def clip_logits(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        logits = self.head(self.step_features(maps))
+        logits = self.predict(maps)
         return combined(logits, lengths, self.combine, multi_label=self.multi_label)
 
     def loss(self, x: Tensor, labels: Tensor, *, lengths: Tensor | None = None) -> Tensor:

@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 from cliplift.models.per_frame.attention import AdditiveScore, DotScore
 from cliplift.models.per_frame.frame_sequence import (
-    FrameSequence,
-    averaged_predictions,
+    FrameClassifier,
     mean_of_real,
     on_encoder,
     real_weights,
@@ -77,7 +76,7 @@ class InitialState(nn.Module):
         return h.transpose(0, 1).contiguous(), c.transpose(0, 1).contiguous()
 
 
-class VisualAttention(FrameSequence):
+class VisualAttention(FrameClassifier):
     """Encoder, soft attention over its map, LSTM, a classifier at every frame.
 
     Args:
@@ -115,6 +114,7 @@ class VisualAttention(FrameSequence):
             raise ModelError(f"penalty={penalty} must be 0 or more, last_frames={last_frames} 1 or more")
         self.refuse_layers_behind_the_map()
         self.penalty, self.inverse_temperature, self.last_frames = penalty, inverse_temperature, last_frames
+        # h_{t-1} of the top layer asks; so the first step needs a state, which is made from the mean slice
         self.score = _score(score, hidden, self.encoder_dim, grid)
         self.initial = InitialState(self.encoder_dim, hidden, layers)
         self.lstm = LSTM(self.encoder_dim, hidden, layers=layers, init=init)
@@ -143,17 +143,12 @@ class VisualAttention(FrameSequence):
         maps = self.forward_features(x)
         return torch.unflatten(self.look(maps)[1], 2, maps.shape[-2:])
 
-    def clip_features(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        features, _ = self.look(maps, lengths=lengths)
-        weights = self._counted(features, lengths)[..., None]
-        return (features * weights).sum(dim=1) / weights.sum(dim=1)
+    def step_features(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
+        """(B, D, T, H', W') -> (B, T, head_dim)."""
+        return self.look(maps, lengths=lengths)[0]
 
-    def clip_logits(self, maps: Tensor, *, lengths: Tensor | None = None) -> Tensor:
-        logits = self.head(self.dropout(self.look(maps, lengths=lengths)[0]))
-        return averaged_predictions(logits, self._counted(logits, lengths), multi_label=self.multi_label)
-
-    def _counted(self, steps: Tensor, lengths: Tensor | None) -> Tensor:
-        """float (B, T): 1 for the frames whose predictions are averaged."""
+    def counted(self, steps: Tensor, lengths: Tensor | None) -> Tensor:
+        """float (B, T): 1 for the frames whose predictions are averaged, the ``last_frames`` real ones."""
         real = real_weights(lengths, steps)
         if self.last_frames is None:
             return real

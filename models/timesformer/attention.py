@@ -31,7 +31,7 @@ L tokens of a group. Token 0 is CLS; the patches follow frame by frame, row by r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, cast, get_args
+from typing import Literal, cast
 
 import torch
 from einops import rearrange, reduce
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.layers import DropPath
-from cliplift.models.protocol import ModelError
+from cliplift.models.protocol import ModelError, check_choices
 
 Scheme = Literal["divided", "joint", "space", "local_global", "axial"]
 ClsRule = Literal["released", "paper"]
@@ -69,9 +69,8 @@ STEPS: Mapping[str, tuple[tuple[tuple[str, str], ...], str]] = {
 
 def check_scheme(scheme: str, *, cls: str, width: int, heads: int, drop_path: float) -> None:
     """Raises ModelError for options a block cannot be built with."""
-    for option, value, known in (("attention", scheme, get_args(Scheme)), ("cls", cls, get_args(ClsRule))):
-        if value not in known:
-            raise ModelError(f"{option}={value!r} must be one of {', '.join(known)}")
+    check_choices(Scheme, attention=scheme)
+    check_choices(ClsRule, cls=cls)
     if cls == "paper" and scheme != "divided":
         raise ModelError(f"cls='paper' is a rule for attention='divided'; attention={scheme!r} has one rule")
     if not 0 <= drop_path < 1:

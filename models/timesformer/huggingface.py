@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cliplift.models.protocol import ModelError
 from cliplift.models.state_dicts import rename_key
 from cliplift.models.timesformer.model import TimeSformer
 from cliplift.models.timesformer.weights import HF_BLOCK, HF_TOP
+from cliplift.models.weight_files import write_huggingface_folder
 
 
 def to_huggingface(net: TimeSformer) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -68,13 +67,7 @@ def save_huggingface(net: TimeSformer, folder: str | Path) -> Path:
         "image_std": list(spec.std),
         **{f"do_{step}": True for step in ("resize", "center_crop", "rescale", "normalize")},
     }
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    contiguous = {key: value.cpu().contiguous() for key, value in state.items()}
-    save_file(contiguous, target / "model.safetensors", metadata={"format": "pt"})
-    for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
-        (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return target
+    return write_huggingface_folder(folder, state, config=config, processor=processor)
 
 
 def _to_hf(key: str) -> str:

@@ -23,14 +23,13 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from cliplift.models.layers import PooledClassifier
-from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.protocol import InputSpec, ModelError, check_choices
 from cliplift.models.registry import variant
 from cliplift.models.timesformer.attention import Block, ClsRule, Grid, Scheme, check_grid, check_scheme
 from cliplift.models.timesformer.weights import (
     PositionResize,
     TimeResize,
     adapt_timesformer,
-    check_resizes,
     resize_positions,
     resize_times,
 )
@@ -52,29 +51,53 @@ class PatchEmbed(nn.Module):
 
 
 class TimeSformer(PooledClassifier):
-    """See the module's docstring. ``forward_features`` gives the patches after the last LayerNorm, without CLS."""
+    """``forward_features`` gives the patches after the last LayerNorm, without CLS.
+
+    Args:
+        stride: of the ``in_frames`` frames in the video.
+        crop: H = W in pixels; other sizes at run time resize the position embedding.
+        patch: pixels of a patch's side.
+        attention, cls: see :mod:`cliplift.models.timesformer.attention`.
+        drop_path: rate of the last block; it rises linearly from 0 in the first.
+        dropout: before the classifier.
+        position_resize: "bicubic" or "nearest" over the two axes; or "flat_nearest", the released code's rule, kept to
+            reproduce it: it scrambles the rows at load time
+            (:func:`~cliplift.models.timesformer.weights.resize_positions`) and is "nearest" at run time.
+        time_resize: "linear" or "nearest" (released code).
+    """
 
     head_name = "head"
 
     def __init__(
         self,
         *,
-        width: int,
-        depth: int,
-        heads: int,
-        patch: int,
-        attention: Scheme,
-        cls: ClsRule,
-        num_classes: int,
-        input_spec: InputSpec,
+        stride: int,
+        num_classes: int = 400,
+        in_frames: int = 8,
+        crop: int = 224,
+        patch: int = 16,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        attention: Scheme = "divided",
+        cls: ClsRule = "released",
         drop_path: float = 0.1,
         dropout: float = 0.0,
         position_resize: PositionResize = "bicubic",
         time_resize: TimeResize = "linear",
     ) -> None:
+        input_spec = InputSpec.square(
+            crop,
+            frames=in_frames,
+            frame_stride=stride,
+            mean=(0.45,) * 3,  # the released code's
+            std=(0.225,) * 3,
+            test_crops=3,  # and one clip (section 4)
+        )
         super().__init__(feature_dim=width, num_classes=num_classes, input_spec=input_spec, dropout=dropout)
         check_scheme(attention, cls=cls, width=width, heads=heads, drop_path=drop_path)
-        check_resizes(position_resize, time_resize)
+        check_choices(PositionResize, position_resize=position_resize)
+        check_choices(TimeResize, time_resize=time_resize)
         self.attention, self.patch, self.heads = attention, patch, heads
         self.cls_rule: ClsRule = cls
         self.position_resize: PositionResize = position_resize
@@ -172,71 +195,16 @@ def _embedding(tokens: int, width: int) -> nn.Parameter:
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, tokens, width), std=0.02))
 
 
-def timesformer(
-    *,
-    stride: int,
-    num_classes: int = 400,
-    in_frames: int = 8,
-    crop: int = 224,
-    patch: int = 16,
-    width: int = 768,
-    depth: int = 12,
-    heads: int = 12,
-    attention: Scheme = "divided",
-    cls: ClsRule = "released",
-    drop_path: float = 0.1,
-    dropout: float = 0.0,
-    position_resize: PositionResize = "bicubic",
-    time_resize: TimeResize = "linear",
-) -> TimeSformer:
-    """TimeSformer on ``in_frames`` frames, ``stride`` apart in the video, with the released code's normalisation.
-
-    Args:
-        crop: H = W in pixels; other sizes at run time resize the position embedding.
-        patch: pixels of a patch's side.
-        attention, cls: see :mod:`cliplift.models.timesformer.attention`.
-        drop_path: rate of the last block; it rises linearly from 0 in the first.
-        dropout: before the classifier.
-        position_resize: "bicubic" or "nearest" over the two axes; or "flat_nearest", the released code's rule, kept to
-            reproduce it: it scrambles the rows at load time
-            (:func:`~cliplift.models.timesformer.weights.resize_positions`) and is "nearest" at run time.
-        time_resize: "linear" or "nearest" (released code).
-    """
-    spec = InputSpec(
-        frames=in_frames,
-        frame_stride=stride,
-        crop_height=crop,
-        crop_width=crop,
-        mean=(0.45, 0.45, 0.45),
-        std=(0.225, 0.225, 0.225),
-        test_crops=3,  # and one clip (section 4)
-    )
-    return TimeSformer(
-        width=width,
-        depth=depth,
-        heads=heads,
-        patch=patch,
-        attention=attention,
-        cls=cls,
-        num_classes=num_classes,
-        input_spec=spec,
-        drop_path=drop_path,
-        dropout=dropout,
-        position_resize=position_resize,
-        time_resize=time_resize,
-    )
-
-
 # ViT-B/16: 121,566,352 parameters at 400 classes. HR: 16 frames of 448 pixels. L: 96 frames
-timesformer_base = variant("timesformer_base", timesformer, paper=PAPER, fixed={"stride": 32})
+timesformer_base = variant("timesformer_base", TimeSformer, paper=PAPER, fixed={"stride": 32})
 timesformer_hr = variant(
-    "timesformer_hr", timesformer, paper=PAPER, fixed={"stride": 16}, in_frames=16, crop=448
+    "timesformer_hr", TimeSformer, paper=PAPER, fixed={"stride": 16}, in_frames=16, crop=448
 )
-timesformer_large = variant("timesformer_large", timesformer, paper=PAPER, fixed={"stride": 4}, in_frames=96)
+timesformer_large = variant("timesformer_large", TimeSformer, paper=PAPER, fixed={"stride": 4}, in_frames=96)
 # Other widths on 8 frames, not in the paper: ViT-S/16 and ViT-L/16
 timesformer_small = variant(
-    "timesformer_small", timesformer, paper=PAPER, fixed={"stride": 32}, width=384, heads=6
+    "timesformer_small", TimeSformer, paper=PAPER, fixed={"stride": 32}, width=384, heads=6
 )
 timesformer_vitl = variant(
-    "timesformer_vitl", timesformer, paper=PAPER, fixed={"stride": 32}, width=1024, depth=24, heads=16
+    "timesformer_vitl", TimeSformer, paper=PAPER, fixed={"stride": 32}, width=1024, depth=24, heads=16
 )

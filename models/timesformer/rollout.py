@@ -17,14 +17,13 @@ L tokens of a group, S keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
+from cliplift.models.layers import evaluating
 from cliplift.models.protocol import ModelError
 from cliplift.models.timesformer.attention import Attention, Grid, from_groups, split_cls, to_groups
 from cliplift.models.timesformer.model import TimeSformer
@@ -104,7 +103,7 @@ def _observe(model: nn.Module, clips: Tensor) -> tuple[TimeSformer, Grid, Seen]:
         attention.dot.register_forward_pre_hook(partial(_store_pair, pairs)) for attention, pairs in seen
     ]
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             _, patches = model.forward_tokens(clips)
     finally:
         for handle in handles:
@@ -162,15 +161,3 @@ def _softmax(q: Tensor, k: Tensor) -> Tensor:
 def _scale_to_peak(maps: Tensor, *, dims: tuple[int, ...]) -> Tensor:
     peak = maps.amax(dim=dims, keepdim=True)
     return maps / peak.clamp_min(torch.finfo(maps.dtype).tiny)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the call; every part gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

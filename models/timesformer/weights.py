@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -97,6 +97,7 @@ def adapt_timesformer(
         ModelError: position embeddings that are not of a square image.
     """
     given, notes = _rename_keys(state)
+    # No extra steps and no time embedding: an image ViT, whose own attention the extra steps start from.
     if not any(_EXTRA.fullmatch(key) or key == "time_embed" for key in given):
         given = _complete_from_image(given, own, notes)
     source = given.get("pos_embed")
@@ -113,16 +114,6 @@ def adapt_timesformer(
         given["time_embed"] = resize_times(times, grid[0], how=time_resize)
         notes.append(f"resized time_embed from {times.shape[1]} to {grid[0]} frames ({time_resize})")
     return given, notes
-
-
-def check_resizes(position_resize: str, time_resize: str) -> None:
-    """Raises ModelError for an unknown rule."""
-    for option, value, known in (
-        ("position_resize", position_resize, get_args(PositionResize)),
-        ("time_resize", time_resize, get_args(TimeResize)),
-    ):
-        if value not in known:
-            raise ModelError(f"{option}={value!r} must be one of {', '.join(known)}")
 
 
 def resize_positions(

@@ -11,13 +11,11 @@ Shape letters: D width.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from cliplift.models.protocol import InputSpec, ModelError
@@ -37,6 +35,7 @@ from cliplift.models.video_vit.weights import (
     State,
     swapped,
 )
+from cliplift.models.weight_files import write_huggingface_folder
 
 Config = dict[str, Any]
 Exported = tuple[State, Config]
@@ -112,14 +111,8 @@ def save_huggingface(
         state, config = videomae_to_huggingface(model)
     else:
         raise ModelError("a predictor belongs to an encoder with rotary positions")
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     processor = _processor(encoder.input_spec, config["model_type"])
-    for name, content in (("config.json", config), ("preprocessor_config.json", processor)):
-        (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return target
+    return write_huggingface_folder(folder, state, config=config, processor=processor)
 
 
 def _pretraining(model: MaskedAutoencoder) -> Exported:

@@ -116,14 +116,7 @@ def vjepa(
 
 
 def _input_spec(in_frames: int, crop: int, *, test_clips: int) -> InputSpec:
-    return InputSpec(
-        frames=in_frames,
-        frame_stride=4,
-        crop_height=crop,
-        crop_width=crop,
-        test_clips=test_clips,
-        test_crops=3,
-    )
+    return InputSpec.square(crop, frames=in_frames, frame_stride=4, test_clips=test_clips, test_crops=3)
 
 
 class Size(TypedDict):

@@ -88,6 +88,7 @@ def plan_memory(run: TrainingRun, *, classes: int, world_size: int, on_gpu: bool
     teacher = (
         0 if frozen is None else sum(storage_bytes(t) for t in (*frozen.parameters(), *frozen.buffers()))
     )
+    # On fake tensors every storage of a step is seen being made and let go, and none takes memory.
     with FakeTensorMode():
         make_fake(module)
         inputs = stage.example_inputs(built, micro_batch=micro_batch, world_size=world_size)

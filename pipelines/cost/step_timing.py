@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from cliplift.configs.training import TrainingRun
-from cliplift.pipelines.data.loader import ClipBatch
+from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology, all_reduce_mean
 from cliplift.pipelines.engine.deepspeed_setup import batch_split, build_engine
 from cliplift.pipelines.engine.task import Stage, TrainingEngine
@@ -95,6 +95,7 @@ def time_steps(run: TrainingRun, *, steps: int, warm_up: int, synthetic: bool) -
         timer = _Timer(run, stage.task, engine, source, stage.topology)
         for _ in range(warm_up):
             timer.step()
+        # Warm-up steps allocate, choose kernels and fill the workers' queues; they are run and forgotten.
         timer.seconds = {name: [] for name in timer.seconds}
         for _ in range(steps):
             timer.step()
@@ -178,6 +179,7 @@ def _timing(
     import resource
 
     names = sorted(parts_here)
+    # The mean over ranks of each one's middle step.
     values = torch.tensor([parts_here[n] for n in names] + [communication], dtype=torch.float64)
     means = all_reduce_mean(values.to(topology.device), topology).tolist()
     parts = dict(zip([*names, "communication"], means, strict=True))

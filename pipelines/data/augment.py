@@ -220,7 +220,7 @@ def _cutmix_box(H: int, W: int, share: float, seed: int) -> tuple[int, int, int,
     return top, left, bottom - top, right - left
 
 
-def subsampled(batch: ClipBatch, frames: int | None) -> ClipBatch:
+def subsample_frames(batch: ClipBatch, frames: int | None) -> ClipBatch:
     """The batch with X frames of each clip, spread evenly over it (the middle one for X = 1)."""
     T = batch.clips.shape[1]
     if frames is None or frames == T:
@@ -229,12 +229,12 @@ def subsampled(batch: ClipBatch, frames: int | None) -> ClipBatch:
     return replace(batch, clips=batch.clips[:, at])
 
 
-def redrawn(batch: ClipBatch) -> ClipBatch:
+def redraw(batch: ClipBatch) -> ClipBatch:
     """The same clips with other augmentation draws, still a function of the old ones (so of seed, epoch, sample)."""
     return replace(batch, draws=(batch.draws.double() * 1009.0 + 0.6180339887).frac().to(batch.draws.dtype))
 
 
-def recropped(clips: Tensor, draws: Tensor, *, smallest: float = 0.7) -> Tensor:
+def recrop(clips: Tensor, draws: Tensor, *, smallest: float = 0.7) -> Tensor:
     """Cut another box out of each clip, side ``smallest`` to 1 of the frame, and resize it back: (B, C, X, H, W).
 
     The crop of the worker is shared by frames and clip; this one decorrelates their geometry.

@@ -2,9 +2,7 @@
 
 The main process computes which samples a micro-batch holds; worker processes only fetch them. So the number of
 workers, ranks, or accumulation steps cannot change what an optimizer step sees, and the whole state of the loader is
-the step.
-
-Which loader a run trains from.
+the step. :func:`training_loader` makes the loader a config asks for.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from torch.utils.data import Dataset
 from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.data.batch import ClipBatch, merge_batches
-from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.data.failures import FailureCount, TooManyFailuresError
 from cliplift.pipelines.data.order import (
     BalancedOrder,
@@ -34,12 +31,6 @@ from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.data.workers import batches_from_workers
 from cliplift.sharding.read.reader import ShardReadError
 from cliplift.sharding.video.decode import VideoDecodeError
-
-__all__ = [
-    "ClipBatch",
-    "ClipLoader",
-    "EvalLoader",
-]
 
 MAX_SUBSTITUTES = 100
 
@@ -121,6 +112,7 @@ class ClipLoader:
                 value=data.clips_per_sample,
                 hint="change it, engine.micro_batch or engine.global_batch",
             )
+        # Positions of the order count samples, of which each gives R clips.
         self.samples_per_step = global_batch // data.clips_per_sample
         self.dataset = ClipSource(data, split=data.split, seed=seed)
         self.classes, self.splits = self.dataset.classes, self.dataset.splits
@@ -161,6 +153,7 @@ class ClipLoader:
         """
         dataset = _Training(self.dataset, self.order)
         workers = self.data.workers
+        # A worker's next turn comes as many requests later as there are workers; its bytes are fetched meanwhile.
         requests = with_next(
             self.requests(start_step=start_step, stop_step=stop_step),
             distance=max(1, workers),
@@ -174,6 +167,7 @@ class ClipLoader:
                 dataset, requests, data=self.data, workers=workers, describe=self._describe
             )
         micro_batches_per_step = self.global_batch // (self.micro_batch * self.world_size)
+        # Counted from the run's first batch, not this call's: a resumed run judges failures at the same steps.
         for number, batch in enumerate(batches, start=start_step * micro_batches_per_step + 1):
             if isinstance(batch, TooManyFailuresError):
                 raise batch

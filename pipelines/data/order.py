@@ -213,6 +213,7 @@ class Mixture:
         block, inside = divmod(epoch * self.num_samples + position, BLOCK)
         which, before = self._dealt(block)
         part = int(which[inside])
+        # Every block gives a part its quota exactly, so how often it was drawn before is a product, not a count.
         drawn = block * int(self.quotas[part]) + int(before[inside])
         passes, at = divmod(drawn, self.parts[part].num_samples)
         return Draw(self._starts[part] + self.parts[part].sample(passes, at), passes)
@@ -292,6 +293,8 @@ class BalancedOrder:
         self._rounds: OrderedDict[int, Ints] = OrderedDict()
 
     def draw(self, epoch: int, position: int) -> Draw:
+        # A round is K positions, one of each class. Rounds are counted through the whole run, as an epoch's N positions
+        # seldom end with one.
         turn, inside = divmod(epoch * self.num_samples + position, len(self.members))
         k = int(self._dealt(turn)[inside])
         passes, at = divmod(turn, len(self.members[k]))

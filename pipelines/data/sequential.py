@@ -61,6 +61,7 @@ class SequentialLoader:
             )
         self.data, self.world_size = data, world_size
         self.global_batch, self.micro_batch = global_batch, micro_batch
+        # Plain tars do not say which classes there are; an indexed dataset does.
         indexed = ShardDataset(data.urls[0], fold=data.fold)
         self.classes, self.splits = indexed.classes, indexed.splits
         self.num_samples = data.sequential.samples_per_epoch
@@ -127,6 +128,7 @@ class _Stream(Dataset[ClipBatch | TooManyFailuresError]):
     def __getitem__(self, request: int) -> ClipBatch | TooManyFailuresError:
         if self._videos is None:
             worker = get_worker_info()
+            # Workers and ranks draw different tars, and a resumed run, which begins with a later request, others again.
             words = (self.seed, self.rank, worker.id if worker else 0, request)
             self._videos = enumerate(raw_samples(self.config, seed=zlib.crc32(repr(words).encode())))
         try:
@@ -196,6 +198,8 @@ def raw_samples(config: SequentialConfig, *, seed: int) -> Iterator[RawSample]:
         TooManyFailuresError: no tar holds a sample that can be read.
     """
     tars = [tar for pattern in config.tars for tar in expand_urls(pattern)]
+    # Tars are drawn again and again without end. So a stream that is empty, or damaged throughout, has to be noticed:
+    # after three tries of each tar on average.
     opened = _OpenedTars(limit=max(100, 3 * len(tars)))
     skip = webdataset.warn_and_continue
     stream = webdataset.DataPipeline(

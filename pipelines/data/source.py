@@ -87,6 +87,7 @@ class ClipSource:
             for url in data.urls
         ]
         self.classes = self.sets[0].classes
+        # A split that one of the datasets lacks is no split of the run.
         self.splits = tuple(n for n in self.sets[0].splits if all(n in one.splits for one in self.sets))
         for url, other in zip(data.urls, self.sets, strict=True):
             if other.classes != self.classes:
@@ -96,6 +97,7 @@ class ClipSource:
                 )  # fmt: skip
         _refuse_second_validation(data, self.sets)
         _require_flow(data, self.sets)
+        # Samples are numbered through all datasets: the first of dataset i is number starts[i].
         self.starts = np.cumsum([0, *(len(s) for s in self.sets)]).tolist()
         self.fingerprint = "+".join(s.fingerprint for s in self.sets)
         self.labels = np.concatenate([s.labels for s in self.sets]).astype(np.int64)
@@ -261,6 +263,7 @@ class ClipSource:
         B = len(clips)
         targets = None
         if self.label_sets is not None:
+            # Mirrored clips may show other classes, so the targets are made clip by clip.
             targets = torch.zeros(B, len(self.classes))
             for row, swap in enumerate(mirrored):
                 targets[row, [self._class_shown(label, swap) for label in self.label_sets[index]]] = 1.0
@@ -272,6 +275,8 @@ class ClipSource:
             views=torch.arange(B),
             draws=torch.from_numpy(draws),
             epochs=torch.full((B,), OUTSIDE_TRAINING),
+            # Outside training there is no place in an order. The sample's number stands for it, so that what is drawn
+            # for a test view, such as a mask, does not depend on the batch it comes in.
             positions=torch.arange(index * B, (index + 1) * B),
             targets=targets,
             costs=costs,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +19,12 @@ from cliplift.pipelines.data.batch import NUM_DRAWS, OUTSIDE_TRAINING, ClipBatch
 from cliplift.pipelines.data.clip_plan import cut, view_boxes, view_frames
 from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.sources.files import find_files, sort_out, warn_left_out
-from cliplift.sharding.storage import open_store
+from cliplift.sharding.storage import StorageError, is_out_of_space, open_store
 from cliplift.sharding.video.decode import VideoDecodeError, decode_frames, probe
 from cliplift.sharding.video.flow import decode_flow, flow_member
 from cliplift.sharding.video.transcode import EncodedClip, SpanCutter, transcode_span
+
+Value = TypeVar("Value")
 
 # The form a file is brought to before it is seen: that of shards, of any length up to an hour.
 FOREIGN = TranscodeConfig(min_frames=1, max_seconds=3600.0)
@@ -40,6 +44,20 @@ def video_names(names: tuple[str, ...]) -> Iterator[str]:
             yield from map(str, sorted(path / file for file in inside))
         else:
             yield name
+
+
+def read_each(videos: Iterable[str], read: Callable[[str], Value]) -> Iterator[tuple[str, Value | None]]:
+    """Every video with what ``read`` makes of it; None, and a line on stderr, where it cannot be read."""
+    for video in videos:
+        try:
+            value = read(video)
+        except (VideoDecodeError, StorageError, OSError) as error:
+            if is_out_of_space(error):  # the disk's fault, not this video's: the next would fail too
+                raise
+            print(f"cliplift: {video}: cannot be read: {error}", file=sys.stderr)
+            yield video, None
+        else:
+            yield video, value
 
 
 @contextlib.contextmanager

@@ -136,6 +136,7 @@ def build_engine(
     refuse_half_batchnorm(module, run)
     if engine_config.sync_batchnorm:
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+    # Everything that can be refused is refused before DeepSpeed allocates masters and buckets.
     if saved is not None:
         check_fits(module, saved)
     if engine_config.checkpoint_blocks_share:
@@ -204,6 +205,7 @@ def resumable(
             checkpoint_folder.set_aside(folder, say=say)
         return None
     path = checkpoint_folder.newest_usable(folder, topology=topology, say=say)
+    # The main rank counts for all: another may see a folder that is a moment older.
     damaged = 0 if path else broadcast_object(len(list(folder.glob(checkpoint_folder.NAMES))), topology)
     if damaged:
         raise ConfigError(

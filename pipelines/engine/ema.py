@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from cliplift.pipelines.checkpoints.slices import Slice
+from cliplift.pipelines.engine.task import TrainingEngine
 from cliplift.pipelines.engine.zero_state import (
     Slices,
     exchange,
@@ -32,7 +32,7 @@ class WeightAverage:
     ``values`` are laid out like the masters (``zero_state.local_masters``), ``buffers`` are by name.
     """
 
-    def __init__(self, engine: Any, *, decay: float) -> None:
+    def __init__(self, engine: TrainingEngine, *, decay: float) -> None:
         self.engine, self.decay, self.updates = engine, decay, 0
         self.values = [master.detach().float().clone() for master in local_masters(engine)]
         self.buffers = {name: buffer.detach().clone() for name, buffer in _averaged_buffers(engine)}
@@ -41,6 +41,7 @@ class WeightAverage:
     def update(self) -> None:
         """Take the weights of one optimizer step in."""
         self.updates += 1
+        # Early averages forget fast: of few weights the first, untrained ones would otherwise make up most.
         weight = 1.0 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self.values, local_masters(self.engine), weight)
         for name, buffer in _averaged_buffers(self.engine):
@@ -65,6 +66,7 @@ class WeightAverage:
         Masters and average change places meanwhile, so that no weights are copied. Buffers are copied: what is done to
         them inside is forgotten.
         """
+        # Collective at stages 1 to 3: what changes places is this rank's part, and the weights are gathered from all.
         own = {name: buffer.clone() for name, buffer in _averaged_buffers(self.engine)}
         self._change_places()
         self._put_buffers(self.buffers)
@@ -75,7 +77,7 @@ class WeightAverage:
             self._put_buffers(own)
 
     @torch.no_grad()
-    def take(self) -> None:
+    def replace_weights(self) -> None:
         """Replace the engine's weights by the average, for good. Collective."""
         for master, value in zip(local_masters(self.engine), self.values, strict=True):
             master.copy_(value)
@@ -92,7 +94,7 @@ class WeightAverage:
             buffer.copy_(values[name])
 
 
-def _averaged_buffers(engine: Any) -> Iterator[tuple[str, Tensor]]:
+def _averaged_buffers(engine: TrainingEngine) -> Iterator[tuple[str, Tensor]]:
     for name, buffer in engine.module.named_buffers():
         if buffer.is_floating_point():
             yield name, buffer

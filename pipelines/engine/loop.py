@@ -20,7 +20,8 @@ from torch import Tensor
 
 from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.checkpoints.saved import random_state, set_random_state
-from cliplift.pipelines.data.loader import ClipBatch, TrainingLoader
+from cliplift.pipelines.data.batch import ClipBatch
+from cliplift.pipelines.data.loader import TrainingLoader
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.batchnorm import estimate_statistics, lagging_statistics
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
@@ -297,6 +298,7 @@ class Trainer:
         reason = REASONS[verdict]
         limit = self.run.engine.max_bad_steps_in_row
         action = "skip" if verdict == "overflow" else self.run.engine.on_bad_step
+        # Good steps follow a rewind and reset the count of bad ones, so rewinds are limited by a count of their own.
         over = self.state.rewinds >= limit if action == "rewind" else self.bad_in_row >= limit
         if action == "stop" or over:
             raise DivergedError(

@@ -75,6 +75,8 @@ class Lamb(Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         beta1, beta2 = betas
+        # New tensors throughout, copied only at the end: an overflow found on the device must leave all of this as it
+        # was, without the host waiting to hear of it.
         n = state["step"].double() + 1
         mean = state["exp_avg"].lerp(gradient, 1 - beta1)
         square = (state["exp_avg_sq"] * beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -82,6 +84,7 @@ class Lamb(Optimizer):
         if weight_decay:
             ratio.add_(parameter, alpha=weight_decay)
             weight_norm, update_norm = parameter.norm(), ratio.norm()
+            # A weight or an update of norm 0 says nothing about the scale: it is taken as it is.
             scaled = (weight_norm > 0) & (update_norm > 0)
             trust = (weight_norm / update_norm).masked_fill(~scaled, 1.0)
             ratio.mul_(trust)

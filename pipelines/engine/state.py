@@ -156,7 +156,7 @@ class RunState:
             saved = open_checkpoint(checkpoint_path(self.folder, self.step), topology=self.topology)
             averaged = self.average is not None
             if self.average is not None:
-                self.average.take()
+                self.average.replace_weights()
         if self.average is not None:
             refresh_statistics()
         kept = self.engine.module.state_dict().keys()

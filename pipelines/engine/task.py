@@ -1,21 +1,24 @@
-"""What the engine asks of a stage, and what it gives back."""
+"""What the engine asks of a stage, what stages of one network share, and what the engine gives back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypedDict
+from functools import cached_property
+from typing import Generic, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cliplift.configs.data import DataConfig
+from cliplift.configs.runs import ClassificationRun
 from cliplift.configs.training import TrainingRun
 from cliplift.models.layers import checkpoint_blocks
 from cliplift.models.protocol import VideoNetwork
 from cliplift.models.registry import model_entry
-from cliplift.pipelines.data.loader import ClipBatch
+from cliplift.pipelines.data.augment import DeviceAugment
+from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.optim import network_with_blocks
 from cliplift.pipelines.runs.folder import RunFolder
@@ -166,6 +169,57 @@ class Stage(TrainingTask, Protocol):
         ...
 
 
+Run = TypeVar("Run", bound=ClassificationRun)
+
+
+class NetworkStage(Generic[Run]):
+    """What the stages share that train one network of the registry: its name, its splits, and its module.
+
+    A subclass defines ``build_module`` and whatever else :class:`Stage` asks for.
+    """
+
+    def __init__(self, run: Run, *, classes: Sequence[str], topology: Topology) -> None:
+        self.run, self.topology = run, topology
+        self.classes = self.predicted_classes(classes)
+        self.clip_frames = run.data.sampling.frames
+
+    def predicted_classes(self, classes: Sequence[str]) -> tuple[str, ...]:
+        """Of the data's classes, those that the network predicts; by default labels are not used."""
+        return ()
+
+    def networks(self) -> dict[str, str]:
+        return {"model.name": self.run.model.name}
+
+    def splits(self) -> dict[str, str]:
+        return {} if self.run.data.val_share else {"data.val_split": self.run.data.val_split}
+
+    def build_module(self, *, weights: bool) -> StageModule:
+        raise NotImplementedError
+
+    @cached_property
+    def built(self) -> StageModule:
+        """The module with its starting weights."""
+        return self.build_module(weights=True)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.built.module
+
+    @cached_property
+    def views(self) -> dict[bool, DeviceAugment]:
+        """What turns a batch into the network's input: for training (True), and for evaluation."""
+        spec = self.built.network.input_spec
+        return {
+            training: DeviceAugment(self.run.data.augment, spec, training=training)
+            for training in (True, False)
+        }
+
+    def finish(
+        self, metrics: Mapping[str, float], *, topology: Topology, folder: RunFolder
+    ) -> dict[str, float]:
+        return dict(metrics)
+
+
 def example_clips(run: TrainingRun, data: DataConfig, model: str, *, micro_batch: int) -> Tensor:
     """Zeros (B, C, T, H, W) as the network gets them, (B, C, H, W) for a 2D model; flow has C = 2, else 3."""
     side, channels = data.crop_pixels, 2 if data.modality == "flow" else 3
@@ -232,7 +286,7 @@ class FitResult:
     clips_per_second: float
     skipped_steps: int
     weights: Mapping[str, Tensor] = field(repr=False, default_factory=dict)
-    engine: Any = field(repr=False, default=None)
+    engine: TrainingEngine | None = field(repr=False, default=None)
 
     def release(self) -> None:
         """Free the engine and its memory."""

@@ -74,6 +74,7 @@ def fragments(engine: Any) -> list[Fragment]:
     if stage == 0:
         return [Fragment(n, tuple(p.shape), 0, p.numel(), i, 0) for i, (n, p) in enumerate(trainable)]
     if stage == 3:
+        # A rank's part of a small parameter may be empty: padding, or all of it lies on the ranks before.
         parts = (_stage3_fragment(engine, n, p) for n, p in trainable)
         return [part for part in parts if part.length]
     # Where there is no mapping, all of the parameter lies in other ranks' partitions.
@@ -103,6 +104,7 @@ def _stage3_fragment(engine: Any, name: str, parameter: nn.Parameter) -> Fragmen
 def _stage3_part(parameter: nn.Parameter) -> tuple[int, int]:
     """(start, length) of this rank's elements; the last part may be shorter than the others, or empty."""
     size, whole = parameter.ds_tensor.ds_numel, parameter.ds_numel  # type: ignore[attr-defined]
+    # Stage 3 cuts a parameter into equal parts and pads the last; what is padded is not the parameter's.
     start = min(dist.get_rank() * size, whole)
     return start, min(size, whole - start)
 
@@ -163,11 +165,12 @@ def optimizer_slices(engine: Any) -> dict[str, Slice]:
         written, values = own[part.name], state.get(_optimized(engine, part, masters), {})
         for key in keys & values.keys():
             name = f"{part.name}{SEPARATOR}{key}"
-            if key == STEP:
+            if key == STEP:  # equal on all ranks, and written by one of them
                 if written.start == 0:
                     found[name] = Slice(values[key].detach().reshape(1), 0, ())
                 continue
             flat = values[key].detach().view(-1)
+            # At stage 0 every rank keeps the whole state and writes a run of it, which begins inside its fragment.
             at = part.offset + written.start - part.start
             found[name] = Slice(flat.narrow(0, at, written.values.numel()), written.start, part.shape)
     return found
@@ -206,6 +209,7 @@ def restore_optimizer(engine: Any, saved: Slices) -> None:
         return
     masters, state = local_masters(engine), _torch_optimizer(engine).state
     if engine.zero_optimization_stage():
+        # An optimizer makes its states at its first step, and is filled before that.
         _make_states(engine, masters, saved, by_parameter)
     for part in fragments(engine):
         optimized = _optimized(engine, part, masters)
@@ -271,7 +275,7 @@ def load_parameters(engine: Any, parameters: Slices, *over: Slices) -> None:
             start, length = _stage3_part(parameter)
             if length:
                 parameter.ds_tensor[:length].copy_(parameters.read(name, start, length))
-            _forget_gathered(parameter)
+            _forget_gathered(parameter)  # or the old values would be computed with until the next gathering
         else:
             parameter.copy_(parameters.read(name, 0, parameter.numel()).reshape(parameter.shape))
     weights_from_masters(engine)

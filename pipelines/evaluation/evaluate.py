@@ -27,7 +27,8 @@ from cliplift.models.factory import from_pretrained, read_config
 from cliplift.models.protocol import VideoNetwork
 from cliplift.models.weight_files import has_weights
 from cliplift.pipelines.data.augment import DeviceAugment
-from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
+from cliplift.pipelines.data.batch import ClipBatch
+from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.distributed.agreement import agree_on_run
 from cliplift.pipelines.distributed.collectives import Topology, leave, start
 from cliplift.pipelines.engine.faults import StoppedBySignalError, caught_signals
@@ -176,6 +177,7 @@ def classification_metrics(predictions: Predictions) -> dict[str, float]:
     K = scores.shape[1]
     confusion = confusion_matrix(scores.argmax(axis=1), labels, num_classes=K)
     right = (scores.argmax(axis=1) == labels).astype(np.float64)
+    # Whole videos are drawn: clips of one video are not independent, and the interval would be too narrow.
     low, high = bootstrap_interval(right, seed=0, groups=np.array(predictions.video_ids))
     metrics = {
         "accuracy": top_k_accuracy(scores, labels, k=1),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,15 +19,13 @@ from cliplift.models.timesformer.model import TimeSformer
 from cliplift.models.timesformer.rollout import attention_rollout
 from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.batch import ClipBatch
-from cliplift.pipelines.data.video_files import video_names, views_of_video
+from cliplift.pipelines.data.video_files import read_each, video_names, views_of_video
 from cliplift.pipelines.distributed.collectives import start
 from cliplift.pipelines.evaluation.evaluate import load_finished
 from cliplift.pipelines.evaluation.grad_cam import Explanation, grad_cam, write_overlay
 from cliplift.pipelines.evaluation.predict import class_names, data_of
 from cliplift.pipelines.runs.folder import RunFolder, write_json
 from cliplift.sharding.sources.files import printable
-from cliplift.sharding.storage import StorageError, is_out_of_space
-from cliplift.sharding.video.decode import VideoDecodeError
 
 OVERLAY_FPS = 8.0
 
@@ -49,16 +47,12 @@ def run_explain(run: ExplainRun) -> int:
         raise ConfigError("is for grad_cam alone", key="layer", value=run.layer, hint="leave it out")
     folder = RunFolder.create(run.output, writes=True).path
     records, failed = [], 0
-    for number, video in enumerate(video_names(run.videos)):
-        try:
-            batch = views_of_video(video, data)
-        except (VideoDecodeError, StorageError, OSError) as error:
-            if is_out_of_space(error):
-                raise
-            print(f"cliplift: {video}: cannot be read: {error}", file=sys.stderr)
+    videos = read_each(video_names(run.videos), partial(views_of_video, data=data))
+    for number, (video, read) in enumerate(videos):
+        if read is None:
             failed += 1
             continue
-        batch = batch.to(topology.device)
+        batch = read.to(topology.device)
         clips = DeviceAugment(data.augment, network.input_spec, training=False)(batch)
         found = explain_clips(network, clips, method=method, wanted=wanted, layer=run.layer)
         views = _write_overlays(folder / f"{number:05d}-{Path(video).stem}", batch, found, classes)

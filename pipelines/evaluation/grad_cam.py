@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cliplift.configs.sharding import TranscodeConfig
+from cliplift.models.layers import evaluating
 from cliplift.models.protocol import GivesFeatures
 from cliplift.models.streams import LUMA
 from cliplift.sharding.storage import whole_file
@@ -76,7 +77,7 @@ def grad_cam(
     if clips.ndim != 5:
         raise ExplainError(f"clips must have the shape (B, C, T, H, W), got {tuple(clips.shape)}")
     watching = _watched_features(model) if layer is None else _watched_layer(model, layer)
-    with _evaluating(model), watching as seen, torch.enable_grad():
+    with evaluating(model), watching as seen, torch.enable_grad():
         logits = model(clips).float()
         features = _feature_map(seen, layer or type(model).__name__, clips)
         chosen = logits.argmax(dim=1) if classes is None else _check_classes(classes, logits)
@@ -192,18 +193,6 @@ def _watched_features(model: nn.Module) -> Iterator[list[Tensor]]:
             object.__setattr__(model, "forward_features", original)
         else:
             object.__delattr__(model, "forward_features")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the call; every part gets its own mode back (a frozen BatchNorm stays in eval)."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

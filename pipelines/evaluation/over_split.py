@@ -1,16 +1,30 @@
-"""One pass over a split, shared by whatever is computed for every sample of it."""
+"""One pass over a split, for whatever is computed for each of its samples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+from cliplift.configs.data import DataConfig, ViewsConfig
+from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology, gather_objects
 from cliplift.pipelines.engine.faults import beat, stop_together
 
 Value = TypeVar("Value")
+
+
+def validation_loader(run: TrainingRun, data: DataConfig, topology: Topology) -> EvalLoader:
+    """This rank's share of a run's validation split, one view a clip."""
+    return EvalLoader(
+        data.model_copy(update={"views": ViewsConfig()}),
+        split=data.val_split,
+        batch=run.evaluation.batch,
+        rank=topology.rank,
+        world_size=topology.world_size,
+        max_samples=run.evaluation.max_samples,
+    )
 
 
 def over_split(

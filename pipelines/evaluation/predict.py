@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NotRequired, TypedDict
 
 import numpy as np
@@ -21,13 +21,18 @@ from cliplift.models.protocol import VideoNetwork
 from cliplift.models.streams import FLOW_CHANNELS
 from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.batch import ClipBatch
-from cliplift.pipelines.data.video_files import clips_of_video, local_copy, sliding_windows, video_names
+from cliplift.pipelines.data.video_files import (
+    clips_of_video,
+    local_copy,
+    read_each,
+    sliding_windows,
+    video_names,
+)
 from cliplift.pipelines.distributed.collectives import start
 from cliplift.pipelines.engine.task import ModelCard
 from cliplift.pipelines.evaluation.evaluate import load_finished
 from cliplift.sharding.sources.files import printable
-from cliplift.sharding.storage import StorageError, is_out_of_space, open_store, whole_file
-from cliplift.sharding.video.decode import VideoDecodeError
+from cliplift.sharding.storage import open_store, whole_file
 
 # "class" is a keyword of Python, so the fields are written as strings.
 ClassProbability = TypedDict("ClassProbability", {"class": str, "probability": float})
@@ -58,15 +63,12 @@ def run_predict(run: PredictRun) -> int:
     data = data_of(card, network, run.views)
     failed = 0
     with _json_lines(run.output) as records:
-        for video in video_names(run.videos):
-            try:
-                probabilities, windows = _classify_video(network, video, data, run, topology.device)
-            except (VideoDecodeError, StorageError, OSError) as error:
-                if is_out_of_space(error):
-                    raise
-                print(f"cliplift: {video}: cannot be read: {error}", file=sys.stderr)
+        classify_one = partial(_classify_video, network, data=data, run=run, device=topology.device)
+        for video, found in read_each(video_names(run.videos), classify_one):
+            if found is None:
                 failed += 1
                 continue
+            probabilities, windows = found
             records.append(_print_video(video, probabilities, windows, classes, run.top))
     return failed
 
@@ -165,7 +167,7 @@ def data_of(card: ModelCard, network: VideoNetwork, views: ViewsConfig) -> DataC
 
 
 def _classify_video(
-    network: VideoNetwork, video: str, data: DataConfig, run: PredictRun, device: torch.device
+    network: VideoNetwork, video: str, *, data: DataConfig, run: PredictRun, device: torch.device
 ) -> tuple[npt.NDArray[np.float32], list[tuple[float, float, npt.NDArray[np.float32]]]]:
     """A video's probabilities, and with ``window_seconds`` those of its windows, whose mean the former then are."""
     with local_copy(video) as path:

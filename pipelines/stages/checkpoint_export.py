@@ -50,6 +50,7 @@ def export_checkpoint(run: ExportRun) -> Path:
     record = source.start_record() or {}
     classes = classes_of(record) if "classes" in record else read_classes(config)
     stage = stage_of(config, classes=classes)
+    # Names and shapes are enough: the tensors are read from the checkpoint one by one as they are written.
     with torch.device("meta"):
         module = stage.build_module(weights=False).module
     saved = open_checkpoint(path, topology=ALONE)

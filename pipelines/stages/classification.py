@@ -14,11 +14,12 @@ from cliplift.configs.runs import ClassificationRun, FinetuneRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model
 from cliplift.models.protocol import HasOwnLoss, VideoNetwork
-from cliplift.pipelines.data.augment import DeviceAugment, mix_clips
-from cliplift.pipelines.data.loader import ClipBatch
+from cliplift.pipelines.data.augment import mix_clips
+from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.data.source import stored_split
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.task import (
+    NetworkStage,
     SavedModel,
     StageModule,
     data_card,
@@ -76,25 +77,21 @@ class Classifier(nn.Module):
         return {"loss": loss, "accuracy": accuracy.detach()}
 
 
-class ClassificationStage:
+class ClassificationStage(NetworkStage[ClassificationRun]):
     """Classification as a stage: pretrain with labels, and finetune."""
 
     needs_labels, needs_videos = True, 1
 
     def __init__(self, run: ClassificationRun, *, classes: Sequence[str], topology: Topology) -> None:
-        self.run, self.topology, self.classes = run, topology, tuple(classes)
-        self.clip_frames = run.data.sampling.frames
+        super().__init__(run, classes=classes, topology=topology)
         self._last: tuple[Predictions, str] | None = None
+
+    def predicted_classes(self, classes: Sequence[str]) -> tuple[str, ...]:
+        return tuple(classes)
 
     @property
     def best_metric(self) -> str:
         return "mean_average_precision" if self.run.task == "multi_label" else "accuracy"
-
-    def networks(self) -> dict[str, str]:
-        return {"model.name": self.run.model.name}
-
-    def splits(self) -> dict[str, str]:
-        return {} if self.run.data.val_share else {"data.val_split": self.run.data.val_split}
 
     @cached_property
     def built(self) -> StageModule:
@@ -107,10 +104,6 @@ class ClassificationStage:
                 hint="shard a labelled source",
             )
         return self.build_module(weights=True)
-
-    @property
-    def module(self) -> nn.Module:
-        return self.built.module
 
     def build_module(self, *, weights: bool) -> StageModule:
         run = self.run
@@ -161,10 +154,6 @@ class ClassificationStage:
             inputs["targets"] = torch.zeros(B, len(self.classes))
         return inputs
 
-    @cached_property
-    def _views(self) -> DeviceAugment:
-        return DeviceAugment(self.run.data.augment, self.built.network.input_spec, training=True)
-
     def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
         if self.run.task == "single_label" and (batch.labels.numpy() < 0).any():  # on the host, still
             raise ConfigError(
@@ -174,7 +163,7 @@ class ClassificationStage:
                 hint="classification needs labelled shards; transfer takes unlabelled ones",
             )
         batch = batch.to(self.topology.device)
-        inputs = {"clips": self._views(batch), "labels": batch.labels}
+        inputs = {"clips": self.views[True](batch), "labels": batch.labels}
         if self.run.task == "multi_label":
             assert batch.targets is not None
             inputs["targets"] = batch.targets
@@ -240,11 +229,6 @@ class ClassificationStage:
         if predictions_file is not None and topology.rank == 0:
             predictions.write(predictions_file)
         return classification_metrics(predictions)
-
-    def finish(
-        self, metrics: Mapping[str, float], *, topology: Topology, folder: RunFolder
-    ) -> dict[str, float]:
-        return dict(metrics)
 
     def trained_network(self, weights: Mapping[str, Tensor]) -> SavedModel:
         with torch.device("meta"):

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cliplift.configs.data import ViewsConfig
 from cliplift.configs.runs import ForecastConfig, PretrainRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model, list_models, model_options
 from cliplift.models.convrnn.forecaster import EncoderForecaster, forecast_error
-from cliplift.pipelines.data.augment import DeviceAugment
-from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
+from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.task import (
+    NetworkStage,
     SavedModel,
     StageModule,
     data_card,
@@ -31,8 +30,7 @@ from cliplift.pipelines.engine.task import (
     network_weights,
 )
 from cliplift.pipelines.engine.telemetry import training_flops
-from cliplift.pipelines.evaluation.over_split import over_split
-from cliplift.pipelines.runs.folder import RunFolder
+from cliplift.pipelines.evaluation.over_split import over_split, validation_loader
 from cliplift.pipelines.runs.tracking import ClipTable
 from cliplift.pipelines.stages.starting_weights import freeze_named, initialise_from
 
@@ -66,32 +64,15 @@ class Forecasting(nn.Module):
         }
 
 
-class ForecastStage:
+class ForecastStage(NetworkStage[PretrainRun]):
     """Forecasting as a stage. ``skill`` is 1 - mse / mse_copy_last: 0 holds still, 1 is perfect."""
 
     best_metric = "skill"
     needs_labels, needs_videos = False, 1
 
     def __init__(self, run: PretrainRun, *, classes: Sequence[str], topology: Topology) -> None:
-        self.run, self.topology = run, topology
-        self.classes: tuple[str, ...] = ()  # labels, where there are any, are not used
-        self.clip_frames = run.data.sampling.frames
+        super().__init__(run, classes=classes, topology=topology)
         self._last: list[tuple[str, float, float]] = []
-
-    def networks(self) -> dict[str, str]:
-        return {"model.name": self.run.model.name}
-
-    def splits(self) -> dict[str, str]:
-        return {} if self.run.data.val_share else {"data.val_split": self.run.data.val_split}
-
-    @cached_property
-    def built(self) -> StageModule:
-        """The module with its starting weights."""
-        return self.build_module(weights=True)
-
-    @property
-    def module(self) -> nn.Module:
-        return self.built.module
 
     def build_module(self, *, weights: bool) -> StageModule:
         run = self.run
@@ -105,28 +86,13 @@ class ForecastStage:
         run = self.run
         return {"clips": example_clips(run, run.data, run.model.name, micro_batch=micro_batch)}
 
-    @cached_property
-    def _views(self) -> dict[bool, DeviceAugment]:
-        spec = cast(EncoderForecaster, self.built.network).input_spec
-        return {
-            training: DeviceAugment(self.run.data.augment, spec, training=training)
-            for training in (True, False)
-        }
-
     def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
-        return {"clips": self._views[training](batch.to(self.topology.device))}
+        return {"clips": self.views[training](batch.to(self.topology.device))}
 
     @torch.no_grad()
     def evaluate(self, *, topology: Topology) -> dict[str, float]:
         """Errors on the validation split, every clip once, over all ranks; the same for any number of them."""
-        loader = EvalLoader(
-            self.run.data.model_copy(update={"views": ViewsConfig()}),
-            split=self.run.data.val_split,
-            batch=self.run.evaluation.batch,
-            rank=topology.rank,
-            world_size=topology.world_size,
-            max_samples=self.run.evaluation.max_samples,
-        )
+        loader = validation_loader(self.run, self.run.data, topology)
 
         def forward(batch: ClipBatch) -> list[dict[str, float]]:
             clips = self.inputs(batch, training=False, step=0)["clips"]
@@ -158,11 +124,6 @@ class ForecastStage:
             network = build_forecaster(self.run, pretrained=None)
             network.forecast_logits(torch.empty(1, 3, read, side, side), self.clip_frames - read)
         return training_flops(float(counter.get_total_flops()))
-
-    def finish(
-        self, metrics: Mapping[str, float], *, topology: Topology, folder: RunFolder
-    ) -> dict[str, float]:
-        return dict(metrics)
 
     def trained_network(self, weights: Mapping[str, Tensor]) -> SavedModel:
         with torch.device("meta"):

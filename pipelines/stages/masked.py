@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cliplift.configs.data import ViewsConfig
 from cliplift.configs.runs import MaskedConfig, PretrainRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model, list_models
@@ -39,10 +38,10 @@ from cliplift.models.video_vit.masks import (
 )
 from cliplift.models.video_vit.model import VideoViT
 from cliplift.models.video_vit.positions import TokenGrid
-from cliplift.pipelines.data.augment import DeviceAugment
-from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
+from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.task import (
+    NetworkStage,
     SavedModel,
     StageModule,
     data_card,
@@ -50,10 +49,9 @@ from cliplift.pipelines.engine.task import (
     network_weights,
 )
 from cliplift.pipelines.engine.telemetry import training_flops
-from cliplift.pipelines.evaluation.over_split import over_split
-from cliplift.pipelines.runs.folder import RunFolder
+from cliplift.pipelines.evaluation.over_split import over_split, validation_loader
 from cliplift.pipelines.runs.tracking import ClipTable
-from cliplift.pipelines.stages.matching import sent
+from cliplift.pipelines.stages.matching import send_to_device
 from cliplift.pipelines.stages.probe import probe
 from cliplift.pipelines.stages.starting_weights import freeze_named, initialise_from
 
@@ -157,7 +155,7 @@ class PixelReconstruction(nn.Module):
         return cast(Reconstruction, self.autoencoder(**inputs))
 
 
-class MaskedStage:
+class MaskedStage(NetworkStage[PretrainRun]):
     """Masked autoencoding as a stage. ``skill`` is 1 - loss / variance of the targets: 0 predicts their mean, 1 is
     perfect."""
 
@@ -165,25 +163,8 @@ class MaskedStage:
     needs_labels, needs_videos = False, 1
 
     def __init__(self, run: PretrainRun, *, classes: Sequence[str], topology: Topology) -> None:
-        self.run, self.topology = run, topology
-        self.classes: tuple[str, ...] = ()  # labels, where there are any, are not used
-        self.clip_frames = run.data.sampling.frames
+        super().__init__(run, classes=classes, topology=topology)
         self._last: list[tuple[str, float]] = []
-
-    def networks(self) -> dict[str, str]:
-        return {"model.name": self.run.model.name}
-
-    def splits(self) -> dict[str, str]:
-        return {} if self.run.data.val_share else {"data.val_split": self.run.data.val_split}
-
-    @cached_property
-    def built(self) -> StageModule:
-        """The module with its starting weights."""
-        return self.build_module(weights=True)
-
-    @property
-    def module(self) -> nn.Module:
-        return self.built.module
 
     def build_module(self, *, weights: bool) -> StageModule:
         run = self.run
@@ -213,32 +194,17 @@ class MaskedStage:
             inputs["decoded"] = torch.zeros(micro_batch, masks.decoded, dtype=torch.int64)
         return inputs
 
-    @cached_property
-    def _views(self) -> dict[bool, DeviceAugment]:
-        spec = self.built.network.input_spec
-        return {
-            training: DeviceAugment(self.run.data.augment, spec, training=training)
-            for training in (True, False)
-        }
-
     def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
         """A micro-batch as the module's inputs; the masks are made here, on the host."""
         device = self.topology.device
         numbers = self._masks.numbers(epochs=batch.epochs, positions=batch.positions)
-        clips = self._views[training](batch.to(device))
-        return {"clips": clips} | {name: sent(tokens, device) for name, tokens in numbers.items()}
+        clips = self.views[training](batch.to(device))
+        return {"clips": clips} | {name: send_to_device(tokens, device) for name, tokens in numbers.items()}
 
     @torch.no_grad()
     def evaluate(self, *, topology: Topology) -> dict[str, float]:
         """Loss and skill on the validation split, every clip once, over all ranks. A clip's mask is always the same."""
-        loader = EvalLoader(
-            self.run.data.model_copy(update={"views": ViewsConfig()}),
-            split=self.run.data.val_split,
-            batch=self.run.evaluation.batch,
-            rank=topology.rank,
-            world_size=topology.world_size,
-            max_samples=self.run.evaluation.max_samples,
-        )
+        loader = validation_loader(self.run, self.run.data, topology)
         module = cast(PixelReconstruction, self.module)
 
         def forward(batch: ClipBatch) -> list[tuple[float, float]]:
@@ -266,11 +232,6 @@ class MaskedStage:
             built = self.build_module(weights=False)
             built.module(self.example_inputs(built, micro_batch=1, world_size=1))
         return training_flops(float(counter.get_total_flops()))
-
-    def finish(
-        self, metrics: Mapping[str, float], *, topology: Topology, folder: RunFolder
-    ) -> dict[str, float]:
-        return dict(metrics)
 
     def trained_network(self, weights: Mapping[str, Tensor]) -> SavedModel:
         """The encoder alone: `initialise_from` of another run reads it."""

@@ -52,8 +52,10 @@ def draw_pairs(
     Raises:
         ConfigError: a clip has fewer than k clips of other videos, or ``same_video`` others of its own, in the batch.
     """
+    # Scores for the whole global batch on every rank, of which it takes its rows: so the pairs do not depend on how
+    # the batch is divided.
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    scores = sent(torch.rand(len(videos), len(videos), generator=generator), videos.device)[rows]
+    scores = send_to_device(torch.rand(len(videos), len(videos), generator=generator), videos.device)[rows]
     same = videos[rows, None] == videos[None, :]
     available = (~same).sum(dim=1).min()
     if _fewer(available, negatives, "correspondence.negatives_per_clip"):
@@ -63,6 +65,7 @@ def draw_pairs(
             value=negatives,
             hint="use a larger engine.global_batch, or shards with more source videos",
         )
+    # The k highest of uniform scores are a random choice without replacement; -1 is below all of them.
     chosen = [rows[:, None], scores.masked_fill(same, -1.0).topk(negatives, dim=1).indices]
     if same_video:
         others = same & (torch.arange(len(videos), device=videos.device)[None, :] != rows[:, None])
@@ -77,7 +80,7 @@ def draw_pairs(
     return Pairs(torch.cat(chosen, dim=1))
 
 
-def sent(values: Tensor, device: torch.device) -> Tensor:
+def send_to_device(values: Tensor, device: torch.device) -> Tensor:
     """A host tensor on the device, through pinned memory where that is a GPU, so that the host does not wait."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 

@@ -17,7 +17,8 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.supervision import ProbeConfig
 from cliplift.models.protocol import VideoNetwork
 from cliplift.pipelines.data.augment import DeviceAugment
-from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
+from cliplift.pipelines.data.batch import ClipBatch
+from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.evaluation.over_split import over_split
 
@@ -31,6 +32,7 @@ def probe(
     Raises:
         ConfigError: the labelled data hold unlabelled clips or one class.
     """
+    # The run's clips and crop on other data: what chooses samples there is the probe's own.
     data = run.data.model_copy(
         update={
             "shards": config.shards,

@@ -311,6 +311,7 @@ def _conclude(
     topology: Topology,
 ) -> dict[str, float]:
     """Final evaluation and weights."""
+    assert result.engine is not None  # alive until it is released
     result.engine.eval()
     metrics = stage.finish(result.metrics, topology=topology, folder=folder)
     if topology.is_main:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from cliplift.configs.data import DataConfig, ViewsConfig
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
+from cliplift.pipelines.data.batch import ClipBatch
+from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.distributed.collectives import (
     Topology,
     all_reduce_max,
@@ -92,7 +93,9 @@ def _features_of_all(
 
     def forward(clips: ClipBatch) -> list[None]:
         nonlocal table
+        # Clip by clip: in a batch the last bits of a row would depend on its neighbours.
         rows = [features(clips.at(i)).half().cpu()[0] for i in range(len(clips.clips))]
+        # After every batch, so that no rank ever holds more than a batch of rows beside the file.
         gathered = gather_objects(
             list(zip(clips.sample_index.tolist(), (r.clone() for r in rows), strict=True)), topology
         )
@@ -123,6 +126,7 @@ def kept_tensors(
     Raises:
         ConfigError: a rank does not see the file.
     """
+    # The main rank decides whether the file is made, else some ranks would wait in `make` for the others.
     if not broadcast_object(_identity(path) == identity, topology):
         made = dict(make())
         if topology.is_main:
@@ -130,7 +134,7 @@ def kept_tensors(
             partial = path.with_suffix(".partial")
             save_file(made, partial, metadata={"identity": identity})
             partial.replace(path)
-        del made
+        del made  # before it is read again below, or both would be in memory
         barrier(topology)
     if all_reduce_max(float(not path.is_file()), topology):
         raise ConfigError(

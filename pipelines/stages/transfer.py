@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cliplift.configs.data import ViewsConfig
 from cliplift.configs.runs import TransferRun
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import ModelConfig
@@ -33,8 +32,8 @@ from cliplift.models import create_model
 from cliplift.models.correspondence import CorrespondenceHead, FeaturePredictor
 from cliplift.models.protocol import InputSpec, VideoNetwork
 from cliplift.models.registry import model_entry
-from cliplift.pipelines.data.augment import DeviceAugment, recropped, redrawn, subsampled
-from cliplift.pipelines.data.loader import ClipBatch, EvalLoader
+from cliplift.pipelines.data.augment import DeviceAugment, recrop, redraw, subsample_frames
+from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.distributed.collectives import Topology, all_gather_tensor
 from cliplift.pipelines.engine.task import (
@@ -45,10 +44,15 @@ from cliplift.pipelines.engine.task import (
     network_weights,
 )
 from cliplift.pipelines.engine.telemetry import forward_flops, training_flops
-from cliplift.pipelines.evaluation.over_split import over_split
+from cliplift.pipelines.evaluation.over_split import over_split, validation_loader
 from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.stages.feature_targets import FeatureTransfer, other_orders
-from cliplift.pipelines.stages.matching import SupervisionTransfer, draw_pairs, matching_metrics, sent
+from cliplift.pipelines.stages.matching import (
+    SupervisionTransfer,
+    draw_pairs,
+    matching_metrics,
+    send_to_device,
+)
 from cliplift.pipelines.stages.probe import probe
 from cliplift.pipelines.stages.starting_weights import freeze_named
 from cliplift.pipelines.stages.teacher import Standardisation, bank_of, cached_features
@@ -247,9 +251,9 @@ class TransferStage:
         return found | {
             "bank": bank,
             "bank_videos": videos,
-            "own": sent(batch.sample_index, device),
-            "clip_videos": sent(batch.video_index, device),
-            "orders": sent(orders, device),
+            "own": send_to_device(batch.sample_index, device),
+            "clip_videos": send_to_device(batch.video_index, device),
+            "orders": send_to_device(orders, device),
         }
 
     @cached_property
@@ -266,7 +270,7 @@ class TransferStage:
             data = data.model_copy(update={"crop_pixels": side, "resize_short_side_pixels": short})
 
         def features(batch: ClipBatch) -> Tensor:
-            return self._teacher_features(self._frame_views[False](subsampled(batch, teacher.frames)))
+            return self._teacher_features(self._frame_views[False](subsample_frames(batch, teacher.frames)))
 
         return cached_features(
             features,
@@ -330,11 +334,11 @@ class TransferStage:
         on_host, batch = batch, batch.to(self.topology.device)
         clips = self._clip_views[training](batch)
         if training and self.run.teacher.cache_features:
-            return clips, sent(self._table[on_host.sample_index], self.topology.device).float()
-        frames = subsampled(batch, self.run.teacher.frames)
+            return clips, send_to_device(self._table[on_host.sample_index], self.topology.device).float()
+        frames = subsample_frames(batch, self.run.teacher.frames)
         if training and self.run.correspondence.independent_views:
-            frames = redrawn(frames)
-            views = recropped(self._frame_views[True](frames), frames.draws)
+            frames = redraw(frames)
+            views = recrop(self._frame_views[True](frames), frames.draws)
         else:
             views = self._frame_views[training](frames)
         return clips, self._teacher_features(views)
@@ -377,15 +381,7 @@ class TransferStage:
     @torch.no_grad()
     def evaluate(self, *, topology: Topology) -> dict[str, float]:
         """Matching accuracy, AUC and retrieval on the held-out videos, every clip once, over all ranks."""
-        one_view = self.run.data.model_copy(update={"views": ViewsConfig()})
-        loader = EvalLoader(
-            one_view,
-            split=self.run.data.val_split,
-            batch=self.run.evaluation.batch,
-            rank=topology.rank,
-            world_size=topology.world_size,
-            max_samples=self.run.evaluation.max_samples,
-        )
+        loader = validation_loader(self.run, self.run.data, topology)
 
         def forward(batch: ClipBatch) -> list[tuple[int, Tensor, Tensor]]:
             clips, frame_features = self._towers(batch, training=False)

@@ -64,6 +64,7 @@ def find_duplicates(samples: Sequence[Sample], hashes: Sequence[Sequence[int]]) 
         samples: all samples, in plan order.
         hashes: picture hashes of their key frames; an empty one is compared by content only.
     """
+    # Evaluation splits first, so that of a video in both the copy in training is the one removed.
     order = sorted(range(len(samples)), key=lambda i: (samples[i].split == "train", i))
     by_content: dict[tuple[object, ...], list[int]] = defaultdict(list)
     by_look: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -81,6 +82,7 @@ def find_duplicates(samples: Sequence[Sample], hashes: Sequence[Sequence[int]]) 
         if first is not None:
             found.append(Duplicate(number, first, kind))
             continue
+        # Only kept samples are compared with: a chain of near-duplicates must not remove what resembles none that stays.
         for content in contents:
             by_content[content].append(number)
         for band in bands(pictures):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
 from cliplift.configs.sections import ConfigError
@@ -30,16 +30,14 @@ from cliplift.sharding.manifest import (
     load_index,
 )
 from cliplift.sharding.build.plan import Plan, PlannedShard, plan_once
-from cliplift.sharding.build.unit import Progress
 from cliplift.sharding.build.ray_engine import build_on_ray
 from cliplift.sharding.redirects import allow_private_redirects
 from cliplift.sharding.storage import Store, open_store
-from cliplift.sharding.build.unit import BuiltShard, build_shards, local_workers
+from cliplift.sharding.build.unit import BuiltShard, Progress, build_shards, local_workers
 from cliplift.sharding.build.verify import VerifyReport, file_sha256, verify
 
 Phase = Literal["plan", "build", "finalize", "verify"]
 PHASES: tuple[Phase, ...] = ("plan", "build", "finalize", "verify")
-# Reasons that may go away by themselves: a busy machine, a network, a file that arrived since.
 
 
 @dataclass(frozen=True)
@@ -86,19 +84,18 @@ def run_shard(
         BuildError: shards are missing, or more clips were refused than allowed.
     """
     started = time.monotonic()
-    if run.limits.private_redirects:
-        allow_private_redirects()
-    store = open_store(run.output)
+    store = _open_output(run)
     plan = plan_once(run, store)
     progress = Progress(shards_total=len(plan.shards))
     built: list[BuiltShard] = []
     kept = 0
     if "build" in phases:
         mine = _my_part(plan, part)
-        todo, kept = _unfinished(plan, mine, store, retry_failed=retry_failed)
+        todo = _unfinished(plan, mine, store, retry_failed=retry_failed)
+        kept = len(mine) - len(todo)
         progress.shards_total, progress.shards_done = len(mine), kept
         built = _run_units(run, plan, todo, store, progress=progress, on_progress=on_progress)
-    dataset, duplicates = None, None
+    dataset = duplicates = None
     whole = part is None or (run.duplicates == "report" and _all_built(plan, store))
     if "finalize" in phases and whole:
         duplicates = settle_duplicates(plan, store, run.duplicates)
@@ -118,13 +115,18 @@ def run_shard(
         not_copied=dict(sorted(progress.not_copied.items())),
         duplicates=duplicates,
         dataset=dataset,
-        verified=verify(run.output, decode=run.verify_decode, workers=local_workers(run))
-        if "verify" in phases and whole
-        else None,
     )
+    if "verify" in phases and whole:  # after the clock has stopped: the recorded seconds are the build's
+        report = replace(report, verified=verify(run.output, decode=run.verify_decode, workers=local_workers(run)))
     if dataset is not None:
         _write_build_record(report, store)
     return report
+
+
+def _open_output(run: ShardRun) -> Store:
+    if run.limits.private_redirects:
+        allow_private_redirects()
+    return open_store(run.output)
 
 
 def _all_built(plan: Plan, store: Store) -> bool:
@@ -165,8 +167,8 @@ def _my_part(plan: Plan, part: tuple[int, int] | None) -> list[PlannedShard]:
 
 def _unfinished(
     plan: Plan, shards: Sequence[PlannedShard], store: Store, *, retry_failed: bool
-) -> tuple[list[PlannedShard], int]:
-    """Shards to build, and how many are already there and whole."""
+) -> list[PlannedShard]:
+    """The shards that are not already there and whole."""
     todo = []
     present = set(store.list())
     for shard in shards:
@@ -180,7 +182,7 @@ def _unfinished(
             # The commit mark goes first: it must never stand beside a tar it does not describe.
             store.remove(index_file(shard.tar))
             todo.append(shard)
-    return todo, len(shards) - len(todo)
+    return todo
 
 
 def _committed(plan: Plan, shard: PlannedShard, store: Store) -> ShardIndex | None:

@@ -112,6 +112,7 @@ def build_shards(
                 _add_video(writer, plan, shard, number, result)
                 _count(progress, result)
                 progress.seconds = time.monotonic() - started
+                # Results come in the order of the plan, so a shard's last video ends it.
                 if shard.start + number + 1 == shard.stop:
                     built.append(BuiltShard.of(writer.commit()))
                     writer = None

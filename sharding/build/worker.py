@@ -168,6 +168,7 @@ def _cut_video(link: socket.socket, task: Message, cut: Cut, stored: Stored, scr
         return
     else:
         send(link, {"clips": len(clips), "sha256": sha256})
+        # A worker that took over from one that died goes on behind the clip the other died at.
         with SpanCutter(path, stored.transcode, alive=lambda: send(link, {"working": True})) as cutter:
             for number in range(task["first_clip"], len(clips)):
                 if not _cut_clip(link, cutter, number, clips[number], stored):

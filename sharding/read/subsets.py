@@ -67,6 +67,7 @@ def held_out(labels: Sequence[int], groups: Sequence[str], *, share: float, seed
     chosen = set()
     for group in sorted(members, key=lambda name: _draw(seed, name)):
         counts = members[group]
+        # A class still lacks this group if taking it brings the class nearer its share than leaving it.
         lacking = sum(n for label, n in counts.items() if taken[label] + n / 2 <= share * totals[label])
         whole = any(left[label] == n for label, n in counts.items())
         if 2 * lacking > counts.total() and not whole:

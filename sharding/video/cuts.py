@@ -175,6 +175,7 @@ def _detected(
             if len(times) > most_frames:
                 raise VideoDecodeError(f"decode: more than {most_frames} frames come out of the file")
             times.append(time)
+            # The detector counts frames, whatever their times: its numbers index `times`.
             now = FrameTimecode(timecode=len(times) - 1, fps=float(fps))
             cuts.update(found.frame_num for found in detector.process_frame(now, _small(frame)))
             if time - last_alive > HEARTBEAT_SECONDS:

@@ -59,6 +59,7 @@ def check_clip(data: bytes, *, hash_pictures: bool = False) -> CheckedClip:
                 if frame.pts is None or frame.is_corrupt:
                     raise VideoDecodeError(f"frame {number} is damaged")
                 start = frame.pts if start is None else start
+                # Half a frame of slack: time bases round stamps, but never by that much.
                 if abs(frame.pts - start - number * step) > step / 2:
                     raise VideoDecodeError(
                         f"frame {number} has time stamp {frame.pts}: frames are lost or repeated"

@@ -119,6 +119,7 @@ def timed_frames(
     origin: float | None = None
     if start_seconds > SEEK_MARGIN_SECONDS and is_seekable(container, stream):
         assert stream.start_time is not None and stream.time_base is not None  # noqa: PT018 - see is_seekable
+        # After a seek the first stamp is not the video's first, so the origin comes from the container.
         origin = float(stream.start_time * stream.time_base)
         container.seek(
             stream.start_time + int((start_seconds - SEEK_MARGIN_SECONDS) / stream.time_base), stream=stream

@@ -78,6 +78,7 @@ def copy_span(
             container, stream, start=start_seconds, end=end_seconds, fps=fps, config=config
         )
         keys = tuple(rank for packet, rank in zip(packets, ranks, strict=True) if packet.is_keyframe)
+        # Copied packets are only believed once they decode: an open GOP or a missing reference shows nowhere else.
         data = _mux(stream, packets, ranks, fps)
         checked = check_clip(data, hash_pictures=True)
     except (FFmpegError, VideoDecodeError) as error:

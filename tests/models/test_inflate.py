@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cliplift.models import ModelError, create_model
-from cliplift.models.conv3d.densenet3d import DenseNet3D, dense_shape_3d
+from cliplift.models.conv3d.densenet3d import DenseNet3D
 from cliplift.models.conv3d.p3d import P3D
 from cliplift.models.image.densenet import DenseNet, DenseShape
 from cliplift.models.inflate import inflate, inflate_kernel
@@ -56,13 +56,19 @@ SPEC = InputSpec()
 
 def densenets() -> tuple[nn.Module, nn.Module]:
     flat = DenseNet(DenseShape(blocks=(2, 2, 2), stem_channels=16), num_classes=0, input_spec=SPEC)
-    shape = dense_shape_3d((2, 2, 2), pool="paper", stem_channels=16)
+    shape = DenseShape(
+        blocks=(2, 2, 2),
+        stem_channels=16,
+        stem_kernel=(3, 7, 7),
+        stem_stride=(2, 2, 2),
+        pool_stride=(1, 2, 2),
+    )
     return flat, DenseNet3D(shape, num_classes=0, input_spec=SPEC)
 
 
 def p3ds(arrangement: str) -> tuple[nn.Module, nn.Module]:
     flat = create_model("resnet_50", num_classes=0, layout="caffe")
-    return flat, P3D((3, 4, 6, 3), num_classes=0, input_spec=SPEC, arrangement=arrangement)
+    return flat, P3D(layers=(3, 4, 6, 3), num_classes=0, arrangement=arrangement)
 
 
 PAIRS = {
@@ -99,7 +105,7 @@ def test_the_ports_wiring_starts_as_the_2d_blocks_too() -> None:
     """s + ReLU(t): T starts at zero in B and C. Block by block, since the port's pooling is not Caffe's."""
     torch.manual_seed(0)
     flat = scrambled(create_model("resnet_50", num_classes=0, layout="caffe"))
-    deep = P3D((3, 4, 6, 3), num_classes=0, input_spec=SPEC, wiring="port").eval()
+    deep = P3D(layers=(3, 4, 6, 3), num_classes=0, wiring="port").eval()
     inflate(deep, flat.state_dict())
     x = torch.randn(1, 64, 10, 10).relu()
     with torch.no_grad():

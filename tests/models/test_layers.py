@@ -18,7 +18,7 @@ from cliplift.models.layers import (
     SameConv3d,
     checkpoint_blocks,
     halve,
-    same_padding,
+    same_pads,
 )
 from cliplift.models.protocol import InputSpec
 
@@ -27,7 +27,7 @@ from cliplift.models.protocol import InputSpec
     ("kernel", "pads"), [(1, (0, 0)), (2, (0, 1)), (3, (1, 1)), (4, (1, 2)), (6, (2, 3))]
 )
 def test_the_odd_zero_goes_behind(kernel: int, pads: tuple[int, int]) -> None:
-    assert same_padding(kernel) == pads
+    assert same_pads(9, kernel) == pads
 
 
 @pytest.mark.parametrize("kernel", [(1, 1, 1), (4, 3, 3), (6, 3, 3), (2, 4, 1)])

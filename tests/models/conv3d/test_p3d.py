@@ -10,7 +10,6 @@ from torch.nn import functional as F
 from cliplift.models import ModelError, create_model
 from cliplift.models.conv3d.p3d import P3D, PseudoBlock
 from cliplift.models.measure import measure_model
-from cliplift.models.protocol import InputSpec
 from cliplift.models.state_dicts import load_state
 
 PARAMETERS = [
@@ -167,15 +166,15 @@ def caffe_pool(x: Tensor) -> Tensor:
 def test_the_first_pooling_is_caffes(size: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 4, size, size)
-    official = P3D((1, 1, 1, 1), num_classes=2, input_spec=InputSpec())
-    port = P3D((1, 1, 1, 1), num_classes=2, input_spec=InputSpec(), wiring="port")
+    official = P3D(layers=(1, 1, 1, 1), num_classes=2)
+    port = P3D(layers=(1, 1, 1, 1), num_classes=2, wiring="port")
     assert torch.equal(official.maxpool(x), caffe_pool(x))
     assert not torch.equal(port.maxpool(x)[..., :4, :4], caffe_pool(x)[..., :4, :4])
 
 
 def small(**options: object) -> P3D:
     torch.manual_seed(0)
-    return P3D((3, 1, 1, 1), num_classes=4, input_spec=InputSpec(), **options).eval()
+    return P3D(layers=(3, 1, 1, 1), num_classes=4, **options).eval()
 
 
 @pytest.mark.parametrize(("frames", "crop"), [(16, 32), (32, 32), (16, 47), (48, 33)])

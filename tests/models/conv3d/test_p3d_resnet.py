@@ -8,7 +8,6 @@ from torch.nn import functional as F
 from cliplift.models import ModelError, create_model
 from cliplift.models.conv3d.p3d_resnet import P3DResNet, PseudoBottleneck
 from cliplift.models.measure import measure_model
-from cliplift.models.protocol import InputSpec
 
 # Counted on the author's code, 400 classes: name, early_stride, parameters, GMAC at 16x160x160
 PUBLISHED = [
@@ -91,10 +90,7 @@ def test_weights_are_named_as_in_torchvision_plus_time() -> None:
 def test_frames_the_stem_would_drop_are_refused() -> None:
     with pytest.raises(ModelError, match="in_frames=18 must be a multiple of early_stride=4"):
         create_model("p3d_resnet50", in_frames=18)
-    spec = InputSpec(frames=8)
-    model = P3DResNet(
-        (1, 1, 1, 1), num_classes=2, input_spec=spec, arrangement="abc", early_stride=4, dropout=0.0
-    )
+    model = P3DResNet(layers=(1, 1, 1, 1), num_classes=2, in_frames=8, dropout=0.0)
     with pytest.raises(ModelError, match="would drop 2 frames"):
         model(torch.randn(1, 3, 10, 32, 32))
     assert model(torch.randn(2, 3, 12, 32, 40)).shape == (2, 2)

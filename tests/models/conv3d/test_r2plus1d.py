@@ -13,7 +13,6 @@ from cliplift.models.factory import load_pretrained
 from cliplift.models.image.resnet import LAYERS
 from cliplift.models.inflate import inflate
 from cliplift.models.measure import measure_model
-from cliplift.models.protocol import InputSpec
 from cliplift.models.state_dicts import load_state
 
 
@@ -106,15 +105,14 @@ def test_a_block_is_its_formula(in_channels: int, stride: int) -> None:
 
 
 def small_net(depth: int = 18, *, channels: int = 3, classes: int = 7) -> R2Plus1D:
-    spec = InputSpec(frames=8, channels=channels, mean=(0.5,) * channels, std=(0.5,) * channels)
     return R2Plus1D(
-        depth,
+        depth=depth,
+        frame_stride=1,
         num_classes=classes,
-        input_spec=spec,
+        in_frames=8,
+        in_channels=channels,
         mid_channels="convolution",
         bn_eps=1e-3,
-        bn_momentum=0.1,
-        dropout=0.0,
     )
 
 

@@ -6,10 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models import ModelError, create_model
-from cliplift.models.conv3d.t3d import T3D, TABLE_1_DEPTHS, TemporalTransition
-from cliplift.models.image.densenet import DenseShape
+from cliplift.models.conv3d.t3d import T3D, TemporalTransition
 from cliplift.models.measure import measure_model
-from cliplift.models.protocol import InputSpec
 
 PARAMETERS = [
     ("t3d_121", {}, 400, 29_876_880),
@@ -176,16 +174,8 @@ def test_the_tiny_one_learns_to_tell_motion_apart() -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-    shape = DenseShape(blocks=(1, 1), stem_kernel=(3, 7, 7), stem_stride=(2, 2, 2), pool_stride=(1, 2, 2))
     with pytest.raises(ModelError, match="2 dense blocks have 1 temporal transitions"):
-        T3D(
-            shape,
-            depths=TABLE_1_DEPTHS,
-            widths=(4, 4, 4),
-            fusion=False,
-            num_classes=2,
-            input_spec=InputSpec(),
-        )
+        T3D(blocks=(1, 1), num_classes=2)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="must be positive"):
         TemporalTransition(4, depths=(1, 0))
     with pytest.raises(ModelError, match="must be positive"):

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from cliplift.models.convrnn.conv_lstm import ConvLSTM, ConvLSTMLayer, convolve_steps, odd_padding, per_layer
+from cliplift.models.convrnn.conv_lstm import ConvLSTM, ConvLSTMLayer, odd_padding
+from cliplift.models.convrnn.lstm_unroll import product_of_steps
+from cliplift.models.convrnn.recurrence import per_layer
 from cliplift.models.protocol import ModelError
 
 
@@ -110,7 +112,7 @@ def test_all_steps_are_convolved_as_one_batch() -> None:
     """Against one convolution a step, and in the layout that the recurrence goes on with."""
     x = torch.randn(3, 2, 4, 6, 5, dtype=torch.float64)
     weight, bias = torch.randn(8, 4, 3, 3, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
-    y = convolve_steps(x, weight, bias)
+    y = product_of_steps(x, weight, bias)
     assert y.shape == (3, 2, 8, 6, 5)
     for step in range(3):
         expected = torch.nn.functional.conv2d(x[step], weight, bias, padding=1)

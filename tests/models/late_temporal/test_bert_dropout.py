@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cliplift.models.late_temporal.bert import Attention, BertBlock, FeedForward, TemporalBert
+from cliplift.models.late_temporal.bert import Attention, BertBlock, BertOptions, FeedForward, TemporalBert
 
 
 def test_attention_drops_its_weights() -> None:
@@ -37,7 +37,7 @@ class Mask(torch.nn.Module):
 @pytest.mark.parametrize("factors", [(1, 1, 1), (0, 1, 1), (1, 0, 1), (1, 1, 0), (2, 3, 5)])
 def test_a_block_drops_both_branches_and_its_output(factors: tuple[int, int, int]) -> None:
     """x + drop(attention), x + drop(feed-forward), drop(x): each draw is one of its own, in this order."""
-    block = BertBlock(8, heads=2, dropout=0.0, norm="torch", init="bert5").double()
+    block = BertBlock(8, BertOptions(heads=2, dropout=0.0, norm="torch", init="bert5")).double()
     block.dropout = Mask(*factors)
     x = torch.randn(2, 3, 8, dtype=torch.float64)
     first = x + factors[0] * block.attention(block.attention_norm(x), None)[0]
@@ -49,7 +49,7 @@ def test_a_block_drops_both_branches_and_its_output(factors: tuple[int, int, int
 @pytest.mark.parametrize("dropout", [0.1, 0.4])
 def test_the_rate_reaches_all_its_places(dropout: float) -> None:
     """Embeddings; and in each block the attention's weights, the feed-forward's hidden units and the block's own."""
-    bert = TemporalBert(8, max_tokens=3, layers=2, heads=2, dropout=dropout)
+    bert = TemporalBert(8, max_tokens=3, options=BertOptions(layers=2, heads=2, dropout=dropout))
     rates = {name: m.p for name, m in bert.named_modules() if isinstance(m, torch.nn.Dropout)}
     places = [
         f"blocks.{n}.{place}"
@@ -57,14 +57,14 @@ def test_the_rate_reaches_all_its_places(dropout: float) -> None:
         for place in ("attention.dropout", "feed_forward.dropout", "dropout")
     ]
     assert rates == dict.fromkeys(["dropout", *places], dropout)
-    default = TemporalBert(8, max_tokens=3)
+    default = TemporalBert(8, max_tokens=3, options=BertOptions())
     assert {m.p for m in default.modules() if isinstance(m, torch.nn.Dropout)} == {0.1}, (
         "the published code's"
     )
 
 
 def test_embeddings_are_dropped_before_the_first_block() -> None:
-    bert = TemporalBert(8, max_tokens=3, dropout=0.0, keep_probability=1.0)
+    bert = TemporalBert(8, max_tokens=3, options=BertOptions(dropout=0.0, keep_probability=1.0))
     bert.dropout = Mask(0)
     with_zeros = bert.blocks[0](torch.zeros(2, 4, 8), None)[0]
     assert torch.equal(bert(torch.randn(2, 3, 8)).summary, with_zeros[:, 0])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.late_temporal.heads import BertOptions, temporal_head
+from cliplift.models.late_temporal.heads import BertOptions, HeadOptions
 
 FRAMES, SIDE, WIDTH = 8, 16, 32
 STEPS, BATCH = 200, 64
@@ -41,7 +41,7 @@ def network(kind: str) -> nn.Module:
         nn.Conv3d(16, WIDTH, (1, 3, 3), stride=(1, 2, 2), padding=(0, 1, 1)),
         nn.ReLU(),
     )
-    head = temporal_head(kind, dim=WIDTH, tokens=FRAMES, dropout=0.0, width=None, bert=BertOptions(heads=4))  # type: ignore[arg-type]
+    head = HeadOptions(kind=kind, dropout=0.0, bert=BertOptions(heads=4)).build(dim=WIDTH, tokens=FRAMES)  # type: ignore[arg-type]
     return nn.Sequential(frames, head, nn.Linear(head.out_dim, 2))
 
 

@@ -8,15 +8,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models import ModelError
-from cliplift.models.late_temporal.bert import OriginalLayerNorm, TemporalBert, sinusoids
+from cliplift.models.late_temporal.bert import BertOptions, OriginalLayerNorm, TemporalBert, sinusoids
 
 B, N, D, HEADS = 3, 4, 16, 4
 
 
 def bert(**options: object) -> TemporalBert:
     torch.manual_seed(0)
-    settings = {"max_tokens": N, "heads": HEADS, "dropout": 0.0, **options}
-    model = TemporalBert(D, **settings)  # type: ignore[arg-type]
+    settings = {"heads": HEADS, "dropout": 0.0, **options}
+    max_tokens = settings.pop("max_tokens", N)
+    model = TemporalBert(D, max_tokens=max_tokens, options=BertOptions(**settings))  # type: ignore[arg-type]
     with torch.no_grad():  # far from their starting values, so that no term can hide
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -203,7 +204,7 @@ def test_sinusoids() -> None:
 def test_starting_values() -> None:
     for init, std, linear_std in (("bert5", 0.02, None), ("bert2", 512**-0.5, 0.02)):
         torch.manual_seed(0)
-        model = TemporalBert(512, max_tokens=64, init=init)  # type: ignore[arg-type]
+        model = TemporalBert(512, max_tokens=64, options=BertOptions(init=init))  # type: ignore[arg-type]
         assert model.positions is not None
         # 33280 draws: their standard deviation is known to 0.4 %
         assert model.positions.std().item() == pytest.approx(std, rel=0.02)
@@ -258,13 +259,15 @@ def test_there_is_a_position_for_every_token_and_one_for_cls(max_tokens: int) ->
 
 def test_one_layer_with_eight_heads_and_a_fifth_masked_unless_told_otherwise() -> None:
     """The paper's Table 2, and its masked share."""
-    model = TemporalBert(16, max_tokens=2)
+    model = TemporalBert(16, max_tokens=2, options=BertOptions())
     assert (len(model.blocks), model.blocks[0].attention.heads, model.keep_probability) == (1, 8, 0.8)
     assert (model.cls_token is not None, isinstance(model.positions, nn.Parameter)) == (True, True)
     assert isinstance(model.blocks[0].attention_norm, OriginalLayerNorm)
     assert model.blocks[0].feed_forward.expand.weight.shape == (64, 16)
     assert bert(heads=1, layers=1).blocks[0].attention.heads == 1
-    TemporalBert(16, max_tokens=2, dropout=0.0, keep_probability=1.0)  # both ends are possible
+    TemporalBert(
+        16, max_tokens=2, options=BertOptions(dropout=0.0, keep_probability=1.0)
+    )  # both ends are possible
 
 
 def test_more_tokens_than_positions_are_refused() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cliplift.models import ModelError
-from cliplift.models.late_temporal.heads import HEAD_KINDS, BertOptions, NonLocalBlock, temporal_head
+from cliplift.models.late_temporal.heads import HEAD_KINDS, BertOptions, HeadOptions, NonLocalBlock
 
 B, N, D, HEADS = 3, 4, 16, 4
 
@@ -19,7 +19,7 @@ def feature_map(seed: int = 2) -> Tensor:
 def head(kind: str, **options: object) -> nn.Module:
     torch.manual_seed(0)
     settings = {"dropout": 0.0, "bert": BertOptions(heads=HEADS), **options}
-    return temporal_head(kind, dim=D, tokens=N, **settings).eval()  # type: ignore[arg-type]
+    return HeadOptions(kind=kind, **settings).build(dim=D, tokens=N).eval()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", HEAD_KINDS)

@@ -13,9 +13,11 @@ from cliplift.configs.data import DataConfig
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
 from cliplift.configs.sections import ConfigError
+from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.data.clip_plan import Box, cut, training_box, view_boxes
+from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.data.failures import TooManyFailuresError
-from cliplift.pipelines.data.loader import ClipBatch, ClipLoader, EvalLoader
+from cliplift.pipelines.data.loader import ClipLoader
 from cliplift.pipelines.data.video_files import clips_of_video
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos

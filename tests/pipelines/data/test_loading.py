@@ -24,8 +24,9 @@ from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.data.batch import FLIP, ClipBatch
+from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.data.failures import WorkerError
-from cliplift.pipelines.data.loader import ClipLoader, EvalLoader
+from cliplift.pipelines.data.loader import ClipLoader
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
 from cliplift.sharding.read.reader import ShardDataset, ShardReadError

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cliplift.configs.runs import PretrainRun
-from cliplift.pipelines.data.loader import ClipBatch
+from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology, leave, start
 from cliplift.pipelines.engine.loop import fit
 from cliplift.pipelines.runs.tracking import Tracker

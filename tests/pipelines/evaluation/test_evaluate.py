@@ -13,7 +13,7 @@ from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
 from cliplift.models import create_model
 from cliplift.pipelines.data.augment import DeviceAugment
-from cliplift.pipelines.data.loader import EvalLoader
+from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.evaluation.evaluate import classification_metrics, classify_split
 from cliplift.pipelines.evaluation.fuse import read_stream

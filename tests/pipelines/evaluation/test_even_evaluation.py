@@ -12,7 +12,7 @@ import pytest
 from cliplift.configs.data import DataConfig
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
-from cliplift.pipelines.data.loader import EvalLoader
+from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
 

@@ -13,7 +13,7 @@ from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model, from_pretrained
-from cliplift.pipelines.data.loader import EvalLoader
+from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.stages.forecast import ForecastStage, forecast_metrics
 from cliplift.pipelines.stages.run import run_stage

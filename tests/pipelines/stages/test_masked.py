@@ -21,7 +21,8 @@ from cliplift.models import create_model, from_pretrained
 from cliplift.models.video_vit.decoder import MaskedAutoencoder
 from cliplift.models.video_vit.huggingface import save_huggingface
 from cliplift.models.video_vit.positions import TokenGrid
-from cliplift.pipelines.data.loader import ClipLoader, EvalLoader
+from cliplift.pipelines.data.eval_loader import EvalLoader
+from cliplift.pipelines.data.loader import ClipLoader
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.stages.masked import ClipMasks, MaskedStage, hidden_tokens, masked_metrics
 from cliplift.pipelines.stages.run import run_stage

@@ -100,7 +100,7 @@ def test_the_host_does_not_wait_for_a_copy_to_the_gpu() -> None:
             return "there"
 
     gpu = torch.device("cuda")
-    assert matching.sent(Host(), gpu) == "there"  # type: ignore[arg-type]
+    assert matching.send_to_device(Host(), gpu) == "there"  # type: ignore[arg-type]
     assert calls == ["pinned", (gpu, True)]
     values = torch.ones(2)
-    assert matching.sent(values, torch.device("cpu")) is values
+    assert matching.send_to_device(values, torch.device("cpu")) is values

@@ -13,7 +13,7 @@ from torch import nn
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.supervision import CorrespondenceConfig
 from cliplift.models.correspondence import CorrespondenceHead
-from cliplift.pipelines.data.augment import recropped
+from cliplift.pipelines.data.augment import recrop
 from cliplift.pipelines.stages.matching import (
     SupervisionTransfer,
     draw_pairs,
@@ -226,7 +226,7 @@ def test_an_untrained_head_is_at_chance() -> None:
 def test_recropping_cuts_boxes_inside_the_frame() -> None:
     """A horizontal ramp stays a ramp of smaller range, the same in every frame of a clip."""
     ramp = torch.linspace(0, 1, 32).expand(3, 3, 4, 32, 32).contiguous()
-    out = recropped(ramp, torch.tensor([[0.0, 0.5, 0.0], [0.3, 0.9, 0.5], [0.999, 0.2, 0.9]]), smallest=0.7)
+    out = recrop(ramp, torch.tensor([[0.0, 0.5, 0.0], [0.3, 0.9, 0.5], [0.999, 0.2, 0.9]]), smallest=0.7)
     assert out.shape == ramp.shape
     assert (out[:, :, 1:] == out[:, :, :1]).all()
     spans = out[:, 0, 0, 0].amax(dim=1) - out[:, 0, 0, 0].amin(dim=1)
