@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-QUICK = ("attention", "augmentation", "ConvLSTM", "memory: resnet", "checkpoint", "offload")
+QUICK = ("memory: resnet", "checkpoint")  # each is a process; all rows run in the slow test below
 
 
 def run(repository: Path, output: Path, *words: str) -> dict[str, Any]:
