@@ -160,7 +160,7 @@ print(json.dumps({"count": count, "found": found}))
 @pytest.mark.parametrize(
     ("stage", "moments"),
     [
-        (2, 2),
+        pytest.param(2, 2, marks=pytest.mark.slow),
         pytest.param(3, 10, marks=pytest.mark.slow),
         *(pytest.param(stage, 10, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for stage in range(3)),
     ],
