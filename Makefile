@@ -13,10 +13,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test extras test-slow test-cluster mutants gpu lint types check wheel clean
+.PHONY: help install demo test extras test-slow test-exhaustive test-cluster mutants gpu lint types check wheel clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 17
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
@@ -56,8 +56,13 @@ test: $(VENV)/dev.stamp ## the fast tests (real videos, real DeepSpeed processes
 
 extras: $(VENV)/extras.stamp ## install what the optional parts need (Ray, shot detection, optical flow, torchcodec)
 
-test-slow: $(VENV)/dev.stamp ## the tests that take minutes each; needs `make extras` for those of optional parts
-	$(PYTEST) -m "slow and not gpu and not cluster"
+TESTS ?=
+
+test-slow: $(VENV)/dev.stamp ## the tests that take up to minutes each; needs `make extras` for those of optional parts
+	$(PYTEST) -m "slow and not exhaustive and not gpu and not cluster" $(TESTS)
+
+test-exhaustive: $(VENV)/dev.stamp ## the slow tests on every further case: hours
+	$(PYTEST) -m "exhaustive and not gpu and not cluster" $(TESTS)
 
 test-cluster: $(VENV)/dev.stamp ## two hosts in network namespaces and a real Slurm; needs root
 	$(BIN)/python -m pytest -m cluster

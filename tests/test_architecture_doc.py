@@ -176,6 +176,7 @@ def test_rooms_list_their_files_in_reading_order(repository: Path) -> None:
             assert not missing, f"{room.relative_to(repository)}/__init__.py does not name {sorted(missing)}"
 
 
+@pytest.mark.slow
 def test_the_changes_pass_their_own_tests_and_the_walls(page: str, changed: Path) -> None:
     files = [file for what in CHANGES for file in files_of(change(page, what))]
     tests = [file for file in files if file.startswith("tests/")]

@@ -305,6 +305,7 @@ def test_a_few_damaged_files(loader: Loader, folder: Path) -> None:
     fuzz(loader, folder, 20)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("loader", LOADERS, ids=lambda loader: loader.name)
 def test_many_damaged_files(loader: Loader, folder: Path) -> None:

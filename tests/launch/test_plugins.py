@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -132,36 +132,44 @@ from cliplift.launch.cli import main
 
 outcomes = []
 for words in json.load(sys.stdin):
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    said, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(said):
         code = main(words)
-    outcomes.append((code, said.getvalue()))
-print(json.dumps(outcomes))
+    outcomes.append((code, said.getvalue(), errors.getvalue()))
+print("outcomes", json.dumps(outcomes))
 """
 
 
-def test_mistakes_are_one_sentence(installed: Path, tmp_path: Path) -> None:
-    """All in one process: what is slow is the import of torch."""
+def run_many(
+    commands: Sequence[Sequence[str]], *, installed: Path, folder: Path
+) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of each command, all in one process: what is slow is the import of torch."""
     path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(installed))))
     done = subprocess.run(
         [sys.executable, "-c", MANY],
-        input=json.dumps([words for words, _ in MISTAKES]),
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": path},
+        input=json.dumps(commands),
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr
-    for (words, parts), (code, said) in zip(MISTAKES, json.loads(done.stdout), strict=True):
+    found: list[tuple[int, str, str]] = json.loads(done.stdout.rpartition("outcomes ")[2])
+    return found
+
+
+def test_mistakes_are_one_sentence(installed: Path, tmp_path: Path) -> None:
+    outcomes = run_many([words for words, _ in MISTAKES], installed=installed, folder=tmp_path)
+    for (words, parts), (code, _, said) in zip(MISTAKES, outcomes, strict=True):
         assert code == 2, (words, said)
         (line,) = said.strip().splitlines()
         for part in parts:
             assert part in line, words
 
 
-def test_each_kind_is_used_for_a_step(cliplift: Cliplift, tmp_path: Path) -> None:
+def test_each_kind_is_used_for_a_step(installed: Path, tmp_path: Path) -> None:
     """Shards from the source, then a step of the model with the objective and the augmentation."""
     write_demo_videos(
         tmp_path / "v", seed=1, train_per_class=2, val_per_class=1, test_per_class=1, unlabelled=1,
@@ -172,23 +180,23 @@ def test_each_kind_is_used_for_a_step(cliplift: Cliplift, tmp_path: Path) -> Non
     (tmp_path / "list.txt").write_text("\n".join(listed))
     source = f"source={{kind: text, file: {tmp_path / 'list.txt'}}}"
     splits = "splits={shares: {train: 0.6, val: 0.4}}"
-    built = cliplift("shard", "shard/demo_actions", source, splits, f"output={tmp_path / 's'}", "workers=1")
-    assert built.returncode == 0, built.stdout + built.stderr
-    assert f"{len(videos)} clips" in built.stdout
-
-    words = [
+    build = ["shard", "shard/demo_actions", source, splits, f"output={tmp_path / 's'}", "workers=1"]
+    train = [
+        "pretrain", "pretrain/demo",
         f"data.shards={tmp_path / 's'}", f"output={tmp_path / 'run'}", "model={name: colour_histogram}",
         "label_smoothing=0", "objective=focal", "objective_options.gamma=1.5", "engine.global_batch=4",
         "data.augment.plugins={gamma: {strength: 0.3}}", "schedule.steps=1", "track.wandb=disabled",
         "evaluation.batch=8", "data.sampling.frames=4", "data.workers=1",
     ]  # fmt: skip
-    done = cliplift("pretrain", "pretrain/demo", *words)
-    assert done.returncode == 0, done.stdout + done.stderr
+    predict = ["predict", str(tmp_path / "run"), str(videos[0])]
+    built, trained, predicted = run_many([build, train, predict], installed=installed, folder=tmp_path)
+    assert built[0] == 0, built
+    assert f"{len(videos)} clips" in built[1]
+    assert trained[0] == 0, trained
     assert (tmp_path / "run" / "result.json").is_file()
     recorded = json.loads((tmp_path / "run" / "run.json").read_text())
     assert recorded["plugins"] == {"cliplift-example": "0.1"}
-    predicted = cliplift("predict", str(tmp_path / "run"), str(videos[0]))
-    assert predicted.returncode == 0, predicted.stderr
+    assert predicted[0] == 0, predicted
 
 
 def test_the_page_shows_what_the_package_does(repository: Path) -> None:

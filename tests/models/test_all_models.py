@@ -1,8 +1,8 @@
 """What every registered model promises, checked over ``list_models()``.
 
 Every model is built, run and asked for its head on the meta device, at its own input. The ones in ``AFFORDABLE`` also
-run for real in the fast suite, at a small input; the slow suite runs every model for real. A new model is covered by
-the first and the last without a line here.
+run for real in the fast suite, at a small input, and the others in the slow suite. A new model is covered by the first
+and the last without a line here.
 """
 
 import fnmatch
@@ -163,13 +163,16 @@ def test_an_affordable_model_for_real(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list_models())
-def test_every_model_for_real(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in list_models() if name not in AFFORDABLE])
+def test_every_other_model_for_real(name: str, tmp_path: Path) -> None:
     check_for_real(name, tmp_path, repeat=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in AFFORDABLE else pytest.mark.exhaustive) for n in list_models()],
+)
 def test_every_model_checkpointed_computes_the_same_gradients(name: str) -> None:
     torch.manual_seed(0)
     model = create_model(name, num_classes=3, **shortened(name)).train()

@@ -39,6 +39,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> str:
     return str(folder / "s")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
 def test_neither_memory_nor_open_files_grow(

@@ -33,7 +33,7 @@ def torchrun(results: Path, *cases: dict[str, Any], ranks: int = 2) -> list[dict
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=280,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -258,7 +258,8 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_training_continues(
     worker: ModuleType, tmp_path: Path
 ) -> None:
     """kill -9 of one of two workers; torchrun restarts both and they resume from the last checkpoint."""
-    case = {"output": str(tmp_path / "run"), "checkpoint__every_steps": 20, "schedule": {"steps": 400}}
+    case = {"output": str(tmp_path / "run"), "checkpoint__every_steps": 10, "schedule": {"steps": 60},
+            "slow_seconds": 0.05}  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [
         *launch,
@@ -277,18 +278,18 @@ def test_a_killed_rank_is_restarted_by_torchrun_and_training_continues(
         # Without it the restarted gloo group is handed the dead processes' addresses.
         env=os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
     )
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "checkpoints" / "step_00000040").is_dir():
-        assert time.monotonic() < deadline, "no checkpoint in a minute"
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "run" / "checkpoints" / "step_00000020").is_dir():
+        assert time.monotonic() < deadline, "no checkpoint in minutes"
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    said, _ = process.communicate(timeout=120)
+    said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said[-4000:]
     assert "continues from step" in said
     (found,) = json.loads((tmp_path / "r.json").read_text())
-    assert found["steps"] == 400
-    assert len(found["losses"]) == 400, (
+    assert found["steps"] == 60
+    assert len(found["losses"]) == 60, (
         "every step once: what the killed run wrote after its checkpoint is dropped"
     )
 

@@ -469,13 +469,13 @@ def test_sigterm_to_one_of_two_ranks_stops_both_at_the_same_step(tmp_path: Path)
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not (tmp_path / "run/checkpoints/step_00000020").is_dir():
-        assert time.monotonic() < deadline, "no checkpoint in a minute"
+        assert time.monotonic() < deadline, "no checkpoint in minutes"
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=200)
     assert process.returncode == 0, said[-4000:]
     (found,) = json.loads((tmp_path / "r.json").read_text())
     assert found["interrupted"]

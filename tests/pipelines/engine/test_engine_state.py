@@ -57,7 +57,7 @@ def onto_two_ranks(
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=280,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -131,7 +131,7 @@ def test_a_checkpoint_that_cannot_be_written_is_said_and_leaves_no_half(tmp_path
         capture_output=True,
         text=True,
         check=False,
-        timeout=100,
+        timeout=280,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
     )
     assert done.returncode == 1

@@ -159,7 +159,11 @@ print(json.dumps({"count": count, "found": found}))
 
 @pytest.mark.parametrize(
     ("stage", "moments"),
-    [(2, 2), *(pytest.param(stage, 10, marks=pytest.mark.slow) for stage in range(4))],
+    [
+        pytest.param(2, 2, marks=pytest.mark.slow),
+        pytest.param(3, 10, marks=pytest.mark.slow),
+        *(pytest.param(stage, 10, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for stage in range(3)),
+    ],
 )
 def test_kill_9_at_any_moment_inside_a_save_costs_nothing_but_time(
     tmp_path: Path, stage: int, moments: int

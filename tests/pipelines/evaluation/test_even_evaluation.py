@@ -63,7 +63,7 @@ def test_stage_3_evaluates_an_uneven_split(shards: Path, repository: Path, tmp_p
         [*launch, "-m", "cliplift.launch.cli", "pretrain", str(recipe), *words],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )

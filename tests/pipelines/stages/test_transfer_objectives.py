@@ -87,6 +87,7 @@ def test_a_restart_goes_on_to_the_last_bit(
     assert again.metrics == result.metrics
 
 
+@pytest.mark.slow
 def test_two_ranks_keep_the_same_features_and_find_the_same_losses(
     bank_folder: Path, shards: Path, repository: Path, tmp_path: Path
 ) -> None:

@@ -132,6 +132,7 @@ def test_a_killed_build_resumes_to_the_same_bytes(built: Path, make_run: MakeRun
     assert contents(tmp_path / "killed") == contents(built)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_build_killed_ten_times_resumes_to_the_same_bytes(
     built: Path, make_run: MakeRun, tmp_path: Path

@@ -134,6 +134,7 @@ def test_ray_makes_the_same_bytes_also_when_a_worker_is_killed(
 
 
 @needs_ray
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_killed_driver_is_resumed_ten_times_to_the_same_bytes(
     cluster: str, built: Path, make_run: MakeRun, tmp_path: Path

@@ -445,6 +445,7 @@ def test_fuzzed_files_are_all_accounted_for(tmp_path: Path, make_run: Callable[.
     assert sum(refused.values()) > 10
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_many_fuzzed_files_are_all_accounted_for(tmp_path: Path, make_run: Callable[..., ShardRun]) -> None:
     refused = _fuzz(tmp_path, tmp_path / "out", 700, make_run)
