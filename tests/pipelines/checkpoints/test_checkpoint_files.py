@@ -19,6 +19,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.checkpoints import folder as folders
 from cliplift.pipelines.checkpoints import saved as opened
 from cliplift.pipelines.checkpoints import saver as saving
+from cliplift.pipelines.checkpoints import targets
 from cliplift.pipelines.checkpoints.saver import Saver, Snapshot
 from cliplift.pipelines.checkpoints.slices import CheckpointError, Slice, SliceReader
 from cliplift.pipelines.distributed.collectives import Topology
@@ -416,8 +417,8 @@ def test_a_folder_that_cannot_be_synced_is_no_failure_and_a_disk_that_fails_is(
     monkeypatch.setattr(os, "fsync", sync)
     if raised:
         with pytest.raises(OSError, match="Input/output"):
-            saving._to_disk(tmp_path)
+            targets.to_disk(tmp_path)
     else:
-        saving._to_disk(tmp_path)
+        targets.to_disk(tmp_path)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptors[0])
