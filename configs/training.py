@@ -236,9 +236,10 @@ class CheckpointConfig(Section):
     every_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="newest checkpoints kept")
     keep_best: bool = Field(True, description="also keep the checkpoint with the best validation metric")
-    asynchronous: bool = Field(
-        False,
-        description="write files while training goes on; costs one more copy of the state in host memory",
+    asynchronous: Literal["auto"] | bool = Field(
+        "auto",
+        description="write files while training goes on, from a copy of each rank's part in (on a GPU, pinned) host "
+        "memory; auto does so on GPUs",
     )
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto continues from the newest complete checkpoint"

@@ -12,6 +12,7 @@ not used: they refuse another world size and another stage.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,10 @@ from cliplift.pipelines.checkpoints.slices import CheckpointError, Slice, write_
 from cliplift.pipelines.checkpoints.targets import Target, target_of
 from cliplift.pipelines.distributed.collectives import Topology, gather_objects
 from cliplift.sharding.storage import StorageError
+
+log = logging.getLogger(__name__)
+
+FAILURES = (OSError, SafetensorError, StorageError)  # of a disk or a store
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,11 @@ class Snapshot:
         return {f"{kind}-rank{rank}.safetensors": slices for kind, slices in kinds.items()}
 
     def copied(self) -> Snapshot:
-        """The same in host memory of its own, so that training may go on while it is written."""
-        return replace(
+        """The same in host memory of its own, so that training may go on while it is written.
+
+        From a GPU into pinned memory, all tensors at once: the host waits for the last of them alone.
+        """
+        copied = replace(
             self,
             parameters=_copied_slices(self.parameters),
             optimizer=_copied_slices(self.optimizer),
@@ -71,6 +79,9 @@ class Snapshot:
             random_state={name: _copied(tensor) for name, tensor in self.random_state.items()},
             average_buffers={name: _copied(tensor) for name, tensor in self.average_buffers.items()},
         )
+        if any(part.values.is_cuda for part in self.parameters.values()):
+            torch.cuda.current_stream().synchronize()
+        return copied
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Slice]:
@@ -82,7 +93,9 @@ def _copied_slices(slices: Mapping[str, Slice]) -> dict[str, Slice]:
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).copy_(tensor)
+    far = tensor.is_cuda
+    copy = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format, pin_memory=far)
+    return copy.copy_(tensor, non_blocking=far)
 
 
 class Saver:
@@ -169,7 +182,13 @@ class Saver:
             return
         (target, writing), self._unfinished = self._unfinished, None
         with _agreed_failure(target, self.topology):
-            writing.result()
+            try:
+                writing.result()
+            except FAILURES:
+                raise
+            except Exception as error:  # a fault of ours: its trace is logged here, and all ranks stop
+                log.exception("the thread that writes %s failed", target.partial.stem)
+                raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def _write_own(target: Target, snapshot: Snapshot, *, rank: int) -> dict[str, WrittenFile]:
@@ -188,7 +207,7 @@ def _agreed_failure(target: Target, topology: Topology) -> Iterator[None]:
     problem: list[str] = []
     try:
         yield
-    except (OSError, SafetensorError, StorageError) as error:
+    except FAILURES as error:
         problem.append(f"rank {topology.rank}: {error}")
     problems = gather_objects(problem, topology)
     if problems:

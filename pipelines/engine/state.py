@@ -64,9 +64,10 @@ class RunState:
         self.best: float | None = None
         self.metrics: dict[str, float] = {}
         self.evaluation_due = False
+        asynchronous = run.checkpoint.asynchronous
         self.saver = Saver(
             topology,
-            asynchronous=run.checkpoint.asynchronous,
+            asynchronous=topology.device.type == "cuda" if asynchronous == "auto" else asynchronous,
             timeout_seconds=run.engine.collective_timeout_seconds,
             records=PublishedRun(run.checkpoint.url, Path(run.output)).publish_records,
         )
