@@ -263,7 +263,8 @@ def _sentence(
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input ")
     expected = details.get("ctx", {}).get("expected")
     hint = _did_you_mean(str(value), re.findall(r"'([^']+)'", expected)) if isinstance(expected, str) else ""
-    return ConfigError(f"{value!r} {message}", key=key, value=value, hint=hint, file=where)
+    shown = re.sub(r"://[^/@']*@", "://", repr(value))  # user and password of a URL
+    return ConfigError(f"{shown} {message}", key=key, value=value, hint=hint, file=where)
 
 
 def _walk(

@@ -309,7 +309,9 @@ class ExportRun(Section):
     """Write a run's weights as model.safetensors + config.json (+ model card) for others to load."""
 
     stage: Literal["export"] = "export"
-    run: str = Field(description="run folder, or one checkpoint of it, whose weights are exported")
+    run: str = Field(
+        description="run folder, or one checkpoint of it (a folder or a URL), whose weights are exported"
+    )
     output: Output = Field(description="folder to write")
 
 

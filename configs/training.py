@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -235,13 +236,26 @@ class CheckpointConfig(Section):
     every_steps: int = Field(500, ge=1, description="optimizer steps between checkpoints")
     keep_last: int = Field(2, ge=1, description="newest checkpoints kept")
     keep_best: bool = Field(True, description="also keep the checkpoint with the best validation metric")
-    asynchronous: bool = Field(
-        False,
-        description="write files while training goes on; costs one more copy of the state in host memory",
+    asynchronous: Literal["auto"] | bool = Field(
+        "auto",
+        description="write files while training goes on, from a copy of each rank's part in (on a GPU, pinned) host "
+        "memory; auto does so on GPUs",
     )
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto continues from the newest complete checkpoint"
     )
+    url: Output | None = Field(
+        None,
+        description="where checkpoints, records and the result go: s3://, gs:// or any URL of fsspec; each rank "
+        "uploads its own part, and the hosts need no common disk. None is into the run's folder",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _whole_url(cls, url: str | None) -> str | None:
+        if url is not None and re.fullmatch(r"[a-z][a-z0-9+.-]*://.*[^/].*", url, re.IGNORECASE) is None:
+            raise ValueError("is no URL such as s3://BUCKET/FOLDER; a folder of a disk is given as output")
+        return None if url is None else url.rstrip("/")
 
 
 class TrackConfig(Section):
@@ -307,6 +321,15 @@ class TrainingRun(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     data: DataConfig
     model: ModelConfig
+
+    @field_validator("output")
+    @classmethod
+    def _local_output(cls, output: str) -> str:
+        if "://" in output:
+            raise ValueError(
+                "is a URL, and a run's folder is on a disk; give a folder here, and the URL as checkpoint.url"
+            )
+        return output
 
     @model_validator(mode="after")
     def _possible_optimizer(self) -> TrainingRun:

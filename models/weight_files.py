@@ -110,23 +110,34 @@ def write_weights(
         folder: an existing folder.
         tensors: the weights by name.
         max_file_bytes: of the values in one file; a single larger tensor gets a file of its own.
+
+    Raises:
+        OSError: one of them cannot be written; none of them is left.
     """
     groups = _groups(tensors, max_file_bytes)
     one = len(groups) == 1
     count = len(groups)
     names = [WEIGHTS if one else f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-    for name, group in zip(names, groups, strict=True):
-        partial = folder / f".{name}.partial"
-        write_tensors(partial, group, metadata={"format": "pt"})
-        partial.replace(folder / name)
-    if not one:
-        index = {
-            "metadata": {"total_size": sum(tensor.size_bytes for tensor in tensors)},
-            "weight_map": {t.name: name for name, group in zip(names, groups, strict=True) for t in group},
-        }
-        partial = folder / f".{INDEX}.partial"
-        partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(folder / INDEX)
+    written: list[Path] = []
+    try:
+        for name, group in zip(names, groups, strict=True):
+            partial = folder / f".{name}.partial"
+            written.append(partial)
+            write_tensors(partial, group, metadata={"format": "pt"})
+            written.append(partial.replace(folder / name))
+        if not one:
+            index = {
+                "metadata": {"total_size": sum(tensor.size_bytes for tensor in tensors)},
+                "weight_map": {t.name: name for name, group in zip(names, groups, strict=True) for t in group},
+            }
+            partial = folder / f".{INDEX}.partial"
+            written.append(partial)
+            partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            partial.replace(folder / INDEX)
+    except OSError:  # a full disk: some files of several are no model, and would keep it full
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
     # Only now: until the new weights are whole, the old ones stay readable.
     stale = {INDEX} if one else {WEIGHTS}
     stale |= {path.name for path in folder.glob(PART_PATTERN)} - set(names)

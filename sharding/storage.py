@@ -51,7 +51,7 @@ class StorageError(ValueError):
 
 
 class Store(Protocol):
-    """Files of one dataset, named by paths relative to its root."""
+    """Files below one root, named by paths relative to it. ``publish`` takes a file away, ``upload`` leaves it."""
 
     url: str
 
@@ -61,6 +61,7 @@ class Store(Protocol):
     def list(self) -> list[str]: ...
     def write(self, name: str, data: bytes) -> None: ...
     def publish(self, file: Path, name: str) -> None: ...
+    def upload(self, file: Path, name: str) -> None: ...
     def fetch(self, name: str, file: Path) -> None: ...
     def remove(self, name: str) -> None: ...
     def local_path(self, name: str) -> Path | None: ...
@@ -159,6 +160,13 @@ class LocalStore:
             os.fsync(synced.fileno())
         self._rename(file, target)
 
+    def upload(self, file: Path, name: str) -> None:
+        target = self._root / name
+        with whole_file(target) as temporary:
+            shutil.copyfile(file, temporary)
+            with temporary.open("rb") as synced:
+                os.fsync(synced.fileno())
+
     def fetch(self, name: str, file: Path) -> None:
         shutil.copyfile(self._root / name, file)
 
@@ -248,11 +256,14 @@ class RemoteStore:
         self._require_whole(name, len(data))
 
     def publish(self, file: Path, name: str) -> None:
+        self.upload(file, name)
+        file.unlink()
+
+    def upload(self, file: Path, name: str) -> None:
         fs, root = self._fs()
         size = file.stat().st_size
         self._retried("write", name, lambda: fs.put_file(str(file), f"{root}/{name}"))
         self._require_whole(name, size)
-        file.unlink()
 
     def fetch(self, name: str, file: Path) -> None:
         fs, root = self._fs()
@@ -308,6 +319,8 @@ def _describe_failure(url: str, name: str, verb: str, error: Exception) -> str:
     """What failed, in the words of the service, and what to do about it."""
     error = getattr(error, "os_error", error)
     message = str(error).replace(url, without_secrets(url)) or type(error).__name__
+    code = _service_code(error)
+    message += f" ({code})" if code and code not in message else ""
     lower = message.lower()
     advice = ""
     if any(word in lower for word in EXPIRED):
@@ -319,6 +332,16 @@ def _describe_failure(url: str, name: str, verb: str, error: Exception) -> str:
     elif isinstance(error, PermissionError) or any(word in lower for word in DENIED):
         advice = "; check the credentials of this process and their rights to this place"
     return f"{without_secrets(url)}/{name}: cannot {verb}: {message}{advice}"
+
+
+def _service_code(error: BaseException | None) -> str:
+    """The code of an answer of S3 or alike (``SlowDown``, ``AccessDenied``), which fsspec's errors keep as a cause."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, Mapping) and isinstance(response.get("Error"), Mapping):
+            return str(response["Error"].get("Code", ""))
+        error = error.__cause__
+    return ""
 
 
 def without_secrets(url: str) -> str:

@@ -94,3 +94,11 @@ def load_module() -> Callable[[Path], ModuleType]:
 def tf_records(load_module: Callable[[Path], ModuleType]) -> ModuleType:
     """Writes records of YouTube-8M: ``record(example(id, labels))``."""
     return load_module(ROOT / "tests/tf_records.py")
+
+
+@pytest.fixture(scope="session")
+def failing_s3(load_module: Callable[[Path], ModuleType]) -> ModuleType:
+    """An S3 API on loopback that fails as it is told to: ``served(bucket)``."""
+    for package in ("s3fs", "moto.server"):
+        pytest.importorskip(package)
+    return load_module(ROOT / "tests/failing_s3.py")

@@ -279,12 +279,26 @@ def check_disk(cost: Cost, sizes: Sizes) -> Iterator[Finding]:
     free = shutil.disk_usage(place).free
     # Every rank writes its own slices, which are equal parts but for rounding.
     own = f"{one / cost.machine.world_size / GIB:.2f} written by each rank"
+    stored = run.checkpoint.url is not None
+    if (
+        stored
+    ):  # a file at a time waits on the disk of each rank for its upload; the optimizer's is the largest
+        largest = max(optimizer_moments(run.optim), 1) * 4 * sizes.trained
+        total, needed = needed, largest * cost.machine.ranks_per_node // cost.machine.world_size
     text = (
         f"{needed / GIB:.2f} GiB ({one / GIB:.2f} per checkpoint, {own}, {kept + int(best)} at once), "
         f"{free / GIB:.1f} free"
     )
+    if stored:
+        text = (
+            f"{total / GIB:.2f} GiB in the store ({one / GIB:.2f} per checkpoint, {own}), "
+            f"{needed / GIB:.2f} on this disk for uploads, {free / GIB:.1f} free"
+        )
     if needed <= free:
         yield Finding("ok", "disk", text)
+        return
+    if stored:
+        yield Finding("fail", "disk", text, f"free {(needed - free) / GIB:.2f} GiB at {place}")
         return
     room = int(free // one) - 1 - int(best)
     remedy = (

@@ -29,11 +29,14 @@ def _apply(
     *,
     from_folder: FolderConfig,
     extra_key: str | None = None,
+    or_url: bool = False,
 ) -> int:
     """Load the run that the words name and execute it, or print it for ``--dry-run``. Returns the exit code."""
     from cliplift.launch.commands import subject
 
-    loaded = subject.load_stage(arguments, schema, from_folder=from_folder, extra_key=extra_key)
+    loaded = subject.load_stage(
+        arguments, schema, from_folder=from_folder, extra_key=extra_key, or_url=or_url
+    )
     if arguments.dry_run:
         return subject.print_run(loaded)
     subject.prepare_environment()
@@ -148,12 +151,14 @@ def _report(run: ReportRun) -> int:
 def run_export(arguments: argparse.Namespace) -> int:
     from cliplift.configs.runs import ExportRun
 
-    return _apply(arguments, ExportRun, _export, from_folder=_export_tree, extra_key="output")
+    return _apply(arguments, ExportRun, _export, from_folder=_export_tree, extra_key="output", or_url=True)
 
 
 def _export_tree(folder: str, more: list[str]) -> dict[str, object]:
     default = Path(folder) / "export"
-    if (Path(folder) / "COMPLETE.json").is_file():  # a checkpoint: what lies in it goes when it grows old
+    if "://" in folder:
+        default = Path(f"export-{folder.rstrip('/').rpartition('/')[2]}")
+    elif (Path(folder) / "COMPLETE.json").is_file():  # a checkpoint: what lies in it goes when it grows old
         above = (p for p in Path(folder).absolute().parents[:3] if (p / "config.yaml").is_file())
         default = next(above, Path(folder).parent) / f"export-{Path(folder).name}"
     return {"run": folder, "output": more[0] if more else str(default)}

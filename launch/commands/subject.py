@@ -76,6 +76,7 @@ def load_stage(
     *,
     from_folder: FolderConfig | None = None,
     extra_key: str | None = None,
+    or_url: bool = False,
 ) -> LoadedRun[R]:
     """The run of one stage that a command's words name.
 
@@ -84,6 +85,7 @@ def load_stage(
         schema: of the stage that the run must be of.
         from_folder: makes a config of a run folder and the words after it; None where only a config will do.
         extra_key: key of the config that holds what words other than overrides give.
+        or_url: whether ``from_folder`` takes the URL of a folder too.
 
     Raises:
         ConfigError: the words name no such run.
@@ -91,7 +93,7 @@ def load_stage(
     subject: str = arguments.subject
     overrides = [word for word in arguments.rest if is_override(word)]
     extra = [word for word in arguments.rest if not is_override(word)]
-    if from_folder is not None and Path(subject).is_dir():
+    if from_folder is not None and (Path(subject).is_dir() or (or_url and "://" in subject)):
         return load_tree(from_folder(subject, extra), schema, overrides)
     if from_folder is not None and Path(subject).suffix not in (".yaml", ".yml") and not _recipe(subject):
         raise ConfigError("is neither a folder nor a YAML file", file=subject)

@@ -1,5 +1,6 @@
-"""Checkpoints: what a run is at, on disk, written and read by slices.
+"""Checkpoints: what a run is at, on a disk or in a store, written and read by slices.
 
-In reading order: ``slices`` (runs of elements over many files), ``saver`` (all ranks write one checkpoint),
-``folder`` (whole, damaged, newest), ``saved`` (one opened, for any number of ranks).
+In reading order: ``tensor_file`` (one file, mapped or read by ranges), ``slices`` (runs of elements over many files),
+``stored`` (a folder in a store), ``folder`` (whole, damaged, newest), ``targets`` and ``saver`` (all ranks write one
+checkpoint), ``saved`` (one opened, for any number of ranks).
 """

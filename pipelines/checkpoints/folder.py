@@ -1,7 +1,7 @@
 """The folders of checkpoints: which are whole, which is the newest usable one, what must be free on the disk.
 
 ``COMPLETE.json`` lists every file of a checkpoint with size and crc32 and is written last. A folder without it, or with
-a file that differs from it, is skipped with a warning; the previous checkpoint is used.
+a file that differs from it, is skipped with a warning; the previous checkpoint is used. On a disk and in a store alike.
 """
 
 from __future__ import annotations
@@ -10,18 +10,24 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeGuard
 
 from cliplift.configs.sections import ConfigError
 from cliplift.models.weight_files import WrittenFile
+from cliplift.pipelines.checkpoints.slices import CheckpointError
+from cliplift.pipelines.checkpoints.stored import COMPLETE, StoredFolder
 from cliplift.pipelines.distributed.collectives import Topology, broadcast_object, gather_objects
+from cliplift.sharding.storage import StorageError
 
 FORMAT = 3
 READABLE_FORMATS = (1, 2, 3)
-COMPLETE, STATE = "COMPLETE.json", "state.json"
+STATE = "state.json"
 NAMES = "step_????????"
+BEST = "best"  # the folder in that of the checkpoints with the one of the best metric
+
+Folder = Path | StoredFolder  # of checkpoints, or one of them
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -29,42 +35,110 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
+def complete_checkpoints(folder: Folder) -> Sequence[Folder]:
     """Checkpoints that were written to the end, oldest first."""
+    if isinstance(folder, StoredFolder):
+        return folder.checkpoints()[0]
     return sorted(path for path in folder.glob(NAMES) if (path / COMPLETE).is_file())
 
 
-def newest_usable(folder: Path, *, topology: Topology, say: Callable[[str], None]) -> Path | None:
+def newest_usable(folder: Folder, *, topology: Topology, say: Callable[[str], None]) -> Folder | None:
     """The newest checkpoint whose files are all as they were written; damaged ones are told about and passed over.
 
     Collective. Rank 0 lists the folder for all, and each rank reads a share of the files: those it would load, where
     the number of ranks is the same.
+
+    Raises:
+        CheckpointError: on all ranks, where a store cannot be read. That is no damage: to go on from an older
+            checkpoint would throw work away.
     """
-    for path in broadcast_object(complete_checkpoints(folder)[::-1], topology):
-        problems = gather_objects([damage(path, rank=topology.rank, ranks=topology.world_size)], topology)
-        problem = next((found for found in problems if found is not None), None)
+    if isinstance(folder, StoredFolder):
+        folder.let_go()  # what a killed start left
+    for name in _listed(folder, topology=topology, say=say)[::-1]:
+        path = folder / name
+        problem, outage = _looked_at(path, topology)
+        if outage is not None:
+            raise CheckpointError(f"the checkpoints cannot be read: {outage}; start again when they can")
         if problem is None:
             return path
+        if isinstance(path, StoredFolder):
+            path.let_go()
         say(f"checkpoint {path.name} is damaged ({problem}); using the previous one")
     return None
 
 
-def damage(path: Path, *, rank: int = 0, ranks: int = 1) -> str | None:
-    """What is wrong with a checkpoint's files, or None; of several ranks, each looks at its own share of them."""
+def _listed(folder: Folder, *, topology: Topology, say: Callable[[str], None]) -> list[str]:
+    """Names of the complete checkpoints, oldest first, as rank 0 finds them."""
+    names, problem = list[str](), None
+    if topology.is_main:
+        try:
+            if isinstance(folder, StoredFolder):
+                complete, unsealed = folder.checkpoints()
+                names = [path.name for path in complete]
+                for path in unsealed:
+                    say(f"checkpoint {path} was not uploaded to its end and is passed over")
+            else:
+                names = [path.name for path in complete_checkpoints(folder)]
+        except (OSError, StorageError) as error:
+            problem = str(error)
+    names, problem = broadcast_object((names, problem), topology)
+    if problem is not None:
+        raise CheckpointError(f"the checkpoints cannot be listed: {problem}")
+    return names
+
+
+def _looked_at(path: Folder, topology: Topology) -> tuple[str | None, str | None]:
+    """What is wrong with a checkpoint, and why that cannot be told; the same on all ranks."""
+    found, outage = None, None
     try:
-        files = sealed_files(path / COMPLETE)
-        for name, written in files.items():
-            file = path / name
-            if not file.is_file():
+        found = damage(path, rank=topology.rank, ranks=topology.world_size)
+    except StorageError as error:
+        outage = str(error)
+    said = gather_objects([(found, outage)], topology)
+    damages, outages = ([each[i] for each in said if each[i] is not None] for i in (0, 1))
+    return next(iter(damages), None), next(iter(outages), None)
+
+
+def damage(path: Folder, *, rank: int = 0, ranks: int = 1, unread: str = "") -> str | None:
+    """What is wrong with a checkpoint's files, or None; of several ranks, each looks at its own share of them.
+
+    Of files whose names begin with ``unread``, the size alone is looked at.
+
+    From a store each rank fetches its share: the copies are read by :func:`open_checkpoint`, and gone after it.
+
+    Raises:
+        StorageError: the store does not answer.
+    """
+    try:
+        files = sealed_files(path)
+        share = list(_share(list(files), rank=rank, ranks=ranks))
+        # On a disk every rank looks for all files: one that is on another host's disk is missing here.
+        for name in share if isinstance(path, StoredFolder) else files:
+            size = _size(path, name)
+            if size is None:
                 return f"{name} is missing"
-            if file.stat().st_size != written.size_bytes:
+            if size != files[name].size_bytes:
                 return f"{name} differs from what was written"
-        for name in _share(list(files), rank=rank, ranks=ranks):
-            if crc32_of(path / name) != files[name].crc32:
+        for name in (name for name in share if not (unread and name.startswith(unread))):
+            copy = path.fetch(name) if isinstance(path, StoredFolder) else path / name
+            if crc32_of(copy) != files[name].crc32:
                 return f"{name} differs from what was written"
+    except StorageError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         return f"{COMPLETE}: {error}"
     return None
+
+
+def _size(path: Folder, name: str) -> int | None:
+    if isinstance(path, StoredFolder):
+        return path.store.size(name)
+    return (path / name).stat().st_size if (path / name).is_file() else None
+
+
+def read_small(path: Folder, name: str) -> bytes:
+    """A small file of a checkpoint."""
+    return path.store.read(name) if isinstance(path, StoredFolder) else (path / name).read_bytes()
 
 
 def _share(names: list[str], *, rank: int, ranks: int) -> Iterator[str]:
@@ -75,9 +149,13 @@ def _share(names: list[str], *, rank: int, ranks: int) -> Iterator[str]:
             yield name
 
 
-def sealed_files(seal: Path) -> dict[str, WrittenFile]:
-    """Name -> size and checksum of every file a COMPLETE.json lists; raises ValueError where it is malformed."""
-    complete = json.loads(seal.read_text(encoding="utf-8"))
+def sealed_files(path: Folder) -> dict[str, WrittenFile]:
+    """Name -> size and checksum of every file that a checkpoint's COMPLETE.json lists.
+
+    Raises:
+        ValueError: it is malformed.
+    """
+    complete = json.loads(read_small(path, COMPLETE).decode("utf-8"))
     if not isinstance(complete, dict):
         raise ValueError(f"holds a {type(complete).__name__}, not an object")
     written = complete.get("format")
@@ -108,6 +186,30 @@ def crc32_of(path: Path) -> int:
         while block := file.read(1 << 20):
             crc = zlib.crc32(block, crc)
     return crc
+
+
+def count(folder: Folder) -> int:
+    """How many checkpoints there are, damaged ones too."""
+    return len(folder.checkpoints()[0] if isinstance(folder, StoredFolder) else list(folder.glob(NAMES)))
+
+
+def start_afresh(folder: Folder, *, topology: Topology, say: Callable[[str], None]) -> None:
+    """Keep an earlier run's checkpoints out of the way of a new one. Collective.
+
+    Raises:
+        ConfigError: they are in a store, which cannot rename a folder.
+    """
+    if not isinstance(folder, StoredFolder):
+        if topology.is_main:
+            set_aside(folder, say=say)
+        return
+    if _listed(folder, topology=topology, say=say) or _listed(folder / BEST, topology=topology, say=say):
+        raise ConfigError(
+            f"{folder} holds checkpoints of an earlier run, and a store cannot set them aside",
+            key="checkpoint.url",
+            value=str(folder),
+            hint="give another URL, remove them, or continue with checkpoint.resume=auto",
+        )
 
 
 def set_aside(folder: Path, *, say: Callable[[str], None]) -> None:

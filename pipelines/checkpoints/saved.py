@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.checkpoints.folder import COMPLETE, STATE, sealed_files
+from cliplift.pipelines.checkpoints.folder import STATE, Folder, read_small, sealed_files
 from cliplift.pipelines.checkpoints.slices import SliceReader
+from cliplift.pipelines.checkpoints.stored import StoredFolder
+from cliplift.pipelines.checkpoints.tensor_file import StoredFile
 from cliplift.pipelines.distributed.collectives import Topology
 
 
@@ -24,7 +26,7 @@ class SavedState:
     Format 3 has slices of every rank. Formats 1 and 2 have one file of whole tensors each; format 1 has no average.
     """
 
-    path: Path
+    path: Folder
     parameters: SliceReader  # all parameters, frozen ones included
     optimizer: SliceReader  # "parameter name|state name"
     average: SliceReader  # of the trainable parameters at least; of none without EMA
@@ -39,32 +41,32 @@ class SavedState:
         return sum(reader.bytes_read for reader in (self.parameters, self.optimizer, self.average))
 
 
-def open_checkpoint(path: Path, *, topology: Topology) -> SavedState:
+def open_checkpoint(path: Folder, *, topology: Topology) -> SavedState:
     """Open a checkpoint. Another world size takes rank 0's buffers and starts the ranks' random state afresh.
 
     Raises:
         CheckpointError: a file cannot be read as what it should be.
     """
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    names = sealed_files(path / COMPLETE)
+    state = json.loads(read_small(path, STATE).decode("utf-8"))
+    names = sealed_files(path)
     same_world = state["world_size"] == topology.world_size
     rank = topology.rank if same_world else 0
 
     def reader(kind: str) -> SliceReader:
         ours = (f"{kind}-rank{n}.safetensors" for n in range(state["world_size"]))
         files = [name for name in (f"{kind}.safetensors", *ours) if name in names]
-        return SliceReader([path / name for name in files])
+        return SliceReader([_file(path, name) for name in files])
 
     def small(kind: str) -> dict[str, Tensor]:
         name = f"{kind}-rank{rank}.safetensors"
         if name not in names:
             return {}
-        shaped = SliceReader([path / name])
+        shaped = SliceReader([_file(path, name)])
         return {key: shaped.whole(key).clone() for key in shaped}
 
     average, buffers = reader("average"), small("buffers")
     averaged = {name: average.whole(name).clone() for name in buffers if name in average}  # format 2
-    return SavedState(
+    saved = SavedState(
         path=path,
         parameters=reader("parameters"),
         optimizer=reader("optimizer"),
@@ -74,6 +76,17 @@ def open_checkpoint(path: Path, *, topology: Topology) -> SavedState:
         random_state=small("random") if same_world else {},
         state={"data_offset": 0, "rewinds": 0, "average_updates": 0, **state},
     )
+    if isinstance(path, StoredFolder):
+        path.let_go()  # the copies are mapped
+    return saved
+
+
+def _file(path: Folder, name: str) -> Path | StoredFile:
+    """A file on a disk: its own, or the copy made when it was checked. Of a store's others, ranges are read."""
+    if isinstance(path, Path):
+        return path / name
+    copy = path.local / name
+    return copy if copy.is_file() else StoredFile(path.store, name)
 
 
 def check_fits(module: nn.Module, saved: SavedState) -> None:

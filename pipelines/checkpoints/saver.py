@@ -12,14 +12,11 @@ not used: they refuse another world size and another stage.
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
-import shutil
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,20 +25,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from cliplift.models.weight_files import WrittenFile
-from cliplift.pipelines.checkpoints.folder import (
-    COMPLETE,
-    FORMAT,
-    NAMES,
-    STATE,
-    checkpoint_path,
-    complete_checkpoints,
-    crc32_of,
-)
+from cliplift.pipelines.checkpoints.folder import Folder
 from cliplift.pipelines.checkpoints.slices import CheckpointError, Slice, write_slices
+from cliplift.pipelines.checkpoints.targets import Target, target_of
 from cliplift.pipelines.distributed.collectives import Topology, gather_objects
-from cliplift.pipelines.runs.folder import write_json
+from cliplift.sharding.storage import StorageError
 
-PARTIAL = ".partial"
+log = logging.getLogger(__name__)
+
+FAILURES = (OSError, SafetensorError, StorageError)  # of a disk or a store
 
 
 @dataclass(frozen=True)
@@ -74,8 +66,11 @@ class Snapshot:
         return {f"{kind}-rank{rank}.safetensors": slices for kind, slices in kinds.items()}
 
     def copied(self) -> Snapshot:
-        """The same in host memory of its own, so that training may go on while it is written."""
-        return replace(
+        """The same in host memory of its own, so that training may go on while it is written.
+
+        From a GPU into pinned memory, all tensors at once: the host waits for the last of them alone.
+        """
+        copied = replace(
             self,
             parameters=_copied_slices(self.parameters),
             optimizer=_copied_slices(self.optimizer),
@@ -84,6 +79,9 @@ class Snapshot:
             random_state={name: _copied(tensor) for name, tensor in self.random_state.items()},
             average_buffers={name: _copied(tensor) for name, tensor in self.average_buffers.items()},
         )
+        if any(part.values.is_cuda for part in self.parameters.values()):
+            torch.cuda.current_stream().synchronize()
+        return copied
 
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Slice]:
@@ -95,70 +93,79 @@ def _copied_slices(slices: Mapping[str, Slice]) -> dict[str, Slice]:
 
 
 def _copied(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format).copy_(tensor)
+    far = tensor.is_cuda
+    copy = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format, pin_memory=far)
+    return copy.copy_(tensor, non_blocking=far)
 
 
 class Saver:
     """Writes checkpoints, all ranks together; with ``asynchronous`` a thread of each rank does while training goes on.
 
     The next save and :meth:`wait` are where a failure in a thread is raised, on all ranks. ``timeout_seconds`` is how
-    long the threads wait for one another.
+    long the threads wait for one another. ``records`` publishes a run's small files: called on rank 0 before a
+    checkpoint in a store is sealed.
     """
 
-    def __init__(self, topology: Topology, *, asynchronous: bool, timeout_seconds: float = 1800.0) -> None:
-        self.topology = topology
+    def __init__(
+        self,
+        topology: Topology,
+        *,
+        asynchronous: bool,
+        timeout_seconds: float = 1800.0,
+        records: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.topology, self._records = topology, records
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._group: dist.ProcessGroup | None = None
         if asynchronous and topology.world_size > 1:
             # The threads agree in a group of their own: collectives of the training must not mix with theirs.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-        self._unfinished: tuple[Path, Future[None]] | None = None
+        self._unfinished: tuple[Target, Future[None]] | None = None
 
-    def save(self, folder: Path, snapshot: Snapshot, *, keep_last: int) -> Path:
+    def save(self, folder: Folder, snapshot: Snapshot, *, keep_last: int) -> Folder:
         """Write one checkpoint; older ones beyond ``keep_last`` are removed after it is complete. Collective.
+
+        Returns:
+            where it is, or with ``asynchronous`` will be.
 
         Raises:
             CheckpointError: this one or, with ``asynchronous``, the one before could not be written.
         """
         self.wait()
-        final = checkpoint_path(folder, int(snapshot.state["step"]))
-        partial = folder / f"{final.name}{PARTIAL}"
         topology = self.topology
-        with _agreed_failure(partial, topology):
-            if topology.is_main:
-                for left in folder.glob(f"{NAMES}{PARTIAL}"):  # of a run that was killed
-                    shutil.rmtree(left)
-                partial.mkdir(parents=True)
-        with _agreed_failure(partial, topology):
-            partial.mkdir(parents=True, exist_ok=True)  # a rank on a host without a common disk
+        target = target_of(folder, step=int(snapshot.state["step"]), topology=topology, records=self._records)
+        with _agreed_failure(target, topology):
+            target.clear()
+        target.agree()
+        with _agreed_failure(target, topology):
+            target.partial.mkdir(parents=True, exist_ok=True)  # a rank on a host without a common disk
 
         def seal(files: Mapping[str, WrittenFile]) -> None:
-            _seal(partial, final, files, {"world_size": topology.world_size, **snapshot.state})
-            for old in complete_checkpoints(folder)[:-keep_last]:
-                shutil.rmtree(old)
+            target.seal(files, {"world_size": topology.world_size, **snapshot.state})
+            target.prune(keep_last=keep_last)
 
         if self._thread is not None:
             kept = snapshot.copied()
-            self._unfinished = partial, self._thread.submit(self._write_in_thread, partial, kept, seal)
-            return final
+            self._unfinished = target, self._thread.submit(self._write_in_thread, target, kept, seal)
+            return target.place
         written: dict[str, WrittenFile] = {}
-        with _agreed_failure(partial, topology):
-            written = _write_own(partial, snapshot, rank=topology.rank)
+        with _agreed_failure(target, topology):
+            written = _write_own(target, snapshot, rank=topology.rank)
         files = dict(gather_objects(list(written.items()), topology))
-        with _agreed_failure(partial, topology):
+        with _agreed_failure(target, topology):
             if topology.is_main:
                 seal(files)
-        return final
+        return target.place
 
     def _write_in_thread(
-        self, partial: Path, snapshot: Snapshot, seal: Callable[[Mapping[str, WrittenFile]], None]
+        self, target: Target, snapshot: Snapshot, seal: Callable[[Mapping[str, WrittenFile]], None]
     ) -> None:
         """Write this rank's files, hear of the others', and seal; a rank that failed is seen by all in ``wait``."""
         problem: Exception | None = None
         written: dict[str, WrittenFile] = {}
         try:
-            written = _write_own(partial, snapshot, rank=self.topology.rank)
-        except (OSError, SafetensorError) as error:
+            written = _write_own(target, snapshot, rank=self.topology.rank)
+        except Exception as error:  # whatever it is, the other threads must hear of it before it is raised
             problem = error
         parts: list[Any] = [written if problem is None else None]
         if self._group is not None:
@@ -173,58 +180,39 @@ class Saver:
         """Until the last checkpoint is complete. Collective; raises CheckpointError where it could not be written."""
         if self._unfinished is None:
             return
-        (partial, writing), self._unfinished = self._unfinished, None
-        with _agreed_failure(partial, self.topology):
-            writing.result()
+        (target, writing), self._unfinished = self._unfinished, None
+        with _agreed_failure(target, self.topology):
+            try:
+                writing.result()
+            except FAILURES:
+                raise
+            except Exception as error:  # a fault of ours: its trace is logged here, and all ranks stop
+                log.exception("the thread that writes %s failed", target.partial.stem)
+                raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def _write_own(partial: Path, snapshot: Snapshot, *, rank: int) -> dict[str, WrittenFile]:
-    """This rank's files, on the disk, and what was written."""
-    return {name: write_slices(partial / name, slices) for name, slices in snapshot.files(rank).items()}
-
-
-def _seal(partial: Path, final: Path, files: Mapping[str, WrittenFile], state: Mapping[str, Any]) -> None:
-    """Write the state, then the list of all files, and give the folder its name."""
-    write_json(partial / STATE, {"format": FORMAT, **state})
-    own = WrittenFile(size_bytes=(partial / STATE).stat().st_size, crc32=crc32_of(partial / STATE))
-    listed = {
-        name: {"bytes": written.size_bytes, "crc32": written.crc32}
-        for name, written in sorted({**files, STATE: own}.items())
-    }
-    write_json(partial / COMPLETE, {"format": FORMAT, "files": listed})
-    for path in (partial / STATE, partial / COMPLETE, partial):
-        _to_disk(path)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.replace(final)
-    _to_disk(final.parent)
-
-
-def _to_disk(path: Path) -> None:
-    """Have the system write a file or a folder's entries: only then does a checkpoint outlive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that cannot sync a folder
-            raise
-    finally:
-        os.close(descriptor)
+def _write_own(target: Target, snapshot: Snapshot, *, rank: int) -> dict[str, WrittenFile]:
+    """This rank's files, one after the other, and what was written."""
+    written: dict[str, WrittenFile] = {}
+    for name, slices in snapshot.files(rank).items():
+        written[name] = write_slices(target.partial / name, slices)
+        target.take(target.partial / name)
+    target.leave()
+    return written
 
 
 @contextlib.contextmanager
-def _agreed_failure(partial: Path, topology: Topology) -> Iterator[None]:
+def _agreed_failure(target: Target, topology: Topology) -> Iterator[None]:
     """All ranks wait for each other at the end; where one could not write, all raise, and none waits in vain."""
     problem: list[str] = []
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except FAILURES as error:
         problem.append(f"rank {topology.rank}: {error}")
     problems = gather_objects(problem, topology)
     if problems:
-        if topology.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+        target.discard()
         raise CheckpointError(
-            f"{partial.parent}: the checkpoint {partial.stem} could not be written ({problems[0]}); "
-            "the ones before it are untouched: free some space and start again"
+            f"{target.where}: the checkpoint {target.partial.stem} could not be written ({problems[0]}); "
+            f"the ones before it are untouched: {target.advice}"
         )

@@ -6,7 +6,8 @@ metadata holds whole tensors, as those of formats 1 and 2 do.
 
 Not ``torch.distributed.checkpoint``: its default writer pickles the plan (``.metadata``), and its safetensors writer
 needs a planner and read items of our own before it loads slices of another cut. What is needed here is less than that
-glue: ``get_slice`` of safetensors reads any run of elements out of a mapped file, and touches no other bytes.
+glue: ``get_slice`` of safetensors reads any run of elements out of a mapped file, and touches no other bytes; from a
+store they are read as ranges (``tensor_file.py``).
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cliplift.models.weight_files import TensorToWrite, WrittenFile, write_tensors
+from cliplift.pipelines.checkpoints.tensor_file import StoredFile, TensorFile, open_tensors
+from cliplift.sharding.storage import StorageError
 
 SLICES = "slices"
 
@@ -78,28 +81,26 @@ def _values(part: Slice) -> Tensor:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Where a run of elements lies: in ``file`` under ``key``, stored with ``stored`` as its shape."""
+    """Where a run of elements lies: in ``file`` under ``key``."""
 
-    file: Path
+    file: TensorFile
     key: str
     start: int
     length: int
-    stored: tuple[int, ...]
 
 
 class SliceReader:
-    """Reads any run of elements of any tensor out of files of slices; files are mapped, not read whole.
+    """Reads any run of elements of any tensor out of files of slices; no file is read whole.
 
     ``bytes_read`` counts the bytes of the values asked for.
 
     Raises:
         CheckpointError: a file's header is malformed, or two files disagree about a tensor's shape.
-        OSError: a file is missing.
+        OSError, StorageError: a file is missing or cannot be read.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path | StoredFile]) -> None:
         self.bytes_read = 0
-        self._files: dict[Path, Any] = {}
         self._pieces: dict[str, list[_Piece]] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
@@ -107,19 +108,20 @@ class SliceReader:
         for pieces in self._pieces.values():
             pieces.sort(key=lambda piece: piece.start)
 
-    def _list(self, file: Path) -> None:
+    def _list(self, file: Path | StoredFile) -> None:
         try:
-            handle: Any = safe_open(file, framework="pt")
-            self._files[file] = handle
-            metadata = handle.metadata() or {}
+            opened = open_tensors(file)
+            metadata = opened.metadata()
             facts = json.loads(metadata[SLICES]) if SLICES in metadata else None
-            for key in handle.keys():  # noqa: SIM118 (no mapping)
-                stored = tuple(handle.get_slice(key).get_shape())
+            for key in opened.keys():  # noqa: SIM118 (no mapping)
+                stored = opened.shape(key)
                 name, start, shape = (key, 0, stored) if facts is None else _checked(facts[key], stored)
                 if self._shapes.setdefault(name, shape) != shape:
                     raise ValueError(f"{name} has the shape {shape}, elsewhere {self._shapes[name]}")
-                piece = _Piece(file, key, start, math.prod(stored), stored)
+                piece = _Piece(opened, key, start, math.prod(stored))
                 self._pieces.setdefault(name, []).append(piece)
+        except StorageError:
+            raise
         except (SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
             raise CheckpointError(f"{file}: not a file of slices ({error})") from error
 
@@ -146,25 +148,13 @@ class SliceReader:
         for piece in self._pieces.get(name, ()):
             if piece.start <= at < piece.start + piece.length and at < end:
                 stop = min(end, piece.start + piece.length)
-                found.append(self._elements(piece, at - piece.start, stop - piece.start))
+                found.append(piece.file.elements(piece.key, at - piece.start, stop - piece.start))
                 at = stop
         if at < end or name not in self._shapes:
             raise CheckpointError(f"no file holds elements {at} to {end} of {name}")
         values = found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
         self.bytes_read += values.numel() * values.element_size()
         return values
-
-    def _elements(self, piece: _Piece, first: int, stop: int) -> Tensor:
-        part = self._files[piece.file].get_slice(piece.key)
-        if len(piece.stored) == 1:
-            values: Tensor = part[first:stop]
-            return values
-        if not piece.stored:
-            return self._files[piece.file].get_tensor(piece.key).reshape(1)  # type: ignore[no-any-return]
-        # A whole tensor of formats 1 and 2: rows are read, and what is too much of the first and last is cut off.
-        row = math.prod(piece.stored[1:])
-        rows: Tensor = part[first // row : -(-stop // row)]
-        return rows.reshape(-1)[first % row : first % row + stop - first]
 
     def whole(self, name: str) -> Tensor:
         """The whole tensor."""

@@ -200,6 +200,8 @@ def run_facts(run: Section) -> dict[str, str]:
             facts[prefix] = repr(tree)
 
     walk(run.model_dump(mode="json"), "")
+    if facts.get("checkpoint.url", "None") != "None":
+        del facts["output"]  # with a store, each host may have a folder of its own
     return facts
 
 

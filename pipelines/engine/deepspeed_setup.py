@@ -120,7 +120,7 @@ def build_engine(
     module: nn.Module,
     run: TrainingRun,
     *,
-    folder: Path,
+    folder: checkpoint_folder.Folder,
     saved: SavedState | None,
     topology: Topology,
 ) -> TrainingEngine:
@@ -185,7 +185,7 @@ def set_numerics(engine: EngineConfig, device: torch.device) -> None:
 
 
 def resumable(
-    folder: Path,
+    folder: checkpoint_folder.Folder,
     run: TrainingRun,
     *,
     identity: Mapping[str, object],
@@ -201,12 +201,11 @@ def resumable(
             one is damaged: to start over in silence would throw away what may still be saved.
     """
     if run.checkpoint.resume == "never":
-        if topology.is_main:
-            checkpoint_folder.set_aside(folder, say=say)
+        checkpoint_folder.start_afresh(folder, topology=topology, say=say)
         return None
     path = checkpoint_folder.newest_usable(folder, topology=topology, say=say)
     # The main rank counts for all: another may see a folder that is a moment older.
-    damaged = 0 if path else broadcast_object(len(list(folder.glob(checkpoint_folder.NAMES))), topology)
+    damaged = 0 if path else broadcast_object(checkpoint_folder.count(folder), topology)
     if damaged:
         raise ConfigError(
             f"all checkpoints of {folder} are damaged ({damaged} of {damaged})",
@@ -228,7 +227,9 @@ def resumable(
     return saved
 
 
-def _check_space(folder: Path, module: nn.Module, run: TrainingRun) -> None:
+def _check_space(folder: checkpoint_folder.Folder, module: nn.Module, run: TrainingRun) -> None:
+    if not isinstance(folder, Path):
+        return  # a file at a time passes through this machine
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     checkpoint_folder.check_space(
         folder,

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from cliplift.configs.training import TrainingRun
-from cliplift.pipelines.checkpoints.folder import checkpoint_path, newest_usable
+from cliplift.pipelines.checkpoints.folder import BEST, Folder, newest_usable
 from cliplift.pipelines.checkpoints.saved import (
     SavedState,
     TrainedTensors,
@@ -21,6 +21,7 @@ from cliplift.pipelines.checkpoints.saved import (
     set_random_state,
 )
 from cliplift.pipelines.checkpoints.saver import Saver, Snapshot
+from cliplift.pipelines.checkpoints.stored import StoredFolder
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.deepspeed_setup import build_engine, resumable
 from cliplift.pipelines.engine.ema import WeightAverage
@@ -31,9 +32,10 @@ from cliplift.pipelines.engine.zero_state import (
     parameter_slices,
     restore_optimizer,
 )
+from cliplift.pipelines.runs.published import PublishedRun
+from cliplift.sharding.storage import join
 
 CHECKPOINTS = "checkpoints"
-BEST = "best"
 
 
 class RunState:
@@ -56,15 +58,18 @@ class RunState:
     ) -> None:
         self.run, self.schedule, self.identity = run, schedule, identity
         self.topology, self.say = topology, say
-        self.folder = Path(run.output) / CHECKPOINTS
+        self.folder = checkpoint_folder(run, rank=topology.rank)
+        self.place: Folder | None = None  # of the checkpoint of this step, or of an earlier one
         self.step, self.data_offset, self.skipped, self.rewinds = 0, 0, 0, 0
         self.best: float | None = None
         self.metrics: dict[str, float] = {}
         self.evaluation_due = False
+        asynchronous = run.checkpoint.asynchronous
         self.saver = Saver(
             topology,
-            asynchronous=run.checkpoint.asynchronous,
+            asynchronous=topology.device.type == "cuda" if asynchronous == "auto" else asynchronous,
             timeout_seconds=run.engine.collective_timeout_seconds,
+            records=PublishedRun(run.checkpoint.url, Path(run.output)).publish_records,
         )
         saved = resumable(self.folder, run, identity=identity, topology=topology, say=say)
         self.engine = build_engine(module, run, folder=self.folder, saved=saved, topology=topology)
@@ -103,11 +108,14 @@ class RunState:
                 "tracker_id": tracker_id,
             },
         )
-        folder = self.folder / BEST if best else self.folder
-        self.saver.save(folder, snapshot, keep_last=1 if best else self.run.checkpoint.keep_last)
+        if best:
+            self.saver.save(self.folder / BEST, snapshot, keep_last=1)
+        else:
+            self.place = self.saver.save(self.folder, snapshot, keep_last=self.run.checkpoint.keep_last)
 
     def _continue(self, saved: SavedState) -> None:
         """Everything of a checkpoint but weights and optimizer state."""
+        self.place = saved.path
         set_random_state(saved.random_state, self.topology.device)
         state = saved.state
         self.schedule.load(state["schedule"])
@@ -153,7 +161,8 @@ class RunState:
             self.metrics = dict(best.state["metrics"])
             saved, averaged = best, True
         else:
-            saved = open_checkpoint(checkpoint_path(self.folder, self.step), topology=self.topology)
+            assert self.place is not None, "the last step is saved"
+            saved = open_checkpoint(self.place, topology=self.topology)
             averaged = self.average is not None
             if self.average is not None:
                 self.average.replace_weights()
@@ -163,9 +172,16 @@ class RunState:
         buffers = {n: b.detach().cpu().clone() for n, b in self.engine.module.named_buffers() if n in kept}
         return TrainedTensors(saved, buffers=buffers, averaged=averaged)
 
-    def _newest(self, folder: Path) -> SavedState | None:
+    def _newest(self, folder: Folder) -> SavedState | None:
         path = newest_usable(folder, topology=self.topology, say=self.say)
         return None if path is None else open_checkpoint(path, topology=self.topology)
+
+
+def checkpoint_folder(run: TrainingRun, *, rank: int) -> Folder:
+    """Where the checkpoints of a run go: into its folder, or to ``checkpoint.url`` through a folder of each rank."""
+    local = Path(run.output) / CHECKPOINTS
+    url = run.checkpoint.url
+    return local if url is None else StoredFolder(join(url, CHECKPOINTS), local / f"rank{rank}")
 
 
 def run_identity(run: TrainingRun, *, data_fingerprint: str, total_steps: int) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,21 +13,40 @@ from cliplift.configs.sections import ConfigError
 from cliplift.models.factory import from_pretrained
 from cliplift.models.weight_files import has_weights
 from cliplift.pipelines.runs.folder import CONFIG, Record, RunFolder, classes_of, metrics_of, write_text
+from cliplift.sharding.storage import whole_file
 
 
 def run_export(run: ExportRun) -> Path:
-    """``cliplift export``: write and read back; raises ConfigError when the run has no weights yet."""
+    """``cliplift export``: write and read back.
+
+    Raises:
+        ConfigError: the run has no weights yet.
+        OSError: a file cannot be written; none of them is left.
+    """
     source = RunFolder(Path(run.run))
     if not has_weights(source.weights):
         raise ConfigError(
             f"{run.run!r} has no weights", key="run", value=run.run, hint="give the folder of a finished run"
         )
     output = RunFolder.create(run.output, writes=True).path
-    for file in sorted(source.weights.iterdir()):
-        shutil.copyfile(file, output / file.name)
+    copy_files(sorted(source.weights.iterdir()), output)
     write_card(source, output, result=source.result() or {})
     _check_equal(source.weights, output)
     return output
+
+
+def copy_files(files: Sequence[Path], output: Path) -> None:
+    """Copy files into a folder, all of them or, where the disk is full, none."""
+    written: list[Path] = []
+    try:
+        for file in files:
+            with whole_file(output / file.name) as temporary:
+                shutil.copyfile(file, temporary)
+            written.append(output / file.name)
+    except OSError:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
 
 
 def write_card(source: RunFolder, output: Path, *, result: Record) -> None:

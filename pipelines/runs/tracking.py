@@ -158,7 +158,7 @@ class Tracker:
             )
         self._wandb.log({"clips": table, "step": step}, step=step + self._row_offset)
 
-    def artifacts(self, *, shards: Sequence[str], fingerprint: str, weights: Path) -> None:
+    def artifacts(self, *, shards: Sequence[str], fingerprint: str, weights: str) -> None:
         """Lineage in W&B: the data this run used and the weights it made, by reference, nothing uploaded."""
         if self._wandb is None or not self.run.track.artifacts:
             return
@@ -173,7 +173,7 @@ class Tracker:
         if not self._wandb.offline:  # offline, W&B has no way to say that a run used something
             self._wandb.use_artifact(used)
         made = wandb.Artifact(f"weights-{self._wandb.id}", type="model", metadata={"stage": self.stage})
-        made.add_reference(_as_uri(str(weights)), name="weights", checksum=False)
+        made.add_reference(_as_uri(weights), name="weights", checksum=False)
         self._wandb.log_artifact(made)
 
     def summary(self, metrics: Mapping[str, float]) -> None:

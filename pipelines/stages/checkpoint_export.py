@@ -6,6 +6,7 @@ exports any checkpoint, of however many ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,19 +15,22 @@ from cliplift.configs.load import load_run
 from cliplift.configs.runs import TRAINING, ExportRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models.factory import save_pretrained
-from cliplift.pipelines.checkpoints.folder import COMPLETE, damage
+from cliplift.pipelines.checkpoints.folder import Folder, damage
 from cliplift.pipelines.checkpoints.saved import TrainedTensors, check_fits, open_checkpoint
+from cliplift.pipelines.checkpoints.stored import COMPLETE, StoredFolder
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.evaluation.export import write_card
-from cliplift.pipelines.runs.folder import CONFIG, RunFolder, classes_of
+from cliplift.pipelines.runs.folder import CONFIG, RUN, RunFolder, classes_of
 from cliplift.pipelines.stages.run import read_classes, stage_of
+from cliplift.sharding.scratch import scratch_folder
+from cliplift.sharding.storage import open_store, without_secrets
 
 ALONE = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def is_checkpoint(folder: str | Path) -> bool:
-    """Whether a folder is one complete checkpoint."""
-    return (Path(folder) / COMPLETE).is_file()
+    """Whether a folder, on a disk or in a store, is one complete checkpoint."""
+    return open_store(str(folder)).size(COMPLETE) is not None
 
 
 def export_checkpoint(run: ExportRun) -> Path:
@@ -37,15 +41,23 @@ def export_checkpoint(run: ExportRun) -> Path:
     Raises:
         ConfigError: the checkpoint is damaged, or is not inside its run's folder.
     """
-    path = Path(run.run).resolve()
-    if (problem := damage(path)) is not None:
+    if "://" not in run.run:
+        path = Path(run.run).resolve()
+        return _export(run, path, lambda: RunFolder(_run_of(path, run.run)))
+    with scratch_folder() as scratch:
+        stored = StoredFolder(run.run.rstrip("/"), scratch / "checkpoint")
+        return _export(run, stored, lambda: _fetched_run(stored.url, scratch / "run"))
+
+
+def _export(run: ExportRun, path: Folder, run_folder: Callable[[], RunFolder]) -> Path:
+    if (problem := damage(path, unread="optimizer")) is not None:
         raise ConfigError(
             f"the checkpoint is damaged ({problem})",
             key="run",
             value=run.run,
             hint="give another one of the run",
         )
-    source = RunFolder(_run_of(path, run.run))
+    source = run_folder()
     config = load_run(source.path / CONFIG, TRAINING).run
     record = source.start_record() or {}
     classes = classes_of(record) if "classes" in record else read_classes(config)
@@ -77,14 +89,32 @@ def export_checkpoint(run: ExportRun) -> Path:
     return output
 
 
+def _fetched_run(url: str, folder: Path) -> RunFolder:
+    """Config and record of the run that a stored checkpoint belongs to, in a folder."""
+    above = [url.rsplit("/", levels)[0] for levels in (1, 2, 3)]
+    found = next((place for place in above if open_store(place).size(CONFIG) is not None), None)
+    if found is None:
+        raise _homeless(url)
+    store = open_store(found)
+    folder.mkdir()
+    for name in (CONFIG, RUN):
+        if store.size(name) is not None:
+            store.fetch(name, folder / name)
+    return RunFolder(folder)
+
+
+def _homeless(given: str) -> ConfigError:
+    return ConfigError(
+        f"there is no {CONFIG} above {without_secrets(given)!r}, so nobody knows what network it is of",
+        key="run",
+        value=given,
+        hint="leave the checkpoint in its run's folder, or copy that folder with it",
+    )
+
+
 def _run_of(path: Path, given: str) -> Path:
     """The folder of the run a checkpoint belongs to: RUN/checkpoints/STEP or RUN/checkpoints/best/STEP."""
     found = next((folder for folder in path.parents[:3] if (folder / CONFIG).is_file()), None)
     if found is None:
-        raise ConfigError(
-            f"there is no {CONFIG} above {given!r}, so nobody knows what network it is of",
-            key="run",
-            value=given,
-            hint="leave the checkpoint in its run's folder, or copy that folder with it",
-        )
+        raise _homeless(given)
     return found

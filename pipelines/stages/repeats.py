@@ -9,10 +9,11 @@ from pathlib import Path
 
 from cliplift.configs.runs import FinetuneRun
 from cliplift.configs.sections import ConfigError
-from cliplift.configs.training import TrainingRun
+from cliplift.configs.training import CheckpointConfig, TrainingRun
 from cliplift.pipelines.distributed.collectives import start
 from cliplift.pipelines.engine.faults import caught_signals
 from cliplift.pipelines.runs.folder import RunFolder
+from cliplift.pipelines.runs.published import PublishedRun
 from cliplift.pipelines.runs.results import commands_after, result_block
 from cliplift.pipelines.stages.run import StageResult, run_stage, stage_of
 from cliplift.sharding.read.reader import fold_count
@@ -41,6 +42,7 @@ def _finetune_runs(run: FinetuneRun) -> list[TrainingRun]:
                 "folds": (),
                 "seeds": (),
                 "output": str(Path(run.output, *parts)),
+                "checkpoint": _below(run.checkpoint, parts),
                 "name": "-".join([run.name, *parts]),
                 "seed": run.seed if seed is None else seed,
                 "data": run.data if fold is None else run.data.model_copy(update={"fold": fold}),
@@ -48,6 +50,13 @@ def _finetune_runs(run: FinetuneRun) -> list[TrainingRun]:
             }
             runs.append(run.model_copy(update=changes))
     return runs
+
+
+def _below(checkpoint: CheckpointConfig, parts: Sequence[str]) -> CheckpointConfig:
+    """The same with a place of its own in the store, if there is one."""
+    if checkpoint.url is None:
+        return checkpoint
+    return checkpoint.model_copy(update={"url": "/".join([checkpoint.url, *parts])})
 
 
 def _folds(run: FinetuneRun) -> Sequence[int | None]:
@@ -98,6 +107,7 @@ def run_all(run: TrainingRun, *, command: Sequence[str]) -> StageResult:
         seconds=seconds,
         runs=[str(result.folder) for result in results],
     )
+    PublishedRun(run.checkpoint.url, folder.path).publish_result(topology)
     if topology.is_main:
         best_metric = stage_of(run).best_metric
         next_commands = commands_after("finetune", folder.path, offline_run=None)[-1:]

@@ -23,7 +23,7 @@ from cliplift.models.protocol import ModelError
 from cliplift.models.registry import model_entry
 from cliplift.pipelines.data.loader import TrainingLoader, training_loader
 from cliplift.pipelines.distributed.agreement import agree_on_run, agreed_data
-from cliplift.pipelines.distributed.collectives import Topology, barrier, start
+from cliplift.pipelines.distributed.collectives import Topology, barrier, broadcast_object, start
 from cliplift.pipelines.distributed.launchers import find_place
 from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_config, set_numerics
 from cliplift.pipelines.engine.faults import StoppedBySignalError, caught_signals, stop_together
@@ -31,6 +31,7 @@ from cliplift.pipelines.engine.loop import fit
 from cliplift.pipelines.engine.optim import total_steps
 from cliplift.pipelines.engine.task import FitResult, Stage
 from cliplift.pipelines.runs.folder import RunFolder, metrics_of, seconds_of, sole_writer
+from cliplift.pipelines.runs.published import PublishedRun
 from cliplift.pipelines.runs.results import commands_after, result_block
 from cliplift.pipelines.runs.tracking import Tracker
 from cliplift.pipelines.stages.classification import ClassificationStage, FinetuneStage
@@ -97,6 +98,10 @@ def run_stage(run: TrainingRun, *, command: Sequence[str]) -> StageResult:
         with sole_writer(folder.path) if topology.is_main else contextlib.nullcontext():
             try:
                 stop_together(topology)  # a signal from before, or from between two runs
+                published = PublishedRun(run.checkpoint.url, folder.path)
+                published.require_writable(topology)
+                if run.checkpoint.resume == "auto":
+                    published.take_up(topology)
                 return _run_in(folder, run, command=command, topology=topology, started=started)
             except StoppedBySignalError:
                 text = "stopped by a signal; start it again to continue"
@@ -113,8 +118,9 @@ def _run_in(
     started: float,
 ) -> StageResult:
     stage = str(run.stage)
-    done = folder.result()
+    done = broadcast_object(folder.result(), topology)  # hosts may have folders of their own
     if done is not None and run.checkpoint.resume == "auto":
+        PublishedRun(run.checkpoint.url, folder.path).publish_result(topology)
         log_main(
             topology,
             f"{run.name}: already finished in {folder.path}; use another output, or checkpoint.resume=never",
@@ -145,7 +151,9 @@ def _run_in(
         finally:
             result.release()
         seconds = time.monotonic() - started
-        _write_records(run, folder, loader, tracker, result, metrics=metrics, seconds=seconds)
+        _write_records(
+            run, folder, loader, tracker, result, topology=topology, metrics=metrics, seconds=seconds
+        )
         next_commands = commands_after(stage, folder.path, offline_run=tracker.offline_folder)
         tracker.finish()
     finally:
@@ -167,6 +175,7 @@ def _write_records(
     tracker: Tracker,
     result: FitResult,
     *,
+    topology: Topology,
     metrics: Mapping[str, float],
     seconds: float,
 ) -> None:
@@ -183,7 +192,10 @@ def _write_records(
         model=run.model.name,
     )
     tracker.summary(metrics)
-    tracker.artifacts(shards=_shard_urls(run), fingerprint=loader.fingerprint, weights=folder.weights)
+    published = PublishedRun(run.checkpoint.url, folder.path)
+    published.publish_result(topology)
+    weights = published.place_of(folder.weights)
+    tracker.artifacts(shards=_shard_urls(run), fingerprint=loader.fingerprint, weights=weights)
 
 
 @dataclass(frozen=True)

@@ -181,14 +181,18 @@ def test_a_disk_that_is_full(repository: Path, shards: Path, monkeypatch: pytest
         parameters=1_000_000, trained=1_000_000, largest_group=900_000, largest_tensor=500_000, buffer_bytes=0
     )
 
-    def disk(keep_last: int) -> Finding:
-        run = run_of(repository, shards, f"checkpoint.keep_last={keep_last}", "checkpoint.keep_best=false")
+    def disk(keep_last: int, *words: str) -> Finding:
+        words = (f"checkpoint.keep_last={keep_last}", "checkpoint.keep_best=false", *words)
+        run = run_of(repository, shards, *words)
         (row,) = check_cost.check_disk(Cost(run=run, machine=HOST, classes=10, train=None, mfu=None), sizes)
         return row
 
     assert (disk(9).status, disk(9).remedy) == ("fail", "checkpoint.keep_last=3")
     assert disk(3).status == "ok"
     assert disk(4).status == "fail"
+    stored = disk(4, "checkpoint.url=s3://bucket/run")
+    assert stored.status == "ok", "4 MB of momentum pass through"
+    assert "0.04 GiB in the store" in stored.found
 
 
 def test_few_cores_are_noted(repository: Path, shards: Path) -> None:

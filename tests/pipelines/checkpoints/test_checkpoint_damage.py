@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cliplift.pipelines.checkpoints import saver as saving
+from cliplift.pipelines.checkpoints import targets
 from cliplift.pipelines.checkpoints.folder import newest_usable
 from cliplift.pipelines.checkpoints.slices import Slice
 from cliplift.pipelines.distributed.collectives import Topology
@@ -66,7 +67,7 @@ def test_it_is_on_the_disk_and_named_before_older_ones_go(
 ) -> None:
     """Every file is synced while unnamed; then the rename, the sync of the folder, the removal of the old one."""
     events: list[str] = []
-    sync, replace, remove = os.fsync, Path.replace, saving.shutil.rmtree  # type: ignore[attr-defined]
+    sync, replace, remove = os.fsync, Path.replace, targets.shutil.rmtree  # type: ignore[attr-defined]
 
     def synced(descriptor: int) -> None:
         events.append("sync " + Path(f"/proc/self/fd/{descriptor}").readlink().name)
@@ -87,7 +88,7 @@ def test_it_is_on_the_disk_and_named_before_older_ones_go(
     saver.save(tmp_path, saving.Snapshot(values, {}, {}, {}, {"step": 1}), keep_last=1)
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "replace", replaced)
-    monkeypatch.setattr(saving.shutil, "rmtree", removed)  # type: ignore[attr-defined]
+    monkeypatch.setattr(targets.shutil, "rmtree", removed)  # type: ignore[attr-defined]
     saver.save(tmp_path, saving.Snapshot(values, {}, {}, {}, {"step": 2}), keep_last=1)
     named = events.index("rename step_00000002.partial step_00000002")
     files = {path.name for path in (tmp_path / "step_00000002").iterdir()}

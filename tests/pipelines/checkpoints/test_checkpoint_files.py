@@ -19,6 +19,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.checkpoints import folder as folders
 from cliplift.pipelines.checkpoints import saved as opened
 from cliplift.pipelines.checkpoints import saver as saving
+from cliplift.pipelines.checkpoints import targets
 from cliplift.pipelines.checkpoints.saver import Saver, Snapshot
 from cliplift.pipelines.checkpoints.slices import CheckpointError, Slice, SliceReader
 from cliplift.pipelines.distributed.collectives import Topology
@@ -182,6 +183,35 @@ def test_an_asynchronous_failure_is_raised_by_the_next_save(
     saver.save(tmp_path, snapshot(2), keep_last=1)
     saver.wait()
     assert folders.newest_usable(tmp_path, topology=ALONE, say=print) == tmp_path / "step_00000002"
+
+
+def test_any_fault_of_the_thread_is_told_by_the_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Raised by one rank alone it would leave the others waiting; the trace is in the log."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error")
+
+    saver = Saver(ALONE, asynchronous=True)
+    monkeypatch.setattr(saving, "_write_own", broken)
+    saver.save(tmp_path, snapshot(1), keep_last=1)
+    with pytest.raises(
+        CheckpointError, match=r"step_00000001 could not be written \(rank 0: RuntimeError: CUDA"
+    ):
+        saver.save(tmp_path, snapshot(2), keep_last=1)
+    assert "Traceback" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_thread_writes_does_not_change_with_the_training(tmp_path: Path) -> None:
+    """The snapshot is a view of the living state; the copy is not."""
+    living = {"w": torch.zeros(1000), "b": torch.zeros(3, 4).t()}
+    copy = snapshot(1, parameters=cut(living), buffers=living, average=cut(living)).copied()
+    for tensor in living.values():
+        tensor.fill_(9)
+    copies = [part.values for part in (*copy.parameters.values(), *copy.average.values())]
+    assert all(bool((values == 0).all()) for values in [*copies, *copy.buffers.values()])
 
 
 def test_another_rank_writes_its_own_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,8 +446,8 @@ def test_a_folder_that_cannot_be_synced_is_no_failure_and_a_disk_that_fails_is(
     monkeypatch.setattr(os, "fsync", sync)
     if raised:
         with pytest.raises(OSError, match="Input/output"):
-            saving._to_disk(tmp_path)
+            targets.to_disk(tmp_path)
     else:
-        saving._to_disk(tmp_path)
+        targets.to_disk(tmp_path)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(descriptors[0])

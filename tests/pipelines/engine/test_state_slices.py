@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,47 @@ def test_a_rank_reads_its_own_elements_and_no_others(
     if found["stage"]:
         shares = [rank["share"] for rank in found["ranks"]]
         assert max(shares) <= 1.1 * min(shares), "a rank keeps its part alone"
+
+
+# On rank 1 no file may grow past 4 KiB from its second checkpoint on, as if its disk were full.
+RANK_1_FULL = """
+import os, resource, runpy, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import training_worker as worker
+evaluate = worker.Task.evaluate
+def full(self, *, topology):
+    if topology.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    return evaluate(self, topology=topology)
+worker.Task.evaluate = full
+worker.train(worker.run_config(sys.argv[2], engine__zero_stage=2, evaluation={"every_steps": 5}, schedule={"steps": 40},
+                               checkpoint={"every_steps": 4, "keep_best": False, "asynchronous": True}))
+print("not reached")
+"""
+
+
+@pytest.mark.slow
+def test_a_thread_that_cannot_write_on_one_rank_stops_all_at_the_next_save(tmp_path: Path) -> None:
+    script, output = tmp_path / "run.py", tmp_path / "run"
+    script.write_text(RANK_1_FULL)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, str(script), str(HERE / "training_worker.py"), str(output)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "TORCHELASTIC_ERROR_FILE": "", "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "not reached" not in said
+    told = r"CheckpointError: .*step_00000008 could not be written \(rank 1: .*File too large"
+    assert len(re.findall(told, said)) >= 2, said[-4000:]
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["step_00000004"]
+    steps = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) == 12, "training went on until the next save"
 
 
 # In one process, which forks: a training that kills itself at the n-th thing it does to its checkpoints after the

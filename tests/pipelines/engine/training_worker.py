@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -143,7 +144,7 @@ def train(run: PretrainRun, *, poison_step: int | None = None) -> dict[str, Any]
     result.release()
     tracker.finish()
     return {
-        "losses": losses(Path(run.output)),
+        "losses": losses(Path(run.output)) if topology.is_main else [],
         "checksum": checksum,
         "interrupted": result.interrupted,
         "skipped": result.skipped_steps,
@@ -182,8 +183,10 @@ def losses(folder: Path) -> list[float]:
 
 
 if __name__ == "__main__":
-    # argv: results file, then one JSON object of config changes per case.
+    # argv: results file, then one JSON object of config changes per case; an output may name the {rank}.
     cases = [json.loads(case) for case in sys.argv[2:]]
+    for case in cases:
+        case["output"] = case["output"].replace("{rank}", os.environ.get("RANK", "0"))
     FixedLoader.slow_seconds = max(case.pop("slow_seconds", 0.0) for case in cases)
     results = [train(run_config(**case)) for case in cases]
     import torch.distributed as dist

@@ -3,169 +3,39 @@
 from __future__ import annotations
 
 import functools
-import http.client
 import random
-import socket
-import struct
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import fsspec
 import pytest
 
 from cliplift.configs.sharding import ShardRun
-from cliplift.sharding import storage
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.build.verify import verify
 from cliplift.sharding.manifest import DATASET_FILE, load_index
 from cliplift.sharding.read.reader import ShardDataset
 from cliplift.sharding.storage import StorageError, open_store
 
-s3fs = pytest.importorskip("s3fs")
-moto_server = pytest.importorskip("moto.server")
-
-
 KINDS = ("503", "500", "reset", "half upload", "lost answer", "half answer", "stall")
-BEFORE_THE_STORE = ("503", "500", "reset", "half upload", "slow upload", "stall")
-CLIENT_PATIENCE_SECONDS = 1  # set in the clients below; a stalled request must outlast it
-
-
-class Faults:
-    """What the proxy does to requests: the share that fails, and what failed so far."""
-
-    def __init__(self) -> None:
-        self.share = 0.0
-        self.kinds: tuple[str, ...] = KINDS
-        self.uploading = threading.Event()
-        self.left = sys.maxsize  # faults still to come
-        self.draw = random.Random(0)
-        self.seen: Counter[str] = Counter()
-        self.only: str | None = None
-
-    def next(self, method: str, path: str) -> str | None:
-        if self.draw.random() >= self.share or (
-            self.only is not None and self.only not in f"{method} {path}"
-        ):
-            return None
-        if self.left == 0:
-            return None
-        self.left -= 1
-        kind = self.draw.choice(self.kinds)
-        self.seen[kind] += 1
-        return kind
-
-
-def _proxy(target_port: int, faults: Faults) -> ThreadingHTTPServer:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def _serve(self) -> None:
-            length = int(self.headers.get("Content-Length") or 0)
-            fault = faults.next(self.command, self.path)
-            if fault in BEFORE_THE_STORE:
-                self._fail_before(fault, length)
-            else:
-                self._pass_on(fault, length)
-
-        def _fail_before(self, fault: str, length: int) -> None:
-            if fault in ("half upload", "slow upload"):  # the connection dies in the middle of a body
-                self.rfile.read(length // 2)
-                if fault == "slow upload" and length:  # until the client is killed
-                    faults.uploading.set()
-                    self.rfile.read(length - length // 2)
-            else:
-                self.rfile.read(length)
-            if fault in ("500", "503"):
-                self._answer(int(fault), [], b"")
-                return
-            if fault == "stall":  # the client must give up by itself
-                time.sleep(2.5 * CLIENT_PATIENCE_SECONDS)
-            if fault == "reset":  # not the orderly end of a connection but an RST
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self._hang_up()
-
-        def _pass_on(self, fault: str | None, length: int) -> None:
-            body = self.rfile.read(length)
-            upstream = http.client.HTTPConnection("127.0.0.1", target_port, timeout=30)
-            upstream.request(self.command, self.path, body=body, headers=dict(self.headers))
-            answer = upstream.getresponse()
-            content = answer.read()
-            if fault == "half answer":  # the connection dies in the middle of a download
-                self._answer(answer.status, answer.getheaders(), content, sent=len(content) // 2)
-                self._hang_up()
-                return
-            if fault == "lost answer":  # the store did it, the client never hears
-                self._hang_up()
-                return
-            self._answer(answer.status, answer.getheaders(), content)
-
-        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _serve  # noqa: N815
-
-        def _answer(
-            self, status: int, headers: list[tuple[str, str]], content: bytes, *, sent: int | None = None
-        ) -> None:
-            self.send_response(status)
-            for name, value in headers:
-                if name.lower() not in (
-                    "connection",
-                    "transfer-encoding",
-                    "content-length",
-                    "date",
-                    "server",
-                ):
-                    self.send_header(name, value)
-            stated = {n.lower(): v for n, v in headers}.get("content-length")
-            self.send_header(
-                "Content-Length", stated if self.command == "HEAD" and stated else str(len(content))
-            )
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content[:sent])
-
-        def _hang_up(self) -> None:
-            self.close_connection = True
-            self.connection.close()
-
-        def log_message(self, *_: object) -> None:
-            return
-
-    return ThreadingHTTPServer(("127.0.0.1", 0), Handler)
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[Faults]:
+def s3(failing_s3: ModuleType) -> Iterator[Any]:
     """An S3 API behind the failing proxy; the bucket is ``shards``."""
-    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    port = server.get_host_and_port()[1]
-    faults = Faults()
-    proxy = _proxy(port, faults)
-    threading.Thread(target=proxy.serve_forever, daemon=True).start()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_address[1]}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_MAX_ATTEMPTS", "1")
-        patch.setattr(storage, "REMOTE_PAUSE_SECONDS", 0.01)
-        patch.setattr(s3fs.S3FileSystem, "read_timeout", CLIENT_PATIENCE_SECONDS)
-        patch.setattr(s3fs.S3FileSystem, "retries", 1)
-        fsspec.filesystem("s3").mkdir("shards")
+    with failing_s3.served("shards") as faults:
         yield faults
-    proxy.shutdown()
-    server.stop()
 
 
 @pytest.fixture(autouse=True)
-def _calm(s3: Faults) -> Iterator[None]:
+def _calm(s3: Any) -> Iterator[None]:
     yield
-    s3.share, s3.only, s3.kinds, s3.left = 0.0, None, KINDS, sys.maxsize
+    s3.calm()
 
 
 def _bytes(url: str) -> dict[str, bytes]:
@@ -173,7 +43,7 @@ def _bytes(url: str) -> dict[str, bytes]:
     return {name: store.read(name) for name in store.list() if name != "build.json"}
 
 
-def test_a_build_to_s3_equals_a_local_one(s3: Faults, built: Path, make_run: Callable[..., ShardRun]) -> None:
+def test_a_build_to_s3_equals_a_local_one(s3: Any, built: Path, make_run: Callable[..., ShardRun]) -> None:
     run_shard(make_run("s3://shards/calm"))
     assert _bytes("s3://shards/calm") == _bytes(str(built))
     assert run_shard(make_run("s3://shards/calm")).shards_built == 0
@@ -181,7 +51,7 @@ def test_a_build_to_s3_equals_a_local_one(s3: Faults, built: Path, make_run: Cal
 
 
 def test_a_build_through_faults_loses_nothing(
-    s3: Faults, built: Path, make_run: Callable[..., ShardRun]
+    s3: Any, built: Path, make_run: Callable[..., ShardRun]
 ) -> None:
     s3.share, s3.seen = 0.15, Counter()
     for _ in range(20):
@@ -199,7 +69,7 @@ def test_a_build_through_faults_loses_nothing(
 
 
 def test_what_is_visible_is_whole_at_any_time(
-    s3: Faults, make_run: Callable[..., ShardRun], monkeypatch: pytest.MonkeyPatch
+    s3: Any, make_run: Callable[..., ShardRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Uploads of tars fail for good: no index may appear without its whole tar, and no dataset at all."""
     s3.share, s3.only = 1.0, "PUT /shards/broken/train"
@@ -221,7 +91,7 @@ def test_what_is_visible_is_whole_at_any_time(
 
 
 def test_reading_through_faults(
-    s3: Faults, built: Path, make_run: Callable[..., ShardRun], tmp_path: Path
+    s3: Any, built: Path, make_run: Callable[..., ShardRun], tmp_path: Path
 ) -> None:
     run_shard(make_run("s3://shards/read"))
     local = ShardDataset(str(built), split="val")
@@ -233,7 +103,7 @@ def test_reading_through_faults(
 
 
 def test_a_source_on_s3(
-    s3: Faults, demo_videos: Path, built: Path, make_run: Callable[..., ShardRun], tmp_path: Path
+    s3: Any, demo_videos: Path, built: Path, make_run: Callable[..., ShardRun], tmp_path: Path
 ) -> None:
     fsspec.filesystem("s3").put(str(demo_videos / "labelled"), "shards/videos", recursive=True)
     source = {"kind": "folder", "root": "s3://shards/videos", "layout": "split/class"}
@@ -252,7 +122,7 @@ def test_memory_file_system(built: Path, make_run: Callable[..., ShardRun]) -> N
     "kind",
     [k if k in ("reset", "half answer", "500") else pytest.param(k, marks=pytest.mark.slow) for k in KINDS],
 )
-def test_every_kind_of_fault_on_its_own_is_survived(s3: Faults, kind: str, tmp_path: Path) -> None:
+def test_every_kind_of_fault_on_its_own_is_survived(s3: Any, kind: str, tmp_path: Path) -> None:
     """The first requests of every verb fail: writing, reading and listing still give the right bytes."""
     data = random.Random(kind).randbytes(300_000)
     (tmp_path / "file").write_bytes(data)
@@ -274,7 +144,7 @@ def test_every_kind_of_fault_on_its_own_is_survived(s3: Faults, kind: str, tmp_p
     assert store.list() == ["a", "b"]
 
 
-def test_an_outage_that_lasts_names_the_file(s3: Faults) -> None:
+def test_an_outage_that_lasts_names_the_file(s3: Any) -> None:
     store = open_store("s3://shards/gone")
     for kind in ("reset", "503"):
         s3.share, s3.kinds = 1.0, (kind,)
@@ -286,7 +156,7 @@ def test_an_outage_that_lasts_names_the_file(s3: Faults) -> None:
 
 @pytest.mark.slow
 def test_a_build_killed_in_the_middle_of_an_upload(
-    s3: Faults, built: Path, make_run: Callable[..., ShardRun]
+    s3: Any, built: Path, make_run: Callable[..., ShardRun]
 ) -> None:
     run = make_run("s3://shards/killed")
     run_shard(run, phases=["plan"])
@@ -314,7 +184,7 @@ def test_a_build_killed_in_the_middle_of_an_upload(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["half upload", "503", "reset"])
 def test_an_upload_in_parts_that_dies_is_not_visible(
-    s3: Faults, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: Any, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fs = fsspec.filesystem("s3")
     monkeypatch.setattr(fs, "put_file", functools.partial(fs.put_file, chunksize=5 * 2**20))
