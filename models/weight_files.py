@@ -104,7 +104,8 @@ def write_weights(
 ) -> None:
     """Write a model's weights: ``model.safetensors``, or several files and their index where that would be too large.
 
-    Each file appears whole and the index last; what an earlier write left under other names is removed.
+    The files take their names when all are written, the index last; what an earlier write left under other names is
+    removed.
 
     Args:
         folder: an existing folder.
@@ -112,31 +113,29 @@ def write_weights(
         max_file_bytes: of the values in one file; a single larger tensor gets a file of its own.
 
     Raises:
-        OSError: one of them cannot be written; none of them is left.
+        OSError: one of them cannot be written; nothing of them is left, and an earlier model stays as it was.
     """
     groups = _groups(tensors, max_file_bytes)
     one = len(groups) == 1
     count = len(groups)
     names = [WEIGHTS if one else f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
-    written: list[Path] = []
+    partials = {name: folder / f".{name}.partial" for name in (names if one else [*names, INDEX])}
     try:
         for name, group in zip(names, groups, strict=True):
-            partial = folder / f".{name}.partial"
-            written.append(partial)
-            write_tensors(partial, group, metadata={"format": "pt"})
-            written.append(partial.replace(folder / name))
+            write_tensors(partials[name], group, metadata={"format": "pt"})
         if not one:
             index = {
                 "metadata": {"total_size": sum(tensor.size_bytes for tensor in tensors)},
-                "weight_map": {t.name: name for name, group in zip(names, groups, strict=True) for t in group},
+                "weight_map": {
+                    t.name: name for name, group in zip(names, groups, strict=True) for t in group
+                },
             }
-            partial = folder / f".{INDEX}.partial"
-            written.append(partial)
-            partial.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            partial.replace(folder / INDEX)
-    except OSError:  # a full disk: some files of several are no model, and would keep it full
-        for path in written:
-            path.unlink(missing_ok=True)
+            partials[INDEX].write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for name, partial in partials.items():
+            partial.replace(folder / name)
+    except OSError:  # a full disk, which half a model would keep full
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
         raise
     # Only now: until the new weights are whole, the old ones stay readable.
     stale = {INDEX} if one else {WEIGHTS}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,3 +153,21 @@ def test_a_malformed_index_is_one_sentence(tmp_path: Path, index: str, said: str
     (tmp_path / INDEX).write_text(index)
     with pytest.raises(ModelError, match=said):
         read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("max_file_bytes", [10**9, 4000])
+def test_a_full_disk_leaves_the_earlier_model(max_file_bytes: int, tmp_path: Path) -> None:
+    """The disk is full while the second of the new tensors is read, that is, behind the first file of several."""
+    earlier = {"a": torch.zeros(1000), "b": torch.zeros(1000)}
+    write_weights(tmp_path, to_write(earlier), max_file_bytes=max_file_bytes)
+    files = sorted(path.name for path in tmp_path.iterdir())
+
+    def full() -> Tensor:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    first, second = to_write({"a": torch.ones(1000), "b": torch.ones(1000)})
+    with pytest.raises(OSError, match="No space left"):
+        write_weights(tmp_path, [first, replace(second, read=full)], max_file_bytes=max_file_bytes)
+    assert sorted(path.name for path in tmp_path.iterdir()) == files, "nothing half written is left"
+    found = read_weights(tmp_path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in earlier.items())
