@@ -7,7 +7,7 @@ N = H' W' slices X_t,i of width D (7 x 7 x 1024 there); an LSTM of three layers 
     h_0, c_0 = tanh(linear(mean of X over frames and slices)), for every layer
     y_t = softmax(linear(dropout(tanh(linear(h_t)))))
 
-The score is one of three. ``location`` is the paper's: one weight vector W_i a slice, W_i . h_{t-1}, blind to X_t.
+The score is one of three. ``location`` is the paper's: one weight vector W_i per slice, W_i . h_{t-1}, blind to X_t.
 ``additive`` is the released code's (kracwarlock/action-recognition-visual-attention, src/actrec.py), a small network on
 X_t,i and h_{t-1}. ``dot`` projects h_{t-1} to D and multiplies. h is the top layer's.
 

@@ -32,7 +32,7 @@ def is_checkpoint(folder: str | Path) -> bool:
 def export_checkpoint(run: ExportRun) -> Path:
     """Write the weights of the checkpoint ``run.run``: averaged where it has an average, with the averaged statistics.
 
-    Unlike a finished run's result, BatchNorm's statistics are not taken anew (``precise_batchnorm_batches``).
+    Unlike a finished run's result, BatchNorm's statistics are not recomputed (``precise_batchnorm_batches``).
 
     Raises:
         ConfigError: the checkpoint is damaged, or is not inside its run's folder.
@@ -82,7 +82,7 @@ def _run_of(path: Path, given: str) -> Path:
     found = next((folder for folder in path.parents[:3] if (folder / CONFIG).is_file()), None)
     if found is None:
         raise ConfigError(
-            f"there is no {CONFIG} above {given!r}, so nobody knows what network it is of",
+            f"there is no {CONFIG} above {given!r}, so its network is unknown",
             key="run",
             value=given,
             hint="leave the checkpoint in its run's folder, or copy that folder with it",
