@@ -75,11 +75,10 @@ class LSTM(nn.Module):
 
     def layer_weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """W (4H, D or H), U (4H, H) and b (4H,) of one layer."""
-        return (
-            getattr(self, f"weight_x{layer}"),
-            getattr(self, f"weight_h{layer}"),
-            getattr(self, f"bias{layer}"),
+        weight_x, weight_h, bias = (
+            getattr(self, f"{name}{layer}") for name in ("weight_x", "weight_h", "bias")
         )
+        return weight_x, weight_h, bias
 
     def zero_state(self, x: Tensor) -> State:
         """h = c = 0 for the clips of ``x`` (B, T, D)."""
