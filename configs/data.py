@@ -48,7 +48,7 @@ class SequentialConfig(Section):
 
 
 def shard_entry(entry: object, place: int) -> object:
-    """An entry of ``shards``; what is wrong with one written as a mapping is said under its own key."""
+    """An entry of ``shards``; an error in one written as a mapping names its own key."""
     if isinstance(entry, (str, WeightedShards)):
         return entry
     hint = "an entry is a URL, or {url: URL, weight: NUMBER}"

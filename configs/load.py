@@ -1,6 +1,6 @@
 """YAML file + ``base:`` files + ``key.path=value`` overrides -> one frozen, validated run.
 
-How YAML is read, and what of it is refused, is in :mod:`cliplift.configs.yaml_text`.
+How YAML is read, and which of its features are refused, is in :mod:`cliplift.configs.yaml_text`.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def validate(tree: Mapping[str, object], schema: type[R], origins: Mapping[str, 
     try:
         return schema.model_validate(tree)
     except ValidationError as errors:
-        # An unknown key explains the missing one beside it (a typo causes both), so it is told first.
+        # An unknown key explains the missing one beside it (a typo causes both), so it is reported first.
         details = sorted(errors.errors(), key=lambda e: e["type"] != "extra_forbidden")[0]
         raise _sentence(details, tree, schema, origins, file) from None
 

@@ -50,7 +50,7 @@ def _expanded(text: str) -> str:
         raise ValueError(f"names the environment variable {unset[1].strip('{}')}, which is not set")
     if re.search(r"://[^/]*:[^/]*@", text) or re.search(SIGNED, text, re.IGNORECASE):
         raise ValueError(
-            "holds a password or a signature, and configs are stored with runs; give the credentials by the "
+            "holds a password or a signature, and configs are stored with runs; give the credentials through the "
             "environment or the store's own configuration file"
         )
     if "\0" in text:

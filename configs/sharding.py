@@ -132,7 +132,9 @@ class FlowConfig(Section):
     )
     preset: Literal["ultrafast", "fast", "medium"] = Field("medium", description="effort of dis")
     bound_pixels: float = Field(
-        20.0, gt=0, description="motion of a frame that the 8 bits reach, pixels; longer motion is cut"
+        20.0,
+        gt=0,
+        description="longest motion between frames that the 8 bits represent, pixels; longer motion is clipped",
     )
 
 
@@ -221,8 +223,8 @@ class ShardRun(Section):
     limits: LimitsConfig = LimitsConfig()
     duplicates: Literal["report", "remove_exact", "remove"] = Field(
         "report",
-        description="what becomes of clips that another video already gave: reported, or all but one removed where the"
-        " content is the same (remove_exact) or also where it looks the same (remove)",
+        description="what to do about clips that another video already contains: report them, or remove all but one "
+        "where the content is the same (remove_exact) or also where it looks the same (remove)",
     )
     engine: Literal["local", "ray"] = Field(
         "local", description="what runs the work: this machine, or a Ray cluster"

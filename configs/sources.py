@@ -142,7 +142,8 @@ class SplitConfig(Section):
     )
     group_pattern: str | None = Field(
         None,
-        description="regular expression searched in a video's path; its first bracket is the group; None: each alone",
+        description="regular expression searched in a video's path; what its first parentheses match is the group; "
+        "None: each alone",
     )
     rename: dict[str, str] = Field(
         {}, description="split name in the source -> name in the shards, e.g. validate: val"
@@ -165,7 +166,7 @@ class SplitConfig(Section):
             except re.error as error:
                 raise ValueError(f"is not a regular expression: {error}") from error
             if brackets < 1:
-                raise ValueError("needs a bracket around the part that names the group")
+                raise ValueError("needs parentheses around the part that names the group")
         return pattern
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What a transfer run says of its teacher, its objective and its probe, and which of it fits together."""
+"""A transfer run's teacher, objective and probe, and which settings fit together."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ class CorrespondenceConfig(Section):
     )
     predict_from: Literal["features", "map"] = Field(
         "features",
-        description="bank, regression: features: the clip's one feature tells all parts, so it must hold what is "
-        "seen when; map: each part is told by the student's feature map at that time",
+        description="bank, regression: features: the clip's one feature predicts all parts, so it must hold what "
+        "happens when; map: each part is predicted from the student's feature map at that time",
     )
     regression_loss: Literal["cosine", "smooth_l1"] = Field(
         "cosine", description="regression: distance to the teacher's standardised features"

@@ -301,8 +301,8 @@ class EvaluationConfig(Section):
     precise_batchnorm_batches: int = Field(
         0,
         ge=0,
-        description="micro-batches of training data BatchNorm's statistics are taken anew from before evaluation; "
-        "0 keeps the running ones",
+        description="micro-batches of training data from which BatchNorm's statistics are recomputed before evaluation;"
+        " 0 keeps the running ones",
     )
 
 
@@ -335,7 +335,7 @@ class TrainingRun(Section):
     def _possible_optimizer(self) -> TrainingRun:
         if self.schedule.final_weight_decay is not None and not self.optim.weight_decay:
             raise ConfigError(
-                "goes nowhere from optim.weight_decay=0",
+                "has no effect with optim.weight_decay=0",
                 key="schedule.final_weight_decay",
                 value=self.schedule.final_weight_decay,
                 hint="give both, or null",

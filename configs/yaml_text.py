@@ -81,7 +81,7 @@ def _mapping(loader: RunLoader, node: yaml.MappingNode) -> dict[Hashable, object
             continue
         if not isinstance(key_node, yaml.ScalarNode):
             raise yaml.constructor.ConstructorError(
-                None, None, "a list or a mapping stands where a key is expected", key_node.start_mark
+                None, None, "a list or a mapping where a key is expected", key_node.start_mark
             )
         key = loader.construct_object(key_node, deep=True)
         if key in seen:
@@ -137,7 +137,7 @@ def read_word(text: str) -> object:
         whole = node is None or (node.start_mark.index == 0 and node.end_mark.index == len(word))
         plain = isinstance(node, yaml.CollectionNode) and not node.flow_style
         if (plain or not whole) and opened:
-            raise YamlTextError(": it goes on behind its end")
+            raise YamlTextError(": it continues after its end")
         if plain or not whole or (node is None and word):
             return text
         return None if node is None else loader.construct_document(node)

@@ -186,7 +186,7 @@ def _name_plugins(modules: Sequence[str]) -> None:
     """Hand the modules on to whatever looks for plug-ins, here and in the processes started from here.
 
     Raises:
-        ConfigError: there is no such module. One that is there and broken is left out with a warning.
+        ConfigError: there is no such module. One that exists and is broken is left out with a warning.
     """
     from cliplift.configs.discovery import VARIABLE, module_exists, named_modules, search_here
     from cliplift.configs.sections import ConfigError
@@ -236,7 +236,7 @@ def _guarded(arguments: argparse.Namespace) -> int:
         if modules := [*arguments.plugins, *arguments.more_plugins]:
             _name_plugins(modules)
         status = all_commands()[arguments.command].run(arguments)
-        sys.stdout.flush()  # here, where a full disk or a closed pipe is told as one
+        sys.stdout.flush()  # here, where a full disk or a closed pipe is reported as such
         return status
     except ConfigError as error:
         print(f"cliplift: {error}", file=sys.stderr)

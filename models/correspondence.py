@@ -130,7 +130,7 @@ class CorrespondenceHead(nn.Module):
 
 
 class FeaturePredictor(nn.Module):
-    """The teacher's features of S parts of a clip, predicted from what the student has of it.
+    """The teacher's features of S parts of a clip, predicted from the student's.
 
     One linear layer: the student is to hold what the teacher knows, not a deep head that is thrown away.
 

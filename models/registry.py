@@ -1,4 +1,4 @@
-"""Which models there are: ``list_models(pattern)``, their options, and how a model or a variant is registered.
+"""The registered models: ``list_models(pattern)``, their options, and how a model or a variant is registered.
 
 Every entry is a function ``name(*, num_classes, in_frames, **options)`` that returns an ``nn.Module`` satisfying
 :class:`~cliplift.models.protocol.VideoModel`; :func:`cliplift.models.factory.create_model` calls it. A family has one

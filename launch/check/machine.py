@@ -82,7 +82,7 @@ def choose_machine(
     count = gpus if gpus is not None else (here[0] if here else (1 if kind else 0))
     if count and kind is None and here is None:
         raise ConfigError(
-            f"--gpus {count} of which kind? There is none here to look at",
+            f"--gpus {count} of which kind? This machine has none to look at",
             key="--gpu",
             file="command line",
             hint=f"give one of {', '.join(GPUS)}",

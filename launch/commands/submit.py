@@ -101,7 +101,7 @@ def run_submit(arguments: argparse.Namespace) -> int:
     submitter = SUBMITTERS[arguments.to]
     if shutil.which(submitter) is None:
         raise ConfigError(
-            f"{submitter} is not on this machine; the files are in {folder}",
+            f"{submitter} is not installed on this machine; the files are in {folder}",
             file="command line",
             hint=f"run `bash {folder / SUBMIT_FILE}` where it is, or use --print",
         )
@@ -121,7 +121,7 @@ def _check_lines(arguments: argparse.Namespace) -> None:
             if broken or (name in DIRECTIVES and re.search(r"\s", text)):
                 what = "a line break or control character" if broken else "a space"
                 raise ConfigError(
-                    f"{text!r} holds {what}, which would end in the script",
+                    f"{text!r} holds {what}, which would end up in the script",
                     key=f"--{name.replace('_', '-')}",
                     file="command line",
                     hint="give it without",

@@ -127,7 +127,7 @@ def _check_training(run: TrainingRun, resources: Resources) -> None:
             "would start afresh after every preemption",
             key="checkpoint.resume",
             value="never",
-            hint="use auto, with a new output where the run is to start from the beginning",
+            hint="use auto, and a new output for a run that should start from the beginning",
         )
 
 

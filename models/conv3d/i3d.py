@@ -192,12 +192,8 @@ class InceptionI3D(PooledClassifier):
 
         Its padding is symmetric, so its maps lie one pixel aside. Its auxiliary classifiers are left out.
         """
-        renamed = {}
-        for key, value in state.items():
-            name = _from_googlenet(key)
-            if name is not None:
-                renamed[name] = value
-        return renamed
+        named = ((_from_googlenet(key), value) for key, value in state.items())
+        return {name: value for name, value in named if name is not None}
 
 
 _GOOGLENET_STEM = {"conv1": "Conv3d_1a_7x7", "conv2": "Conv3d_2b_1x1", "conv3": "Conv3d_2c_3x3"}

@@ -38,7 +38,7 @@ def resnet3d(
         stem_depth: frames under the first kernel (7; torchvision's r3d_18 has 3 and no pooling).
         stem_stride: its stride in time.
         stem_pool: the max pooling 3x3x3, stride 2, after it.
-        ttl: temporal transition layers after the first three stages, ``ttl_width`` channels a branch.
+        ttl: temporal transition layers after the first three stages, ``ttl_width`` channels per branch.
         dropout: before the classifier.
     """
     if stem_depth < 1 or stem_depth % 2 == 0 or stem_stride < 1:

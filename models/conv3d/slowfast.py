@@ -195,7 +195,7 @@ class Stem(nn.Module):
 
 
 class Lateral(nn.Module):
-    """Fast (B, C, alpha T, H, W) -> what Slow gets of it, (B, ratio C, T, H, W)."""
+    """Fast (B, C, alpha T, H, W) -> its contribution to Slow, (B, ratio C, T, H, W)."""
 
     def __init__(self, channels: int, pathways: Pathways) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ its convolutions have no padding, so the branches of a TTL cannot be concatenate
 * depths T1, T2, T3 of {1, 3, 6} in TTL 1 and {1, 3, 4} in TTL 2 and 3 (Table 1; the withdrawn file has 1, 3, 4
   everywhere);
 * "same" padding, an even depth's extra frame behind (neither source says);
-* 128 channels a branch (the withdrawn file; the paper prints none);
+* 128 channels per branch (the withdrawn file; the paper prints none);
 * ``fusion=False``: concatenation, then pooling (Table 1, Fig. 1). ``fusion=True`` adds the withdrawn file's
   BN-ReLU-1x1x1 convolution, 384 -> 384, in between;
 * ``pool="paper"``: the stem's pooling keeps T, as Table 1 prints. "official" is the DenseNet3D code's.

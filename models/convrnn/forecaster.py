@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from cliplift.models.convrnn.recurrence import RecurrentStack, StackState
 from cliplift.models.layers import PooledClassifier
-from cliplift.models.protocol import InputSpec, ModelError
+from cliplift.models.protocol import InputSpec, ModelError, check_choices
 from cliplift.models.streams import luma
 
 ForecastLoss = Literal["bce", "mse"]
@@ -165,12 +165,11 @@ class EncoderForecaster(PooledClassifier):
 
 def forecast_error(logits: Tensor, target: Tensor, *, loss: ForecastLoss) -> Tensor:
     """(B, C, K, H, W) logits and pixels in [0, 1] -> (B,), every clip's mean over its pixels."""
+    check_choices(ForecastLoss, loss=loss)
     if loss == "bce":
         error = F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
-    elif loss == "mse":
-        error = (logits.float().sigmoid() - target.float()).square()
     else:
-        raise ModelError(f"loss={loss!r} must be 'bce' or 'mse'")
+        error = (logits.float().sigmoid() - target.float()).square()
     return error.flatten(1).mean(dim=1)
 
 

@@ -1,4 +1,4 @@
-"""GRU-RCN: a convolutional GRU on every level of an image network, one classifier a level.
+"""GRU-RCN: a convolutional GRU on every level of an image network, one classifier per level.
 
 Paper: Ballas et al., ICLR 2016, arXiv 1511.06432. VGG-16 sees every frame; its pool2, pool3, pool4, pool5 and fc7 (the
 percepts) go into five ConvGRUs of 64, 128, 256, 256 and 512 channels, kernels 3x3 (1x1 at fc7, where it is fully
@@ -130,7 +130,7 @@ class GRURCN(PooledClassifier):
         return torch.logsumexp(probabilities, dim=0) - math.log(len(logits))
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Five freshly initialised classifiers, one a level; 0 removes them."""
+        """Five freshly initialised classifiers, one per level; 0 removes them."""
         if num_classes < 0:
             raise ModelError(f"num_classes={num_classes} must be 0 (features) or more")
         self.num_classes = num_classes

@@ -44,7 +44,7 @@ def adapt_hiera(
             "norm.weight": torch.ones_like(own["norm.weight"]),
             "norm.bias": torch.full_like(own["norm.bias"], bias),
         }
-        notes.append("norm, which pretraining has not, starts fresh")
+        notes.append("norm, which pretraining does not have, starts fresh")
     if "norm.weight" not in own and "norm.weight" in given:
         given = {key: value for key, value in given.items() if not key.startswith("norm.")}
         notes.append("left out norm, which is the classifier's")

@@ -138,13 +138,10 @@ class LateTemporal(PooledClassifier):
             self.classifier = head.to(device=reference.device, dtype=reference.dtype)
 
     def checkpoint_blocks(self) -> list[str]:
-        own = [f"reduction.{name}" for name, _ in self.reduction.named_children() if self._has_pathways()]
-        if not self._has_pathways() and not isinstance(self.reduction, nn.Identity):
-            own = ["reduction"]
+        own = [] if isinstance(self.reduction, nn.Identity) else ["reduction"]
+        if isinstance(self.reduction, nn.ModuleDict):  # one for each pathway
+            own = [f"reduction.{name}" for name in self.reduction]
         return [*(f"backbone.{name}" for name in self.backbone.checkpoint_blocks()), *own]
-
-    def _has_pathways(self) -> bool:
-        return isinstance(self.reduction, nn.ModuleDict)
 
     # --- weights --------------------------------------------------------------------------------------------------
 

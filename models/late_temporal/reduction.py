@@ -85,10 +85,10 @@ def reducing_block(like: nn.Module, in_channels: int, out_channels: int) -> nn.M
 
 
 def replace_block(backbone: nn.Module, name: str, out_channels: int) -> nn.Module:
-    """FRMB: put a reducing block in the place of the submodule ``name`` and return it.
+    """FRMB: replace the submodule ``name`` by a reducing block, and return that.
 
     Raises:
-        ModelError: that block has a stride, which a reducing block has not.
+        ModelError: that block has a stride, and a reducing block has none.
     """
     old = backbone.get_submodule(name)
     layers = _convolutions(old)

@@ -208,16 +208,13 @@ class FrameSequence(OnEncoder):
         """Inputs and outputs of the head."""
         return self.feature_dim, num_classes
 
-    def make_head(self, inputs: int, outputs: int) -> nn.Module:
-        return nn.Linear(inputs, outputs)
-
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a freshly initialised one; 0 removes it."""
         if num_classes < 0:
             raise ModelError(f"num_classes={num_classes} must be 0 (features) or more")
         self.num_classes = num_classes
         reference = next(self.parameters())
-        head = self.make_head(*self.head_size(num_classes)) if num_classes else nn.Identity()
+        head = nn.Linear(*self.head_size(num_classes)) if num_classes else nn.Identity()
         self.head = head.to(device=reference.device, dtype=reference.dtype)
 
     # --- weights --------------------------------------------------------------------------------------------------

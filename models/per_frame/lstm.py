@@ -1,11 +1,11 @@
-"""A stacked LSTM with one bias a gate, as the papers count it, whose state the caller can carry, freeze and reset.
+"""A stacked LSTM with one bias per gate, as the papers count it, whose state the caller can carry, freeze and reset.
 
 Equations (Donahue et al., LRCN, arXiv 1411.4389, section 2; s is the logistic function):
 
     i, f, o = s(W x_t + U h_{t-1} + b)      g = tanh(W x_t + U h_{t-1} + b)
     c_t = f * c_{t-1} + i * g               h_t = o * tanh(c_t)
 
-``torch.nn.LSTM`` is the same function with two bias vectors a gate that only ever appear as their sum; the published
+``torch.nn.LSTM`` is the same function with two bias vectors per gate that only ever appear as their sum; the published
 parameter counts have one. Its fused kernel is used here with zeros for the second. Peepholes are in
 :mod:`cliplift.models.convrnn.fc_lstm`, which has no fused kernel.
 
@@ -75,11 +75,10 @@ class LSTM(nn.Module):
 
     def layer_weights(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """W (4H, D or H), U (4H, H) and b (4H,) of one layer."""
-        return (
-            getattr(self, f"weight_x{layer}"),
-            getattr(self, f"weight_h{layer}"),
-            getattr(self, f"bias{layer}"),
+        weight_x, weight_h, bias = (
+            getattr(self, f"{name}{layer}") for name in ("weight_x", "weight_h", "bias")
         )
+        return weight_x, weight_h, bias
 
     def zero_state(self, x: Tensor) -> State:
         """h = c = 0 for the clips of ``x`` (B, T, D)."""

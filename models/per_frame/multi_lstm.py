@@ -154,11 +154,10 @@ def combined_frames(
 
 
 def _score(name: Score, hidden: int, vector_dim: int, attention_dim: int) -> ProductScore | DotScore:
+    check_choices(Score, score=name)
     if name == "product":
         return ProductScore(hidden, vector_dim, attention_dim)
-    if name in ("dot", "scaled_dot"):
-        return DotScore(hidden, vector_dim, scaled=name == "scaled_dot")
-    raise ModelError(f"score={name!r} must be 'product', 'dot' or 'scaled_dot'")
+    return DotScore(hidden, vector_dim, scaled=name == "scaled_dot")
 
 
 # 65 classes as in MultiTHUMOS; the LSTM has 9,439,232 parameters on 4096 features

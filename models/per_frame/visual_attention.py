@@ -7,7 +7,7 @@ N = H' W' slices X_t,i of width D (7 x 7 x 1024 there); an LSTM of three layers 
     h_0, c_0 = tanh(linear(mean of X over frames and slices)), for every layer
     y_t = softmax(linear(dropout(tanh(linear(h_t)))))
 
-The score is one of three. ``location`` is the paper's: one weight vector W_i a slice, W_i . h_{t-1}, blind to X_t.
+The score is one of three. ``location`` is the paper's: one weight vector W_i per slice, W_i . h_{t-1}, blind to X_t.
 ``additive`` is the released code's (kracwarlock/action-recognition-visual-attention, src/actrec.py), a small network on
 X_t,i and h_{t-1}. ``dot`` projects h_{t-1} to D and multiplies. h is the top layer's.
 
@@ -37,7 +37,7 @@ from cliplift.models.per_frame.frame_sequence import (
     step_losses,
 )
 from cliplift.models.per_frame.lstm import LSTM, Init, State
-from cliplift.models.protocol import ModelError, VideoNetwork
+from cliplift.models.protocol import ModelError, VideoNetwork, check_choices
 from cliplift.models.registry import variant
 
 Score = Literal["location", "additive", "dot"]
@@ -176,13 +176,12 @@ def doubly_stochastic(attention: Tensor, weights: Tensor) -> Tensor:
 
 
 def _score(name: Score, hidden: int, slice_dim: int, grid: int) -> LocationScore | AdditiveScore | DotScore:
+    check_choices(Score, score=name)
     if name == "location":
         return LocationScore(hidden, grid * grid)
     if name == "additive":
         return AdditiveScore(hidden, slice_dim, slice_dim)  # the released code's width is the slices'
-    if name == "dot":
-        return DotScore(hidden, slice_dim)
-    raise ModelError(f"score={name!r} must be 'location', 'additive' or 'dot'")
+    return DotScore(hidden, slice_dim)
 
 
 # The LSTM has 7,346,176 parameters on 1024 channels. The released code is ``layers=1, score="additive"``; the paper

@@ -50,7 +50,7 @@ def attention_rollout(model: nn.Module, clips: Tensor, *, scaled: bool = True) -
         ModelError: the model is not a TimeSformer, or the clips do not fit it.
     """
     net, grid, seen = _observe(model, clips)
-    own = _own_grid(net, grid)
+    own = (1, *grid[1:]) if net.attention == "space" else grid
     sequences = len(clips) * grid[0] // own[0]  # the space scheme makes a sequence of every frame
     tokens = 1 + own[0] * own[1] * own[2]
     row = torch.zeros(sequences, tokens, device=clips.device)
@@ -114,10 +114,6 @@ def _observe(model: nn.Module, clips: Tensor) -> tuple[TimeSformer, Grid, Seen]:
 
 def _store_pair(pairs: list[Pair], _: nn.Module, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
     pairs.append((inputs[0], inputs[1]))
-
-
-def _own_grid(net: TimeSformer, grid: Grid) -> Grid:
-    return (1, *grid[1:]) if net.attention == "space" else grid
 
 
 def _back_through(row: Tensor, attention: Attention, pairs: list[Pair], grid: Grid) -> Tensor:

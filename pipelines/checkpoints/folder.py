@@ -220,7 +220,7 @@ def set_aside(folder: Path, *, say: Callable[[str], None]) -> None:
     while (aside := folder.with_name(f"{folder.name}.before-{number}")).exists():
         number += 1
     folder.replace(aside)
-    say(f"starts afresh; the checkpoints of the run before are in {aside.name}")
+    say(f"starts afresh; the checkpoints of the previous run are in {aside.name}")
 
 
 def checkpoint_bytes(*, parameters: int, trainable: int, moments: int, averaged: bool = False) -> int:

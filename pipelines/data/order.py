@@ -193,7 +193,7 @@ class Mixture:
 
     Args:
         parts: the orders; their samples are numbered one part after the other.
-        weights: relative shares, one a part.
+        weights: relative shares, one per part.
         seed: of the dealing.
 
     Raises:

@@ -1,4 +1,4 @@
-"""BatchNorm in training runs: refused where precision breaks it, and its statistics taken anew for evaluation.
+"""BatchNorm in training runs: refused where precision breaks it, and its statistics recomputed for evaluation.
 
 Running statistics lag behind the weights and were gathered by each rank from its own small batches. "Rethinking
 'Batch' in BatchNorm" (arXiv:2105.07576, section 3) evaluates with the statistics of a set of training batches under

@@ -39,7 +39,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the weights of one optimizer step in."""
+        """Include the weights of one optimizer step."""
         self.updates += 1
         # Early averages forget fast: of few weights the first, untrained ones would otherwise make up most.
         weight = 1.0 - min(self.decay, (1 + self.updates) / (10 + self.updates))
@@ -53,7 +53,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def restore(self, saved: Slices, buffers: Mapping[str, Tensor], *, updates: int) -> None:
-        """Take a saved average over, whatever stage and number of ranks it was saved at: this rank's elements of it."""
+        """Restore this rank's elements of a saved average, whatever the stage and number of ranks it was saved at."""
         self.updates = updates
         fill(self.engine, self.values, saved)
         for name, buffer in self.buffers.items():

@@ -152,7 +152,7 @@ def caught_signals() -> Iterator[None]:
 def stopping_at_once() -> Iterator[None]:
     """Inside, a signal that :func:`caught_signals` catches raises StoppedBySignalError wherever the process is.
 
-    For work of one process that is done anew, or continued, when the command is started again.
+    For work of one process that is repeated, or continued, when the command is started again.
     """
     _stop.at_once = True
     try:

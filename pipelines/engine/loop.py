@@ -4,7 +4,7 @@ A step reads the micro-batches of its positions, backpropagates each, and makes 
 integer, the step; beside seed and data fingerprint it fixes every later sample and every later learning rate.
 
 The host never waits for the device inside a step: whether a step was good is decided on the device, which leaves a
-bad update out by itself, and the host reads of it one step late (``_settle``), or before anything that must know.
+bad update out by itself, and the host learns of it one step late (``_settle``), or before anything that must know.
 """
 
 from __future__ import annotations
@@ -431,7 +431,7 @@ class Trainer:
                 self.state.save(self.tracker.run_id, best=True)
 
     def _precise_batchnorm(self) -> None:
-        """BatchNorm's statistics anew, over the training data that comes next."""
+        """Recompute BatchNorm's statistics over the training data that comes next."""
         count = self.run.evaluation.precise_batchnorm_batches
         if not count:
             return

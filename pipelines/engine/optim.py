@@ -202,7 +202,7 @@ def network_with_blocks(module: nn.Module, *, key: str) -> tuple[str, VideoNetwo
     for name, child in module.named_modules():
         trained = any(p.requires_grad for p in child.parameters())
         if trained and isinstance(child, NamesBlocks):
-            return (f"{name}." if name else ""), cast(VideoNetwork, child)  # of it, only the blocks are used
+            return (f"{name}." if name else ""), cast(VideoNetwork, child)  # only its blocks are used
     raise ConfigError("needs a model that names its blocks", key=key, hint="leave it at its default")
 
 

@@ -155,7 +155,7 @@ class RunState:
         """
         best = self._newest(self.folder / BEST) if self.run.checkpoint.keep_best else None
         if best is not None and best.state["step"] != self.step:
-            self.say(f"takes the best weights, of step {best.state['step']}")
+            self.say(f"uses the best weights, those of step {best.state['step']}")
             load_parameters(self.engine, best.parameters, best.average)
             load_buffers(self.engine.module, {**best.buffers, **best.average_buffers})
             self.metrics = dict(best.state["metrics"])

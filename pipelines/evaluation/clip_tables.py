@@ -57,7 +57,7 @@ class ShardsByUrl:
         if url not in self._places:
             self._places[url] = {dataset.facts(i).key: i for i in range(len(dataset))}
         if key not in self._places[url]:
-            raise ValueError(f"{url} holds no sample {key!r}; the shards were built again since the run")
+            raise ValueError(f"{url} holds no sample {key!r}; the shards have been rebuilt since the run")
         return dataset.read(self._places[url][key])
 
     def _dataset(self, url: str) -> ShardReader:

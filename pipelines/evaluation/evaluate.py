@@ -170,7 +170,7 @@ def classification_metrics(predictions: Predictions) -> dict[str, float]:
     unlabelled = int((labels < 0).sum())
     if unlabelled:
         raise ConfigError(
-            f"has {unlabelled} of {len(labels)} samples without a label, so there is no accuracy of it",
+            f"has {unlabelled} of {len(labels)} samples without a label, so its accuracy cannot be computed",
             key="split",
             hint="evaluate a labelled split; `cliplift predict` classifies unlabelled videos",
         )

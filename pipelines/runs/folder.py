@@ -168,10 +168,10 @@ def read_json(path: Path) -> Record | None:
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:
-        logger.warning("%s is damaged (%s) and is taken as not there", path, error)
+        logger.warning("%s is damaged (%s) and is treated as missing", path, error)
         return None
     if not isinstance(value, dict):
-        logger.warning("%s is damaged (no object) and is taken as not there", path)
+        logger.warning("%s is damaged (no object) and is treated as missing", path)
         return None
     return value
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PREDICTIONS = "predictions.parquet"
 FEATURES = "features.npy"
-LOGITS = "logits"  # a column that is there where an evaluation averaged logits
+LOGITS = "logits"  # a column written where an evaluation averaged logits
 COLUMNS = ("key", "video_id", "shard_url", "sample_index", "label", "predicted", "probabilities")
 
 Scores = npt.NDArray[np.float32]

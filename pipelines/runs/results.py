@@ -22,7 +22,7 @@ NAMES = {
     "probe_linear_accuracy": "linear probe",
 }
 SHARES = ("accuracy", "precision", "recall", "share", "chance", "_at_1", "_at_5", "error")
-# What stands behind other numbers or is said beside them.
+# What explains other numbers, or is printed beside them.
 SILENT = ("samples", "chance", "probe_chance", "runs")
 SILENT_ENDINGS = ("_low", "_high", "_sd", "_sigmas", "_prior")
 

@@ -36,7 +36,7 @@ def is_checkpoint(folder: str | Path) -> bool:
 def export_checkpoint(run: ExportRun) -> Path:
     """Write the weights of the checkpoint ``run.run``: averaged where it has an average, with the averaged statistics.
 
-    Unlike a finished run's result, BatchNorm's statistics are not taken anew (``precise_batchnorm_batches``).
+    Unlike a finished run's result, BatchNorm's statistics are not recomputed (``precise_batchnorm_batches``).
 
     Raises:
         ConfigError: the checkpoint is damaged, or is not inside its run's folder.

@@ -56,7 +56,7 @@ class Classifier(nn.Module):
         self.frozen_batchnorm = frozen_batchnorm
 
     def train(self, mode: bool = True) -> Classifier:
-        """Training mode; BatchNorm that is frozen normalises with its running statistics all the same."""
+        """Training mode; BatchNorm that is frozen still normalises with its running statistics."""
         super().train(mode)
         if self.frozen_batchnorm:
             for module in batchnorms(self):

@@ -56,7 +56,7 @@ def cached_features(
         data: the run's data; its training split is passed over once, each rank reading its share.
         batch: clips read at a time.
         folder: where the file is kept and, on a restart, found.
-        identity: what the features depend on besides the data; a file of another identity is made anew.
+        identity: what the features depend on besides the data; a file of another identity is made again.
         topology: the ranks.
         max_samples: of so many samples only, chosen once for all; in their order.
 
@@ -138,7 +138,7 @@ def kept_tensors(
         barrier(topology)
     if all_reduce_max(float(not path.is_file()), topology):
         raise ConfigError(
-            "is not seen by all ranks, and what is computed of the teacher is kept there once for all",
+            "is not visible to all ranks, and the teacher's features are kept there, once for all of them",
             key="output",
             value=str(path.parent),
             hint="put it on a file system that all machines share, or set teacher.cache_features to false",

@@ -173,7 +173,7 @@ def _hash_video(video: TarVideo, file: BinaryIO) -> _Found:
     while left:
         part = file.read(min(CHUNK_BYTES, left))
         if not part:
-            raise StorageError(f"the tar ends inside {video.key}; it was whole before")
+            raise StorageError(f"the tar ends inside {video.key}; it was complete before")
         crc32, left = zlib.crc32(part, crc32), left - len(part)
         sha256.update(part)
     sample = Sample(

@@ -109,7 +109,7 @@ def _map(
             f"the largest node of the cluster has {most:g} cores",
             key="ray.cpus_per_shard",
             value=run.ray.cpus_per_shard,
-            hint="a task that asks for more would wait for ever",
+            hint="a task that asks for more would wait forever",
         )
     started = time.monotonic()
     options = {"num_cpus": run.ray.cpus_per_shard, "max_retries": run.ray.retries}

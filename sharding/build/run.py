@@ -179,7 +179,7 @@ def _unfinished(
         # A clip that arrives now may change which of its duplicates is the one that stays.
         failed = index is not None and any(r.stage in (*RETRIED_STAGES, DUPLICATE) for r in index.refused)
         if index is None or (retry_failed and failed):
-            # The commit mark goes first: it must never stand beside a tar it does not describe.
+            # The commit mark goes first: it must never lie beside a tar it does not describe.
             store.remove(index_file(shard.tar))
             todo.append(shard)
     return todo

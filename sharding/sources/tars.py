@@ -83,7 +83,7 @@ def read_tar(path: Path, *, label_key: str) -> TarContent:
         except _DamagedError as error:
             damage = str(error)
             if error.inside:
-                left_out.append(LeftOut(printable(error.inside), f"the tar is damaged behind it: {damage}"))
+                left_out.append(LeftOut(printable(error.inside), f"the tar is damaged after it: {damage}"))
     return TarContent(tuple(videos), tuple(left_out), damage)
 
 

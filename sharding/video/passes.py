@@ -114,7 +114,7 @@ class Pass:
         except FFmpegError as error:
             self._damage = f"decode: {error.strerror}"
             raise VideoDecodeError(self._damage) from error
-        except BaseException:  # out of memory, say: a later span is to try anew
+        except BaseException:  # out of memory, say: a later span should try again
             self._broken = True
             raise
         if timed is not None:

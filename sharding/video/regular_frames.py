@@ -113,7 +113,7 @@ def timed_frames(
         clock: what turns stamps into times, for callers that ask it afterwards how much was jumped over.
 
     Raises:
-        VideoDecodeError: a frame is damaged, or the seek landed behind the start.
+        VideoDecodeError: a frame is damaged, or the seek landed after the start.
     """
     clock = clock or rising_times(container, source_fps)
     origin: float | None = None
@@ -131,7 +131,7 @@ def timed_frames(
         if origin is None:
             origin = stamp or 0.0
         elif clock.previous is None and stamp is not None and stamp - origin > start_seconds:
-            raise VideoDecodeError("decode: the seek landed behind the start of the clip")
+            raise VideoDecodeError("decode: the seek landed after the start of the clip")
         yield clock.time(None if stamp is None else stamp - origin), frame
 
 

@@ -30,8 +30,8 @@ def bomb(levels: int, kind: str) -> str:
     ("text", "told"),
     [
         pytest.param("workers: " + "9" * 5000, "line 1, column 10: a number of 5000 digits", id="huge integer"),
-        pytest.param("a: 1\n[a, b]: 3", "line 2, column 1: a list or a mapping stands where a key", id="list as key"),
-        pytest.param("? {a: 1}\n: c", "a list or a mapping stands where a key", id="mapping as key"),
+        pytest.param("a: 1\n[a, b]: 3", "line 2, column 1: a list or a mapping where a key", id="list as key"),
+        pytest.param("? {a: 1}\n: c", "a list or a mapping where a key", id="mapping as key"),
         pytest.param("root: {{ root }}/videos", "is a template's {{ mark }} left", id="template"),
         pytest.param("name: " + "[" * 3000 + "]" * 3000, "nested more than 40 levels", id="deep lists"),
         pytest.param("{a: " * 3000 + "1" + "}" * 3000, "nested more than 40 levels", id="deep mappings"),

@@ -93,5 +93,5 @@ def test_the_engine_decays_by_the_schedule(stage: int, worker: ModuleType, tmp_p
 
 
 def test_a_decay_that_cannot_move_is_refused(worker: ModuleType) -> None:
-    with pytest.raises((ConfigError, ValidationError), match=r"goes nowhere from optim\.weight_decay=0"):
+    with pytest.raises((ConfigError, ValidationError), match=r"has no effect with optim\.weight_decay=0"):
         worker.run_config("unused", optim__weight_decay=0.0, schedule__final_weight_decay=0.4)

@@ -253,7 +253,7 @@ def test_clips_too_large_or_unreadable_are_named_and_left_out(tmp_path: Path) ->
     assert "Clip 00000001 was left out for its size, 3.0 MiB." in page.text
 
     page = report(tmp_path, run, clips=_Clips(["other"] * 6))
-    assert "holds no sample '00000001'; the shards were built again since the run" in page.text
+    assert "holds no sample '00000001'; the shards have been rebuilt since the run" in page.text
 
 
 def test_moved_shards_do_not_stop_a_report(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Videos listed in a text file, one a line: the class, a space, and the path below the file's folder."""
+"""Videos listed in a text file, one per line: the class, a space, and the path below the file's folder."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def test_named_groups_and_renamed_splits() -> None:
     [
         ({"shares": {"train": 0.5}}, "sum to 1"),
         ({"group_pattern": "("}, "not a regular expression"),
-        ({"group_pattern": "abc"}, "needs a bracket"),
+        ({"group_pattern": "abc"}, "needs parentheses"),
         ({"shares": {"../x": 1.0}}, "cannot name a split"),
     ],
 )
