@@ -17,6 +17,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.launch.cli import main
 from cliplift.pipelines.distributed.agreement import run_facts
 from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.runs import published
 from cliplift.pipelines.runs.published import PublishedRun
 from cliplift.pipelines.stages.checkpoint_export import is_checkpoint
 from cliplift.pipelines.stages.repeats import single_runs
@@ -123,6 +124,26 @@ def test_records_are_taken_up_from_the_url_over_older_ones(tmp_path: Path) -> No
     PublishedRun(url, here).publish_records()
     PublishedRun(url, there).take_up(ALONE)
     assert {path.name: path.read_text() for path in there.iterdir()} == {"metrics.jsonl": "new"}
+
+
+def test_ranks_without_a_common_folder_are_told_before_they_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 finds nothing of rank 0 in a folder of its own; rank 0 hears of it and leaves nothing behind."""
+    monkeypatch.setattr(published, "SEEN_SECONDS", 0.3)
+    monkeypatch.setattr(published, "broadcast_object", lambda value, topology: "x")
+    monkeypatch.setattr(published, "barrier", lambda topology: None)
+    monkeypatch.setattr(published, "gather_objects", lambda items, topology: list(items))
+    published.require_common_folder(tmp_path, ALONE)
+    assert list(tmp_path.iterdir()) == []
+    second = Topology(rank=1, world_size=2, local_rank=0, device=torch.device("cpu"))
+    with pytest.raises(
+        ConfigError, match=r"output: rank 1 on .* does not see the folder .*; .*checkpoint\.url"
+    ):
+        published.require_common_folder(tmp_path, second)
+    (tmp_path / ".seen-x").touch()
+    published.require_common_folder(tmp_path, second)
+    assert (tmp_path / ".seen-x").exists(), "rank 0 removes it"
 
 
 def test_hosts_may_have_folders_of_their_own_where_a_url_is_given(finished: Any) -> None:
