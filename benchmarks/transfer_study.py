@@ -107,13 +107,14 @@ def held_out_groups(rows: Sequence[Mapping[str, str]], folds: int) -> list[set[s
 
 def make_shards(study: Study, data: Path, unlabelled: Sequence[Path]) -> None:
     """One data set for each fold, split by group, and one of the unlabelled folders; what is there is kept."""
+    from cliplift.configs.sharding import ShardRun
     from cliplift.launch.commands.subject import load_tree
     from cliplift.sharding.build.run import run_shard
 
     rows = list(csv.DictReader(data.open()))
     classes = sorted({row["label"] for row in rows})
     transcode = {"short_side_pixels": 160, "max_fps": 4}
-    trees = []
+    trees: list[tuple[Path, dict[str, Any], dict[str, Any]]] = []
     for fold, held_out in enumerate(held_out_groups(rows, study.folds)):
         listing = study.output / f"fold{fold}.csv"
         with listing.open("w", newline="") as file:
@@ -123,7 +124,12 @@ def make_shards(study: Study, data: Path, unlabelled: Sequence[Path]) -> None:
                 split = "test" if row["group"] in held_out else "train"
                 path = data.parent.absolute() / row["path"]
                 writer.writerow([path, row["label"], row["group"], split])
-        source = {"kind": "csv", "file": str(listing), "split_column": "split", "group_column": "group"}
+        source: dict[str, Any] = {
+            "kind": "csv",
+            "file": str(listing),
+            "split_column": "split",
+            "group_column": "group",
+        }
         trees.append((study.shards(fold), source, {}))
     for number, folder in enumerate(unlabelled):
         # Unlabelled, but of the same classes as what they are read together with.
@@ -145,7 +151,7 @@ def make_shards(study: Study, data: Path, unlabelled: Sequence[Path]) -> None:
                 "source": source,
                 "transcode": transcode,
             } | more
-            run_shard(load_tree(tree, "shard", ["workers=1"]).run)
+            run_shard(load_tree(tree, ShardRun, ["workers=1"]).run)
 
 
 def transferred(study: Study, cell: Cell, objective: str) -> tuple[Path, float]:
@@ -164,11 +170,11 @@ def transferred(study: Study, cell: Cell, objective: str) -> tuple[Path, float]:
 
 def run(recipe: str, folder: Path, words: Sequence[str]) -> dict[str, Any]:
     """Run a recipe with these changes, or find it run; its result."""
-    from cliplift.launch.commands.subject import load
+    from cliplift.launch.commands.subject import load_training
     from cliplift.pipelines.stages.run import run_stage
 
     common = [f"output={folder}", "track.wandb=disabled", "data.cache_decoded_mib=3000"]
-    result = run_stage(load(recipe, [*words, *common]).run, command=["study"])
+    result = run_stage(load_training(recipe, [*words, *common]).run, command=["study"])
     if not result.finished:
         raise SystemExit("stopped by a signal; start it again to continue")
     return {"metrics": dict(result.metrics), "seconds": result.seconds}
@@ -194,14 +200,15 @@ def probed(study: Study, cell: Cell, weights: Path | None) -> dict[str, Any]:
     """Accuracy of a linear classifier on frozen features: of a run's student, or of the teacher's frames."""
     import torch
 
-    from cliplift.launch.commands.subject import load
+    from cliplift.configs.runs import TransferRun
+    from cliplift.launch.commands.subject import load_as
     from cliplift.pipelines.data.source import ClipSource
     from cliplift.pipelines.stages.probe import fit_linear
 
     words = [f"data.shards={study.shards(cell.fold)}", "data.val_share=0", "data.cache_decoded_mib=3000"]
     if weights is None:  # as large as the teacher sees them in transfer
         words += ["data.crop_pixels=160", "data.resize_short_side_pixels=176"]
-    run = load("transfer/small", words).run
+    run = load_as("transfer/small", TransferRun, words).run
     kept = (weights or study.output) / f"features-fold{cell.fold}.pt"
     if not kept.is_file():
         torch.save(features(run, weights), kept)

@@ -10,8 +10,10 @@ Nothing read here is executed: safetensors, and ``torch.load(weights_only=True)`
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +67,7 @@ def read_state(model: nn.Module, source: str | Path) -> dict[str, Tensor]:
     if not path.is_file():
         tags = f" (tags of this model: {sorted(published)})" if published else ""
         raise ModelError(f"pretrained={str(source)!r}: no such file or export folder{tags}")
+    _refuse_compressed(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -81,6 +84,21 @@ def read_state(model: nn.Module, source: str | Path) -> dict[str, Tensor]:
             "run code. Save the state dict alone: torch.save(model.state_dict(), path), or as .safetensors."
         ) from None
     return _unwrap(content, path, model.checkpoint_parts if isinstance(model, NamesParts) else ())
+
+
+def _refuse_compressed(path: Path) -> None:
+    """torch.save stores its tensors as they are. torch.load would inflate a file of kilobytes to any size."""
+    if not zipfile.is_zipfile(path):
+        return
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:  # torch names the damage
+        entries = archive.infolist()
+        if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or (
+            sum(e.file_size for e in entries) > path.stat().st_size
+        ):
+            raise ModelError(
+                f"{path}: its tensors are compressed, which torch.save never does, so it is not read: what it "
+                "expands to is not bounded. Save it again with torch.save(model.state_dict(), path)."
+            )
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> LoadReport:

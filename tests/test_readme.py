@@ -69,6 +69,7 @@ def test_make_and_pip_commands_exist(repository: Path) -> None:
                 assert set(named.split(",")) <= extras, command
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_command_runs_as_written(repository: Path, workplace: Path) -> None:
     to_run = [command for command in commands(repository) if shlex.split(command)[0] in RUN_HERE]
@@ -93,6 +94,7 @@ def test_every_command_runs_as_written(repository: Path, workplace: Path) -> Non
         assert (workplace / left).is_file(), left
 
 
+@pytest.mark.slow
 def test_python_snippets_run(repository: Path, workplace: Path) -> None:
     if not (workplace / "my-model").is_dir():
         pytest.skip("the commands before the snippet did not finish")

@@ -155,9 +155,11 @@ def _resources(arguments: argparse.Namespace) -> Resources:
 
 
 def _write(folder: Path, files: dict[str, str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    from cliplift.sharding.storage import whole_file
+
     for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+        with whole_file(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def _slurm_files(

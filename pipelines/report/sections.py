@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
+from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.evaluation.features import MAX_POINTS, plane
 from cliplift.pipelines.evaluation.metrics import confusion_matrix, per_class_accuracy
 from cliplift.pipelines.report.charts import COLOURS, Line, confusion_heatmap, line_chart, scatter
@@ -211,8 +212,13 @@ class Embedding:
 def embedding(run: RunRecord) -> Embedding | None:
     """The map of a run's labelled test clips; None for runs that kept no features."""
     predictions = run.predictions
-    features = None if predictions is None else read_features(run.folder, rows=len(predictions.keys))
-    if features is None or predictions is None:
+    if predictions is None:
+        return None
+    try:
+        features = read_features(run.folder, rows=len(predictions.keys))
+    except ConfigError as error:
+        return Embedding(Markup(""), f"The map of features is left out: {error}.", ())
+    if features is None:
         return None
     rows = np.flatnonzero(predictions.labelled)
     if len(rows) > MAX_POINTS:

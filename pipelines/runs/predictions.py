@@ -162,9 +162,23 @@ def _matrix(table: pa.Table, column: str, path: Path) -> Scores:
 
 
 def read_features(folder: Path, *, rows: int) -> npt.NDArray[np.floating] | None:
-    """A run's features; None where it has none, or they are of another evaluation."""
+    """A run's features (N, D); None where it has none, or they are of another evaluation.
+
+    Mapped, not read: a header may claim any shape, and a file that is shorter is refused before memory is taken.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
     path = folder / FEATURES
     if not path.is_file():
         return None
-    features: npt.NDArray[np.floating] = np.load(path, allow_pickle=False)
+    try:
+        features: npt.NDArray[np.floating] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ConfigError(f"is not a readable .npy file ({error})", file=str(path)) from None
+    if features.ndim != 2 or not np.issubdtype(features.dtype, np.floating):
+        raise ConfigError(
+            f"holds {features.dtype} of shape {features.shape}, not one row of features per clip",
+            file=str(path),
+        )
     return features if len(features) == rows and rows >= 5 else None

@@ -1,7 +1,10 @@
-"""The command line as a user meets it: real processes, exit codes, one-sentence errors."""
+"""The command line as a user meets it: exit codes and one-sentence errors, of real processes or, where a command
+imports torch, of ``main`` in this one."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
@@ -9,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from cliplift.launch.cli import main
 from cliplift.launch.commands.command import all_commands
 
 CLIPLIFT = [sys.executable, "-m", "cliplift.launch.cli"]
@@ -18,6 +22,17 @@ def cliplift(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*CLIPLIFT, *words], cwd=cwd, capture_output=True, text=True, check=False, timeout=120
     )
+
+
+def in_this_process(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The same command without another import of torch, which takes seconds."""
+    said, errors = io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+        try:
+            status = main(words)
+        except SystemExit as left:
+            status = int(left.code or 0)
+    return subprocess.CompletedProcess(words, status, said.getvalue(), errors.getvalue())
 
 
 def failed(done: subprocess.CompletedProcess[str], *parts: str) -> None:
@@ -33,7 +48,7 @@ def test_help_of_everything_from_another_directory(tmp_path: Path) -> None:
     assert overview.returncode == 0
     for name, command in all_commands().items():
         assert re.search(rf"\n    {name}\s", overview.stdout), name
-        stage = cliplift(name, "--help", cwd=tmp_path)
+        stage = in_this_process(name, "--help", cwd=tmp_path)
         assert stage.returncode == 0, stage.stderr
         if command.schema:
             assert "config fields" in stage.stdout
@@ -69,17 +84,19 @@ def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     failed(cliplift("transfer", "transfer/demo", "--fast", cwd=tmp_path), "--fast")
     failed(cliplift("finetune", "transfer/demo", cwd=tmp_path), "cliplift transfer transfer/demo")
     failed(cliplift("transfer", "transfer/demo", "stray", cwd=tmp_path), "stray", "key.path=value")
-    failed(cliplift("predict", "nowhere", "video.mp4", cwd=tmp_path), "nowhere")
+    failed(in_this_process("predict", "nowhere", "video.mp4", cwd=tmp_path), "nowhere")
     failed(cliplift("shard", "shard/demo_actions", "--part", "4/4", cwd=tmp_path), "4/4")
 
 
 def test_an_unknown_model_names_the_nearest(tmp_path: Path) -> None:
-    done = cliplift("transfer", "transfer/demo", "model.name=t3d_tinny", "--dry-run", cwd=tmp_path)
+    done = in_this_process("transfer", "transfer/demo", "model.name=t3d_tinny", "--dry-run", cwd=tmp_path)
     failed(done, "model.name", "t3d_tiny", "command line")
 
 
 def test_dry_run_prints_the_resolved_config_and_the_deepspeed_section(tmp_path: Path) -> None:
-    done = cliplift("transfer", "configs/transfer/demo.yaml", "optim.lr=3e-4", "--dry-run", cwd=tmp_path)
+    done = in_this_process(
+        "transfer", "configs/transfer/demo.yaml", "optim.lr=3e-4", "--dry-run", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "lr: 0.0003" in done.stdout
     assert '"gradient_clipping"' in done.stdout
@@ -87,7 +104,9 @@ def test_dry_run_prints_the_resolved_config_and_the_deepspeed_section(tmp_path: 
 
 
 def test_options_may_stand_between_overrides(tmp_path: Path) -> None:
-    done = cliplift("shard", "shard/demo_actions", "workers=1", "--dry-run", "name=other", cwd=tmp_path)
+    done = in_this_process(
+        "shard", "shard/demo_actions", "workers=1", "--dry-run", "name=other", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "name: other" in done.stdout
     assert "workers: 1" in done.stdout
@@ -96,15 +115,15 @@ def test_options_may_stand_between_overrides(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", ["--local_rank=0", "--local-rank=0"])
 def test_the_deepspeed_launchers_flag_is_accepted(tmp_path: Path, flag: str) -> None:
     done = cliplift(flag, "transfer", "transfer/demo", "--dry-run", cwd=tmp_path)
-    first = cliplift("transfer", flag, "transfer/demo", "--dry-run", cwd=tmp_path)
+    first = in_this_process("transfer", flag, "transfer/demo", "--dry-run", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert done.returncode == 0, done.stderr
 
 
 def test_models_lists_measured_numbers(tmp_path: Path) -> None:
-    done = cliplift("models", "t3d_121", cwd=tmp_path)
+    done = in_this_process("models", "t3d_121", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "29,876,880" in done.stdout
-    table = cliplift("models", "t3d_121", "--markdown", cwd=tmp_path).stdout
+    table = in_this_process("models", "t3d_121", "--markdown", cwd=tmp_path).stdout
     assert table.startswith("| model |")
-    failed(cliplift("models", "nothing*", cwd=tmp_path), "nothing*")
+    failed(in_this_process("models", "nothing*", cwd=tmp_path), "nothing*")

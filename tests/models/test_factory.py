@@ -5,6 +5,7 @@ import logging
 import pickle
 import sys
 import types
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,24 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
         )
         assert "\n" not in str(caught.value)
     assert not Exploit.ran
+
+
+def test_a_small_file_cannot_expand_to_a_large_one(tmp_path: Path) -> None:
+    torch.save({"zeros": torch.zeros(1_000_000)}, tmp_path / "stored.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pt") as stored,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for entry in stored.infolist():
+            bomb.writestr(entry.filename, stored.read(entry))
+    assert (tmp_path / "bomb.pt").stat().st_size < 10_000
+    assert torch.load(tmp_path / "bomb.pt", weights_only=True)["zeros"].shape == (
+        1_000_000,
+    )  # torch inflates it
+    with pytest.raises(ModelError, match=r"bomb\.pt: its tensors are compressed"):
+        load_pretrained(tiny(), tmp_path / "bomb.pt")
+    with pytest.raises(ModelError, match="stored"):
+        load_pretrained(tiny(), tmp_path / "stored.pt")
 
 
 def test_sources_that_are_not_weights_are_named(tmp_path: Path) -> None:

@@ -146,8 +146,10 @@ class Copy:
 
             # The same examples for every mutant, and none made simpler: that a test fails is all that counts.
             phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
-            hypothesis.settings.register_profile("mutants", phases=phases, derandomize=True, database=None)
-            hypothesis.settings.load_profile("mutants")
+            hypothesis.settings.register_profile(
+                "mutants", phases=phases, derandomize=True, database=None, deadline=None
+            )
+            os.environ["HYPOTHESIS_PROFILE"] = "mutants"  # tests/conftest.py loads it
             status = int(pytest.main([*PYTEST, f"--basetemp={self.folder / 'tmp'}", *self.module.tests]))
         finally:
             sys.stdout.flush()

@@ -24,14 +24,14 @@ from cliplift.pipelines.data.order import (
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n=st.integers(1, 700), seed=st.integers(0, 2**40), epoch=st.integers(0, 50))
 def test_global_is_a_bijection(n: int, seed: int, epoch: int) -> None:
     order = GlobalOrder(n, seed)
     assert sorted(order.sample(epoch, p) for p in range(n)) == list(range(n))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12),
     seed=st.integers(0, 2**40),
@@ -105,7 +105,7 @@ def test_every_word_counts_in_a_hash_and_every_bit_is_set_half_of_the_time() -> 
     assert all(abs(count - 2048) < 5 * 32 for count in bits), "each bit is set half of the time"
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     sizes=st.lists(st.integers(1, 300), min_size=1, max_size=5),
     weights=st.lists(st.floats(0.01, 50), min_size=5, max_size=5),

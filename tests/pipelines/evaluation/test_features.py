@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model
 from cliplift.pipelines.evaluation.features import ClassifierInputs, plane
 from cliplift.pipelines.report.charts import scatter
@@ -51,3 +54,28 @@ def test_features_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
     assert read_features(tmp_path, rows=6) is not None
     assert read_features(tmp_path, rows=7) is None
     assert read_features(tmp_path / "none", rows=6) is None
+
+
+def claims(shape: tuple[int, ...], *, dtype: str = "<f2") -> bytes:
+    """A file whose header claims this shape, with a few bytes behind it."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return file.getvalue() + b"\0" * 64
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not an array",
+        claims((10**12, 1280)),
+        claims((4, 4))[:60],
+        claims((32,)),
+        claims((4, 4), dtype="<i4"),
+    ],
+    ids=["empty", "text", "claims terabytes", "cut", "one axis", "integers"],
+)
+def test_damaged_features_are_named_and_take_no_memory(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / FEATURES).write_bytes(content)
+    with pytest.raises(ConfigError, match=r"features\.npy"):
+        read_features(tmp_path, rows=6)

@@ -21,7 +21,7 @@ from cliplift.pipelines.stages.matching import (
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     videos=st.lists(st.integers(0, 5), min_size=4, max_size=24).filter(lambda v: len(set(v)) > 1),
     seed=st.integers(0, 1000),

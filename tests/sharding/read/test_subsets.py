@@ -16,7 +16,7 @@ from cliplift.sharding.read.subsets import Subset, few_labels, held_out
 SAMPLES = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30)), min_size=30, max_size=120)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(samples=SAMPLES, share=st.sampled_from([0.1, 0.2, 0.5]), seed=st.integers(0, 5))
 def test_groups_stay_whole_and_no_class_is_lost(
     samples: list[tuple[int, int]], share: float, seed: int
