@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cliplift.configs.load import load_run
+from cliplift.configs.runs import RUNS
 from cliplift.configs.sections import ConfigError
 from cliplift.launch.cli import main
 from cliplift.pipelines.distributed.agreement import run_facts
@@ -36,8 +38,8 @@ WORDS = [
 
 
 @pytest.fixture(scope="module")
-def finished(load: Callable[..., Any]) -> Any:
-    """A finished run, and its config."""
+def finished(load: Callable[..., Any], finetuned: Path) -> Any:
+    """The config of a finished run. With ``finetuned``, so that it is made in the process that has the shards."""
     run = load("pretrain/demo", "published", *WORDS)
     run_stage(run, command=["cliplift", "pretrain"])
     return run
@@ -89,10 +91,11 @@ def test_a_stored_checkpoint_is_exported(
 
 
 def test_an_upload_of_the_result_that_failed_is_made_up_for(
-    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = "memory://published/later"
-    run = load("pretrain/demo", "published-later", *WORDS[:-1], f"checkpoint.url={url}")
+    checkpoint = finished.checkpoint.model_copy(update={"url": url})
+    run = finished.model_copy(update={"output": str(tmp_path / "later"), "checkpoint": checkpoint})
     real = storage.RemoteStore.upload
 
     def failing(self: storage.RemoteStore, file: Path, name: str) -> None:
@@ -152,8 +155,9 @@ def test_hosts_may_have_folders_of_their_own_where_a_url_is_given(finished: Any)
     assert "output" in run_facts(alone)
 
 
-def test_each_repeat_has_a_place_of_its_own(load: Callable[..., Any]) -> None:
-    run = load("finetune/demo", "x", "seeds=[1,2]", "checkpoint.url=s3://bucket/x")
+def test_each_repeat_has_a_place_of_its_own(repository: Path) -> None:
+    words = ["seeds=[1,2]", "checkpoint.url=s3://bucket/x", "model.pretrained=null"]
+    run = load_run(repository / "configs/finetune/demo.yaml", RUNS, words).run
     assert [single.checkpoint.url for single in single_runs(run)] == [
         "s3://bucket/x/seed1",
         "s3://bucket/x/seed2",
