@@ -6,16 +6,48 @@ What belongs to one host stays there: the lock, W&B's and TensorBoard's files, s
 
 from __future__ import annotations
 
+import secrets
+import socket
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 from cliplift.configs.sections import ConfigError
-from cliplift.pipelines.distributed.collectives import Topology, gather_objects
+from cliplift.pipelines.distributed.collectives import Topology, barrier, broadcast_object, gather_objects
 from cliplift.pipelines.runs.folder import CONFIG, HISTORY, LOCK, RESULT, RUN, WEIGHTS
 from cliplift.sharding.storage import StorageError, join, open_store, whole_file, without_secrets
 
 RECORDS = (CONFIG, RUN, HISTORY, "wandb.json")
 FAILURES = (OSError, StorageError)
+SEEN_SECONDS = 10.0
+
+
+def require_common_folder(folder: Path, topology: Topology) -> None:
+    """Check that all ranks see the run's folder of rank 0: where it is of each host alone, checkpoints are in pieces.
+
+    Collective.
+
+    Raises:
+        ConfigError: on all ranks; names the host of one that does not.
+    """
+    sign = folder / f".seen-{broadcast_object(secrets.token_hex(4), topology)}"
+    if topology.is_main:
+        sign.touch()
+    barrier(topology)
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not (seen := sign.is_file()) and time.monotonic() < deadline:
+        time.sleep(0.2)  # a network mount may take a moment
+    blind = [] if seen else [f"rank {topology.rank} on {socket.gethostname()}"]
+    problems = gather_objects(blind, topology)
+    if topology.is_main:
+        sign.unlink()
+    if problems:
+        raise ConfigError(
+            f"{problems[0]} does not see the folder {str(folder)!r} of rank 0",
+            key="output",
+            value=str(folder),
+            hint="give a folder on a disk that all hosts share, or have each rank upload its part: checkpoint.url",
+        )
 
 
 class PublishedRun:

@@ -105,7 +105,7 @@ def _fetched_run(url: str, folder: Path) -> RunFolder:
 
 def _homeless(given: str) -> ConfigError:
     return ConfigError(
-        f"there is no {CONFIG} above {without_secrets(given)!r}, so nobody knows what network it is of",
+        f"there is no {CONFIG} above {without_secrets(given)!r}, so its network is unknown",
         key="run",
         value=given,
         hint="leave the checkpoint in its run's folder, or copy that folder with it",

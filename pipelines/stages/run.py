@@ -31,7 +31,7 @@ from cliplift.pipelines.engine.loop import fit
 from cliplift.pipelines.engine.optim import total_steps
 from cliplift.pipelines.engine.task import FitResult, Stage
 from cliplift.pipelines.runs.folder import RunFolder, metrics_of, seconds_of, sole_writer
-from cliplift.pipelines.runs.published import PublishedRun
+from cliplift.pipelines.runs.published import PublishedRun, require_common_folder
 from cliplift.pipelines.runs.results import commands_after, result_block
 from cliplift.pipelines.runs.tracking import Tracker
 from cliplift.pipelines.stages.classification import ClassificationStage, FinetuneStage
@@ -100,6 +100,8 @@ def run_stage(run: TrainingRun, *, command: Sequence[str]) -> StageResult:
                 stop_together(topology)  # a signal from before, or from between two runs
                 published = PublishedRun(run.checkpoint.url, folder.path)
                 published.require_writable(topology)
+                if run.checkpoint.url is None:
+                    require_common_folder(folder.path, topology)
                 if run.checkpoint.resume == "auto":
                     published.take_up(topology)
                 return _run_in(folder, run, command=command, topology=topology, started=started)

@@ -13,10 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cliplift.configs.load import load_run
+from cliplift.configs.runs import RUNS
 from cliplift.configs.sections import ConfigError
 from cliplift.launch.cli import main
 from cliplift.pipelines.distributed.agreement import run_facts
 from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.runs import published
 from cliplift.pipelines.runs.published import PublishedRun
 from cliplift.pipelines.stages.checkpoint_export import is_checkpoint
 from cliplift.pipelines.stages.repeats import single_runs
@@ -35,8 +38,8 @@ WORDS = [
 
 
 @pytest.fixture(scope="module")
-def finished(load: Callable[..., Any]) -> Any:
-    """A finished run, and its config."""
+def finished(load: Callable[..., Any], finetuned: Path) -> Any:
+    """The config of a finished run. With ``finetuned``, so that it is made in the process that has the shards."""
     run = load("pretrain/demo", "published", *WORDS)
     run_stage(run, command=["cliplift", "pretrain"])
     return run
@@ -88,10 +91,11 @@ def test_a_stored_checkpoint_is_exported(
 
 
 def test_an_upload_of_the_result_that_failed_is_made_up_for(
-    load: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    finished: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = "memory://published/later"
-    run = load("pretrain/demo", "published-later", *WORDS[:-1], f"checkpoint.url={url}")
+    checkpoint = finished.checkpoint.model_copy(update={"url": url})
+    run = finished.model_copy(update={"output": str(tmp_path / "later"), "checkpoint": checkpoint})
     real = storage.RemoteStore.upload
 
     def failing(self: storage.RemoteStore, file: Path, name: str) -> None:
@@ -125,14 +129,35 @@ def test_records_are_taken_up_from_the_url_over_older_ones(tmp_path: Path) -> No
     assert {path.name: path.read_text() for path in there.iterdir()} == {"metrics.jsonl": "new"}
 
 
+def test_ranks_without_a_common_folder_are_told_before_they_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 finds nothing of rank 0 in a folder of its own; rank 0 hears of it and leaves nothing behind."""
+    monkeypatch.setattr(published, "SEEN_SECONDS", 0.3)
+    monkeypatch.setattr(published, "broadcast_object", lambda value, topology: "x")
+    monkeypatch.setattr(published, "barrier", lambda topology: None)
+    monkeypatch.setattr(published, "gather_objects", lambda items, topology: list(items))
+    published.require_common_folder(tmp_path, ALONE)
+    assert list(tmp_path.iterdir()) == []
+    second = Topology(rank=1, world_size=2, local_rank=0, device=torch.device("cpu"))
+    with pytest.raises(
+        ConfigError, match=r"output: rank 1 on .* does not see the folder .*; .*checkpoint\.url"
+    ):
+        published.require_common_folder(tmp_path, second)
+    (tmp_path / ".seen-x").touch()
+    published.require_common_folder(tmp_path, second)
+    assert (tmp_path / ".seen-x").exists(), "rank 0 removes it"
+
+
 def test_hosts_may_have_folders_of_their_own_where_a_url_is_given(finished: Any) -> None:
     assert "output" not in run_facts(finished)
     alone = finished.model_copy(update={"checkpoint": finished.checkpoint.model_copy(update={"url": None})})
     assert "output" in run_facts(alone)
 
 
-def test_each_repeat_has_a_place_of_its_own(load: Callable[..., Any]) -> None:
-    run = load("finetune/demo", "x", "seeds=[1,2]", "checkpoint.url=s3://bucket/x")
+def test_each_repeat_has_a_place_of_its_own(repository: Path) -> None:
+    words = ["seeds=[1,2]", "checkpoint.url=s3://bucket/x", "model.pretrained=null"]
+    run = load_run(repository / "configs/finetune/demo.yaml", RUNS, words).run
     assert [single.checkpoint.url for single in single_runs(run)] == [
         "s3://bucket/x/seed1",
         "s3://bucket/x/seed2",
