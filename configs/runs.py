@@ -323,23 +323,52 @@ class ReportRun(Section):
     max_clips: int = Field(24, ge=0, description="sample clips embedded in the page")
 
 
+# What `cliplift demo motion=only` takes where the run says nothing.
+MOTION_ONLY: Mapping[str, object] = {
+    "output": "runs/demo-motion",
+    "size_pixels": 80,
+    "train_per_class": 60,
+    "unlabelled": 140,
+    "transfer_steps": 200,
+    "finetune_steps": 300,
+    "frames_steps": 100,
+}
+
+
 class DemoRun(Section):
     """The whole chain on clips made on the spot."""
 
     stage: Literal["demo"] = "demo"
-    output: Output = Field("runs/demo", description="folder for videos, shards, runs and the report")
+    motion: Literal["and_kind", "only"] = Field(
+        "and_kind",
+        description="what tells the classes apart: and_kind: what moves and how it moves, for which transfer is meant; "
+        "only: how it moves, a harder set, of which a teacher of single frames knows nothing",
+    )
+    output: Output = Field(
+        "runs/demo",
+        description="folder for videos, shards, runs and the report; motion=only: runs/demo-motion",
+    )
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="seeds of the finetuning runs")
-    size_pixels: int = Field(80, ge=48, description="side of the generated videos, pixels")
-    train_per_class: int = Field(60, ge=2, description="training clips per action class")
-    val_per_class: int = Field(4, ge=1, description="validation clips per action class")
-    test_per_class: int = Field(20, ge=1, description="test clips per action class")
-    unlabelled: int = Field(140, ge=4, description="unlabelled videos for transfer")
-    transfer_steps: int = Field(200, ge=1, description="optimizer steps of transfer")
+    size_pixels: int = Field(96, ge=48, description="side of the generated videos, pixels; motion=only: 80")
+    train_per_class: int = Field(12, ge=2, description="training clips per class; motion=only: 60")
+    val_per_class: int = Field(4, ge=1, description="validation clips per class")
+    test_per_class: int = Field(20, ge=1, description="test clips per class")
+    unlabelled: int = Field(
+        480, ge=4, description="unlabelled videos for transfer; motion=only: 140, which are longer"
+    )
+    transfer_steps: int = Field(600, ge=1, description="optimizer steps of transfer; motion=only: 200")
     finetune_steps: int = Field(300, ge=1, description="optimizer steps of each 3D finetuning run")
     frames_steps: int = Field(
-        100, ge=1, description="optimizer steps of each run of the 2D baseline's classifier"
+        60, ge=1, description="optimizer steps of each run of the 2D baseline's classifier; motion=only: 100"
     )
     workers: int = Field(2, ge=1, description="processes that make and pack the videos")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_set(cls, tree: object) -> object:
+        if isinstance(tree, Mapping) and tree.get("motion") == "only":
+            return {**MOTION_ONLY, **tree}
+        return tree
 
 
 TRAINING: Mapping[str, type[TrainingRun]] = {

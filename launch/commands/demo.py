@@ -1,5 +1,8 @@
 """``cliplift demo``: the whole chain on clips made on the spot, ending in one table and one HTML report.
 
+There are two sets of clips: classes of what moves and how (``motion=and_kind``), and classes of how alone
+(``motion=only``).
+
 Every step is an ordinary stage run from a packaged recipe, so each can be repeated by hand with the command that
 its ``run.json`` holds. A step that is already done is not done again.
 """
@@ -20,23 +23,48 @@ from cliplift.launch.commands.shard import build, summary
 
 if TYPE_CHECKING:
     from cliplift.configs.runs import DemoRun
-    from cliplift.pipelines.report.page import DemoFacts
+    from cliplift.pipelines.report.page import DemoFacts, DemoRow
     from cliplift.pipelines.stages.run import StageResult
 
-METHODS = {
-    "3D from transfer": "finetune/demo",
-    "3D from scratch": "finetune/demo_scratch",
-    "2D teacher, averaged frames": "finetune/demo_frames",
-}
+MADE = "videos/made.json"
+FRAME_AT_BEST = "a single frame, at best"
+TRANSFER, SCRATCH, FRAMES = "3D from transfer", "3D from scratch", "2D teacher, averaged frames"
+
+
+@dataclass(frozen=True)
+class _Recipes:
+    """The packaged recipes of one set of clips, and how many motions share each kind of object in it."""
+
+    shard_labelled: str
+    shard_unlabelled: str
+    transfer: str
+    methods: Mapping[str, str]  # in the order of the table
+
+
+def _recipes(name: str) -> _Recipes:
+    return _Recipes(
+        shard_labelled=f"shard/{name}_actions",
+        shard_unlabelled=f"shard/{name}_unlabelled",
+        transfer=f"transfer/{name}",
+        methods={
+            TRANSFER: f"finetune/{name}",
+            SCRATCH: f"finetune/{name}_scratch",
+            FRAMES: f"finetune/{name}_frames",
+        },
+    )
+
+
+RECIPES: Mapping[str, _Recipes] = {"and_kind": _recipes("demo_kinds"), "only": _recipes("demo")}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a method and its test accuracy over the seeds."""
+    """One line of the table: a method and its test accuracy over the seeds; the accuracy of guessing."""
 
     method: str
     accuracies: tuple[float, ...]
     folders: tuple[str, ...]
+    chance: float
 
     @property
     def mean(self) -> float:
@@ -90,7 +118,8 @@ def _run_demo(run: DemoRun) -> Path:
     from cliplift.pipelines.report.page import DEMO, write_report
     from cliplift.pipelines.runs.folder import write_json
 
-    root = Path(run.output)
+    root, recipes = Path(run.output), RECIPES[run.motion]
+    _refuse_other_set(run, root)
     root.mkdir(parents=True, exist_ok=True)
     seconds: dict[str, float] = {}
     began = time.monotonic()
@@ -103,21 +132,21 @@ def _run_demo(run: DemoRun) -> Path:
     with stopping_at_once():
         _make_videos(run, root)
         clock = timed("make videos", began)
-        for recipe in ("demo_actions", "demo_unlabelled"):
-            _shard(run, root, recipe)
+        _shard(run, root, recipes.shard_labelled, source="labelled", name="actions")
+        _shard(run, root, recipes.shard_unlabelled, source="unlabelled", name="unlabelled")
         clock = timed("shard", clock)
     transfer = _train(
-        "transfer/demo",
+        recipes.transfer,
         root,
         folder=root / "transfer",
         overrides=[f"schedule.steps={run.transfer_steps}", f"data.shards={root / 'shards' / 'unlabelled'}"],
     )
     clock = timed("transfer", clock)
     rows = []
-    for method, recipe in METHODS.items():
+    for method, recipe in recipes.methods.items():
         rows.append(_finetune(run, root, method, recipe))
         clock = timed(method, clock)
-    facts = _facts(transfer, rows, seconds | {"total": round(time.monotonic() - began, 1)})
+    facts = _facts(run, transfer, rows, seconds | {"total": round(time.monotonic() - began, 1)})
     write_json(root / DEMO, facts)
     with stopping_at_once():
         report = write_report(
@@ -127,7 +156,7 @@ def _run_demo(run: DemoRun) -> Path:
             max_clips=16,
             demo=facts,
         )
-    print(table(facts, rows))
+    print(table(facts))
     print(f"report: {report}")
     return report
 
@@ -136,27 +165,47 @@ def _make_videos(run: DemoRun, root: Path) -> None:
     from cliplift.pipelines.runs.folder import write_json
     from cliplift.sharding.demo.synthetic import write_demo_videos
 
-    settings = run.model_dump(
+    counts = run.model_dump(
         include={"size_pixels", "train_per_class", "val_per_class", "test_per_class", "unlabelled"}
     )
-    done = root / "videos" / "made.json"
+    settings = {"motion": run.motion, **counts}
+    done = root / MADE
     if done.is_file() and json.loads(done.read_text())["settings"] == settings:
         return
     print(
         f"making {run.unlabelled} unlabelled videos and the labelled clips in {root / 'videos'}", flush=True
     )
-    write_demo_videos(root / "videos", seed=0, workers=run.workers, **settings)
+    write_demo_videos(
+        root / "videos", seed=0, workers=run.workers, with_kinds=run.motion == "and_kind", **counts
+    )
     write_json(done, {"settings": settings})
 
 
-def _shard(run: DemoRun, root: Path, recipe: str) -> None:
+def _refuse_other_set(run: DemoRun, root: Path) -> None:
+    """A folder that holds the other set's clips is not trained on by mistake.
+
+    Raises:
+        ConfigError: it does.
+    """
+    from cliplift.configs.sections import ConfigError
+
+    made = root / MADE
+    found = json.loads(made.read_text())["settings"].get("motion", "only") if made.is_file() else run.motion
+    if found != run.motion:
+        raise ConfigError(
+            f"{run.output!r} holds the demo with motion={found}",
+            key="output",
+            value=run.output,
+            hint="name another folder",
+        )
+
+
+def _shard(run: DemoRun, root: Path, recipe: str, *, source: str, name: str) -> None:
     from cliplift.configs.sharding import ShardRun
     from cliplift.launch.commands.subject import load_as
 
-    name = recipe.removeprefix("demo_")
-    source = {"actions": "labelled", "unlabelled": "unlabelled"}[name]
     loaded = load_as(
-        f"shard/{recipe}",
+        recipe,
         ShardRun,
         [
             f"source.root={root / 'videos' / source}",
@@ -189,47 +238,54 @@ def _finetune(run: DemoRun, root: Path, method: str, recipe: str) -> Row:
             f"schedule.steps={run.frames_steps if recipe.endswith('frames') else run.finetune_steps}",
             f"data.shards={root / 'shards' / 'actions'}",
         ]
-        if method == "3D from transfer":
+        if method == TRANSFER:
             overrides.append(f"initialise_from={root / 'transfer'}")
         results.append(_train(recipe, root, folder=folder, overrides=overrides))
-    return Row(method, tuple(r.metrics["accuracy"] for r in results), tuple(str(r.folder) for r in results))
+    return Row(
+        method,
+        tuple(result.metrics["accuracy"] for result in results),
+        tuple(str(result.folder) for result in results),
+        results[0].metrics["chance"],
+    )
 
 
-def _facts(transfer: StageResult, rows: Sequence[Row], seconds: Mapping[str, float]) -> DemoFacts:
-    return {
-        "transfer": dict(transfer.metrics),
-        "table": [
-            {
-                "method": r.method,
-                "mean": r.mean,
-                "sd": r.sd,
-                "values": list(r.accuracies),
-                "runs": list(r.folders),
-            }
-            for r in rows
-        ],
-        "seconds": dict(seconds),
-    }
+def _facts(
+    run: DemoRun, transfer: StageResult, rows: Sequence[Row], seconds: Mapping[str, float]
+) -> DemoFacts:
+    tested: list[DemoRow] = [
+        {
+            "method": r.method,
+            "mean": r.mean,
+            "sd": r.sd,
+            "values": list(r.accuracies),
+            "runs": list(r.folders),
+        }
+        for r in rows
+    ]
+    known: list[DemoRow] = [{"method": "chance", "mean": rows[0].chance}]
+    if run.motion == "and_kind":
+        from cliplift.sharding.demo.motions import MOTIONS
+
+        known.insert(0, {"method": FRAME_AT_BEST, "mean": 1 / len(MOTIONS)})
+    return {"transfer": dict(transfer.metrics), "table": tested + known, "seconds": dict(seconds)}
 
 
-def table(facts: DemoFacts, rows: Sequence[Row]) -> str:
+def table(facts: DemoFacts) -> str:
     """The demo's one table, as text."""
-    from cliplift.pipelines.runs.folder import RunFolder, metrics_of
-
     matching = facts["transfer"]
-    chance = metrics_of(RunFolder(Path(rows[0].folders[0]), writes=False).result() or {})["chance"]
     lines = [
         "",
         f"{'transfer: matching accuracy, held-out videos':46s} {matching['matching_accuracy']:.3f}"
         f"   (prior {matching['matching_prior']:.3f}, {int(matching['held_out_clips'])} clips)",
         f"{'test accuracy':46s} {'mean':>5s}   sd      seeds",
     ]
-    for row in rows:
-        sd = "  -  " if row.sd is None else f"{row.sd:.3f}"
-        lines.append(
-            f"  {row.method:44s} {row.mean:.3f}   {sd}   {' '.join(f'{a:.3f}' for a in row.accuracies)}"
-        )
-    lines += [f"  {'chance':44s} {chance:.3f}", f"time: {facts['seconds']['total']:.0f} s", ""]
+    for row in facts["table"]:
+        values = row.get("values", [])
+        sd = row.get("sd")
+        spread = "" if not values else "  -  " if sd is None else f"{sd:.3f}"
+        each = " ".join(f"{value:.3f}" for value in values)
+        lines.append(f"  {row['method']:44s} {row['mean']:.3f}   {spread}   {each}".rstrip())
+    lines += [f"time: {facts['seconds']['total']:.0f} s", ""]
     return "\n".join(lines)
 
 

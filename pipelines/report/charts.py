@@ -275,7 +275,11 @@ def _class_names(classes: Sequence[str], *, margin: float, cell: float) -> Marku
 def value_strip(
     values: Sequence[float], *, mean: float | None, sd: float | None, chance: float | None, colour: int
 ) -> Markup:
-    """One row of a comparison on a 0 to 100 % scale: a dot per seed, a tick at the mean, a band of one sd, chance."""
+    """One row of a comparison on a 0 to 100 % scale: a dot per seed, a tick at the mean, a band of one sd, chance.
+
+    A number that is known and not measured has a mean and no values.
+    """
+    told = list(values) if values or mean is None else [mean]
     left, width, y = 6.0, 248.0, 13.0
 
     def at(value: float) -> float:
@@ -299,7 +303,7 @@ def value_strip(
     if mean is not None:
         parts.append(Markup('<path class="line" d="M{:.1f} 5V21"/>').format(at(mean)))
     return Markup('<svg class="strip c{}" viewBox="0 0 260 26" role="img" aria-label="{}">{}</svg>').format(
-        colour % COLOURS, ", ".join(_percent(v) for v in values) or "no value", Markup("").join(parts)
+        colour % COLOURS, ", ".join(map(_percent, told)) or "no value", Markup("").join(parts)
     )
 
 

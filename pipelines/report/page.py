@@ -40,7 +40,10 @@ DEMO = "demo.json"
 
 
 class DemoRow(TypedDict):
-    """One method of the demo: its test accuracy over the seeds, and the folders of its runs."""
+    """One method of the demo: its test accuracy over the seeds, and the folders of its runs.
+
+    What is known without a run, such as chance, has a mean alone.
+    """
 
     method: str
     mean: NotRequired[float | None]

@@ -1,6 +1,8 @@
-"""How things move in the demo's clips: the actions, the paths of shapes, the camera and the light.
+"""How things move in the demo's clips: the actions, the paths of shapes and objects, the camera and the light.
 
 A shape has four coordinates (across, down, turn, size), each on a circle: what leaves on one side enters on the other.
+An object stays in the picture: its place and size go to and fro. Either way each coordinate is uniform over its range
+in every frame, whatever the motion: a frame alone says nothing about it.
 """
 
 from __future__ import annotations
@@ -39,6 +41,15 @@ FADE = 0.12  # share of the size circle over which a shape appears when smallest
 SHAKE_PIXELS = 0.6
 NOISE_LEVELS = 2.5
 
+# motion of an object -> the coordinate that moves, and how often a second it goes to and fro, slowest and fastest.
+MOTIONS: Mapping[str, tuple[int, float, float]] = {
+    "pulse": (SIZE, 0.6, 0.8),
+    "rest": (SIZE, 0.0, 0.0),
+    "swing": (ACROSS, 1.6, 2.2),
+}
+OBJECT_RANGE = {ACROSS: (0.36, 0.64), DOWN: (0.42, 0.58), TURN: (0.0, 1.0), SIZE: (0.0, 1.0)}
+OBJECT_RADIUS = (0.18, 0.36)  # smallest and largest, share of the picture's side
+
 
 def shape_path(rng: np.random.Generator, action: str | None, *, num_frames: int, fps: int) -> Array:
     """The four coordinates of one shape over time, (4, T), each in [0, 1) on its circle."""
@@ -60,11 +71,47 @@ def shape_path(rng: np.random.Generator, action: str | None, *, num_frames: int,
     return np.asarray((start_point + np.cumsum(velocity, axis=1) / fps) % 1.0, np.float32)
 
 
-def draw_shape(frames: Array, sprite: Array, path: Array, shake: Array) -> None:
-    """Blend a shape into the frames (T, H, W, 3), in place; what leaves on one side enters on the other."""
+def object_path(rng: np.random.Generator, motion: str, *, num_frames: int, fps: int) -> Array:
+    """The four coordinates of one object over time, (4, T), each within its :data:`OBJECT_RANGE`.
+
+    At most one coordinate moves: to and fro at a constant speed, from a random place.
+    """
+    moving, slowest, fastest = MOTIONS[motion]
+    phase = np.repeat(rng.random((4, 1)), num_frames, axis=1)
+    cycles = rng.uniform(slowest, fastest) * rng.choice((-1, 1))
+    phase[moving] = (phase[moving] + cycles * np.arange(num_frames) / fps) % 1.0
+    path = np.empty((4, num_frames), np.float32)
+    for coordinate, (low, high) in OBJECT_RANGE.items():
+        share = phase[coordinate] if coordinate == TURN else np.abs(2 * phase[coordinate] - 1)
+        path[coordinate] = low + (high - low) * share
+    return path
+
+
+def draw_shape(
+    frames: Array,
+    sprite: Array,
+    path: Array,
+    shake: Array,
+    *,
+    radii: tuple[float, float] = (SMALLEST, LARGEST),
+    fade: float | None = FADE,
+) -> None:
+    """Blend a shape into the frames (T, H, W, 3), in place; what leaves on one side enters on the other.
+
+    Args:
+        frames: RGB in [0, 1].
+        sprite: RGBA, (S, S, 4).
+        path: the four coordinates over time, (4, T).
+        shake: of the camera, (T, 2) pixels, down and across.
+        radii: smallest and largest radius, share of the picture's side.
+        fade: share of the size range over which it appears and vanishes at both ends; None shows it always.
+    """
     num_frames, side = frames.shape[:2]
-    radius = SMALLEST * (LARGEST / SMALLEST) ** path[SIZE] * side
-    opacity = np.clip(np.minimum(path[SIZE], 1 - path[SIZE]) / FADE, 0, 1)
+    smallest, largest = radii
+    radius = smallest * (largest / smallest) ** path[SIZE] * side
+    opacity = (
+        np.ones_like(radius) if fade is None else np.clip(np.minimum(path[SIZE], 1 - path[SIZE]) / fade, 0, 1)
+    )
     reach = int(np.ceil(radius.max())) + 1
     centre = np.stack([path[DOWN], path[ACROSS]]) * side + shake.T  # (2, T)
     whole = np.floor(centre).astype(np.int64)

@@ -41,7 +41,7 @@ def textured_shape(rng: np.random.Generator, look: Look) -> Array:
     distance, angle = np.hypot(x, y), np.arctan2(y, x)
     edge = outline(look.shapes[rng.integers(len(look.shapes))], angle)
     alpha = np.clip((edge - distance) * 14, 0, 1)
-    first, second = _colour(rng, look), _colour(rng, look)
+    first, second = colour(rng, look), colour(rng, look)
     wave = 0.5 + 0.5 * np.sin(
         rng.uniform(4, 9) * (x * np.cos(a := rng.uniform(0, 2 * np.pi)) + y * np.sin(a)) + rng.uniform(0, 6)
     )
@@ -70,7 +70,7 @@ def outline(shape: str, angle: Array) -> Array:
     return np.asarray(0.55 + 0.45 * np.maximum(0, np.cos(angle)) ** 6, np.float32)
 
 
-def _colour(rng: np.random.Generator, look: Look) -> Array:
+def colour(rng: np.random.Generator, look: Look) -> Array:
     low, high = look.hues[rng.integers(len(look.hues))]
     return _rgb(rng.uniform(low, high), rng.uniform(0.35, 0.95), rng.uniform(0.35, 1.0))
 
@@ -107,7 +107,7 @@ def background(rng: np.random.Generator, look: Look, side: int) -> Array:
     mix = np.asarray(0.5 + 0.5 * field / np.abs(field).max(), np.float32)[..., None]
     grain = 0.06 * _clouds(rng, side, finest=6)[..., None]
     return np.asarray(
-        np.clip(0.8 * (_colour(rng, look) * mix + _colour(rng, look) * (1 - mix)) + grain, 0, 1), np.float32
+        np.clip(0.8 * (colour(rng, look) * mix + colour(rng, look) * (1 - mix)) + grain, 0, 1), np.float32
     )
 
 

@@ -1,21 +1,30 @@
-"""Action clips made on the spot: textured shapes moving over textured backgrounds, as real H.264 files.
+"""Clips made on the spot: shapes or objects moving over textured backgrounds, as real H.264 files.
 
-What a single frame shows says nothing about the action, by construction. A shape has four coordinates (across, down,
+There are two sets. In the first, classes differ by motion alone; in the second, a class is a kind of object and a
+motion, such as a fish that spins: what a frame shows says the kind, and nothing about the motion.
+
+What a single frame shows says nothing about the motion, by construction. A shape has four coordinates (across, down,
 turn, size), each on a circle. Every coordinate starts at a uniformly random point, and the action only says which one
 moves and how. A uniform start plus any motion on a circle is uniform again, so at every instant all four are uniform
 and independent, whatever the action: the distribution of single frames is the same for all classes, and opposite
 actions are each other's time reversal.
 
-Train, validation and test differ in shapes, backgrounds and colours, so that memorised looks do not help.
+The objects of the second set stay in the picture: place and size go to and fro at a constant speed, which leaves a
+uniform start uniform as well.
+
+Train, validation and test differ in shapes or in instances of the objects, in backgrounds and in colours, so that
+memorised looks do not help.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -24,10 +33,24 @@ from typing import Any
 import numpy as np
 
 from cliplift.configs.sharding import TranscodeConfig
-from cliplift.sharding.demo.motions import CLASSES, camera_shake, draw_shape, lit, seen_by_camera, shape_path
+from cliplift.sharding.demo.motions import (
+    CLASSES,
+    MOTIONS,
+    OBJECT_RADIUS,
+    camera_shake,
+    draw_shape,
+    lit,
+    object_path,
+    seen_by_camera,
+    shape_path,
+)
+from cliplift.sharding.demo.objects import KINDS, object_sprite
 from cliplift.sharding.demo.shapes import LOOKS, background, textured_shape
 from cliplift.sharding.video.decode import Frames
 from cliplift.sharding.video.transcode import encode_array
+
+BACKGROUND_CONTRAST = 0.55  # of what lies behind an object: it is out of focus and in the haze
+KIND_CLASSES = tuple(f"{kind}_{motion}" for kind in sorted(KINDS) for motion in sorted(MOTIONS))
 
 
 @dataclass(frozen=True)
@@ -51,6 +74,7 @@ class _Clip:
     action: str | None
     number: int
     seconds: float
+    kind: str | None = None
 
 
 def write_demo_videos(
@@ -66,19 +90,23 @@ def write_demo_videos(
     seconds: float = 1.4,
     unlabelled_seconds: float = 4.5,
     workers: int = 2,
+    with_kinds: bool = False,
 ) -> DemoSummary:
     """Write the demo's videos. The same arguments give the same files, whatever the number of workers.
 
     Args:
-        folder: written below it: ``labelled/{train,val,test}/ACTION/*.mp4`` and ``unlabelled/*.mp4``.
+        folder: written below it: ``labelled/{train,val,test}/CLASS/*.mp4``, ``unlabelled/*.mp4``, and ``clips.csv``,
+            what each of them shows.
         seed: another seed gives other videos.
-        train_per_class, val_per_class, test_per_class: clips of each action.
-        unlabelled: longer videos in which several shapes change their motion.
+        train_per_class, val_per_class, test_per_class: clips of each class.
+        unlabelled: videos without a class. Of the first set, longer ones in which several shapes change their motion;
+            of the second, as the labelled ones, all classes equally often.
         size_pixels: side of the square picture, even.
         fps: frames per second.
         seconds: length of a labelled clip.
         unlabelled_seconds: length of an unlabelled video.
         workers: processes.
+        with_kinds: the second set, of kinds and motions; otherwise the first, of motions alone.
 
     Raises:
         ValueError: the size is odd or too small.
@@ -88,23 +116,18 @@ def write_demo_videos(
     started = time.monotonic()
     root = Path(folder)
     counts = {"train": train_per_class, "val": val_per_class, "test": test_per_class}
-    clips = [
-        _Clip(f"labelled/{split}/{action}/{split}_{action}_{number:04d}.mp4", split, action, number, seconds)
-        for split, count in counts.items()
-        for action in CLASSES
-        for number in range(count)
-    ]
-    clips += [
-        _Clip(f"unlabelled/unlabelled_{number:04d}.mp4", "unlabelled", None, number, unlabelled_seconds)
-        for number in range(unlabelled)
-    ]
+    if with_kinds:
+        clips = _clips_of_kinds(counts, unlabelled, seconds=seconds)
+    else:
+        clips = _clips_of_motions(counts, unlabelled, seconds=seconds, unlabelled_seconds=unlabelled_seconds)
     for parent in {root / Path(clip.path).parent for clip in clips}:
         parent.mkdir(parents=True, exist_ok=True)
     job = {"root": str(root), "seed": seed, "size": size_pixels, "fps": fps}
     _in_processes([{**job, "clips": [asdict(c) for c in clips[part::workers]]} for part in range(workers)])
+    _write_truth(root / "clips.csv", clips)
     return DemoSummary(
         folder=str(root),
-        classes=CLASSES,
+        classes=KIND_CLASSES if with_kinds else CLASSES,
         clips={split: sum(c.split == split for c in clips) for split in LOOKS},
         frames_per_clip=round(seconds * fps),
         fps=fps,
@@ -112,6 +135,53 @@ def write_demo_videos(
         bytes=sum((root / clip.path).stat().st_size for clip in clips),
         seconds=round(time.monotonic() - started, 3),
     )
+
+
+def _clips_of_motions(
+    counts: Mapping[str, int], unlabelled: int, *, seconds: float, unlabelled_seconds: float
+) -> list[_Clip]:
+    clips = [
+        _Clip(f"labelled/{split}/{action}/{split}_{action}_{number:04d}.mp4", split, action, number, seconds)
+        for split, count in counts.items()
+        for action in CLASSES
+        for number in range(count)
+    ]
+    return clips + [
+        _Clip(f"unlabelled/unlabelled_{number:04d}.mp4", "unlabelled", None, number, unlabelled_seconds)
+        for number in range(unlabelled)
+    ]
+
+
+def _clips_of_kinds(counts: Mapping[str, int], unlabelled: int, *, seconds: float) -> list[_Clip]:
+    both = [(kind, motion) for kind in sorted(KINDS) for motion in sorted(MOTIONS)]
+    clips = []
+    for split, count in counts.items():
+        for kind, motion in both:
+            name = f"{kind}_{motion}"
+            clips += [
+                _Clip(
+                    f"labelled/{split}/{name}/{split}_{name}_{number:04d}.mp4",
+                    split,
+                    motion,
+                    number,
+                    seconds,
+                    kind,
+                )
+                for number in range(count)
+            ]
+    for number in range(unlabelled):
+        kind, motion = both[number % len(both)]
+        path = f"unlabelled/unlabelled_{number:04d}.mp4"
+        clips.append(_Clip(path, "unlabelled", motion, number, seconds, kind))
+    return clips
+
+
+def _write_truth(file: Path, clips: Sequence[_Clip]) -> None:
+    """What every clip shows; the unlabelled ones' is for looking at, no run reads it."""
+    with file.open("w", newline="") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(("path", "split", "kind", "motion"))
+        writer.writerows((clip.path, clip.split, clip.kind or "", clip.action or "") for clip in clips)
 
 
 def _in_processes(jobs: list[dict[str, Any]]) -> None:
@@ -141,15 +211,19 @@ def _write_part(job: dict[str, Any]) -> None:
     config = TranscodeConfig(preset="ultrafast", crf=20, gop_frames=12, tune="none", b_frames=0)
     for tree in job["clips"]:
         clip = _Clip(**tree)
-        frames = render_clip(
-            split=clip.split,
-            action=clip.action,
-            number=clip.number,
-            seed=job["seed"],
-            size_pixels=job["size"],
-            fps=job["fps"],
-            num_frames=max(1, round(clip.seconds * job["fps"])),
-        )
+        shape: dict[str, Any] = {
+            "split": clip.split,
+            "number": clip.number,
+            "seed": job["seed"],
+            "size_pixels": job["size"],
+            "fps": job["fps"],
+            "num_frames": max(1, round(clip.seconds * job["fps"])),
+        }
+        if clip.kind is None:
+            frames = render_clip(action=clip.action, **shape)
+        else:
+            assert clip.action is not None
+            frames = render_object(kind=clip.kind, motion=clip.action, **shape)
         (Path(job["root"]) / clip.path).write_bytes(
             encode_array(frames, fps=Fraction(job["fps"]), config=config)
         )
@@ -179,6 +253,43 @@ def render_clip(
         sprite = textured_shape(rng, look)
         path = shape_path(rng, action, num_frames=num_frames, fps=fps)
         draw_shape(frames, sprite, path, shake)
+    return lit(rng, frames, fps)
+
+
+def render_object(
+    *,
+    split: str,
+    kind: str,
+    motion: str,
+    number: int,
+    seed: int,
+    size_pixels: int,
+    fps: int,
+    num_frames: int,
+) -> Frames:
+    """One clip of one object, as uint8 RGB frames (T, H, W, 3).
+
+    Args:
+        split: whose instances, backgrounds and colours are used.
+        kind: one of :data:`KINDS`.
+        motion: one of :data:`MOTIONS`.
+        number: number of the clip within its split and class.
+        seed: seed of the whole corpus.
+        size_pixels: side of the picture.
+        fps: frames per second.
+        num_frames: length T.
+    """
+    look = LOOKS[split]
+    # Clips of motions alone have four numbers here, so no two clips share a stream.
+    rng = np.random.default_rng(
+        [seed, look.seed, sorted(KINDS).index(kind), sorted(MOTIONS).index(motion), number]
+    )
+    shake = camera_shake(rng, num_frames)
+    far = 0.25 + BACKGROUND_CONTRAST * (background(rng, look, size_pixels) - 0.25)
+    frames = seen_by_camera(far, shake)
+    sprite = object_sprite(rng, kind, split)
+    path = object_path(rng, motion, num_frames=num_frames, fps=fps)
+    draw_shape(frames, sprite, path, shake, radii=OBJECT_RADIUS, fade=None)
     return lit(rng, frames, fps)
 
 

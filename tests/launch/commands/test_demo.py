@@ -1,14 +1,20 @@
-"""The demo as a sequence of runs: a signal that stops one of them stops the whole."""
+"""The demo as a sequence of runs: which are started, what its table says, and what stops it."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cliplift.configs.runs import DemoRun
+from cliplift.configs.sections import ConfigError
+from cliplift.launch.cli import main
 from cliplift.launch.commands import demo
+from cliplift.pipelines.report import page
 from cliplift.pipelines.stages import run as stages
 from cliplift.pipelines.stages.run import StageResult
 
@@ -23,12 +29,107 @@ def test_a_stopped_run_stops_the_demo(
     def run_stage(run: Any, *, command: list[str]) -> StageResult:
         started.append(run)
         stops = len(started) == stopped_at
-        metrics = {"accuracy": 0.5}
+        metrics = {"accuracy": 0.5, "chance": 0.1}
         return StageResult(Path(run.output), metrics, finished=not stops, requeue=stops)
 
     monkeypatch.setattr(stages, "run_stage", run_stage)
     monkeypatch.setattr(demo, "_make_videos", lambda run, root: None)
-    monkeypatch.setattr(demo, "_shard", lambda run, root, recipe: None)
+    monkeypatch.setattr(demo, "_shard", lambda run, root, recipe, **where: None)
     assert demo.demonstrate(DemoRun(output=str(tmp_path / "demo"))) is None
     assert len(started) == stopped_at
     assert not (tmp_path / "demo" / "report.html").exists()
+
+
+# Test accuracies over the seeds 0, 1, 2, by recipe.
+ACCURACIES: Mapping[str, tuple[float, ...]] = {
+    "transfer": (0.50, 0.55, 0.60),
+    "scratch": (0.20, 0.30, 0.25),
+    "frames": (0.32, 0.32, 0.32),
+}
+MATCHING = {"matching_accuracy": 0.9, "matching_prior": 0.5, "held_out_clips": 48.0}
+
+
+def _demonstrated(
+    place: Path, monkeypatch: pytest.MonkeyPatch, *, motion: str, classes: int
+) -> tuple[list[Any], dict[str, Any]]:
+    """The runs that the demo starts, in place of which known numbers come back, and its facts."""
+    started: list[Any] = []
+
+    def run_stage(run: Any, *, command: list[str]) -> StageResult:
+        started.append(run)
+        if run.stage == "transfer":
+            return StageResult(Path(run.output), MATCHING, finished=True, requeue=False)
+        kind = next(kind for kind in ("frames", "scratch", "transfer") if kind in run.name)
+        metrics = {"accuracy": ACCURACIES[kind][run.seed], "chance": 1 / classes}
+        return StageResult(Path(run.output), metrics, finished=True, requeue=False)
+
+    monkeypatch.setattr(stages, "run_stage", run_stage)
+    monkeypatch.setattr(demo, "_make_videos", lambda run, root: None)
+    monkeypatch.setattr(demo, "_shard", lambda run, root, recipe, **where: None)
+    monkeypatch.setattr(page, "write_report", lambda **what: what["output"])
+    run = DemoRun.model_validate({"output": str(place), "motion": motion})
+    assert demo.demonstrate(run) == place / "report.html"
+    return started, json.loads((place / page.DEMO).read_text())
+
+
+def test_the_table_holds_every_method_and_what_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started, facts = _demonstrated(tmp_path, monkeypatch, motion="and_kind", classes=12)
+    printed = capsys.readouterr().out
+    expected = [
+        r"3D from transfer +0\.550 +0\.050 +0\.500 0\.550 0\.600",
+        r"3D from scratch +0\.250 +0\.050 +0\.200 0\.300 0\.250",
+        r"2D teacher, averaged frames +0\.320 +0\.000 +0\.320 0\.320 0\.320",
+        r"a single frame, at best +0\.333$",
+        r"chance +0\.083$",
+    ]
+    for line in expected:
+        assert re.search(line, printed, flags=re.MULTILINE), line
+    assert [row["method"] for row in facts["table"]] == [re.split(r" \+", line)[0] for line in expected]
+    names = [run.name for run in started]
+    assert names == ["demo-kinds-transfer"] + [
+        f"demo-kinds-{way}" for way in ("from-transfer", "from-scratch", "2d-frames") for _ in range(3)
+    ]
+
+
+def test_transfer_and_scratch_differ_in_their_start_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, _ = _demonstrated(tmp_path, monkeypatch, motion="and_kind", classes=12)
+    for transferred, scratch in zip(started[1:4], started[4:7], strict=True):
+        assert transferred.initialise_from == str(tmp_path / "transfer")
+        assert scratch.initialise_from is None
+        own = {"name": "", "output": "", "initialise_from": None}
+        assert transferred.model_copy(update=own) == scratch.model_copy(update=own)
+
+
+def test_motion_only_is_the_set_of_motions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, facts = _demonstrated(tmp_path, monkeypatch, motion="only", classes=10)
+    assert {run.name for run in started} == {
+        "demo-transfer", "demo-from-transfer", "demo-from-scratch", "demo-2d-frames",
+    }  # fmt: skip
+    assert [run.schedule.steps for run in started] == [200, *(300,) * 6, *(100,) * 3]
+    # A frame knows nothing of the motion: chance is all it can reach.
+    assert [row["method"] for row in facts["table"]][3:] == ["chance"]
+    run = DemoRun.model_validate({"motion": "only"})
+    assert (run.size_pixels, run.train_per_class, run.val_per_class, run.test_per_class) == (80, 60, 4, 20)
+    assert (run.unlabelled, run.output) == (140, "runs/demo-motion")
+    assert DemoRun.model_validate({"motion": "only", "unlabelled": 9}).unlabelled == 9
+
+
+def test_a_folder_of_the_other_set_is_refused(tmp_path: Path) -> None:
+    made = tmp_path / demo.MADE
+    made.parent.mkdir()
+    made.write_text(json.dumps({"settings": {"motion": "and_kind"}}))
+    run = DemoRun.model_validate({"output": str(tmp_path), "motion": "only"})
+    with pytest.raises(ConfigError, match="holds the demo with motion=and_kind") as error:
+        demo.demonstrate(run)
+    assert error.value.key == "output"
+
+
+def test_a_wrong_set_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "motion=onyl"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "motion: 'onyl' should be 'and_kind' or 'only'" in said

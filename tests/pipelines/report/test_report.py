@@ -301,6 +301,7 @@ def test_demo_table_stands_on_top_in_its_order(tmp_path: Path) -> None:
     table = [
         {"method": "from transfer", "mean": 0.7, "sd": None, "values": [0.7], "runs": ["elsewhere/demo/z"]},
         {"method": "from scratch", "mean": 0.4, "sd": 0.1, "values": [0.4], "runs": [str(worse)]},
+        {"method": "a single frame, at best", "mean": 1 / 3},
     ]
     demo = {"table": table, "transfer": {}, "seconds": {"shard": 12.5, "total": 200}}
     (tmp_path / "demo" / "demo.json").write_text(json.dumps(demo))
@@ -311,6 +312,8 @@ def test_demo_table_stands_on_top_in_its_order(tmp_path: Path) -> None:
     comparison = page.text.partition("Comparison Method")[2].partition("Results")[0]
     assert comparison.index("from transfer") < comparison.index("from scratch")
     assert "± 10.0" in comparison
+    assert "a single frame, at best 33.3 %" in comparison
+    assert "33.3 %" in page.attributes("svg", "aria-label")
     assert "3 min 20 s" in page.text
 
 
