@@ -43,12 +43,10 @@ NOISE_LEVELS = 2.5
 
 # motion of an object -> the coordinate that moves, and how often a second it goes to and fro, slowest and fastest.
 MOTIONS: Mapping[str, tuple[int, float, float]] = {
-    "pulse": (SIZE, 1.2, 1.6),
+    "pulse": (SIZE, 0.6, 0.8),
     "rest": (SIZE, 0.0, 0.0),
     "swing": (ACROSS, 1.6, 2.2),
 }
-# What there is without labels is rarely quite the same: there objects pulse more slowly.
-UNLABELLED_MOTIONS = {**MOTIONS, "pulse": (SIZE, 0.6, 0.8)}
 OBJECT_RANGE = {ACROSS: (0.36, 0.64), DOWN: (0.42, 0.58), TURN: (0.0, 1.0), SIZE: (0.0, 1.0)}
 OBJECT_RADIUS = (0.18, 0.36)  # smallest and largest, share of the picture's side
 
@@ -73,14 +71,12 @@ def shape_path(rng: np.random.Generator, action: str | None, *, num_frames: int,
     return np.asarray((start_point + np.cumsum(velocity, axis=1) / fps) % 1.0, np.float32)
 
 
-def object_path(
-    rng: np.random.Generator, motion: tuple[int, float, float], *, num_frames: int, fps: int
-) -> Array:
+def object_path(rng: np.random.Generator, motion: str, *, num_frames: int, fps: int) -> Array:
     """The four coordinates of one object over time, (4, T), each within its :data:`OBJECT_RANGE`.
 
     At most one coordinate moves: to and fro at a constant speed, from a random place.
     """
-    moving, slowest, fastest = motion
+    moving, slowest, fastest = MOTIONS[motion]
     phase = np.repeat(rng.random((4, 1)), num_frames, axis=1)
     cycles = rng.uniform(slowest, fastest) * rng.choice((-1, 1))
     phase[moving] = (phase[moving] + cycles * np.arange(num_frames) / fps) % 1.0

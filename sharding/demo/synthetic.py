@@ -37,7 +37,6 @@ from cliplift.sharding.demo.motions import (
     CLASSES,
     MOTIONS,
     OBJECT_RADIUS,
-    UNLABELLED_MOTIONS,
     camera_shake,
     draw_shape,
     lit,
@@ -289,8 +288,7 @@ def render_object(
     far = 0.25 + BACKGROUND_CONTRAST * (background(rng, look, size_pixels) - 0.25)
     frames = seen_by_camera(far, shake)
     sprite = object_sprite(rng, kind, split)
-    motions = UNLABELLED_MOTIONS if split == "unlabelled" else MOTIONS
-    path = object_path(rng, motions[motion], num_frames=num_frames, fps=fps)
+    path = object_path(rng, motion, num_frames=num_frames, fps=fps)
     draw_shape(frames, sprite, path, shake, radii=OBJECT_RADIUS, fade=None)
     return lit(rng, frames, fps)
 
