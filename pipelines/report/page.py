@@ -58,6 +58,7 @@ class DemoFacts(TypedDict):
     table: list[DemoRow]
     transfer: NotRequired[dict[str, float]]
     seconds: NotRequired[dict[str, float]]
+    cpu_seconds: NotRequired[float]
 
 
 _ENVIRONMENT = {

@@ -84,6 +84,7 @@ def test_the_table_holds_every_method_and_what_is_known(
         r"a single frame, at best +0\.333$",
         r"chance +0\.083$",
     ]
+    assert re.search(r"^time: \d+ s, \d+ CPU seconds$", printed, flags=re.MULTILINE)
     for line in expected:
         assert re.search(line, printed, flags=re.MULTILINE), line
     assert [row["method"] for row in facts["table"]] == [re.split(r" \+", line)[0] for line in expected]
