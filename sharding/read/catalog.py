@@ -210,10 +210,11 @@ class Catalog:
         found = self._row.unpack_from(self._bytes, row * self._row_bytes)
         return [found[self._places[name]] for name in names]
 
-    def split(self, row: int, fold: int) -> int:
-        """The number of a row's split under a fold, from 0."""
+    def split(self, row: int, fold: int) -> str:
+        """The name of a row's split under a fold, from 0; empty where the fold leaves it out."""
         self.check_rows(row, row + 1)
-        return int(self.rows["splits"][row, fold])
+        number = int(self.rows["splits"][row, fold])
+        return "" if number == NO_SPLIT else self.head.splits[number]
 
     def label_set(self, row: int) -> tuple[int, ...]:
         """The list of labels of a row."""

@@ -222,7 +222,7 @@ class ShardDataset:
         row = self._table.row(number)
         split = ALL
         if self.fold is not None or not self._catalog.head.folded:
-            split = self._catalog.head.splits[self._catalog.split(number, (self.fold or 1) - 1)]
+            split = self._catalog.split(number, (self.fold or 1) - 1)
         return SampleFacts(
             key=row["key"],
             shard=row["shard"],
