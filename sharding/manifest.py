@@ -1,7 +1,8 @@
 """What is written beside the tars: the plan, one index per shard, the table of samples and ``dataset.json``.
 
-An index is written after its tar, so its presence says that the shard is whole. ``dataset.json`` and
-``samples.parquet`` are written by ``finalize`` and are all a reader needs.
+An index is written after its tar, so its presence says that the shard is whole. ``dataset.json``, ``samples.parquet``
+and the catalog (``read/catalog.py``) are written by ``finalize`` and are all a reader needs. Version 1 of the format is
+a dataset without a catalog.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ from typing_extensions import TypedDict  # pydantic reads no other before Python
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
     from _typeshed import DataclassInstance
 
 R = TypeVar("R", bound="DataclassInstance")
 FORMAT = "cliplift-shards/1"
+FORMAT_WITH_CATALOG = "cliplift-shards/2"
 INDEX_FORMAT = "cliplift-index/1"
 PLAN_FORMAT = "cliplift-plan/1"
 DATASET_FILE = "dataset.json"
 SAMPLES_FILE = "samples.parquet"
+CATALOG_FILE = "catalog.json"
+CATALOG_ROWS_FILE = "catalog.bin"
 REFUSED_FILE = "refused.jsonl"
 MISSING_FILE = "missing.jsonl"
 LEFT_OUT_FILE = "left_out.jsonl"
@@ -181,6 +186,7 @@ class Dataset:
     settings: Mapping[str, object]
     versions: Mapping[str, str]
     fingerprint: str
+    catalog_sha256: str = ""  # of catalog.json; "" where there is no catalog
 
 
 def shard_file(name: str, split: str, shard: int) -> str:
@@ -220,21 +226,26 @@ def load_index(data: bytes, *, file: str) -> ShardIndex:
     Raises:
         ManifestError: the file is not a whole index of this format.
     """
-    tree = _json(data, file, INDEX_FORMAT)
+    tree = parsed_json(data, file, INDEX_FORMAT)
     try:
         hashes = tuple(
             tuple(int(row[i : i + 16], 16) for i in range(0, len(row), 16)) for row in tree.pop("looks", ())
         )
     except (TypeError, ValueError) as error:
         raise ManifestError(f"{file}: not an index of this version: looks: {error}") from error
-    index = _typed(ShardIndex, tree, file, "an index")
+    index = typed(ShardIndex, tree, file, "an index")
     _require_inside(file, index.tar)
     return dataclasses.replace(index, picture_hashes=hashes)
 
 
 def dump_dataset(dataset: Dataset) -> bytes:
     """``dataset.json`` as bytes, indented for people."""
-    tree = {"format": FORMAT, **dataclasses.asdict(dataset)}
+    tree = dataclasses.asdict(dataset)
+    if (
+        not dataset.catalog_sha256
+    ):  # a manifest without a catalog is the manifest it was before there were any
+        del tree["catalog_sha256"]
+    tree["format"] = FORMAT_WITH_CATALOG if dataset.catalog_sha256 else FORMAT
     return (json.dumps(tree, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
@@ -244,7 +255,7 @@ def load_dataset(data: bytes, *, file: str) -> Dataset:
     Raises:
         ManifestError: it is damaged or of another format.
     """
-    dataset = _typed(Dataset, _json(data, file, FORMAT), file, "a dataset")
+    dataset = typed(Dataset, parsed_json(data, file, FORMAT, FORMAT_WITH_CATALOG), file, "a dataset")
     _require_inside(file, *(shard.file for shard in dataset.shards))
     for split, facts in dataset.splits.items():
         for name in ("samples", "seconds"):
@@ -260,13 +271,10 @@ def check_samples(table: Any, dataset: Dataset, *, file: str) -> None:
 
     Every member lies inside its shard, every label is one of the dataset's classes or NO_LABEL.
     """
-    kinds = {field.name: str(field.type) for field in dataclasses.fields(Sample)} | {"shard": "int"}
+    check_columns(table.schema, file=file)
+    kinds = _column_kinds()
     for name, kind in kinds.items():
-        if name in _FLOW and name not in table.column_names:
-            continue
-        if name not in table.column_names or table.column(name).type.id != _arrow_type(kind).id:
-            raise ManifestError(f"{file}: has no column {name!r} of type {kind}")
-        if table.column(name).null_count and "None" not in kind:
+        if name in table.column_names and table.column(name).null_count and "None" not in kind:
             raise ManifestError(f"{file}: column {name!r} has empty cells")
     columns = {name: table.column(name).to_numpy() for name, kind in kinds.items() if kind in ("int", "float")
                and name in table.column_names}  # fmt: skip
@@ -287,10 +295,23 @@ def check_samples(table: Any, dataset: Dataset, *, file: str) -> None:
             raise ManifestError(f"{file}: row {row}: {name} is {columns[name][row]}, which cannot be")
 
 
+def check_columns(schema: pa.Schema, *, file: str) -> None:
+    """Raise ManifestError unless a table of samples has the columns of :class:`Sample` with their types."""
+    for name, kind in _column_kinds().items():
+        if name in _FLOW and name not in schema.names:
+            continue
+        if name not in schema.names or schema.field(name).type.id != _arrow_type(kind).id:
+            raise ManifestError(f"{file}: has no column {name!r} of type {kind}")
+
+
+def _column_kinds() -> dict[str, str]:
+    return {field.name: str(field.type) for field in dataclasses.fields(Sample)} | {"shard": "int"}
+
+
 _TYPED: dict[type[Any], TypeAdapter[Any]] = {}
 
 
-def _typed(kind: type[R], tree: dict[str, Any], file: str, what: str) -> R:
+def typed(kind: type[R], tree: dict[str, Any], file: str, what: str) -> R:
     """A dataclass from JSON, whose every value has the type that the class states. Raises ManifestError."""
     if unknown := tree.keys() - {field.name for field in dataclasses.fields(kind)}:
         raise ManifestError(f"{file}: not {what} of this version: {min(unknown)!r} is unknown")
@@ -378,17 +399,21 @@ def read_table(data: bytes, *, file: str) -> pa.Table:
     import pyarrow.parquet as pq
 
     try:
-        facts = pq.read_metadata(io.BytesIO(data))
-        unpacked = sum(facts.row_group(k).total_byte_size for k in range(facts.num_row_groups))
-        if facts.num_rows > max(MIN_ROWS, MAX_ROWS_PER_BYTE * len(data)) or unpacked > max(
-            MIN_UNPACKED_BYTES, MAX_UNPACKING * len(data)
-        ):
-            raise ManifestError(
-                f"{file}: {len(data)} bytes unpack to {unpacked} bytes in {facts.num_rows} rows, which no list does"
-            )
+        check_unpacking(pq.read_metadata(io.BytesIO(data)), len(data), file=file)
         return pq.read_table(io.BytesIO(data))
     except (pa.ArrowException, OSError) as error:
         raise ManifestError(f"{file}: not a whole Parquet file: {error}") from error
+
+
+def check_unpacking(facts: pq.FileMetaData, size: int, *, file: str) -> None:
+    """Raise ManifestError where a Parquet file of ``size`` bytes says that it unpacks to far more than it can hold."""
+    unpacked = sum(facts.row_group(k).total_byte_size for k in range(facts.num_row_groups))
+    if facts.num_rows > max(MIN_ROWS, MAX_ROWS_PER_BYTE * size) or unpacked > max(
+        MIN_UNPACKED_BYTES, MAX_UNPACKING * size
+    ):
+        raise ManifestError(
+            f"{file}: {size} bytes unpack to {unpacked} bytes in {facts.num_rows} rows, which no list does"
+        )
 
 
 _FLOW = frozenset(("flow_offset", "flow_bytes", "flow_crc32"))
@@ -408,14 +433,17 @@ def _arrow_type(annotation: str) -> pa.DataType:
     return kinds[annotation.split(" | ", maxsplit=1)[0]]
 
 
-def _json(data: bytes, file: str, expected: str) -> dict[str, Any]:
+def parsed_json(data: bytes, file: str, *formats: str) -> dict[str, Any]:
+    """A JSON object of one of these formats, without its format. Raises ManifestError."""
     try:
         tree = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ManifestError(f"{file}: not whole JSON: {error}") from error
     found = tree.pop("format", None) if isinstance(tree, dict) else None
-    if found != expected:
-        raise ManifestError(f"{file}: format is {found!r}, this version reads {expected!r}")
+    if found not in formats:
+        raise ManifestError(
+            f"{file}: format is {found!r}, this version reads {' and '.join(map(repr, formats))}"
+        )
     return dict(tree)
 
 

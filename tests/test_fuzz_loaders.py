@@ -16,10 +16,11 @@ import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -43,12 +44,22 @@ from cliplift.sharding.manifest import (
     Sample,
     ShardFacts,
     check_samples,
+    digest,
     dump_dataset,
     load_dataset,
     load_index,
     read_table,
     rows_to_parquet,
 )
+from cliplift.sharding.read.catalog import (
+    checksums_of,
+    dump_head,
+    layout_of,
+    load_head,
+    open_catalog,
+    row_type,
+)
+from cliplift.sharding.read.columns import columns_of
 from cliplift.sharding.sources.lists import SourceError, read_rows
 from cliplift.sharding.sources.tars import read_tar
 from cliplift.sharding.sources.tfrecord import RecordError, masked_crc32c, records
@@ -198,6 +209,52 @@ def table_of_samples(path: Path) -> None:
     check_samples(read_table(path.read_bytes(), file="samples.parquet"), DATASET, file="samples.parquet")
 
 
+COLUMNS = columns_of(
+    read_table(
+        rows_to_parquet([replace(SAMPLE, labels=(0, 1))] * 40, Sample, extra={"shard": [0] * 40}),
+        file="samples.parquet",
+    ),
+    replace(DATASET, samples=40, shards=(replace(DATASET.shards[0], samples=40),)),
+    samples_bytes=1,
+)
+CHECKSUMS = checksums_of(COLUMNS.head, COLUMNS.rows, COLUMNS.labels)
+HEAD = replace(COLUMNS.head, checksums_sha256=digest(CHECKSUMS.tobytes()))
+
+
+def catalogued(head: bytes) -> Dataset:
+    shards = (replace(DATASET.shards[0], samples=40),)
+    return replace(DATASET, samples=40, shards=shards, catalog_sha256=digest(head))
+
+
+def head_of_catalog(path: Path) -> None:
+    """The manifest agrees with whatever it says; the rows beside it are those of the whole one."""
+    data = path.read_bytes()
+    head = load_head(data, catalogued(data), file="catalog.json")
+    (path.parent / "catalog.bin").write_bytes(rows_of_catalog(path))
+    open_catalog(path.parent / "catalog.bin", head, catalogued(data), file="catalog.bin").check_everything()
+
+
+def rows_of_catalog(_: Path) -> bytes:
+    return COLUMNS.rows.tobytes() + COLUMNS.labels.tobytes() + CHECKSUMS.tobytes()
+
+
+def whole_catalog(path: Path) -> None:
+    """The checksums agree with whatever the rows are."""
+    data = path.read_bytes()
+    layout = layout_of(HEAD)
+    if len(data) == layout.end:
+        rows = np.frombuffer(data, dtype=row_type(HEAD), count=HEAD.rows)
+        labels = np.frombuffer(data, dtype=np.int32, count=HEAD.label_values, offset=layout.labels)
+        sums = checksums_of(HEAD, rows, labels)
+        path.write_bytes(data[: layout.checksums] + sums.tobytes())
+        head = replace(HEAD, checksums_sha256=digest(sums.tobytes()))
+    else:
+        head = HEAD
+    catalog = open_catalog(path, head, catalogued(dump_head(head)), file="catalog.bin")
+    catalog.check_everything()
+    catalog.label_set(HEAD.rows - 1)
+
+
 def rows(path: Path) -> None:
     for row in read_rows(str(path), needed=("path", "label")):
         row.text("path")
@@ -218,6 +275,8 @@ LOADERS = [
     Loader("x.index.json", index, lambda p: load_index(p.read_bytes(), file="i"), (ManifestError,)),
     Loader("samples.parquet", lambda _: rows_to_parquet([SAMPLE], Sample, extra={"shard": [0]}), table_of_samples,
            (ManifestError,)),
+    Loader("catalog.json", lambda _: dump_head(HEAD), head_of_catalog, (ManifestError,)),
+    Loader("catalog.bin", rows_of_catalog, whole_catalog, (ManifestError,)),
     Loader("list.csv", lambda _: b'path,label\n"a, b.mp4",x\nc.mp4,"y ""z"""\n', rows, LISTS),
     Loader("list.parquet", parquet, rows, LISTS),
     Loader("x.tfrecord", record, lambda p: list(records(p.read_bytes(), file="x")), (RecordError,)),

@@ -121,7 +121,7 @@ def _labels(run: TrainingRun, _: Machine, known: Known) -> Iterator[Finding]:
     if not stage.needs_labels:
         if stage.needs_videos == 1:
             return
-        videos = len(set(known.train.video_index.tolist()))
+        videos = len(np.unique(known.train.video_index))
         enough = videos >= stage.needs_videos
         remedy = "" if enough else f"correspondence.negatives_per_clip={max(1, videos - 1)}, or more videos"
         yield Finding(

@@ -1,4 +1,4 @@
-"""``cliplift shard``, ``verify``, ``show`` and ``index``: build shard datasets, and look at them."""
+"""``cliplift shard``, ``verify``, ``show``, ``index`` and ``finalize``: build shard datasets, and look at them."""
 
 from __future__ import annotations
 
@@ -99,6 +99,16 @@ def run_index(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
     )
     print(f"{arguments.subject}: {dataset.samples} samples, {len(dataset.classes)} classes indexed")
+    return 0
+
+
+def run_finalize(arguments: argparse.Namespace) -> int:
+    from cliplift.sharding.build.finalize import add_catalog
+
+    dataset = add_catalog(arguments.subject)
+    print(
+        f"{arguments.subject}: catalog of {dataset.samples} samples in {len(dataset.shards)} shards written"
+    )
     return 0
 
 
@@ -264,5 +274,13 @@ COMMANDS = (
         rest="",
         add_options=add_index_options,
         run=run_index,
+    ),
+    Command(
+        name="finalize",
+        summary="give a shard dataset that was made without a catalog its catalog; runs on it go on",
+        subject="URL",
+        subject_help="folder or URL of a shard dataset",
+        rest="",
+        run=run_finalize,
     ),
 )

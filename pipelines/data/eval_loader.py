@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch.utils.data import Dataset
@@ -52,7 +52,7 @@ class EvalLoader:
         self.dataset = ClipSource(data, split=split)
         self.classes = self.dataset.classes
         self.num_samples = len(self.dataset) if max_samples is None else min(max_samples, len(self.dataset))
-        chosen = list(range(len(self.dataset)))
+        chosen: Sequence[int] = range(len(self.dataset))
         if max_samples is not None and max_samples < len(chosen):
             # Shards may hold classes side by side; a seeded choice shows all of them.
             chosen = sorted(random.Random(0).sample(chosen, max_samples))
@@ -68,13 +68,13 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[ClipBatch]:
         step = self._samples_per_batch
-        batches = [tuple(self._mine[start : start + step]) for start in range(0, len(self._mine), step)]
-        workers = min(self.data.workers, len(batches))
-        later = [*batches[max(1, workers) :], *[()] * max(1, workers)]
-        requests = [
-            ViewsRequest(samples, following[: self.data.read_ahead])
-            for samples, following in zip(batches, later, strict=False)
-        ]
+        starts = range(0, len(self._mine), step)
+        workers = min(self.data.workers, len(starts))
+        ahead = step * max(1, workers)
+        requests = (
+            ViewsRequest(self._batch(start), self._batch(start + ahead)[: self.data.read_ahead])
+            for start in starts
+        )
         dataset = _TestViews(self.dataset)
         if not workers:
             return (dataset[request] for request in requests)
@@ -85,6 +85,9 @@ class EvalLoader:
             workers=workers,
             describe=lambda request: ", ".join(map(self.dataset.name_of, request.samples[:3])),
         )
+
+    def _batch(self, start: int) -> tuple[int, ...]:
+        return tuple(self._mine[start : start + self._samples_per_batch])
 
     def fillers(self) -> Iterator[ClipBatch]:
         """Batches to run and forget, so that every rank makes as many forward passes as the busiest one.

@@ -29,6 +29,7 @@ from cliplift.pipelines.data.order import (
 )
 from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.data.workers import batches_from_workers
+from cliplift.sharding.manifest import ManifestError
 from cliplift.sharding.read.reader import ShardReadError
 from cliplift.sharding.video.decode import VideoDecodeError
 
@@ -44,23 +45,26 @@ class Request(NamedTuple):
     next_positions: tuple[int, ...] = ()
 
 
-class _Training(Dataset[ClipBatch | TooManyFailuresError]):
+Stopped = TooManyFailuresError | ManifestError  # why a worker makes no batch; the main process raises it
+
+
+class _Training(Dataset[ClipBatch | Stopped]):
     """Micro-batches by request; lives in the worker processes."""
 
     def __init__(self, source: ClipSource, order: Order | BalancedOrder) -> None:
         self.source, self.order = source, order
 
-    def __getitem__(self, request: Request) -> ClipBatch | TooManyFailuresError:
+    def __getitem__(self, request: Request) -> ClipBatch | Stopped:
         draws = [self.order.draw(request.epoch, position) for position in request.positions]
         ahead = [self.order.draw(request.next_epoch, position) for position in request.next_positions]
-        self.source.expect(draw.sample for draw in (*draws, *ahead))
         clips, failed = [], []
         try:
+            self.source.expect(draw.sample for draw in (*draws, *ahead))
             for position, draw in zip(request.positions, draws, strict=True):
                 clip, messages = self._clip(request.epoch, position, draw)
                 clips.append(clip)
                 failed += messages
-        except TooManyFailuresError as error:
+        except (TooManyFailuresError, ManifestError) as error:
             return error  # raised by the main process, whose traceback is the one that helps
         return merge_batches(clips, failed=failed)
 
@@ -149,6 +153,7 @@ class ClipLoader:
 
         Raises:
             TooManyFailuresError: more samples failed, in a row or as a share, than the config tolerates.
+            ManifestError: the catalog is damaged where it is read.
             WorkerError: the worker processes died or were silent for ``data.worker_timeout_seconds``.
         """
         dataset = _Training(self.dataset, self.order)
@@ -159,7 +164,7 @@ class ClipLoader:
             distance=max(1, workers),
             most=self.data.read_ahead,
         )
-        batches: Iterator[ClipBatch | TooManyFailuresError]
+        batches: Iterator[ClipBatch | Stopped]
         if workers == 0:
             batches = (dataset[request] for request in requests)
         else:
@@ -169,7 +174,7 @@ class ClipLoader:
         micro_batches_per_step = self.global_batch // (self.micro_batch * self.world_size)
         # Counted from the run's first batch, not this call's: a resumed run judges failures at the same steps.
         for number, batch in enumerate(batches, start=start_step * micro_batches_per_step + 1):
-            if isinstance(batch, TooManyFailuresError):
+            if isinstance(batch, (TooManyFailuresError, ManifestError)):
                 raise batch
             step, inside = divmod(number, micro_batches_per_step)
             epoch_ends = not inside and step % self.steps_per_epoch == 0

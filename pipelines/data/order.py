@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cliplift.configs.sections import ConfigError
+from cliplift.sharding.read.shared import SharedArray
 
 Ints = npt.NDArray[np.int64]
 
@@ -288,17 +289,20 @@ class BalancedOrder:
                 hint="use false",
             )
         self.num_samples, self.seed = len(found), seed
-        self.members: list[Ints] = [np.flatnonzero(found == k) for k in np.unique(found)]
-        self.within = [GlobalOrder(len(rows), mix(seed, k)) for k, rows in enumerate(self.members)]
+        # All samples, one class after the other, and where each class begins: the only table of an order.
+        self._members = SharedArray(np.argsort(found, kind="stable"))
+        self._starts = np.cumsum([0, *np.unique(found, return_counts=True)[1]]).tolist()
+        sizes = np.diff(self._starts).tolist()
+        self.within = [GlobalOrder(size, mix(seed, k)) for k, size in enumerate(sizes)]
         self._rounds: OrderedDict[int, Ints] = OrderedDict()
 
     def draw(self, epoch: int, position: int) -> Draw:
         # A round is K positions, one of each class. Rounds are counted through the whole run, as an epoch's N positions
         # seldom end with one.
-        turn, inside = divmod(epoch * self.num_samples + position, len(self.members))
+        turn, inside = divmod(epoch * self.num_samples + position, len(self.within))
         k = int(self._dealt(turn)[inside])
-        passes, at = divmod(turn, len(self.members[k]))
-        return Draw(int(self.members[k][self.within[k].sample(passes, at)]), passes)
+        passes, at = divmod(turn, self.within[k].num_samples)
+        return Draw(int(self._members.array[self._starts[k] + self.within[k].sample(passes, at)]), passes)
 
     def substitutes(self, position: int) -> range:
         """Positions that may stand in for this one."""
@@ -308,5 +312,5 @@ class BalancedOrder:
         if turn not in self._rounds:
             while len(self._rounds) > 3:
                 self._rounds.popitem(last=False)
-            self._rounds[turn] = generator(self.seed, turn, 5).permutation(len(self.members))
+            self._rounds[turn] = generator(self.seed, turn, 5).permutation(len(self.within))
         return self._rounds[turn]

@@ -33,21 +33,23 @@ from cliplift.sharding.read.subsets import Subset
 from cliplift.sharding.video.decode import Frames, decode_frames
 from cliplift.sharding.video.flow import decode_flow
 
+VideoKey = tuple[str, int, str]  # dataset, row in its catalog, member
+
 
 class DecodedVideos:
     """Decoded videos of this process up to a size, the least recently used dropped first."""
 
     def __init__(self) -> None:
-        self.videos: OrderedDict[tuple[str, str], Frames] = OrderedDict()
+        self.videos: OrderedDict[VideoKey, Frames] = OrderedDict()
         self.bytes, self.limit = 0, 0
 
-    def get(self, key: tuple[str, str]) -> Frames | None:
+    def get(self, key: VideoKey) -> Frames | None:
         video = self.videos.get(key)
         if video is not None:
             self.videos.move_to_end(key)
         return video
 
-    def put(self, key: tuple[str, str], video: Frames) -> None:
+    def put(self, key: VideoKey, video: Frames) -> None:
         self.videos[key] = video
         self.bytes += video.nbytes
         while self.bytes > self.limit:
@@ -100,34 +102,31 @@ class ClipSource:
         # Samples are numbered through all datasets: the first of dataset i is number starts[i].
         self.starts = np.cumsum([0, *(len(s) for s in self.sets)]).tolist()
         self.fingerprint = "+".join(s.fingerprint for s in self.sets)
-        self.labels = np.concatenate([s.labels for s in self.sets]).astype(np.int64)
-        self.video_index = self._video_numbers()
-        self.shard_ranges = tuple(
-            (a + start, b + start)
-            for start, one in zip(self.starts, self.sets, strict=False)
-            for a, b in one.shard_ranges
-        )
-        self.label_sets = self._label_sets()
+        self._first_videos = _first_videos(self.sets)
+        self.several_labels = max(one.most_labels for one in self.sets) > 1
         self._mirrored = mirrored_labels(data.augment, self.classes)
         self._cache = decoded_videos(data.cache_decoded_mib)
         self._ahead: ReadAhead | None = None
 
-    def _video_numbers(self) -> Ints:
-        """The number of every sample's source video, counted over all datasets in order of appearance."""
-        # By dataset and id: two datasets may both have a video "0001", and those are different videos.
-        numbers: dict[tuple[str, str], int] = {}
-        found = []
-        for one in self.sets:
-            videos, codes = one.encoded("video_id")
-            own = [numbers.setdefault((one.url, video), len(numbers)) for video in videos]
-            found.append(np.array(own, dtype=np.int64)[codes])
-        return np.concatenate(found)
+    @property
+    def labels(self) -> Ints:
+        """(N,) the label of every sample; looks at all of them."""
+        return np.concatenate([one.labels for one in self.sets])
 
-    def _label_sets(self) -> list[tuple[int, ...]] | None:
-        """Label numbers of every sample where any sample has several; None for single-label data."""
-        if max(one.most_labels for one in self.sets) <= 1:
-            return None
-        return [tuple(labels) for one in self.sets for labels in one.column("labels")]
+    @property
+    def video_index(self) -> Ints:
+        """(N,) the number of every sample's source video, counted over all datasets; looks at all of them."""
+        parts = [one.videos + first for one, first in zip(self.sets, self._first_videos, strict=True)]
+        return np.concatenate(parts)
+
+    @property
+    def shard_ranges(self) -> tuple[tuple[int, int], ...]:
+        """The first sample of every shard, and the one after its last."""
+        return tuple(
+            (a + start, b + start)
+            for start, one in zip(self.starts, self.sets, strict=False)
+            for a, b in one.shard_ranges
+        )
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -136,9 +135,17 @@ class ClipSource:
         # Threads and open files do not travel to a worker process; it starts its own when it first needs them.
         return self.__dict__ | {"_ahead": None}
 
+    def _set_of(self, index: int) -> int:
+        return bisect.bisect_right(self.starts, index) - 1
+
     def _place(self, index: int) -> tuple[ShardDataset, int]:
-        number = bisect.bisect_right(self.starts, index) - 1
+        number = self._set_of(index)
         return self.sets[number], index - int(self.starts[number])
+
+    def video_of(self, index: int) -> int:
+        """The number of a sample's source video."""
+        one, inside = self._place(index)
+        return one.video(inside) + self._first_videos[self._set_of(index)]
 
     def facts(self, index: int) -> SampleFacts:
         one, inside = self._place(index)
@@ -247,9 +254,9 @@ class ClipSource:
     def _decoded_video(self, index: int) -> Frames | None:
         return None if self._cache is None else self._cache.get(self._cache_key(index))
 
-    def _cache_key(self, index: int) -> tuple[str, str]:
+    def _cache_key(self, index: int) -> VideoKey:
         one, inside = self._place(index)
-        return one.url, f"{one.key(inside)}.{self._member}"
+        return one.url, one.row(inside), self._member
 
     def _batch(
         self,
@@ -261,17 +268,18 @@ class ClipSource:
         mirrored: Sequence[bool],
     ) -> ClipBatch:
         B = len(clips)
-        targets = None
-        if self.label_sets is not None:
+        one, inside = self._place(index)
+        label, targets = one.label(inside), None
+        if self.several_labels:
             # Mirrored clips may show other classes, so the targets are made clip by clip.
-            targets = torch.zeros(B, len(self.classes))
+            targets, labels = torch.zeros(B, len(self.classes)), one.label_set(inside)
             for row, swap in enumerate(mirrored):
-                targets[row, [self._class_shown(label, swap) for label in self.label_sets[index]]] = 1.0
+                targets[row, [self._class_shown(label, swap) for label in labels]] = 1.0
         return ClipBatch(
             clips=clips[0].unsqueeze(0) if B == 1 else torch.stack(list(clips)),
-            labels=torch.tensor([self._class_shown(int(self.labels[index]), swap) for swap in mirrored]),
+            labels=torch.tensor([self._class_shown(label, swap) for swap in mirrored]),
             sample_index=torch.full((B,), index),
-            video_index=torch.full((B,), int(self.video_index[index])),
+            video_index=torch.full((B,), self.video_of(index)),
             views=torch.arange(B),
             draws=torch.from_numpy(draws),
             epochs=torch.full((B,), OUTSIDE_TRAINING),
@@ -292,6 +300,18 @@ class ClipSource:
             self._ahead = None
         for one in self.sets:
             one.close()
+
+
+def _first_videos(sets: Sequence[ShardDataset]) -> list[int]:
+    """What is added to the video numbers of each dataset, so that equal numbers are the same video."""
+    # Two datasets may both have a video "0001", and those are different videos; one named twice has its own twice.
+    firsts: dict[str, int] = {}
+    total = 0
+    for one in sets:
+        if one.url not in firsts:
+            firsts[one.url] = total
+            total += one.num_videos
+    return [firsts[one.url] for one in sets]
 
 
 def stored_split(data: DataConfig, split: str | None) -> str | None:

@@ -1,21 +1,29 @@
-"""Finalize: check that every planned shard is there and write the dataset's table, ledger and manifest."""
+"""Finalize: check that every planned shard is there and write the dataset's table, catalog, ledger and manifest.
+
+The catalog alone, of a dataset that was finalized before there were catalogs.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 
 import av
+import numpy as np
 
 from cliplift.sharding.manifest import (
+    CATALOG_FILE,
+    CATALOG_ROWS_FILE,
     DATASET_FILE,
     DUPLICATE,
     REFUSED_FILE,
     RETRIED_STAGES,
     SAMPLES_FILE,
     Dataset,
+    ManifestError,
     Refused,
     Sample,
     ShardFacts,
@@ -27,10 +35,15 @@ from cliplift.sharding.manifest import (
     dump_dataset,
     index_file,
     load_index,
+    read_table,
     rows_to_parquet,
 )
 from cliplift.sharding.build.plan import Plan
-from cliplift.sharding.storage import Store
+from cliplift.sharding.read.catalog import checksums_of, dump_head
+from cliplift.sharding.read.columns import columns_of
+from cliplift.sharding.read.reader import read_dataset
+from cliplift.sharding.scratch import scratch_folder
+from cliplift.sharding.storage import Store, open_store
 
 
 class BuildError(ValueError):
@@ -45,7 +58,7 @@ def _again(refused: Sequence[Refused]) -> str:
 
 
 def finalize(plan: Plan, store: Store, *, max_refused_share: float) -> Dataset:
-    """Write ``samples.parquet``, ``refused.jsonl`` and, last, ``dataset.json``.
+    """Write ``samples.parquet``, the catalog, ``refused.jsonl`` and, last, ``dataset.json``.
 
     Raises:
         BuildError: a shard is missing or its tar has another size, no clip was made, or too many were refused.
@@ -76,7 +89,44 @@ def finalize(plan: Plan, store: Store, *, max_refused_share: float) -> Dataset:
         plan_id=plan.plan_id,
         settings=dict(plan.settings),
     )
+    return write_tables(dataset, table, store)
+
+
+def write_tables(dataset: Dataset, table: bytes, store: Store) -> Dataset:
+    """Write the table of samples, the catalog made of it and, last, the manifest, which is returned."""
     store.write(SAMPLES_FILE, table)
+    return _write_catalog(dataset, table, store)
+
+
+def add_catalog(url: str) -> Dataset:
+    """Write the catalog of a finalized dataset, and the manifest that names it; the same bytes each time.
+
+    The fingerprint stays: a run goes on with what it began.
+
+    Raises:
+        ConfigError: there is no finalized dataset at this place.
+        ManifestError: its manifest or its table is damaged.
+    """
+    store = open_store(url)
+    dataset = read_dataset(store)
+    table = store.read(SAMPLES_FILE)
+    if digest(table) != dataset.samples_sha256:
+        raise ManifestError(f"{url}/{SAMPLES_FILE}: does not belong to {DATASET_FILE}; finalize its build again")
+    return _write_catalog(dataset, table, store)
+
+
+def _write_catalog(dataset: Dataset, table: bytes, store: Store) -> Dataset:
+    columns = columns_of(read_table(table, file=SAMPLES_FILE), dataset, samples_bytes=len(table))
+    checksums = checksums_of(columns.head, columns.rows, columns.labels)
+    with scratch_folder() as folder:
+        rows = folder / CATALOG_ROWS_FILE
+        with rows.open("wb") as file:
+            for part in (columns.rows, columns.labels, checksums):
+                file.write(part.view(np.uint8).data)
+        store.publish(rows, CATALOG_ROWS_FILE)
+    head = dump_head(replace(columns.head, checksums_sha256=digest(checksums.tobytes())))
+    store.write(CATALOG_FILE, head)
+    dataset = replace(dataset, catalog_sha256=digest(head))
     store.write(DATASET_FILE, dump_dataset(dataset))
     return dataset
 

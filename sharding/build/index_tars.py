@@ -16,20 +16,17 @@ from typing import Any, BinaryIO
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import LimitsConfig
-from cliplift.sharding.build.finalize import describe
+from cliplift.sharding.build.finalize import describe, write_tables
 from cliplift.sharding.manifest import (
-    DATASET_FILE,
     FOREIGN,
     NO_LABEL,
     REFUSED_FILE,
-    SAMPLES_FILE,
     Dataset,
     Refused,
     Sample,
     ShardIndex,
     canonical,
     digest,
-    dump_dataset,
     dump_index,
     index_file,
 )
@@ -143,9 +140,7 @@ def _write(indexes: list[ShardIndex], store: Store, *, name: str, classes: tuple
     )
     for index in indexes:
         store.write(index_file(index.tar), dump_index(index))
-    store.write(SAMPLES_FILE, table)
-    store.write(DATASET_FILE, dump_dataset(dataset))
-    return dataset
+    return write_tables(dataset, table, store)
 
 
 def _scan(store: Store, tar: str, label_key: str) -> _Scan:

@@ -18,9 +18,11 @@ import hashlib
 import tarfile
 import zlib
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from cliplift.sharding.manifest import DATASET_FILE, FOREIGN, MEMBERS, SAMPLES_FILE, Dataset, ManifestError, Sample, ShardFacts, ShardIndex, digest, index_file, load_index, rows_from_parquet
+from cliplift.sharding.manifest import CATALOG_FILE, CATALOG_ROWS_FILE, DATASET_FILE, FOREIGN, MEMBERS, SAMPLES_FILE, Dataset, ManifestError, Sample, ShardFacts, ShardIndex, digest, index_file, load_index, read_table, rows_from_parquet
+from cliplift.sharding.read.catalog import checksums_of, load_head, open_catalog
+from cliplift.sharding.read.columns import columns_of
 from cliplift.sharding.read.reader import read_dataset
 from cliplift.sharding.scratch import local_copy
 from cliplift.sharding.storage import TEMPORARY_SUFFIX, StorageError, Store, open_store
@@ -150,6 +152,7 @@ def verify(
     dataset = read_dataset(store)
     problems: list[Problem] = []
     rows = _table(dataset, store, problems)
+    problems += _catalog(dataset, store)
     indexed: list[Sample] = []
     for shard in dataset.shards:
         found = _shard(dataset, shard, store)
@@ -186,6 +189,28 @@ def _table(dataset: Dataset, store: Store, problems: list[Problem]) -> list[Samp
     except ManifestError as error:
         problems.append(Problem("damaged", SAMPLES_FILE, str(error)))
     return None
+
+
+def _catalog(dataset: Dataset, store: Store) -> Iterator[Problem]:
+    """What is wrong with the catalog: every block, and whether it says what the table of samples says."""
+    if not dataset.catalog_sha256:
+        return
+    try:
+        head = load_head(store.read(CATALOG_FILE), dataset, file=CATALOG_FILE)
+        with local_copy(store, CATALOG_ROWS_FILE) as path:
+            open_catalog(path, head, dataset, file=CATALOG_ROWS_FILE).check_everything()
+        table = store.read(SAMPLES_FILE)
+        if digest(table) != dataset.samples_sha256:
+            return  # the table is what is damaged
+        columns = columns_of(read_table(table, file=SAMPLES_FILE), dataset, samples_bytes=len(table))
+    except FileNotFoundError as error:
+        yield Problem("missing", CATALOG_FILE, f"the catalog, or what it is made of, does not exist: {error}")
+    except ManifestError as error:
+        yield Problem("damaged", CATALOG_FILE, str(error))
+    else:
+        checksums = digest(checksums_of(columns.head, columns.rows, columns.labels).tobytes())
+        if replace(columns.head, checksums_sha256=checksums) != head:
+            yield Problem("catalog", CATALOG_FILE, f"differs from {SAMPLES_FILE}: finalize again")
 
 
 def _shard(dataset: Dataset, shard: ShardFacts, store: Store) -> tuple[ShardIndex | None, list[Problem]]:

@@ -1,6 +1,7 @@
 """Local files kept open between reads.
 
-Whole remote shards kept in a local folder shared by the processes of a node, up to a size.
+Whole remote shards, and the catalogs and tables of remote datasets, kept in a local folder shared by the processes of a
+node, up to a size.
 
 Bytes fetched by threads before they are asked for, so that the latency of a store is not waited for.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +23,7 @@ from cliplift.sharding.manifest import ShardFacts
 from cliplift.sharding.storage import StorageError, Store, temporary_beside
 
 MAX_OPEN_FILES = 256
+HOST_FILES_BYTES = 64 << 30  # catalogs and tables of remote datasets kept on a host
 
 
 class OpenFiles:
@@ -109,35 +112,91 @@ class ShardCache:
         )
 
     def _fetch(self, store: Store, shard: ShardFacts, path: Path) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lock(f"{shard.sha256}.lock"):
-            if path.exists():
-                return
-            with self._lock("evict.lock"):
-                self._make_room(shard.bytes)
-            temporary = temporary_beside(path)
-            try:
-                store.fetch(shard.file, temporary)
-                size = temporary.stat().st_size
-                if size != shard.bytes:
-                    raise StorageError(f"{shard.file}: {shard.bytes} bytes expected, {size} fetched")
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+        fetch_once(store, shard.file, path, size=shard.bytes, limit_bytes=self.limit_bytes)
 
-    def _make_room(self, needed_bytes: int) -> None:
-        kept = sorted(self.folder.glob("*.tar"), key=lambda p: p.stat().st_mtime_ns)
-        total = sum(p.stat().st_size for p in kept)
-        while kept and total + needed_bytes > self.limit_bytes:
-            oldest = kept.pop(0)
-            total -= oldest.stat().st_size
-            oldest.unlink(missing_ok=True)
 
-    @contextmanager
-    def _lock(self, name: str) -> Iterator[None]:
-        with (self.folder / name).open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+class HostFiles:
+    """Files of remote datasets that all processes of a host share: each is fetched once, the least recently used leave.
+
+    Args:
+        folder: where they are kept; None takes a folder of this user's in the system's place for temporary files.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def path(self, store: Store, name: str, *, identity: str, size: int) -> Path:
+        """Where a file of a store lies on this host.
+
+        Args:
+            store: where it comes from; a local one's files are taken where they are.
+            name: the file.
+            identity: checksum that tells its content, so that another version is another file.
+            size: its length, bytes.
+
+        Raises:
+            StorageError: it cannot be fetched, or has another length.
+            FileNotFoundError: the store has no such file.
+        """
+        local = store.local_path(name)
+        if local is not None:
+            return local
+        kept = self._own_folder() / f"{identity}{Path(name).suffix}"
+        if kept.is_file() and kept.stat().st_size == size:
+            os.utime(kept)
+        else:
+            fetch_once(store, name, kept, size=size, limit_bytes=HOST_FILES_BYTES)
+        return kept
+
+    def _own_folder(self) -> Path:
+        if self.folder is not None:
+            return self.folder
+        folder = Path(tempfile.gettempdir()) / f"cliplift-catalogs-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            raise StorageError(f"{folder}: is another user's; name a folder as data.cache_folder")
+        return folder
+
+
+def fetch_once(store: Store, name: str, target: Path, *, size: int, limit_bytes: int) -> None:
+    """Fetch a file of a store for all processes of this host, unless another just did.
+
+    Files beside it with the same ending leave, the least recently read first, until all fit in ``limit_bytes``.
+
+    Raises:
+        StorageError: the fetched file has not ``size`` bytes.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _lock(target.parent / f"{target.stem}.lock"):
+        if target.is_file() and target.stat().st_size == size:
+            return
+        with _lock(target.parent / "evict.lock"):
+            _make_room(target, size, limit_bytes)
+        temporary = temporary_beside(target)
+        try:
+            store.fetch(name, temporary)
+            found = temporary.stat().st_size
+            if found != size:
+                raise StorageError(f"{name}: {size} bytes expected, {found} fetched")
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _make_room(target: Path, needed_bytes: int, limit_bytes: int) -> None:
+    kept = sorted(target.parent.glob(f"*{target.suffix}"), key=lambda p: p.stat().st_mtime_ns)
+    total = sum(p.stat().st_size for p in kept)
+    while kept and total + needed_bytes > limit_bytes:
+        oldest = kept.pop(0)
+        total -= oldest.stat().st_size
+        oldest.unlink(missing_ok=True)
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class ReadAhead:

@@ -1,13 +1,10 @@
-"""Reading samples of a shard dataset by number: offset and length from the index, every payload checked by crc32."""
+"""Reading samples of a shard dataset by number: offset and length from the catalog, every payload checked by crc32."""
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import json
 import os
 import zlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +14,8 @@ import numpy.typing as npt
 
 from cliplift.configs.sections import ConfigError
 from cliplift.sharding.manifest import (
+    CATALOG_FILE,
+    CATALOG_ROWS_FILE,
     DATASET_FILE,
     MEMBERS,
     NO_LABEL,
@@ -25,19 +24,21 @@ from cliplift.sharding.manifest import (
     ManifestError,
     ShardFacts,
     canonical,
-    check_samples,
     digest,
     load_dataset,
     read_table,
 )
-from cliplift.sharding.read.fetch import OpenFiles, ShardCache
+from cliplift.sharding.read.catalog import Catalog, CatalogHead, layout_of, load_head, open_catalog
+from cliplift.sharding.read.columns import columns_of
+from cliplift.sharding.read.fetch import HostFiles, OpenFiles, ShardCache
+from cliplift.sharding.read.sample_table import SampleTable
+from cliplift.sharding.read.selection import ALL, Rows, rows_of_split, split_names, subset_mask
+from cliplift.sharding.read.shared import SharedArray
 from cliplift.sharding.read.subsets import Subset
 from cliplift.sharding.storage import StorageError, Store, open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-UNUSED = ""
 
 
 class ShardReadError(ValueError):
@@ -83,6 +84,10 @@ class ClipShape(NamedTuple):
 class ShardDataset:
     """The samples of one split, in shard order. Map-style, picklable, opens files per process, needs no torch.
 
+    Opening reads the manifest and the head of the catalog, whatever the number of samples; the catalog's rows are
+    mapped into memory. Of a dataset without a catalog (version 1 of the format) the rows are made from its table, which
+    is read whole. A process that is sent a dataset opens it anew and shares what the sender has made.
+
     Threads may read side by side.
 
     Args:
@@ -101,7 +106,6 @@ class ShardDataset:
     classes: tuple[str, ...]
     fingerprint: str
     shards: tuple[ShardFacts, ...]
-    shard_ranges: list[tuple[int, int]]
     splits: tuple[str, ...]
 
     def __init__(
@@ -116,71 +120,115 @@ class ShardDataset:
     ) -> None:
         self.url, self.split, self.fold, self.subset = url, split, fold, subset
         self.cache_folder, self.cache_gib = cache_folder, cache_gib
-        self._store: Store = open_store(url)
-        self._files = OpenFiles()
-        self._cache = ShardCache(Path(cache_folder), cache_gib) if cache_folder and "://" in url else None
-        dataset = read_dataset(self._store)
-        data = self._store.read(SAMPLES_FILE)
-        if digest(data) != dataset.samples_sha256:
-            raise ManifestError(f"{url}/{SAMPLES_FILE}: does not belong to {DATASET_FILE}; finalize again")
-        table = read_table(data, file=SAMPLES_FILE)
-        check_samples(table, dataset, file=f"{url}/{SAMPLES_FILE}")
-        self._load(dataset, table)
-
-    def _load(self, dataset: Dataset, table: pa.Table) -> None:
-        splits = _resolved_splits(dataset, table, self.url, self.fold)
-        names, counts = np.unique(splits, return_counts=True)
-        self.splits = tuple(str(name) for name in names if name != UNUSED)
-        if self.split is not None and self.split not in names:
-            have = ", ".join(f"{n} ({c})" for n, c in zip(names, counts, strict=True) if n != UNUSED)
+        dataset = self._open_files()
+        self._open_rows(dataset, None)
+        counts = split_names(self._catalog.head, dataset, url, fold)
+        self.splits = tuple(counts)
+        if split is not None and split not in counts:
             raise ConfigError(
-                f"{self.url} has no split {self.split!r}",
+                f"{url} has no split {split!r}",
                 key="data.split",
-                value=self.split,
-                hint=f"it has {have}",
+                value=split,
+                hint=f"it has {', '.join(f'{name} ({count})' for name, count in counts.items())}",
             )
-        chosen = np.flatnonzero(splits == self.split if self.split is not None else splits != UNUSED)
-        if self.subset is not None:
-            part = table.take(chosen)
-            labels, groups, videos = (part.column(c).to_pylist() for c in ("label", "group", "video_id"))
-            chosen = chosen[self.subset.mask(labels=labels, groups=groups, video_ids=videos)]
-        self._table = table.take(chosen)
-        self._splits = splits[chosen]
-        shard_numbers = self._table.column("shard").to_numpy()
-        by_number = {facts.shard: facts for facts in dataset.shards}
-        numbers = [int(n) for n in dict.fromkeys(shard_numbers.tolist())]
-        self.shards = tuple(by_number[n] for n in numbers)
-        stops = list(itertools.accumulate(int((shard_numbers == n).sum()) for n in numbers))
-        self.shard_ranges = list(zip([0, *stops[:-1]], stops, strict=True))
-        self._starts = [start for start, _ in self.shard_ranges]
-        self._places = {
-            kind: np.stack(
-                [self._table.column(f"{kind}_{what}").to_numpy() for what in ("offset", "bytes", "crc32")]
+        rows = rows_of_split(self._catalog, dataset, fold, split)
+        if subset is not None:
+            rows = rows.taken(subset_mask(subset, rows, self._catalog, self._table))
+        self._choose(dataset, rows)
+
+    def __getstate__(self) -> dict[str, object]:
+        arguments = ("url", "split", "fold", "subset", "cache_folder", "cache_gib")
+        return {name: self.__dict__[name] for name in (*arguments, "splits", "_rows", "_made", "_identity")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        dataset = self._open_files()
+        if dataset.fingerprint != self._identity:
+            raise ManifestError(
+                f"{self.url}/{DATASET_FILE}: was written anew since the run began; start it again"
             )
-            for kind in MEMBERS
-            if f"{kind}_bytes" in self._table.column_names
-        }
-        self._shapes = [
-            self._table.column(name).to_numpy() for name in ("num_frames", "fps", "height", "width")
-        ]
-        self.labels = self._table.column("label").to_numpy()
+        self._open_rows(dataset, self._made)
+        self._choose(dataset, self._rows)
+
+    def _open_files(self) -> Dataset:
+        """The manifest, and what is needed to read files, none of which is open yet."""
+        self._store: Store = open_store(self.url)
+        self._files = OpenFiles()
+        folder = Path(self.cache_folder) if self.cache_folder else None
+        self._cache = ShardCache(folder, self.cache_gib) if folder and "://" in self.url else None
+        self._host_files = HostFiles(folder)
+        return read_dataset(self._store)
+
+    def _open_rows(self, dataset: Dataset, made: _MadeRows | None) -> None:
+        """Map the catalog, or make its rows, or take those that another process made."""
+        self._made, self._identity = made, dataset.fingerprint
+        if made is None and dataset.catalog_sha256:
+            self._catalog = self._mapped_catalog(dataset)
+        else:
+            made = self._made = made or _made_rows(self._store, dataset, self.url)
+            self._catalog = Catalog(made.head, made.rows.array, made.labels.array, dataset)
+        self._table = SampleTable(
+            self._store,
+            self._host_files,
+            dataset,
+            size=self._catalog.head.samples_bytes,
+            file=f"{self.url}/{SAMPLES_FILE}",
+        )
+
+    def _mapped_catalog(self, dataset: Dataset) -> Catalog:
+        file = f"{self.url}/{CATALOG_FILE}"
+        try:
+            head = load_head(self._store.read(CATALOG_FILE), dataset, file=file)
+        except FileNotFoundError:
+            raise ManifestError(f"{file}: does not exist; copy it too, or finalize again") from None
+        local = self._store.local_path(SAMPLES_FILE) is not None
+        if local and self._store.size(SAMPLES_FILE) != head.samples_bytes:
+            raise ManifestError(
+                f"{self.url}/{SAMPLES_FILE}: does not belong to {DATASET_FILE}; finalize again"
+            )
+        file = f"{self.url}/{CATALOG_ROWS_FILE}"
+        try:
+            rows = self._host_files.path(
+                self._store, CATALOG_ROWS_FILE, identity=dataset.catalog_sha256, size=layout_of(head).end
+            )
+        except FileNotFoundError:
+            raise ManifestError(f"{file}: does not exist; copy it too, or finalize again") from None
+        return open_catalog(rows, head, dataset, file=file)
+
+    def _choose(self, dataset: Dataset, rows: Rows) -> None:
+        """Take these rows of the catalog, and the shards that hold one of them."""
+        self._rows, self._length = rows, len(rows)
+        self._ends = rows.before(self._catalog.shard_ends)
+        held = np.flatnonzero(np.diff(self._ends, prepend=0))
+        self.shards = tuple(dataset.shards[number] for number in held.tolist())
+        self._ends = self._ends[held]
         self.classes = dataset.classes
         # Another split, fold or subset of the same shards is another training set.
         part_of = [self.split, self.fold] + ([] if self.subset is None else [asdict(self.subset)])
         self.fingerprint = digest(canonical([dataset.fingerprint, *part_of]))
 
     def __len__(self) -> int:
-        return len(self._splits)
+        return len(self._rows)
+
+    @property
+    def shard_ranges(self) -> list[tuple[int, int]]:
+        """The first sample of every one of :attr:`shards`, and the one after its last."""
+        stops = self._ends.tolist()
+        return list(zip([0, *stops[:-1]], stops, strict=True))
 
     def facts(self, i: int) -> SampleFacts:
-        """What the index says of sample ``i``."""
-        row = self._table.slice(self._checked(i), 1).to_pylist()[0]
+        """What is known of sample ``i``; reads the table of samples."""
+        number = self.row(i)
+        row = self._table.row(number)
+        split = ALL
+        if self.fold is not None or not self._catalog.head.folded:
+            split = self._catalog.split(number, (self.fold or 1) - 1)
         return SampleFacts(
             key=row["key"],
             shard=row["shard"],
             label=None if row["label"] == NO_LABEL else row["label"],
             labels=tuple(row["labels"]),
-            split=str(self._splits[i]),
+            split=split,
             video_id=row["video_id"],
             group=row["group"],
             num_frames=row["num_frames"],
@@ -192,35 +240,74 @@ class ShardDataset:
             source=row["source"],
         )
 
+    def row(self, i: int) -> int:
+        """The row of sample ``i`` in the catalog, which is the same in every split, fold and subset."""
+        return self._rows.row(self._checked(i))
+
     def shape(self, i: int) -> ClipShape:
-        """Frames, rate and size of sample ``i``; a hundred times faster than :meth:`facts`."""
-        frames, fps, height, width = (values[self._checked(i)] for values in self._shapes)
+        """Frames, rate and size of sample ``i``."""
+        frames, fps, height, width = self._catalog.values(self.row(i), "num_frames", "fps", "height", "width")
         return ClipShape(int(frames), float(fps), int(height), int(width))
 
+    def label(self, i: int) -> int:
+        """The label of sample ``i``; NO_LABEL where it has none."""
+        return int(self._catalog.values(self.row(i), "label")[0])
+
+    def label_set(self, i: int) -> tuple[int, ...]:
+        """The list of labels of sample ``i``; empty where it has one label alone."""
+        return self._catalog.label_set(self.row(i))
+
+    def video(self, i: int) -> int:
+        """The number of the source video of sample ``i``, below :attr:`num_videos`."""
+        return int(self._catalog.values(self.row(i), "video")[0])
+
+    @property
+    def num_videos(self) -> int:
+        """Source videos of the whole dataset."""
+        return self._catalog.head.videos
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """(N,) the label of every sample; looks at all of them."""
+        return self._rows.of(self._catalog, "label").astype(np.int64)
+
+    @property
+    def videos(self) -> npt.NDArray[np.int64]:
+        """(N,) the number of every sample's source video; looks at all of them."""
+        return self._rows.of(self._catalog, "video").astype(np.int64)
+
     def key(self, i: int) -> str:
-        """The key of sample ``i``."""
-        key: str = self._table.column("key")[self._checked(i)].as_py()
-        return key
+        """The key of sample ``i``; reads the table of samples."""
+        return str(self._table.row(self.row(i), "key")["key"])
 
     def column(self, name: str) -> list[Any]:
-        """One column of the samples' table, e.g. ``video_id`` or ``num_frames``, in sample order."""
-        values: list[Any] = self._table.column(name).to_pylist()
+        """One column of the table of samples, e.g. ``video_id`` or ``num_frames``, in sample order."""
+        values: list[Any] = self._table_column(name).to_pylist()
         return values
 
     def encoded(self, name: str) -> tuple[list[str], npt.NDArray[np.int32]]:
         """The different values of a column in order of appearance, and the place of every sample's among them."""
-        coded = self._table.column(name).combine_chunks().dictionary_encode()
+        coded = self._table_column(name).combine_chunks().dictionary_encode()
         return coded.dictionary.to_pylist(), coded.indices.to_numpy()
+
+    def _table_column(self, name: str) -> pa.ChunkedArray:
+        return self._table.columns(name).column(name).take(self._rows.array())
 
     @property
     def most_labels(self) -> int:
         """Labels of the sample that has most."""
-        lengths = self._table.column("labels").combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
-        return int(lengths.max()) if len(lengths) else 0
+        head = self._catalog.head
+        if self.subset is not None:
+            counts = self._rows.of(self._catalog, "labels_count") if head.label_values else np.zeros(0)
+            return int(counts.max(initial=0))
+        if head.folded and self.fold is None:
+            return head.most_labels
+        most = dict(zip(head.splits, head.split_labels[(self.fold or 1) - 1], strict=True))
+        return max(most.values(), default=0) if self.split is None else most[self.split]
 
     def shard_of(self, i: int) -> int:
         """Position in :attr:`shards` of the shard that holds sample ``i``."""
-        return bisect.bisect_right(self._starts, self._checked(i)) - 1
+        return int(self._ends.searchsorted(self._checked(i), side="right"))
 
     def read(self, i: int) -> bytes:
         """The mp4 of sample ``i``.
@@ -233,7 +320,7 @@ class ShardDataset:
     @property
     def has_flow(self) -> bool:
         """Whether optical flow is stored beside the clips."""
-        return "flow" in self._places
+        return self._catalog.head.flow
 
     def read_flow(self, i: int) -> bytes:
         """The flow video of sample ``i``, which ``flow.decode_flow`` decodes; raises as :meth:`read` does."""
@@ -245,7 +332,7 @@ class ShardDataset:
         path = self._store.local_path(shard.file)
         if path is None or not hasattr(os, "posix_fadvise"):
             return False
-        offset, length, _ = (int(v) for v in self._places[kind][:, i])
+        offset, length, _ = self._place(i, kind)
         self._files.announce(path, offset, length)
         return True
 
@@ -255,18 +342,18 @@ class ShardDataset:
         return tree
 
     def close(self) -> None:
-        """Close the files this process has open; reading opens them again."""
+        """Close the files this process has open, but for the catalog; reading opens them again."""
         self._files.close()
+        self._table.close()
 
     def _checked(self, i: int) -> int:
-        if not 0 <= i < len(self):
+        if not 0 <= i < self._length:
             raise IndexError(f"sample {i} of {len(self)}")
         return int(i)
 
     def _member(self, i: int, kind: str) -> bytes:
         shard = self.shards[self.shard_of(i)]
-        places = self._places.get(kind)
-        offset, length, crc32 = (0, 0, 0) if places is None else (int(v) for v in places[:, i])
+        offset, length, crc32 = self._place(i, kind)
         if not length:
             raise self._failure(i, kind, "the sample has no such member")
         try:
@@ -283,8 +370,24 @@ class ShardDataset:
             raise self._failure(i, kind, "crc32 differs: the bytes are damaged")
         return data
 
+    def _place(self, i: int, kind: str) -> tuple[int, int, int]:
+        """Offset, length and CRC-32 of a member; length 0 where there is none."""
+        names = [f"{kind}_{what}" for what in ("offset", "bytes", "crc32")]
+        if kind == "json":  # training reads none, so the catalog has it not
+            row = self._table.row(self.row(i), *names)
+            offset, length, crc32 = (int(row[name]) for name in names)
+            return offset, length, crc32
+        if kind == "flow" and not self.has_flow:
+            return 0, 0, 0
+        offset, length, crc32 = map(int, self._catalog.values(self.row(i), *names))
+        return offset, length, crc32
+
     def _failure(self, i: int, kind: str, reason: str) -> ShardReadError:
-        return ShardReadError(self.shards[self.shard_of(i)].file, f"{self.key(i)}.{MEMBERS[kind]}", reason)
+        try:
+            name = self.key(i)
+        except (ManifestError, StorageError, OSError):  # what made the read fail may hide the names too
+            name = f"row {self.row(i)}"
+        return ShardReadError(self.shards[self.shard_of(i)].file, f"{name}.{MEMBERS[kind]}", reason)
 
     def _bytes(self, shard: ShardFacts, offset: int, length: int) -> bytes:
         path = self._store.local_path(shard.file)
@@ -320,19 +423,18 @@ def fold_count(url: str) -> int:
     return read_dataset(open_store(url)).folds
 
 
-def _resolved_splits(
-    dataset: Dataset, table: pa.Table, url: str, fold: int | None
-) -> npt.NDArray[np.object_]:
-    """The split of every sample under a fold; :data:`UNUSED` where the fold leaves it out."""
-    if not dataset.folds:
-        if fold is not None:
-            raise ConfigError(f"{url} has a single split", key="data.fold", value=fold, hint="remove it")
-        return np.asarray(table.column("split").to_pylist(), dtype=object)
-    if fold is None:
-        return np.full(table.num_rows, "all", dtype=object)
-    if fold > dataset.folds:
-        raise ConfigError(
-            f"{url} has {dataset.folds} folds", key="data.fold", value=fold, hint=f"use 1 to {dataset.folds}"
-        )
-    folds: Sequence[Sequence[str]] = table.column("folds").to_pylist()
-    return np.asarray([row[fold - 1] for row in folds], dtype=object)
+class _MadeRows(NamedTuple):
+    """The rows of a dataset without a catalog, made once and shared with the processes that the dataset is sent to."""
+
+    head: CatalogHead
+    rows: SharedArray[np.void]
+    labels: SharedArray[np.int32]
+
+
+def _made_rows(store: Store, dataset: Dataset, url: str) -> _MadeRows:
+    data = store.read(SAMPLES_FILE)
+    if digest(data) != dataset.samples_sha256:
+        raise ManifestError(f"{url}/{SAMPLES_FILE}: does not belong to {DATASET_FILE}; finalize again")
+    table = read_table(data, file=SAMPLES_FILE)
+    head, rows, labels = columns_of(table, dataset, samples_bytes=len(data), file=f"{url}/{SAMPLES_FILE}")
+    return _MadeRows(head, SharedArray(rows), SharedArray(labels))

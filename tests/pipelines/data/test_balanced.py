@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 
 import numpy as np
@@ -45,3 +46,13 @@ def test_unlabelled_samples_are_refused() -> None:
     with pytest.raises(ConfigError, match="2 have none") as caught:
         BalancedOrder([0, -1, 1, -1], seed=0)
     assert caught.value.key == "data.class_balanced"
+
+
+def test_a_worker_is_not_sent_the_samples() -> None:
+    """Their order by class is a file that the processes of a host share."""
+    labels = np.random.default_rng(0).integers(0, 50, 200_000)
+    order = BalancedOrder(labels, seed=5)
+    data = pickle.dumps(order)
+    assert len(data) < 20_000
+    again = pickle.loads(data)
+    assert [again.draw(1, p) for p in range(200)] == [order.draw(1, p) for p in range(200)]

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ from cliplift.pipelines.data.failures import WorkerError
 from cliplift.pipelines.data.loader import ClipLoader
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
+from cliplift.sharding.manifest import (
+    CATALOG_ROWS_FILE,
+    DATASET_FILE,
+    ManifestError,
+    dump_dataset,
+    load_dataset,
+)
 from cliplift.sharding.read.reader import ShardDataset, ShardReadError
 
 G = 24  # clips of a global batch: a multiple of 1, 2, 3, 4 and 8 ranks
@@ -428,3 +436,38 @@ def test_threads_share_open_files_safely(shards: str, monkeypatch: pytest.Monkey
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_damaged_catalog_stops_the_run_where_it_is_read(shards: str, tmp_path: Path) -> None:
+    """Not one of the samples that others stand in for: nothing that the catalog says can be trusted."""
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    data = bytearray((copy / CATALOG_ROWS_FILE).read_bytes())
+    data[100] ^= 1
+    (copy / CATALOG_ROWS_FILE).write_bytes(data)
+    for workers in (0, 1):
+        loader = ClipLoader(
+            config(str(copy), workers=workers, max_failed_share=1.0), seed=1, global_batch=G, micro_batch=G, rank=0,
+            world_size=1,
+        )  # fmt: skip
+        with pytest.raises(ManifestError, match=f"{CATALOG_ROWS_FILE}: rows 0 to .*: crc32 differs"):
+            next(loader.micro_batches(start_step=0, stop_step=1))
+        loader.close()
+
+
+def test_a_dataset_without_a_catalog_gives_the_same_clips(shards: str, tmp_path: Path) -> None:
+    """As version 1 of the format was; a run that began on it goes on after `cliplift finalize`."""
+    copy = Path(shutil.copytree(shards, tmp_path / "copy"))
+    facts = load_dataset((copy / DATASET_FILE).read_bytes(), file="d")
+    (copy / DATASET_FILE).write_bytes(dump_dataset(replace(facts, catalog_sha256="")))
+    for changes in ({}, {"workers": 1, "class_balanced": True}, {"label_share": 0.5}):
+        old, new = (
+            ClipLoader(config(url, **changes), seed=1, global_batch=6, micro_batch=6, rank=0, world_size=1)
+            for url in (str(copy), shards)
+        )
+        assert old.fingerprint == new.fingerprint
+        for a, b in zip(
+            old.micro_batches(start_step=0, stop_step=3), new.micro_batches(start_step=0, stop_step=3), strict=True
+        ):  # fmt: skip
+            assert content(a) == content(b)
+        old.close()
+        new.close()

@@ -104,7 +104,9 @@ def test_a_table_that_cannot_be_true_is_refused(
 ) -> None:
     pq.write_table(change(pq.read_table(dataset / SAMPLES_FILE)), dataset / SAMPLES_FILE)
     facts = load_dataset((dataset / DATASET_FILE).read_bytes(), file=DATASET_FILE)
-    facts = dataclasses.replace(facts, samples_sha256=digest((dataset / SAMPLES_FILE).read_bytes()))
+    facts = dataclasses.replace(
+        facts, samples_sha256=digest((dataset / SAMPLES_FILE).read_bytes()), catalog_sha256=""
+    )
     (dataset / DATASET_FILE).write_bytes(dump_dataset(facts))
     with pytest.raises(ManifestError, match=SAMPLES_FILE):
         ShardDataset(str(dataset))

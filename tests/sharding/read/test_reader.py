@@ -117,7 +117,8 @@ def test_a_dataset_pickles_small_and_errors_pickle_whole(built: Path) -> None:
 def test_open_files_are_bounded_and_closed(dataset: Path) -> None:
     def open_tars() -> int:
         links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
-        return sum(str(dataset) in str(link.readlink()) for link in links)
+        opened = [link.readlink() for link in links]
+        return sum(str(dataset) in str(path) and path.suffix == ".tar" for path in opened)
 
     reader = ShardDataset(str(dataset))
     for i in range(len(reader)):
@@ -128,6 +129,7 @@ def test_open_files_are_bounded_and_closed(dataset: Path) -> None:
     reader.read(0)
     del reader
     assert open_tars() == 0
+    assert str(dataset) not in Path("/proc/self/maps").read_text(), "the catalog is not mapped any more"
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""What a reader takes of a dataset: splits, folds, places and errors, over shards of a few bytes with a known table."""
+"""What a reader takes of a dataset: splits, folds, places and errors, over shards of a few bytes with a known table.
+
+Each with the catalog of version 2 of the format, and without one, as version 1 was.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import fsspec
 import pytest
 
 from cliplift.configs.sections import ConfigError
-from cliplift.sharding.build.finalize import describe
+from cliplift.sharding.build.finalize import add_catalog, describe
 from cliplift.sharding.build.writer import ShardWriter
 from cliplift.sharding.manifest import DATASET_FILE, SAMPLES_FILE, dump_dataset
 from cliplift.sharding.read.fetch import OpenFiles
@@ -63,16 +66,26 @@ def write_dataset(url: str, *, folds: bool = False, flow: bool = True) -> None:
     store.write(DATASET_FILE, dump_dataset(dataset))
 
 
-@pytest.fixture
-def plain(tmp_path: Path) -> str:
-    write_dataset(str(tmp_path / "plain"))
-    return str(tmp_path / "plain")
+@pytest.fixture(params=["version 1", "catalog"])
+def version(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture
-def folded(tmp_path: Path) -> str:
-    write_dataset(str(tmp_path / "folded"), folds=True)
-    return str(tmp_path / "folded")
+def plain(tmp_path: Path, version: str) -> str:
+    return write_version(tmp_path / "plain", version, folds=False)
+
+
+@pytest.fixture
+def folded(tmp_path: Path, version: str) -> str:
+    return write_version(tmp_path / "folded", version, folds=True)
+
+
+def write_version(folder: Path, version: str, *, folds: bool) -> str:
+    write_dataset(str(folder), folds=folds)
+    if version == "catalog":
+        add_catalog(str(folder))
+    return str(folder)
 
 
 def keys(dataset: ShardDataset) -> list[str]:
