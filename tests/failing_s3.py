@@ -147,10 +147,11 @@ def served(bucket: str) -> Iterator[Faults]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        # At its first request the server imports what it needs: that one is waited for as long as it takes.
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir(bucket)
         patch.setattr(storage, "REMOTE_PAUSE_SECONDS", 0.01)
         patch.setattr(s3fs.S3FileSystem, "read_timeout", CLIENT_PATIENCE_SECONDS)
         patch.setattr(s3fs.S3FileSystem, "retries", 1)
-        fsspec.filesystem("s3").mkdir(bucket)
         yield faults
     proxy.shutdown()
     server.stop()

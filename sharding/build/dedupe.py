@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import BinaryIO, Literal, cast
 
-from cliplift.sharding.video.picture_hash import alike, bands
 from cliplift.sharding.build.finalize import BuildError, load_indexes
+from cliplift.sharding.build.plan import Plan
+from cliplift.sharding.build.writer import ShardWriter
 from cliplift.sharding.manifest import (
     DUPLICATE,
     DUPLICATES_FILE,
@@ -25,10 +26,9 @@ from cliplift.sharding.manifest import (
     canonical,
     index_file,
 )
-from cliplift.sharding.build.plan import Plan
 from cliplift.sharding.scratch import local_copy
 from cliplift.sharding.storage import Store
-from cliplift.sharding.build.writer import ShardWriter
+from cliplift.sharding.video.picture_hash import alike, bands
 
 Action = Literal["report", "remove_exact", "remove"]
 Kind = Literal["exact", "look"]
@@ -82,7 +82,7 @@ def find_duplicates(samples: Sequence[Sample], hashes: Sequence[Sequence[int]]) 
         if first is not None:
             found.append(Duplicate(number, first, kind))
             continue
-        # Only kept samples are compared with: a chain of near-duplicates must not remove what resembles none that stays.
+        # Only kept samples are compared with: a chain of near-duplicates must not remove what resembles none of them.
         for content in contents:
             by_content[content].append(number)
         for band in bands(pictures):

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar, cast
 
-from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.build.worker import ClipFacts, Message, WorkerSettings, receive, send
+from cliplift.sharding.scratch import scratch_folder
 
 LOOK_AHEAD_PER_WORKER = 4
 START_SECONDS = 60.0  # importing the libraries on a busy machine

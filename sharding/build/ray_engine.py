@@ -17,14 +17,13 @@ from types import ModuleType
 from cliplift.configs.discovery import VARIABLE, named_modules
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
+from cliplift.sharding.build.finalize import BuildError
+from cliplift.sharding.build.plan import Plan, PlannedShard
+from cliplift.sharding.build.unit import BuiltShard, Progress, build_shards, local_workers
+from cliplift.sharding.storage import open_store
 from cliplift.sharding.video.cuts import require_cutter
 from cliplift.sharding.video.encode import require_encoder
-from cliplift.sharding.build.finalize import BuildError
 from cliplift.sharding.video.flow import require_flow
-from cliplift.sharding.build.plan import Plan, PlannedShard
-from cliplift.sharding.build.unit import Progress
-from cliplift.sharding.storage import open_store
-from cliplift.sharding.build.unit import BuiltShard, build_shards, local_workers
 
 KNOCK_SECONDS = 10.0
 TASKS_AHEAD = 4  # tasks handed to Ray for each that can run, so that no node waits for the driver
@@ -149,7 +148,12 @@ def _own_part(plan: Plan, shard: PlannedShard) -> tuple[Plan, PlannedShard]:
 
 
 def _result(
-    ray: ModuleType, reference: object, shard: PlannedShard, run: ShardRun, *, others: dict[object, PlannedShard]
+    ray: ModuleType,
+    reference: object,
+    shard: PlannedShard,
+    run: ShardRun,
+    *,
+    others: dict[object, PlannedShard],
 ) -> tuple[list[BuiltShard], Progress]:
     try:
         result: tuple[list[BuiltShard], Progress] = ray.get(reference)

@@ -13,15 +13,16 @@ from typing import Literal
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
-from cliplift.sharding.video.cuts import require_cutter
 from cliplift.sharding.build.dedupe import DuplicateCounts, settle_duplicates
-from cliplift.sharding.video.encode import require_encoder
 from cliplift.sharding.build.finalize import finalize
-from cliplift.sharding.video.flow import require_flow
+from cliplift.sharding.build.plan import Plan, PlannedShard, plan_once
+from cliplift.sharding.build.ray_engine import build_on_ray
+from cliplift.sharding.build.unit import BuiltShard, Progress, build_shards, local_workers
+from cliplift.sharding.build.verify import VerifyReport, file_sha256, verify
 from cliplift.sharding.manifest import (
-    RETRIED_STAGES,
     BUILD_FILE,
     DUPLICATE,
+    RETRIED_STAGES,
     Dataset,
     ManifestError,
     ShardIndex,
@@ -29,12 +30,11 @@ from cliplift.sharding.manifest import (
     index_file,
     load_index,
 )
-from cliplift.sharding.build.plan import Plan, PlannedShard, plan_once
-from cliplift.sharding.build.ray_engine import build_on_ray
 from cliplift.sharding.redirects import allow_private_redirects
 from cliplift.sharding.storage import Store, open_store
-from cliplift.sharding.build.unit import BuiltShard, Progress, build_shards, local_workers
-from cliplift.sharding.build.verify import VerifyReport, file_sha256, verify
+from cliplift.sharding.video.cuts import require_cutter
+from cliplift.sharding.video.encode import require_encoder
+from cliplift.sharding.video.flow import require_flow
 
 Phase = Literal["plan", "build", "finalize", "verify"]
 PHASES: tuple[Phase, ...] = ("plan", "build", "finalize", "verify")
@@ -117,7 +117,9 @@ def run_shard(
         dataset=dataset,
     )
     if "verify" in phases and whole:  # after the clock has stopped: the recorded seconds are the build's
-        report = replace(report, verified=verify(run.output, decode=run.verify_decode, workers=local_workers(run)))
+        report = replace(
+            report, verified=verify(run.output, decode=run.verify_decode, workers=local_workers(run))
+        )
     if dataset is not None:
         _write_build_record(report, store)
     return report

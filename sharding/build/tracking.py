@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.build.run import BuildReport
-from cliplift.sharding.manifest import canonical, dump_dataset
 from cliplift.sharding.build.unit import Progress
+from cliplift.sharding.manifest import canonical, dump_dataset
 from cliplift.sharding.storage import open_store, without_secrets
 
 if TYPE_CHECKING:

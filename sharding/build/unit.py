@@ -4,20 +4,21 @@ How far a build is, for whoever watches it.
 """
 
 from __future__ import annotations
-from collections import Counter
-from dataclasses import dataclass, field
+
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
 from cliplift.configs.sharding import ShardRun
-from cliplift.sharding.manifest import Refused, SampleRow, ShardIndex, SourceVideo
 from cliplift.sharding.build.plan import Plan, PlannedShard
 from cliplift.sharding.build.pool import Job, VideoResult, WorkerPool
-from cliplift.sharding.sources.read import video_url
-from cliplift.sharding.storage import Store, without_secrets
 from cliplift.sharding.build.worker import ClipFacts, WorkerSettings
 from cliplift.sharding.build.writer import ShardWriter
+from cliplift.sharding.manifest import Refused, SampleRow, ShardIndex, SourceVideo
+from cliplift.sharding.sources.read import video_url
+from cliplift.sharding.storage import Store, without_secrets
 
 
 @dataclass
@@ -188,9 +189,7 @@ def _add_video(
         )
 
 
-def _sample_json(
-    plan: Plan, video: SourceVideo, facts: ClipFacts, row: SampleRow
-) -> dict[str, object]:
+def _sample_json(plan: Plan, video: SourceVideo, facts: ClipFacts, row: SampleRow) -> dict[str, object]:
     """The JSON member of a sample: everything a reader of the bare tar needs to know."""
     numbers = (video.label,) if video.label >= 0 else ()
     return {

@@ -4,8 +4,8 @@ It speaks length-prefixed JSON with an optional payload over an inherited socket
 memory; its parent (:mod:`cliplift.sharding.build.pool`) replaces it. Messages in:
 
 * first ``{"cut", "transcode", "flow", "memory_mib"}``: the settings,
-* then tasks: ``{"url", "listed", "start", "end", "first_clip"}`` to cut a video (listed: the URL is one of the list's), or
-  ``{"check", "url", "offset", "bytes"}`` to decode a stored clip in full.
+* then tasks: ``{"url", "listed", "start", "end", "first_clip"}`` to cut a video (listed: the URL is one of the
+  list's), or ``{"check", "url", "offset", "bytes"}`` to decode a stored clip in full.
 
 Messages out, per task: ``{"clips": n, "sha256"}``, then for every clip ``{"clip": i, ...facts}`` with the mp4 as
 payload (its last ``flow_bytes`` are the clip's optical flow) or ``{"refused": i, "stage", "reason"}``, then
@@ -35,14 +35,14 @@ from pydantic import TypeAdapter
 
 from cliplift.configs.sharding import Cut, FlowConfig, TranscodeConfig, WholeCut
 from cliplift.sharding.manifest import Sample
-from cliplift.sharding.video.full_decode import check_clip
-from cliplift.sharding.video.cuts import spans
-from cliplift.sharding.video.flow import flow_member
 from cliplift.sharding.redirects import allow_private_redirects
-from cliplift.sharding.storage import StorageError, open_store, require_plain_url
 from cliplift.sharding.sources.tars import inside_tar
-from cliplift.sharding.video.transcode import SourceFacts, SpanCutter
+from cliplift.sharding.storage import StorageError, open_store, require_plain_url
+from cliplift.sharding.video.cuts import spans
 from cliplift.sharding.video.decode import PastTheEndError, VideoDecodeError
+from cliplift.sharding.video.flow import flow_member
+from cliplift.sharding.video.full_decode import check_clip
+from cliplift.sharding.video.transcode import SourceFacts, SpanCutter
 
 HEADER = struct.Struct("!II")
 PR_SET_PDEATHSIG = 1
@@ -212,7 +212,9 @@ def _cut_clip(
 def _decode_clip(link: socket.socket, task: Message) -> None:
     folder, _, name = task["url"].rpartition("/")
     try:
-        checked = check_clip(open_store(folder).read_range(name, task["offset"], task["bytes"]), hash_pictures=True)
+        checked = check_clip(
+            open_store(folder).read_range(name, task["offset"], task["bytes"]), hash_pictures=True
+        )
     except (VideoDecodeError, OSError, StorageError, MemoryError) as error:
         send(link, {"refused": 0, "stage": "decode", "reason": _reason(error)})
         return

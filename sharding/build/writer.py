@@ -37,7 +37,8 @@ class ShardWriter:
         if local is not None:
             local.parent.mkdir(parents=True, exist_ok=True)
             for target in (local, local.with_name(Path(index_file(tar)).name)):
-                remove_temporaries_of(target)  # those of a killed build of this very shard, never a living one's
+                # Those of a killed build of this very shard, never a living one's.
+                remove_temporaries_of(target)
             self._path = temporary_beside(local)
         else:
             self._path = self._held.enter_context(scratch_folder()) / "shard.tar"
@@ -45,16 +46,26 @@ class ShardWriter:
         hold(self._file)
 
     def add(
-        self, *, mp4: bytes, flow: bytes = b"", facts: Mapping[str, object], picture_hashes: tuple[int, ...], **row: Unpack[SampleRow]
+        self,
+        *,
+        mp4: bytes,
+        flow: bytes = b"",
+        facts: Mapping[str, object],
+        picture_hashes: tuple[int, ...],
+        **row: Unpack[SampleRow],
     ) -> None:
-        """Append ``KEY.mp4``, ``KEY.json`` and, if there is flow, ``KEY.flow.mp4``.
-
-        """
+        """Append ``KEY.mp4``, ``KEY.json`` and, if there is flow, ``KEY.flow.mp4``."""
         payload = json.dumps(facts, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=None).encode()
         self.add_members(mp4=mp4, payload=payload, flow=flow, picture_hashes=picture_hashes, **row)
 
     def add_members(
-        self, *, mp4: bytes, payload: bytes, flow: bytes = b"", picture_hashes: tuple[int, ...], **row: Unpack[SampleRow]
+        self,
+        *,
+        mp4: bytes,
+        payload: bytes,
+        flow: bytes = b"",
+        picture_hashes: tuple[int, ...],
+        **row: Unpack[SampleRow],
     ) -> None:
         """The same with the JSON member as bytes."""
         key = row["key"]

@@ -106,20 +106,21 @@ def test_protocol_sizes_and_heads(name: str) -> None:
         model = create_model(name, num_classes=7).eval()
         assert isinstance(model, VideoModel)
         x = torch.empty(input_shape(model, dims=model_entry(name).dims))
+        made = {k: v.shape for k, v in model.state_dict().items()}
         with torch.no_grad():
             assert model.num_classes == 7
-            assert model(x).shape == (1, 7)
             model.reset_classifier(0)
             assert model.num_classes == 0
             assert model(x).shape == (1, model.feature_dim)
             body = {k: v.shape for k, v in model.state_dict().items()}
             bare = create_model(name, num_classes=0)
             assert {k: v.shape for k, v in bare.state_dict().items()} == body, "num_classes=0 from the start"
-            model.reset_classifier(5)
-            assert model(x).shape == (1, 5)
+            model.reset_classifier(7)
+            assert {k: v.shape for k, v in model.state_dict().items()} == made, "the head it was built with"
+            assert model(x).shape == (1, 7)
     head = set(model.state_dict()) - set(body)
     assert head, "no tensor belongs to the head"
-    assert sum(p.numel() for n, p in model.named_parameters() if n in head) >= 5 * model.feature_dim
+    assert sum(p.numel() for n, p in model.named_parameters() if n in head) >= 7 * model.feature_dim
     names = model.checkpoint_blocks()
     assert names, "nothing can be checkpointed"
     assert len(set(names)) == len(names)

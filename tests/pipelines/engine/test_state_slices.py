@@ -203,8 +203,7 @@ print(json.dumps({"count": count, "found": found}))
     ("stage", "moments"),
     [
         pytest.param(2, 2, marks=pytest.mark.slow),
-        pytest.param(3, 10, marks=pytest.mark.slow),
-        *(pytest.param(stage, 10, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for stage in range(3)),
+        *(pytest.param(stage, 10, marks=[pytest.mark.slow, pytest.mark.exhaustive]) for stage in range(4)),
     ],
 )
 def test_kill_9_at_any_moment_inside_a_save_costs_nothing_but_time(

@@ -75,14 +75,21 @@ def _csv_run(
 def test_a_video_that_hangs_costs_itself_alone(tmp_path: Path, make_run: Callable[..., ShardRun]) -> None:
     """A pipe that nobody writes to blocks its reader for ever, as some decoders do."""
     films = [write_film(tmp_path / f"{n}.mp4") for n in range(5)]
-    os.mkfifo(tmp_path / "stuck.mp4")
-    run = _csv_run(make_run, tmp_path, [*films, tmp_path / "stuck.mp4"], clip_timeout_seconds=1.0, attempts=1)
+    stuck = write_film(tmp_path / "stuck.mp4")
+    run = _csv_run(make_run, tmp_path, [*films, stuck], clip_timeout_seconds=1.0, attempts=1)
     # The time-out of a new worker includes a minute for loading; let the workers meet a film first.
-    report = run_shard(
-        run.model_copy(update={"workers": 1, "shards": run.shards.model_copy(update={"seed": _late(run)})})
-    )
+    run = run.model_copy(update={"workers": 1, "shards": run.shards.model_copy(update={"seed": _late(run)})})
+    _plan_and_make_a_pipe(run, stuck)
+    report = run_shard(run)
     assert report.refused == {"timeout": 1}
     assert report.clips_written == 5
+
+
+def _plan_and_make_a_pipe(run: ShardRun, path: Path) -> None:
+    """Plan a build of films, one of which is a pipe afterwards: a plan has regular files alone."""
+    run_shard(run, phases=("plan",))
+    path.unlink()
+    os.mkfifo(path)
 
 
 def _late(run: ShardRun) -> int:
@@ -96,9 +103,9 @@ def _late(run: ShardRun) -> int:
 
 def test_a_worker_that_dies_costs_its_video_alone(tmp_path: Path, make_run: Callable[..., ShardRun]) -> None:
     films = [write_film(tmp_path / f"{n}.mp4") for n in range(5)]
-    os.mkfifo(tmp_path / "stuck.mp4")
-    run = _csv_run(make_run, tmp_path, [*films, tmp_path / "stuck.mp4"], attempts=2)
-    pipe = tmp_path / "stuck.mp4"
+    pipe = write_film(tmp_path / "stuck.mp4")
+    run = _csv_run(make_run, tmp_path, [*films, pipe], attempts=2)
+    _plan_and_make_a_pipe(run, pipe)
 
     def shoot() -> None:  # what a segmentation fault looks like from outside
         for _ in range(2):

@@ -20,12 +20,12 @@ import yaml
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
 from cliplift.launch.commands.shard import summary
-from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.build.finalize import BuildError
-from cliplift.sharding.manifest import BUILD_FILE, DATASET_FILE, PLAN_FILE, REFUSED_FILE
+from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.build.unit import Progress
-from cliplift.sharding.read.reader import ShardDataset
 from cliplift.sharding.build.verify import verify
+from cliplift.sharding.manifest import BUILD_FILE, DATASET_FILE, PLAN_FILE, REFUSED_FILE
+from cliplift.sharding.read.reader import ShardDataset
 
 MakeRun = Callable[..., ShardRun]
 

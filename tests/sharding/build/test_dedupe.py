@@ -14,13 +14,13 @@ import pytest
 
 from cliplift.configs.sharding import ShardRun, TranscodeConfig
 from cliplift.sharding.build import dedupe
-from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.build.dedupe import find_duplicates
+from cliplift.sharding.build.run import run_shard
+from cliplift.sharding.build.verify import verify
 from cliplift.sharding.manifest import BUILD_FILE, DUPLICATES_FILE, NO_LABEL, REFUSED_FILE, Sample
 from cliplift.sharding.read.reader import ShardDataset
 from cliplift.sharding.storage import LocalStore, StorageError
 from cliplift.sharding.video.transcode import encode_array
-from cliplift.sharding.build.verify import verify
 
 MakeRun = Callable[..., ShardRun]
 

@@ -19,14 +19,14 @@ import webdataset
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
-from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.build.index_tars import index_tars
+from cliplift.sharding.build.run import run_shard
+from cliplift.sharding.build.verify import verify
 from cliplift.sharding.manifest import REFUSED_FILE
+from cliplift.sharding.read.contact_sheet import jpeg, write_contact_sheet
 from cliplift.sharding.read.reader import ShardDataset, ShardReadError
 from cliplift.sharding.sources.lists import SourceError
-from cliplift.sharding.read.contact_sheet import jpeg, write_contact_sheet
 from cliplift.sharding.sources.read import read_source
-from cliplift.sharding.build.verify import verify
 
 
 def _foreign(folder: Path, videos: Path) -> list[Path]:

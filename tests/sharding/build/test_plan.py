@@ -147,9 +147,17 @@ def test_a_plan_comes_back_as_it_was_saved(videos: Path, tmp_path: Path) -> None
     assert store.read("missing.jsonl") == b'{"source":"x.mp4","split":"train","video_id":"x"}\n'
     text = store.read("plan/plan.json").decode()
     head = json.loads(text)
-    assert text == json.dumps(head, indent=1, ensure_ascii=False, sort_keys=True) + "\n", "the same bytes anywhere"
+    assert text == json.dumps(head, indent=1, ensure_ascii=False, sort_keys=True) + "\n", (
+        "the same bytes anywhere"
+    )
     assert "videos" not in head
-    assert head["shards"][1] == {"shard": 1, "split": "train", "start": 1, "stop": 5, "tar": plan.shards[1].tar}
+    assert head["shards"][1] == {
+        "shard": 1,
+        "split": "train",
+        "start": 1,
+        "stop": 5,
+        "tar": plan.shards[1].tar,
+    }
 
 
 def test_the_plan_is_written_last(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,8 +173,9 @@ def test_the_plan_is_written_last(videos: Path, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("{", "not whole JSON"), ('{"format": "other"}', "not a plan of this version"), ("{}", "not a plan")]
-)  # fmt: skip
+    ("text", "said"),
+    [("{", "not whole JSON"), ('{"format": "other"}', "not a plan of this version"), ("{}", "not a plan")],
+)
 def test_a_damaged_plan_is_refused(tmp_path: Path, text: str, said: str) -> None:
     store = LocalStore(str(tmp_path))
     store.write("plan/plan.json", text.encode())
@@ -186,7 +195,7 @@ def test_a_plan_is_made_once(videos: Path, tmp_path: Path) -> None:
     first = plan_once(run_of(videos, output), store)
     (videos / "val" / "a" / "later.mp4").touch()
     assert plan_once(run_of(videos, output, workers=3), store) == first
-    with pytest.raises(ConfigError, match="8 here, but the shards in .* were planned with 4") as caught:
+    with pytest.raises(ConfigError, match=r"8 here, but the shards in .* were planned with 4") as caught:
         plan_once(run_of(videos, output, shards={"videos_per_shard": 8}), store)
     assert (caught.value.key, caught.value.value) == ("shards.videos_per_shard", 8)
     with pytest.raises(ConfigError, match="were planned with 0") as caught:

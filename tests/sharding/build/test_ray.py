@@ -78,7 +78,8 @@ def cluster() -> Iterator[str]:
 def start(run: ShardRun) -> subprocess.Popen[str]:
     """The build in a driver of its own, so that it can be killed as well."""
     script = (
-        "import sys; from cliplift.configs.sharding import ShardRun; from cliplift.sharding.build.run import run_shard; "
+        "import sys; from cliplift.configs.sharding import ShardRun; "
+        "from cliplift.sharding.build.run import run_shard; "
         "report = run_shard(ShardRun.model_validate_json(sys.argv[1])); print(report.shards_built)"
     )
     command = [sys.executable, "-c", script, run.model_dump_json()]
@@ -185,7 +186,7 @@ def test_without_ray_the_engine_says_what_to_install(
         run_shard(make_run(tmp_path / "out", engine="ray"))
 
 
-class _Asked(Exception):
+class _AskedError(Exception):
     """Ends a build where it asks Ray for a task."""
 
 
@@ -203,8 +204,8 @@ def test_tasks_know_what_plugin_names(
 
         def remote(self, **options: object) -> None:
             asked.update(options)
-            raise _Asked
+            raise _AskedError
 
-    with pytest.raises(_Asked):
+    with pytest.raises(_AskedError):
         ray_engine._map(Ray(), make_run("out"), None, [], progress=None, on_progress=None)  # type: ignore[arg-type]
     assert asked["runtime_env"] == {"env_vars": wanted}

@@ -13,8 +13,8 @@ import pytest
 from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.build import tracking
 from cliplift.sharding.build.run import run_shard
-from cliplift.sharding.build.unit import Progress
 from cliplift.sharding.build.tracking import BuildTracker, progress_numbers, wandb_mode
+from cliplift.sharding.build.unit import Progress
 
 MakeRun = Callable[..., ShardRun]
 

@@ -10,9 +10,9 @@ import pytest
 
 from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.build.run import run_shard
-from cliplift.sharding.video.picture_hash import near_duplicates
-from cliplift.sharding.demo.motions import CLASSES
 from cliplift.sharding.build.verify import verify
+from cliplift.sharding.demo.motions import CLASSES
+from cliplift.sharding.video.picture_hash import near_duplicates
 
 
 def _folder(root: Path, demo_videos: Path, copies: dict[str, int]) -> Path:

@@ -33,7 +33,7 @@ def writer_in(folder: Path | str) -> ShardWriter:
 
 
 def test_a_shard_is_a_tar_and_its_index_says_where_everything_lies(tmp_path: Path) -> None:
-    """Members of 9 bytes, of a whole block and of a block and one byte: padded to the next block, never a block more."""
+    """Members of 9 bytes, of a whole block and of a block and one byte: padded to the next block, no more."""
     writer = writer_in(tmp_path)
     clips = {"a": DIGITS, "b": bytes(range(256)) * 2, "c": b"x" * 513}
     flows = {"a": b"", "b": DIGITS, "c": b""}
@@ -46,7 +46,15 @@ def test_a_shard_is_a_tar_and_its_index_says_where_everything_lies(tmp_path: Pat
     data = path.read_bytes()
     with tarfile.open(path) as tar:
         members = tar.getmembers()
-        assert [m.name for m in members] == ["a.mp4", "a.json", "b.mp4", "b.json", "b.flow.mp4", "c.mp4", "c.json"]
+        assert [m.name for m in members] == [
+            "a.mp4",
+            "a.json",
+            "b.mp4",
+            "b.json",
+            "b.flow.mp4",
+            "c.mp4",
+            "c.json",
+        ]
         assert {(m.mode, m.mtime, m.uid, m.gid, m.uname) for m in members} == {(0o644, 0, 0, 0, "")}
         places = {m.name: (m.offset_data, m.size) for m in members}
         for sample in index.samples:
@@ -54,7 +62,9 @@ def test_a_shard_is_a_tar_and_its_index_says_where_everything_lies(tmp_path: Pat
             assert (sample.json_offset, sample.json_bytes) == places[f"{sample.key}.json"]
             assert data[sample.mp4_offset :][: sample.mp4_bytes] == clips[sample.key]
             # Keys sorted, letters as they are: the text alone decides the bytes.
-            assert data[sample.json_offset :][: sample.json_bytes] == f'{{"z": 1, "ä": "{sample.key}"}}'.encode()
+            assert (
+                data[sample.json_offset :][: sample.json_bytes] == f'{{"z": 1, "ä": "{sample.key}"}}'.encode()
+            )
         flow = places["b.flow.mp4"]
     a, b, c = index.samples
     assert (a.mp4_crc32, b.flow_crc32) == (CRC_OF_DIGITS, CRC_OF_DIGITS)
