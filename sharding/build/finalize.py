@@ -14,6 +14,7 @@ from importlib.util import find_spec
 import av
 import numpy as np
 
+from cliplift.sharding.build.plan import Plan
 from cliplift.sharding.manifest import (
     CATALOG_FILE,
     CATALOG_ROWS_FILE,
@@ -38,7 +39,6 @@ from cliplift.sharding.manifest import (
     read_table,
     rows_to_parquet,
 )
-from cliplift.sharding.build.plan import Plan
 from cliplift.sharding.read.catalog import checksums_of, dump_head
 from cliplift.sharding.read.columns import columns_of
 from cliplift.sharding.read.reader import read_dataset
@@ -111,7 +111,9 @@ def add_catalog(url: str) -> Dataset:
     dataset = read_dataset(store)
     table = store.read(SAMPLES_FILE)
     if digest(table) != dataset.samples_sha256:
-        raise ManifestError(f"{url}/{SAMPLES_FILE}: does not belong to {DATASET_FILE}; finalize its build again")
+        raise ManifestError(
+            f"{url}/{SAMPLES_FILE}: does not belong to {DATASET_FILE}; finalize its build again"
+        )
     return _write_catalog(dataset, table, store)
 
 

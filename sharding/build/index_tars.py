@@ -12,11 +12,13 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import LimitsConfig
 from cliplift.sharding.build.finalize import describe, write_tables
+from cliplift.sharding.build.pool import Job, WorkerPool
+from cliplift.sharding.build.worker import ClipFacts, decoding_settings, decoding_task
 from cliplift.sharding.manifest import (
     FOREIGN,
     NO_LABEL,
@@ -30,11 +32,9 @@ from cliplift.sharding.manifest import (
     dump_index,
     index_file,
 )
-from cliplift.sharding.build.pool import Job, WorkerPool
-from cliplift.sharding.build.worker import ClipFacts, decoding_settings, decoding_task
-from cliplift.sharding.sources.labels import number_labels
 from cliplift.sharding.scratch import local_copy
 from cliplift.sharding.sources.files import LeftOut, find_files, is_hidden, warn_left_out
+from cliplift.sharding.sources.labels import number_labels
 from cliplift.sharding.sources.tars import TarVideo, read_tar
 from cliplift.sharding.storage import StorageError, Store, join, open_store
 
@@ -125,7 +125,11 @@ def _write(indexes: list[ShardIndex], store: Store, *, name: str, classes: tuple
     store.write(REFUSED_FILE, b"".join(ledger))
     if not any(index.samples for index in indexes):
         refused = [r for index in indexes for r in index.refused]
-        first = f"; {len(refused)} are refused, the first, {refused[0].video_id}: {refused[0].reason}" if refused else ""
+        first = (
+            f"; {len(refused)} are refused, the first, {refused[0].video_id}: {refused[0].reason}"
+            if refused
+            else ""
+        )
         raise ConfigError(f"the tars hold no video that decodes{first}", key="url", value=store.url)
     plan_id = FOREIGN + digest(canonical([index.tar_sha256 for index in indexes]))
     indexes = [replace(index, plan_id=plan_id) for index in indexes]

@@ -4,29 +4,43 @@ The closing check of ``verify``: stored clips decoded in full once more, and cli
 """
 
 from __future__ import annotations
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
-from cliplift.configs.sharding import TranscodeConfig, WholeCut
-from cliplift.sharding.video.picture_hash import near_duplicates
-from cliplift.sharding.manifest import Dataset, Sample, ShardFacts
-from cliplift.sharding.build.pool import Job, VideoResult, WorkerPool
-from cliplift.sharding.build.worker import decoding_settings, decoding_task
-from cliplift.sharding.storage import join
+
 import hashlib
+import os
 import tarfile
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from cliplift.sharding.manifest import CATALOG_FILE, CATALOG_ROWS_FILE, DATASET_FILE, FOREIGN, MEMBERS, SAMPLES_FILE, Dataset, ManifestError, Sample, ShardFacts, ShardIndex, digest, index_file, load_index, read_table, rows_from_parquet
+from typing import Literal
+
+from cliplift.sharding.build.pool import Job, VideoResult, WorkerPool
+from cliplift.sharding.build.worker import decoding_settings, decoding_task
+from cliplift.sharding.manifest import (
+    CATALOG_FILE,
+    CATALOG_ROWS_FILE,
+    DATASET_FILE,
+    FOREIGN,
+    MEMBERS,
+    SAMPLES_FILE,
+    Dataset,
+    ManifestError,
+    Sample,
+    ShardFacts,
+    ShardIndex,
+    digest,
+    index_file,
+    load_index,
+    read_table,
+    rows_from_parquet,
+)
 from cliplift.sharding.read.catalog import checksums_of, load_head, open_catalog
 from cliplift.sharding.read.columns import columns_of
 from cliplift.sharding.read.reader import read_dataset
 from cliplift.sharding.scratch import local_copy
-from cliplift.sharding.storage import TEMPORARY_SUFFIX, StorageError, Store, open_store
-
+from cliplift.sharding.storage import TEMPORARY_SUFFIX, StorageError, Store, join, open_store
+from cliplift.sharding.video.picture_hash import near_duplicates
 
 DecodeExtent = Literal["none", "sample", "full"]
 SAMPLE_EVERY = 50  # "sample" decodes the first clip of every shard and one in fifty of the others
@@ -65,7 +79,9 @@ def decode_clips(
     problems: list[Problem] = []
     hashes: list[list[int]] = []
     count = min(workers or len(os.sched_getaffinity(0)), max(1, len(jobs)))
-    with WorkerPool[tuple[ShardFacts, Sample]](workers=count, settings=decoding_settings(), clip_timeout_seconds=timeout, attempts=1) as pool:
+    with WorkerPool[tuple[ShardFacts, Sample]](
+        workers=count, settings=decoding_settings(), clip_timeout_seconds=timeout, attempts=1
+    ) as pool:
         for job, result in pool.run(jobs):
             hashes.append(result.clips[0][0]["picture_hashes"] if result.clips else [])
             problems += _wrong(*job.context, result)
