@@ -343,7 +343,7 @@ class DemoRun(Section):
     stage: Literal["demo"] = "demo"
     motion: Literal["and_kind", "only"] = Field(
         "and_kind",
-        description="what tells the classes apart: and_kind: what moves and how it moves, for which transfer is meant; "
+        description="what tells the classes apart: and_kind: what moves and how it moves; "
         "only: how it moves, a harder set, of which a teacher of single frames knows nothing",
     )
     output: Output = Field(

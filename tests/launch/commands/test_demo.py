@@ -134,3 +134,23 @@ def test_a_wrong_set_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "motion: 'onyl' should be 'and_kind' or 'only'" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("motion", ["and_kind", "only"])
+def test_the_whole_demo_in_miniature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], motion: str
+) -> None:
+    """From videos to the report, with a few clips and steps; what is finished is not done again."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    words = ["size_pixels=64", "train_per_class=2", "val_per_class=1", "test_per_class=1", "unlabelled=48",
+             "transfer_steps=2", "finetune_steps=2", "frames_steps=2", "seeds=[0]"]  # fmt: skip
+    command = ["demo", f"motion={motion}", f"output={tmp_path / 'demo'}", *words]
+    assert main(command) == 0
+    first = json.loads((tmp_path / "demo" / page.DEMO).read_text())
+    assert "3D from transfer" in (tmp_path / "demo" / "report.html").read_text()
+    capsys.readouterr()
+    assert main(command) == 0
+    again = json.loads((tmp_path / "demo" / page.DEMO).read_text())
+    assert again["table"] == first["table"]
+    assert "already finished" in capsys.readouterr().out
