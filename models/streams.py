@@ -64,6 +64,5 @@ def flow_from_rgb(
     repeated = {
         key: value.repeat(1, FLOW_CHANNELS, *[1] * (value.ndim - 2)) for key, value in averaged.items()
     }
-    return {**state, **repeated}, [
-        f"RGB weights for flow: {', '.join(colour)} averaged over colours, repeated for x, y"
-    ]
+    note = f"RGB weights for flow: {', '.join(colour)} averaged over colours, repeated for x, y"
+    return {**state, **repeated}, [note]

@@ -66,9 +66,7 @@ class PseudoBottleneck(nn.Module):
 
 
 class P3DResNet(StagedNet):
-    """(B, C, T, H, W) -> (B, K) for T a multiple of ``early_stride`` and any H, W.
-
-    The last map is (B, 2048, T/early_stride, H/32, W/32).
+    """(B, C, T, H, W) -> (B, K) for T a multiple of ``early_stride``. Map: (B, 2048, T/early_stride, H/32, W/32).
 
     Args:
         layers: blocks of each stage.

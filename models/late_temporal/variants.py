@@ -170,8 +170,7 @@ def _with_bert(
 
 def _slowfast_with_bert(name: str, reduction: Reduction, fusion: Fusion) -> Callable[..., LateTemporal]:
     """On 64 consecutive frames, of which Fast sees every second: those of the 8x8 configuration."""
-    every_second = {"fast_stride": 2}
-    return _with_bert(name, "slowfast_r50_8x8", reduction, fusion=fusion, backbone_options=every_second)
+    return _with_bert(name, "slowfast_r50_8x8", reduction, fusion=fusion, backbone_options={"fast_stride": 2})
 
 
 # Table 1: the last block gives 512 channels (FRMB), or one more block does (FRAB); BERT over 4 tokens

@@ -16,10 +16,7 @@ from cliplift.models.registry import variant
 
 
 class FrameAverage(OnEncoder):
-    """``forward(x)``: (B, C, T, H, W) -> (B, K); features are the mean over T of the encoder's (B, D).
-
-    ``train_encoder=False`` trains the classifier alone.
-    """
+    """``forward(x)``: (B, C, T, H, W) -> (B, K); features are the mean over T of the encoder's (B, D)."""
 
     def __init__(
         self, encoder: VideoNetwork, *, num_classes: int, in_frames: int, train_encoder: bool = True

@@ -199,10 +199,8 @@ class FrameSequence(OnEncoder):
             lengths: int64 (B,), real frames of each clip, at least one; the rest is padding behind them and changes
                 nothing. None means that all T are real.
         """
-        maps = self.forward_features(x)
-        if self.num_classes:
-            return self.clip_logits(maps, lengths=lengths)
-        return self.clip_features(maps, lengths=lengths)
+        answer = self.clip_logits if self.num_classes else self.clip_features
+        return answer(self.forward_features(x), lengths=lengths)
 
     def head_size(self, num_classes: int) -> tuple[int, int]:
         """Inputs and outputs of the head."""
