@@ -126,6 +126,7 @@ print("not reached")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_thread_that_cannot_write_on_one_rank_stops_all_at_the_next_save(tmp_path: Path) -> None:
     script, output = tmp_path / "run.py", tmp_path / "run"
     script.write_text(RANK_1_FULL)

@@ -72,7 +72,7 @@ def launch(results: Path, case: dict[str, Any], ranks: int = 2) -> subprocess.Po
 
 
 def finish(process: subprocess.Popen[str], results: Path) -> dict[str, Any]:
-    said, _ = process.communicate(timeout=200)
+    said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said[-4000:]
     (found,) = json.loads(results.read_text())
     result: dict[str, Any] = found
@@ -88,6 +88,7 @@ def kill_9(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("stage", "asynchronous"), [(0, False), (1, True), (2, False), (3, False)])
 def test_two_hosts_without_a_common_folder_killed_in_an_upload_go_on(
     tmp_path: Path, s3: Any, stage: int, asynchronous: bool
@@ -119,6 +120,7 @@ def test_two_hosts_without_a_common_folder_killed_in_an_upload_go_on(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_run_through_faults_is_the_same_run(tmp_path: Path, s3: Any) -> None:
     """Every tenth request fails: 5xx, resets, cut up- and downloads, lost answers, stalls."""
     case = CHANGES | {"engine__zero_stage": 2, "output": str(tmp_path / "whole")}
@@ -143,6 +145,7 @@ def test_a_run_through_faults_is_the_same_run(tmp_path: Path, s3: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_another_number_of_hosts_goes_on_by_ranges(tmp_path: Path, s3: Any, ranks: int) -> None:
     url = f"s3://bucket/{tmp_path.name}"
