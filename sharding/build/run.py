@@ -87,8 +87,7 @@ def run_shard(
     store = _open_output(run)
     plan = plan_once(run, store)
     progress = Progress(shards_total=len(plan.shards))
-    built: list[BuiltShard] = []
-    kept = 0
+    built, kept = list[BuiltShard](), 0
     if "build" in phases:
         mine = _my_part(plan, part)
         todo = _unfinished(plan, mine, store, retry_failed=retry_failed)
@@ -117,9 +116,8 @@ def run_shard(
         dataset=dataset,
     )
     if "verify" in phases and whole:  # after the clock has stopped: the recorded seconds are the build's
-        report = replace(
-            report, verified=verify(run.output, decode=run.verify_decode, workers=local_workers(run))
-        )
+        verified = verify(run.output, decode=run.verify_decode, workers=local_workers(run))
+        report = replace(report, verified=verified)
     if dataset is not None:
         _write_build_record(report, store)
     return report
