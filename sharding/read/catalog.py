@@ -275,7 +275,8 @@ class Catalog:
         head = self.head
         shards = np.searchsorted(self.shard_ends, np.arange(first, first + len(part)), side="right")
         room = self._shard_bytes[shards]
-        right = {name: part[name] > 0 for name in ("num_frames", "fps", "width", "height")}
+        right = {name: part[name] > 0 for name in ("num_frames", "width", "height")}
+        right["fps"] = (part["fps"] > 0) & np.isfinite(part["fps"])
         right["label"] = (part["label"] >= NO_LABEL) & (part["label"] < self._classes)
         right["video"], right["group"] = part["video"] < head.videos, part["group"] < head.groups
         splits = part["splits"]
