@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import fsspec
 import pytest
 import s3fs
+from moto.moto_api._internal.models import moto_api_backend
 from moto.server import ThreadedMotoServer
 
 from cliplift.sharding import storage
@@ -147,6 +148,9 @@ def served(bucket: str) -> Iterator[Faults]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        # Another server of this process would share its buckets, and an earlier client knows the earlier address.
+        moto_api_backend.reset()
+        s3fs.S3FileSystem.clear_instance_cache()
         # At its first request the server imports what it needs: that one is waited for as long as it takes.
         fsspec.filesystem("s3", skip_instance_cache=True).mkdir(bucket)
         patch.setattr(storage, "REMOTE_PAUSE_SECONDS", 0.01)

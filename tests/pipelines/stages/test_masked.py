@@ -379,7 +379,7 @@ def test_features_are_probed_with_labels(
         rows, labels = [], []
         for batch in EvalLoader(data, split=split, batch=4, rank=0, world_size=1):
             with torch.no_grad():
-                rows.append(encoder(stage._views[False](batch)))
+                rows.append(encoder(stage.views[False](batch)))
             labels += batch.labels.tolist()
         found[split] = torch.nn.functional.normalize(torch.cat(rows).double(), dim=1), np.array(labels)
     nearest = (found["val"][0] @ found["train"][0].T).argmax(dim=1).numpy()

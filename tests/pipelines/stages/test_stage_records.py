@@ -17,7 +17,6 @@ import torch
 
 from cliplift.configs.load import dump_run
 from cliplift.models import from_pretrained
-from cliplift.pipelines.stages.run import run_stage
 from cliplift.sharding.read.reader import ShardDataset
 
 CLIPLIFT = [sys.executable, "-m", "cliplift.launch.cli"]
@@ -127,24 +126,24 @@ def test_tensorboard_files_hold_what_the_jsonl_holds(finetuned: Path) -> None:
 
 
 def test_kill_9_and_restart_equals_an_unbroken_run(place: Path, load: Callable[..., Any]) -> None:
-    """Same losses to the last bit, same W&B run, every step once. Only the one that dies needs a process of its own."""
+    """Same losses to the last bit, same W&B run, every step once; each start is a process of its own."""
+    configs = {}
+    for output in ("unbroken", "killed"):
+        run = load("transfer/demo", output, "schedule.steps=12", "engine.global_batch=8",
+                   "correspondence.negatives_per_clip=2", "checkpoint.every_steps=4",
+                   "track.every_steps=1", "track.wandb=offline")  # fmt: skip
+        configs[output] = place / f"{output}.yaml"
+        configs[output].write_text(dump_run(run))
 
-    def run(output: str) -> Any:
-        return load("transfer/demo", output, "schedule.steps=12", "engine.global_batch=8",
-                    "correspondence.negatives_per_clip=2", "checkpoint.every_steps=4",
-                    "track.every_steps=1", "track.wandb=offline")  # fmt: skip
-
-    assert run_stage(run("unbroken"), command=[]).finished
-    config = place / "killed.yaml"
-    config.write_text(dump_run(run("killed")))
-    # With a W&B service of its own, which dies with it: ours would go on holding the run.
+    # Each with a W&B service of its own, which dies with it: this process's would go on holding the run.
     environment = {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"}
-    process = subprocess.Popen(
-        [*CLIPLIFT, "transfer", str(config)],
-        env=environment | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-        stdout=-3,
-        stderr=-3,
-    )
+
+    def start(output: str) -> subprocess.Popen[bytes]:
+        command = [*CLIPLIFT, "transfer", str(configs[output])]
+        return subprocess.Popen(command, env=environment, stdout=-3, stderr=-3)
+
+    assert start("unbroken").wait() == 0
+    process = start("killed")
     deadline = time.monotonic() + 200
     while not (place / "killed" / "checkpoints" / "step_00000004").is_dir():
         assert time.monotonic() < deadline
@@ -154,7 +153,7 @@ def test_kill_9_and_restart_equals_an_unbroken_run(place: Path, load: Callable[.
     process.wait()
     assert not (place / "killed" / "result.json").exists(), "it was killed before the end"
     first_id = json.loads((place / "killed" / "wandb.json").read_text())["id"]
-    assert run_stage(run("killed"), command=[]).finished
+    assert start("killed").wait() == 0
     losses = [
         [(r["step"], r["train/loss"]) for r in rows(place / f) if "train/loss" in r]
         for f in ("unbroken", "killed")

@@ -330,7 +330,8 @@ def rewritten(folder: Path, change: Callable[[Any, Any], None], **head_values: A
 @pytest.mark.parametrize(
     ("name", "value"),
     [("mp4_offset", -5), ("mp4_offset", 10**15), ("mp4_bytes", 10**15), ("mp4_bytes", -1), ("mp4_bytes", 2**63 - 1),
-     ("flow_offset", 10**15), ("label", 5), ("label", -2), ("num_frames", 0), ("fps", float("nan")), ("fps", float("inf")), ("fps", -1.0),
+     ("flow_offset", 10**15), ("label", 5), ("label", -2), ("num_frames", 0), ("fps", float("nan")),
+     ("fps", float("inf")), ("fps", -1.0),
      ("width", -2), ("height", 0), ("video", 2**32 - 1), ("group", 2**32 - 1), ("splits", 3), ("labels_start", -1),
      ("labels_start", 2**62), ("labels_count", 2**32 - 1), ("labels_count", 4)],
 )  # fmt: skip
