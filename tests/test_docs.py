@@ -51,3 +51,13 @@ def test_named_recipes_and_pages_exist(page: Path) -> None:
         assert packaged_recipe(name) is not None, f"{page.name} names {name}"
     for name in set(re.findall(r"docs/(\w+\.md)", text)):
         assert (ROOT / "docs" / name).is_file(), f"{page.name} names docs/{name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_named_files_exist(page: Path) -> None:
+    """But for the files that the changes worked out in docs/architecture.md add."""
+    text = page.read_text()
+    added = set(re.findall(r"^\+\+\+ b/(\S+)", text, flags=re.MULTILINE))
+    folders = "benchmarks|configs|launch|models|pipelines|sharding|tests"
+    named = set(re.findall(rf"(?<![\w/.-])((?:{folders})/[\w/]+\.(?:py|toml|yaml|csv))\b", text))
+    assert not [name for name in named - added if not (ROOT / name).is_file()]

@@ -29,6 +29,7 @@ def run(repository: Path, output: Path, *words: str) -> dict[str, Any]:
     return {row["name"]: row for row in json.loads(output.read_text())["rows"]}
 
 
+@pytest.mark.slow
 def test_rows_are_recorded_one_by_one(repository: Path, tmp_path: Path) -> None:
     rows = run(repository, tmp_path / "gpu.json", "--minutes", "20", "--only", *QUICK)
     assert {name: row["error"] for name, row in rows.items() if "error" in row} == {}
@@ -39,6 +40,7 @@ def test_rows_are_recorded_one_by_one(repository: Path, tmp_path: Path) -> None:
     assert rows["memory: resnet3d_18 fp32 zero 0"]["numbers"]["planned_gib"] > 0
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_or_dies_is_recorded_and_the_others_run(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"

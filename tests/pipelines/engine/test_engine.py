@@ -254,6 +254,7 @@ def test_a_signal_saves_and_leaves_cleanly(
     assert (rest["losses"], rest["checksum"]) == (whole["losses"], whole["checksum"])
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_by_torchrun_and_training_continues(
     worker: ModuleType, tmp_path: Path
 ) -> None:

@@ -365,6 +365,7 @@ worker.train(worker.run_config(**json.loads(sys.argv[2])))
 """
 
 
+@pytest.mark.slow
 def test_a_hang_is_ended_with_the_stacks(tmp_path: Path) -> None:
     case = json.dumps({"output": str(tmp_path), "engine__hang_seconds": 5.0})
     done = subprocess.run(

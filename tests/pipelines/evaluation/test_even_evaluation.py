@@ -51,6 +51,7 @@ def test_fillers_even_out_the_batches(shards: Path, world_size: int, samples: in
     assert len(seen) == len(set(seen)) == samples, "and still evaluates each sample once"
 
 
+@pytest.mark.slow
 def test_stage_3_evaluates_an_uneven_split(shards: Path, repository: Path, tmp_path: Path) -> None:
     """Three validation samples in batches of one on two ranks: two passes on one rank, one on the other."""
     recipe = repository / "configs" / "pretrain" / "demo.yaml"

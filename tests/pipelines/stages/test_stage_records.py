@@ -125,6 +125,7 @@ def test_tensorboard_files_hold_what_the_jsonl_holds(finetuned: Path) -> None:
     assert {e.step: e.value for e in events.Scalars("train/loss")} == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_kill_9_and_restart_equals_an_unbroken_run(place: Path, load: Callable[..., Any]) -> None:
     """Same losses to the last bit, same W&B run, every step once; each start is a process of its own."""
     configs = {}
