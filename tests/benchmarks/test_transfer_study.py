@@ -17,12 +17,12 @@ METHODS = ("frames", "scratch", "regression", "regression; probe")
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve labelled clips of two classes and three cameras, listed in clips.csv, and some without labels."""
+    """Twenty-four labelled clips of four classes and three cameras, listed in clips.csv, and some without labels."""
     folder = tmp_path_factory.mktemp("videos")
     write_demo_videos(folder, train_per_class=6, val_per_class=0, test_per_class=0, unlabelled=6, seconds=2.5)
     rows = [
         {"path": str(clip.relative_to(folder)), "label": label.name, "group": f"camera{number % 3}"}
-        for label in sorted((folder / "labelled" / "train").iterdir())[:2]
+        for label in sorted((folder / "labelled" / "train").iterdir())[:4]
         for number, clip in enumerate(sorted(label.glob("*.mp4")))
     ]
     with (folder / "clips.csv").open("w", newline="") as file:
