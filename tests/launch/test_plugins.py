@@ -169,6 +169,7 @@ def test_mistakes_are_one_sentence(installed: Path, tmp_path: Path) -> None:
             assert part in line, words
 
 
+@pytest.mark.slow
 def test_each_kind_is_used_for_a_step(installed: Path, tmp_path: Path) -> None:
     """Shards from the source, then a step of the model with the objective and the augmentation."""
     write_demo_videos(

@@ -460,6 +460,7 @@ def test_derived_config_writes_everything_out(worker: ModuleType, tmp_path: Path
         EngineConfig(deepspeed={"torch_autocast": {"enabled": True}})
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_ranks_stops_both_at_the_same_step(tmp_path: Path) -> None:
     case = {"output": str(tmp_path / "run"), "checkpoint__every_steps": 20, "schedule": {"steps": 4000}}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -64,6 +64,7 @@ def onto_two_ranks(
     return place, unbroken, json.loads((place / "results.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_continue_what_one_began(
     onto_two_ranks: tuple[Path, list[float], list[dict[str, Any]]], stage: int
@@ -74,6 +75,7 @@ def test_two_ranks_continue_what_one_began(
     assert results[stage]["losses"] == pytest.approx(unbroken[4:], abs=ROUNDING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_return_the_best_weights(
     onto_two_ranks: tuple[Path, list[float], list[dict[str, Any]]], stage: int

@@ -53,6 +53,7 @@ def elements(folder: Path, kind: str) -> dict[str, list[int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(8))
 def test_together_the_ranks_write_every_element_once(
     worker: ModuleType, two_ranks: tuple[Path, list[dict[str, Any]]], case: int
@@ -91,6 +92,7 @@ def safe_size(path: Path) -> int:
     return len(data) - 8 - int.from_bytes(data[:8], "little")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(8))
 def test_a_rank_reads_its_own_elements_and_no_others(
     two_ranks: tuple[Path, list[dict[str, Any]]], case: int

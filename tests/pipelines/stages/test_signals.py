@@ -231,6 +231,7 @@ def stopped_when(command: list[str], ready: Callable[[], bool], number: signal.S
     return process.returncode, said
 
 
+@pytest.mark.slow
 def test_an_evaluation_ends_at_once_with_a_clear_word(tmp_path: Path, repository: Path, shards: Path) -> None:
     run = finetune(repository, shards, tmp_path / "run", "schedule.steps=1", "evaluation.every_steps=null")
     assert run_stage(run, command=[]).finished
