@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -154,50 +155,84 @@ def _identity(path: Path) -> str | None:
         return None
 
 
-def _chunks(table: Tensor, steps: int) -> Iterable[Tensor]:
-    """(N, S D) -> pieces (n, S, D) in double precision."""
-    for rows in torch.split(table, ROWS_AT_ONCE):
-        yield torch.unflatten(rows.double(), 1, (steps, -1))
+def cosines(steps: int) -> Tensor:
+    """The orthonormal discrete cosine transform (DCT-II) over S parts, (S, S): row 0 is the mean times sqrt(S)."""
+    time, frequency = torch.arange(steps).double() + 0.5, torch.arange(steps).double()
+    rows: Tensor = torch.cos(math.pi / steps * frequency[:, None] * time) * (2 / steps) ** 0.5
+    rows[0] *= 0.5**0.5
+    return rows
 
 
 class Standardisation:
-    """Mean 0 and deviation 1 of every channel over the training clips: what the student predicts."""
+    """Mean 0 and deviation 1 of every channel over the training clips: what the student predicts.
 
-    def __init__(self, mean: Tensor, deviation: Tensor) -> None:
-        self.mean, self.deviation = mean, deviation  # (D,) fp32
+    S parts of a clip share mean and deviation, (D,); with a ``basis`` (S, S) over the parts, each of its coefficients
+    has its own, (S, D).
+    """
+
+    def __init__(self, mean: Tensor, deviation: Tensor, *, basis: Tensor | None = None) -> None:
+        self.mean, self.deviation, self.basis = mean, deviation, basis  # fp32
 
     @classmethod
     def of(
-        cls, table: Tensor, *, steps: int, folder: Path, identity: str, topology: Topology
+        cls,
+        table: Tensor,
+        *,
+        steps: int,
+        folder: Path,
+        identity: str,
+        topology: Topology,
+        basis: Tensor | None = None,
     ) -> Standardisation:
-        """Of a table (N, S D) of features; S parts of a clip share them."""
+        """Of a table (N, S D) of features."""
+        over = (0, 1) if basis is None else (0,)
+
+        def chunks() -> Iterable[Tensor]:
+            """(n, S, D) in double precision."""
+            for rows in torch.split(table, ROWS_AT_ONCE):
+                parts = torch.unflatten(rows.double(), 1, (steps, -1))
+                yield parts if basis is None else basis @ parts
 
         def make() -> dict[str, Tensor]:
-            rows = len(table) * steps
-            mean = sum(chunk.sum(dim=(0, 1)) for chunk in _chunks(table, steps)) / rows
+            rows = len(table) * (steps if basis is None else 1)
+            mean = sum(chunk.sum(dim=over) for chunk in chunks()) / rows
             assert isinstance(mean, Tensor)
-            spread = sum((chunk - mean).square().sum(dim=(0, 1)) for chunk in _chunks(table, steps)) / rows
+            spread = sum((chunk - mean).square().sum(dim=over) for chunk in chunks()) / rows
             assert isinstance(spread, Tensor)
             deviation = spread.sqrt()
-            floor = (SMALLEST_DEVIATION * deviation.mean()).clamp_min(torch.finfo(torch.float32).tiny)
-            return {"mean": mean.float(), "deviation": deviation.clamp_min(floor).float()}
+            floor = SMALLEST_DEVIATION * deviation.mean(dim=-1, keepdim=True)
+            floor = floor.clamp_min(torch.finfo(torch.float32).tiny)
+            return {"mean": mean.float(), "deviation": torch.maximum(deviation, floor).float()}
 
         kept = kept_tensors(folder / STATISTICS, identity, make, topology)
-        return cls(kept["mean"], kept["deviation"])
+        return cls(kept["mean"], kept["deviation"], basis=None if basis is None else basis.float())
 
     def to(self, device: torch.device) -> Standardisation:
         """The same on a device."""
-        return Standardisation(self.mean.to(device), self.deviation.to(device))
+        basis = None if self.basis is None else self.basis.to(device)
+        return Standardisation(self.mean.to(device), self.deviation.to(device), basis=basis)
 
     def __call__(self, features: Tensor, *, steps: int) -> Tensor:
         """(B, S D) -> (B, S, D) in fp32, standardised."""
-        return (torch.unflatten(features.float(), 1, (steps, -1)) - self.mean) / self.deviation
+        parts = torch.unflatten(features.float(), 1, (steps, -1))
+        standard: Tensor = (
+            (parts if self.basis is None else self.basis @ parts) - self.mean
+        ) / self.deviation
+        return standard
 
 
 def bank_of(
-    table: Tensor, standard: Standardisation, *, steps: int, folder: Path, identity: str, topology: Topology
+    table: Tensor,
+    standard: Standardisation,
+    *,
+    steps: int,
+    widths: Sequence[int],
+    folder: Path,
+    identity: str,
+    topology: Topology,
 ) -> Tensor:
-    """(N, S D) in fp16: every clip's standardised features, each part of length 1, all parts together of length 1."""
+    """(N, S D) in fp16: every clip's standardised features, each part of each teacher of one length, and all together
+    of length 1."""
 
     def make() -> dict[str, Tensor]:
         if not topology.is_main:
@@ -205,13 +240,17 @@ def bank_of(
         bank = torch.empty_like(table)
         for start in range(0, len(table), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            bank[rows] = unit_parts(standard(table[rows], steps=steps)).half()
+            bank[rows] = unit_parts(standard(table[rows], steps=steps), widths).half()
         return {"bank": bank}
 
     return kept_tensors(folder / BANK, identity, make, topology)["bank"]
 
 
-def unit_parts(features: Tensor) -> Tensor:
-    """(B, S, D) -> (B, S D): parts of length 1 / sqrt(S), so that a product of two is the mean cosine of the parts."""
-    shared: float = features.shape[1] ** -0.5
-    return (F.normalize(features, dim=-1) * shared).flatten(1)
+def unit_parts(features: Tensor, widths: Sequence[int]) -> Tensor:
+    """(B, S, D) -> (B, S D): parts of length 1 / sqrt(S M), so that a product of two is the mean cosine of the parts.
+
+    M teachers' features of the widths given stand side by side in D.
+    """
+    shared: float = (features.shape[1] * len(widths)) ** -0.5
+    parts = [F.normalize(part, dim=-1) * shared for part in torch.split(features, list(widths), dim=-1)]
+    return torch.cat(parts, dim=-1).flatten(1)
