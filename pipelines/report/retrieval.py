@@ -53,16 +53,26 @@ class RetrievalPage:
     notes: tuple[str, ...]
 
 
-def retrieval_page(
-    run: RunRecord, *, pictures: bool = True, open_shards: OpenShards = open_shard_dataset
-) -> RetrievalPage | None:
-    """The section of a run; None for one that kept no retrieval.
+def retrieval_pages(
+    runs: Sequence[RunRecord], *, pictures: bool, open_shards: OpenShards = open_shard_dataset
+) -> list[RetrievalPage]:
+    """The sections of the runs that kept a retrieval.
 
     Clips that cannot be read are shown by name alone, which ``notes`` says.
 
+    Args:
+        runs: of any stage.
+        pictures: show frames; otherwise nothing of the shards is read.
+        open_shards: how the clips' shard datasets are opened.
+
     Raises:
-        ConfigError: the run's file is damaged.
+        ConfigError: a run's file is damaged.
     """
+    pages = [_page(run, pictures=pictures, open_shards=open_shards) for run in runs]
+    return [page for page in pages if page is not None]
+
+
+def _page(run: RunRecord, *, pictures: bool, open_shards: OpenShards) -> RetrievalPage | None:
     found = read_retrieval(run.folder)
     if found is None:
         return None

@@ -56,8 +56,14 @@ from cliplift.pipelines.stages.matching import (
 )
 from cliplift.pipelines.stages.probe import probe
 from cliplift.pipelines.stages.starting_weights import freeze_named
-from cliplift.pipelines.stages.teacher import Standardisation, bank_of, cached_features, cosines
-from cliplift.pipelines.stages.teacher_network import Teachers, build_teachers
+from cliplift.pipelines.stages.teacher import (
+    Standardisation,
+    Teachers,
+    bank_of,
+    build_teachers,
+    cached_features,
+    cosines,
+)
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.supervision import TeacherConfig
 from cliplift.models.protocol import InputSpec, VideoNetwork
-from cliplift.pipelines.stages.teacher_network import Teachers, build_teachers
+from cliplift.pipelines.stages.teacher import Teachers, build_teachers
 
 
 class MeanColour(VideoNetwork):
