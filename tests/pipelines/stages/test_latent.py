@@ -22,6 +22,7 @@ from cliplift.models import create_model, from_pretrained
 from cliplift.models.video_vit.latent import LatentPrediction
 from cliplift.models.video_vit.positions import TokenGrid
 from cliplift.pipelines.checkpoints.saved import open_checkpoint
+from cliplift.pipelines.cost.memory_plan import plan_memory
 from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.task import MovingTeacher
@@ -313,6 +314,25 @@ def test_operations_are_three_times_the_students_and_once_the_teachers(read: Rea
 
     student = sum(encoder(n) + predictor(n, m) for n, m in ((128, 238), (32, 359)))
     assert stage.flops_per_clip == pytest.approx(2 * (3 * student + encoder(tokens)), rel=1e-6)
+
+
+@pytest.mark.parametrize("more", [[], DENSE], ids=["plain", "dense"])
+def test_the_memory_plan_has_the_teacher_as_a_weight_without_an_optimizer(
+    more: list[str], read: Read
+) -> None:
+    run = read("planned", *more, "engine.zero_stage=1")
+    plan, sizes = plan_memory(run, classes=0, world_size=1, on_gpu=False)
+    net = stage_of(read, *more).module.prediction
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    teacher = sum(p.numel() for p in net.teacher.parameters())
+    assert sizes.trained == trained
+    assert plan.weights >= 4 * (trained + teacher)
+    assert plan.optimizer == 2 * 4 * trained
+    everything, _ = plan_memory(
+        run.model_copy(update={"engine": run.engine.model_copy(update={"checkpoint_blocks_share": 1.0})}),
+        classes=0, world_size=1, on_gpu=False,
+    )  # fmt: skip
+    assert everything.saved_activations < 0.6 * plan.saved_activations
 
 
 def test_the_contexts_weight_rises_between_two_steps() -> None:
