@@ -37,7 +37,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"plugins"},
         {"sources", "data"},
         {"training"},
-        {"sharding", "supervision"},
+        {"sharding", "supervision", "objectives"},
         {"runs"},
     ],
     "models": [
@@ -66,6 +66,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"checkpoints"},
         {"engine"},
         {"evaluation"},
+        {"probes"},
         {"stages", "report"},
         {"cost"},
     ],

@@ -193,11 +193,13 @@ def test_the_changes_pass_their_own_tests_and_the_walls(page: str, changed: Path
         assert ruff.returncode == 0, ruff.stdout + ruff.stderr
 
 
+@pytest.mark.slow
 def test_the_changes_do_what_the_page_says(changed: Path, tmp_path: Path) -> None:
     done = run_python("-c", SHOWN, cwd=tmp_path, path=[changed.parent])
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_plug_in_works_from_its_folder(page: str, changed: Path, tmp_path: Path) -> None:
     diff = change(page, "plug-in")
     apply(diff, tmp_path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import zlib
@@ -28,7 +27,7 @@ from cliplift.pipelines.checkpoints.folder import (
 )
 from cliplift.pipelines.checkpoints.stored import COMPLETE, StoredFolder
 from cliplift.pipelines.distributed.collectives import Topology, broadcast_object
-from cliplift.pipelines.runs.folder import write_json
+from cliplift.pipelines.runs.folder import json_bytes, write_json
 from cliplift.sharding.storage import StorageError
 
 PARTIAL = ".partial"
@@ -166,11 +165,11 @@ class _InStore:
     def seal(self, files: Mapping[str, WrittenFile], state: Mapping[str, object]) -> None:
         """The state, the run's records, and the list of all files last."""
         store = self.place.store
-        text = _json({"format": FORMAT, **state})
+        text = json_bytes({"format": FORMAT, **state})
         store.write(STATE, text)
         self._records()
         own = WrittenFile(size_bytes=len(text), crc32=zlib.crc32(text))
-        store.write(COMPLETE, _json(_listing({**files, STATE: own})))
+        store.write(COMPLETE, json_bytes(_listing({**files, STATE: own})))
 
     def prune(self, *, keep_last: int) -> None:
         complete = self._folder.checkpoints()[0]
@@ -192,11 +191,6 @@ def _listing(files: Mapping[str, WrittenFile]) -> dict[str, object]:
         name: {"bytes": written.size_bytes, "crc32": written.crc32} for name, written in sorted(files.items())
     }
     return {"format": FORMAT, "files": listed}
-
-
-def _json(value: object) -> bytes:
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    return text.encode("utf-8", errors="backslashreplace")
 
 
 def to_disk(path: Path) -> None:

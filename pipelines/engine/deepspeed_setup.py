@@ -25,7 +25,8 @@ from cliplift.pipelines.checkpoints.saved import SavedState, check_fits, load_bu
 from cliplift.pipelines.distributed.collectives import Topology, broadcast_object
 from cliplift.pipelines.engine.batchnorm import refuse_half_batchnorm
 from cliplift.pipelines.engine.optim import build_optimizer, network_with_blocks, optimizer_moments
-from cliplift.pipelines.engine.task import TrainingEngine
+from cliplift.pipelines.engine.partitioned_build import hand_over, move_to
+from cliplift.pipelines.engine.task import HALF, TrainingEngine
 from cliplift.pipelines.engine.zero_state import load_parameters, restore_optimizer
 
 NEVER = 10**9
@@ -132,7 +133,7 @@ def build_engine(
     import deepspeed
 
     engine_config = run.engine
-    module = module.to(topology.device)
+    module = move_to(module, topology.device)
     refuse_half_batchnorm(module, run)
     if engine_config.sync_batchnorm:
         module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
@@ -148,6 +149,7 @@ def build_engine(
     if topology.is_main:
         _check_space(folder, module, run)
     config = deepspeed_config(run, world_size=topology.world_size)
+    hand_over(module, config, dtype=HALF.get(engine_config.precision))
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False
     )

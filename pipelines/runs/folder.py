@@ -157,8 +157,16 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def json_bytes(value: object) -> bytes:
+    """The bytes that :func:`write_json` writes, for a place that is no file. ValueError for a number JSON lacks."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode("utf-8", errors="backslashreplace")
+
+
 def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Replace a file at once, as :func:`write_text` does."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(json_bytes(value))
 
 
 def read_json(path: Path) -> Record | None:

@@ -29,6 +29,7 @@ from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_con
 from cliplift.pipelines.engine.faults import StoppedBySignalError, caught_signals, stop_together
 from cliplift.pipelines.engine.loop import fit
 from cliplift.pipelines.engine.optim import total_steps
+from cliplift.pipelines.engine.partitioned_build import built_in_parts
 from cliplift.pipelines.engine.task import FitResult, Stage
 from cliplift.pipelines.runs.folder import RunFolder, metrics_of, seconds_of, sole_writer
 from cliplift.pipelines.runs.published import PublishedRun, require_common_folder
@@ -36,6 +37,7 @@ from cliplift.pipelines.runs.results import commands_after, result_block
 from cliplift.pipelines.runs.tracking import Tracker
 from cliplift.pipelines.stages.classification import ClassificationStage, FinetuneStage
 from cliplift.pipelines.stages.forecast import ForecastStage
+from cliplift.pipelines.stages.latent import LatentStage
 from cliplift.pipelines.stages.masked import MaskedStage
 from cliplift.pipelines.stages.transfer import TransferStage
 
@@ -43,6 +45,7 @@ from cliplift.pipelines.stages.transfer import TransferStage
 OBJECTIVES: dict[str, Callable[..., Stage]] = {
     "classification": ClassificationStage,
     "forecast": ForecastStage,
+    "latent": LatentStage,
     "masked": MaskedStage,
 }
 
@@ -310,7 +313,7 @@ def _task(run: TrainingRun, loader: TrainingLoader, topology: Topology) -> Stage
     """The stage with its module built, so that what is wrong with it is found before the engine is set up."""
     stage = stage_of(run, classes=loader.classes, topology=topology)
     try:
-        stage.module  # noqa: B018
+        built_in_parts(lambda: stage.module, run.engine, topology)
     except ModelError as error:
         raise ConfigError(str(error), key="model", value=run.model.name) from None
     require_splits(run, loader.splits)

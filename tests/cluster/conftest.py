@@ -216,7 +216,7 @@ def one_host(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, "-m", "cliplift.launch.cli", *demo_words(shards, output)],
-        env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=240, check=False,
+        env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return output

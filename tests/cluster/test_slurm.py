@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1500)]
 
 NODES = ("loop1", "loop2")
 NAME, ADDRESS = "clip-slurm", "10.78.0.1"
@@ -171,15 +171,17 @@ def test_preempted_requeued_resumed(
     jobs = submit(slurm, config, *overrides, "--nodes", "2", "--partition", "low", cwd=tmp_path)
     (number,) = jobs.values()
     log = tmp_path / "jobs" / "demo-transfer" / f"demo-transfer-{number}.out"
-    wait_until(lambda: steps_saved(output) >= 4, seconds=120, what="four steps", logs=[log])
+    wait_until(lambda: steps_saved(output) >= 4, seconds=300, what="four steps", logs=[log])
     slurm.run("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--wrap", "sleep 3")
     began = time.monotonic()
-    wait_until(lambda: slurm.job(number)["Restarts"] == "1", seconds=90, what="requeued", logs=[log])
+    wait_until(lambda: slurm.job(number)["Restarts"] == "1", seconds=300, what="requeued", logs=[log])
     requeued, at = time.monotonic() - began, steps_saved(output)
     assert not (output / "result.json").exists(), "the run was over before it could be preempted"
     release(slurm, number)
-    wait_until((output / "result.json").exists, seconds=200, what="the result", logs=[log])
-    wait_until(lambda: slurm.job(number)["JobState"] == "COMPLETED", seconds=30, what="completed", logs=[log])
+    wait_until((output / "result.json").exists, seconds=300, what="the result", logs=[log])
+    wait_until(
+        lambda: slurm.job(number)["JobState"] == "COMPLETED", seconds=300, what="completed", logs=[log]
+    )
     text = log.read_text()
     assert f"continues from step {at}" in text, text
     assert losses(output) == losses(one_host), "as if it had never been stopped"
@@ -198,12 +200,12 @@ def test_signalled_before_the_time_limit_requeues_itself(
     config, *overrides = words(shards, output)[1:]
     (number,) = submit(slurm, config, *overrides, "--nodes", "2", cwd=tmp_path).values()
     log = tmp_path / "jobs" / "demo-transfer" / f"demo-transfer-{number}.out"
-    wait_until(lambda: steps_saved(output) >= 4, seconds=120, what="four steps", logs=[log])
+    wait_until(lambda: steps_saved(output) >= 4, seconds=300, what="four steps", logs=[log])
     slurm.run("scancel", "--signal=USR1", number)
-    wait_until(lambda: slurm.job(number)["Restarts"] == "1", seconds=60, what="requeued", logs=[log])
+    wait_until(lambda: slurm.job(number)["Restarts"] == "1", seconds=300, what="requeued", logs=[log])
     assert "saved after a signal" in log.read_text()
     release(slurm, number)
-    wait_until((output / "result.json").exists, seconds=200, what="the result", logs=[log])
+    wait_until((output / "result.json").exists, seconds=300, what="the result", logs=[log])
     assert losses(output) == losses(one_host)
     print(f"[slurm] USR1: {log.read_text()}", flush=True)
 
@@ -229,7 +231,7 @@ def test_a_chain_from_videos_to_a_trained_student(
     jobs = submit(slurm, "shard.yaml", "transfer.yaml", "--nodes", "2", "--parts", "2", cwd=tmp_path)
     assert list(jobs) == ["chain-plan", "chain-build", "chain-finalize", "chain-verify", "chain-transfer"]
     logs = sorted((tmp_path / "jobs" / "chain-transfer").glob("*.out"))
-    wait_until((tmp_path / "run" / "result.json").exists, seconds=240, what="the result", logs=logs)
+    wait_until((tmp_path / "run" / "result.json").exists, seconds=300, what="the result", logs=logs)
     logs = sorted((tmp_path / "jobs" / "chain-transfer").glob("chain-build-*.out"))
     assert len(logs) == 2, "one log a part"
     built = [int(re.findall(r"(\d+) shards built", log.read_text())[0]) for log in logs]

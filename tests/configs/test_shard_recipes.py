@@ -20,6 +20,7 @@ def test_a_recipe_loads(recipe: Path) -> None:
     assert isinstance(run, ShardRun)
 
 
+@pytest.mark.slow
 def test_real_clips_with_whole_groups_held_out(shared_data: Path, repository: Path, tmp_path: Path) -> None:
     overrides = [f"output={tmp_path / 'arid6'}", f"source.root={shared_data / 'arid6/train'}", "workers=2"]
     run = load_run(repository / "configs/shard/arid6.yaml", {"shard": ShardRun}, overrides).run

@@ -86,6 +86,7 @@ def test_models_lists_the_plugin(cliplift: Cliplift) -> None:
     assert "plug-in colour_histogram: cliplift-example 0.1" in done.stdout
 
 
+@pytest.mark.slow
 def test_broken_ones_are_named_and_do_not_stop_the_others(cliplift: Cliplift) -> None:
     words = ("doctor", "--plugin", "broken_plugins", "--plugin", "crashing", "--plugin", "leaving")
     done = cliplift(*words)

@@ -90,6 +90,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_the_time_limit_holds_in_the_groups_that_deepspeed_makes(repository: Path) -> None:
     """The groups gradients are reduced in; torch would give them half an hour."""
     with socket.socket() as probe:

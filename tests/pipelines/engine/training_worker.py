@@ -21,6 +21,7 @@ from cliplift.configs.runs import PretrainRun
 from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology, leave, start
 from cliplift.pipelines.engine.loop import fit
+from cliplift.pipelines.engine.partitioned_build import built_in_parts
 from cliplift.pipelines.runs.tracking import Tracker
 
 CLASSES, SAMPLES, FRAMES, SIDE = 3, 48, 4, 8
@@ -91,9 +92,12 @@ class Task:
     best_metric = "accuracy"
     clip_frames = FRAMES
 
-    def __init__(self, poison_step: int | None = None) -> None:
+    def __init__(self, poison_step: int | None = None, *, run: PretrainRun | None = None) -> None:
         torch.manual_seed(0)
-        self.module = Net(poison_step)
+        self.module: nn.Module = Net(poison_step)
+        if run is not None:
+            torch.manual_seed(0)
+            self.module = built_in_parts(lambda: Net(poison_step), run.engine, start(run.engine))
         self.evaluated = 0
 
     def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
@@ -135,7 +139,7 @@ def train(run: PretrainRun, *, poison_step: int | None = None) -> dict[str, Any]
     """Train one case; the numbers tests compare."""
     topology = start(run.engine)
     Path(run.output).mkdir(parents=True, exist_ok=True)
-    task = Task(poison_step)
+    task = Task(poison_step, run=run)
     tracker = Tracker(run, stage="pretrain", folder=Path(run.output), topology=topology)
     result = fit(task=task, run=run, loader=FixedLoader(run, topology), topology=topology, tracker=tracker)  # type: ignore[arg-type]
     checksum = magnitudes(engine_tensors(result.engine).values())

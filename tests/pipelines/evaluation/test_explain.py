@@ -195,6 +195,7 @@ def moving_squares(count: int, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return clips, labels, boxes
 
 
+@pytest.mark.slow
 def test_the_map_of_a_trained_network_follows_the_moving_shape() -> None:
     torch.manual_seed(0)
     model = Small()

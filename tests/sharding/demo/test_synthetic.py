@@ -47,6 +47,7 @@ def _ridge_accuracy(train: np.ndarray, test: np.ndarray, penalty: float) -> floa
     return float((guess == np.repeat(np.arange(classes), test.shape[1])).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frame", [0, FRAMES // 2, FRAMES - 1])
 def test_a_single_frame_does_not_tell_the_class(
     gray_clips: tuple[np.ndarray, np.ndarray], frame: int
@@ -65,6 +66,7 @@ def test_a_single_frame_does_not_tell_the_class(
         assert _ridge_accuracy(train, test, penalty) < bound
 
 
+@pytest.mark.slow
 def test_frame_differences_tell_the_direction(gray_clips: tuple[np.ndarray, np.ndarray]) -> None:
     directions = [CLASSES.index(name) for name in ("move_left", "move_right", "move_up", "move_down")]
     features = []

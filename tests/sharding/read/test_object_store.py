@@ -50,6 +50,7 @@ def test_a_build_to_s3_equals_a_local_one(s3: Any, built: Path, make_run: Callab
     assert verify("s3://shards/calm", decode="none").ok
 
 
+@pytest.mark.slow
 def test_a_build_through_faults_loses_nothing(
     s3: Any, built: Path, make_run: Callable[..., ShardRun]
 ) -> None:
@@ -90,6 +91,7 @@ def test_what_is_visible_is_whole_at_any_time(
     assert verify("s3://shards/broken", decode="none").ok
 
 
+@pytest.mark.slow
 def test_reading_through_faults(
     s3: Any, built: Path, make_run: Callable[..., ShardRun], tmp_path: Path
 ) -> None:

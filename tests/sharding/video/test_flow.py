@@ -187,6 +187,7 @@ def assert_same_motion(stored: bytes, computed: bytes) -> None:
     assert np.abs(a - 128).max() > 10, "nothing moves"
 
 
+@pytest.mark.slow
 def test_a_build_stores_the_flow_of_every_clip(runs: tuple[ShardRun, ShardRun]) -> None:
     dataset = ShardDataset(runs[0].output)
     assert dataset.has_flow
@@ -198,6 +199,7 @@ def test_a_build_stores_the_flow_of_every_clip(runs: tuple[ShardRun, ShardRun]) 
     assert verify(runs[0].output, decode="none").ok
 
 
+@pytest.mark.slow
 def test_stock_webdataset_sees_the_member(runs: tuple[ShardRun, ShardRun]) -> None:
     dataset = ShardDataset(runs[0].output)
     flows = {
@@ -208,6 +210,7 @@ def test_stock_webdataset_sees_the_member(runs: tuple[ShardRun, ShardRun]) -> No
     assert flows == {dataset.key(i): dataset.read_flow(i) for i in range(len(dataset))}
 
 
+@pytest.mark.slow
 def test_a_damaged_member_is_named(runs: tuple[ShardRun, ShardRun], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(runs[0].output, copy)
@@ -223,6 +226,7 @@ def test_a_damaged_member_is_named(runs: tuple[ShardRun, ShardRun], tmp_path: Pa
     assert any(".flow.mp4: crc32 differs" in detail for detail in details)
 
 
+@pytest.mark.slow
 def test_without_flow_nothing_changes(runs: tuple[ShardRun, ShardRun]) -> None:
     """No new key or column in the files of a dataset that has no flow, so older builds stay what they are."""
     dataset = ShardDataset(runs[1].output)
@@ -236,6 +240,7 @@ def test_without_flow_nothing_changes(runs: tuple[ShardRun, ShardRun]) -> None:
     assert clips[0] == clips[1], "the clips do not depend on the flow beside them"
 
 
+@pytest.mark.slow
 def test_flow_survives_the_removal_of_duplicates(runs: tuple[ShardRun, ShardRun], tmp_path: Path) -> None:
     source = Path(runs[0].source.root)
     twin = tmp_path / "v"
