@@ -203,7 +203,7 @@ def probed(study: Study, cell: Cell, weights: Path | None) -> dict[str, Any]:
     from cliplift.configs.runs import TransferRun
     from cliplift.launch.commands.subject import load_as
     from cliplift.pipelines.data.source import ClipSource
-    from cliplift.pipelines.stages.probe import fit_linear
+    from cliplift.pipelines.probes.pooled import fit_linear
 
     words = [f"data.shards={study.shards(cell.fold)}", "data.val_share=0", "data.cache_decoded_mib=3000"]
     if weights is None:  # as large as the teacher sees them in transfer
@@ -228,7 +228,7 @@ def features(run: Any, weights: Path | None) -> list[tuple[Any, Any]]:
 
     from cliplift.models import create_model, from_pretrained
     from cliplift.pipelines.distributed.collectives import Topology
-    from cliplift.pipelines.stages.probe import features_of
+    from cliplift.pipelines.probes.pooled import features_of
 
     network: Any = (
         create_model(

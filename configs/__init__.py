@@ -3,5 +3,6 @@
 In reading order: ``sections`` (what every section is, and ConfigError), ``yaml_text`` (YAML read without trusting
 it), ``load`` (file, ``base:`` and overrides to a run), ``discovery`` and ``plugins`` (names other packages add); then
 the sections ``sources``, ``data`` and ``training``, the schema of a build, ``sharding``, the sections of transfer,
-``supervision``, and the schemas made of them, ``runs``. Packaged recipes lie beside them, in a folder for each stage.
+``supervision``, those of learning without labels, ``objectives``, and the schemas made of them, ``runs``. Packaged
+recipes lie beside them, in a folder for each stage.
 """

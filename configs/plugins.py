@@ -20,7 +20,7 @@ from cliplift.configs.load import validate
 from cliplift.configs.sections import ConfigError, Section
 
 # Objectives of `cliplift pretrain`; `pipelines/stages/run.py` holds the stage of each.
-OBJECTIVES: set[str] = {"classification", "forecast", "masked"}
+OBJECTIVES: set[str] = {"classification", "forecast", "latent", "masked"}
 SOURCE_KINDS = ("folder", "csv", "kinetics", "ucf101", "hmdb51", "youtube8m", "tars")
 MAX_DRAWS = 8  # uniform numbers a clip has for all plug-in augmentations of a run together
 STAGE_MEMBERS = (

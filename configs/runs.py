@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cliplift.configs.data import DataConfig, ViewsConfig
+from cliplift.configs.objectives import ForecastConfig, LatentConfig, MaskedConfig
 from cliplift.configs.plugins import ObjectiveName, objective_options
 from cliplift.configs.sections import ConfigError, Location, Output, Section
 from cliplift.configs.sharding import ShardRun
@@ -54,80 +55,23 @@ class ClassificationRun(TrainingRun):
     )
 
 
-class ForecastConfig(Section):
-    """Pretraining without labels: which frames are predicted, and how the prediction is judged."""
-
-    input_frames: int = Field(
-        10, ge=1, description="frames of a clip that are read; the others are predicted"
-    )
-    loss: Literal["bce", "mse"] = Field(
-        "bce", description="binary cross-entropy of the pixels in [0, 1], or their mean squared error"
-    )
-
-
-class MaskedConfig(Section):
-    """Masked autoencoding of pixels: what is hidden from the encoder, and what the decoder gives back."""
-
-    mask: Literal["tube", "random", "running_cell"] = Field(
-        "tube",
-        description="what the encoder does not see: tube, the same random places at all times (VideoMAE); random, "
-        "tokens anywhere (Hiera: whole mask units, its only kind); running_cell, places of 2 x 2 cells in turn",
-    )
-    ratio: float = Field(0.9, gt=0, lt=1, description="share of the tokens that is hidden from the encoder")
-    decoder_mask: Literal["random", "running_cell"] | None = Field(
-        None,
-        description="what the decoder leaves out (VideoMAE v2: running_cell); None decodes all that is hidden",
-    )
-    decoder_ratio: float = Field(
-        0.5, gt=0, lt=1, description="share of all tokens that the decoder leaves out, with decoder_mask"
-    )
-    normalise_targets: bool = Field(
-        True, description="predict each tubelet's pixels less their mean, over their standard deviation"
-    )
-    decoder_width: int | None = Field(
-        None, ge=8, description="width of the decoder; None is half of the encoder's, and 512 for Hiera"
-    )
-    decoder_depth: int | None = Field(
-        None, ge=1, description="blocks of the decoder; None is 4, and 8 for Hiera"
-    )
-    decoder_heads: int | None = Field(
-        None,
-        ge=1,
-        description="attention heads of the decoder; None is one for every 64 of its width, and 16 for Hiera",
-    )
-
-    @model_validator(mode="after")
-    def _cells_hide_something(self) -> MaskedConfig:
-        for key, kind, ratio in (
-            ("ratio", self.mask, self.ratio),
-            ("decoder_ratio", self.decoder_mask, self.decoder_ratio),
-        ):
-            if kind == "running_cell" and int(4 * ratio) == 0:
-                raise ConfigError(
-                    f"a running cell hides 1, 2 or 3 of its 4 tokens, and {ratio} of 4 is less than 1",
-                    key=key,
-                    value=ratio,
-                    hint="use 0.25, 0.5 or 0.75",
-                )
-        return self
-
-
 class PretrainRun(ClassificationRun):
-    """Large-backbone pretraining: on labelled shards, or on any by predicting frames or masked pixels."""
+    """Large-backbone pretraining: on labelled shards, or on any by predicting frames, hidden pixels or features."""
 
     stage: Literal["pretrain"] = "pretrain"
     objective: ObjectiveName = Field(
         "classification",
-        description="what is learned: classification (the labels); without labels, forecast (the frames to come) or "
-        "masked (hidden pixels); or the objective of a plug-in",
+        description="what is learned: classification (the labels); without labels, forecast (the frames to come), "
+        "masked (hidden pixels) or latent (features of hidden blocks); or the objective of a plug-in",
     )
     objective_options: dict[str, object] = Field({}, description="options of the objective of a plug-in")
     forecast: ForecastConfig = ForecastConfig()
     masked: MaskedConfig = MaskedConfig()
+    latent: LatentConfig = LatentConfig()
     probe: ProbeConfig | None = Field(
         None,
-        description="labelled data for a k-NN and a linear probe of the encoder's features, with objective masked; "
-        "None is off",
+        description="labelled data for a k-NN and a linear probe of the encoder's features, with objective masked or "
+        "latent; None is off",
     )
 
     @field_validator("objective_options")
@@ -152,28 +96,48 @@ class PretrainRun(ClassificationRun):
         return self
 
     @model_validator(mode="after")
-    def _masked_possible(self) -> PretrainRun:
-        if self.objective != "masked":
-            if self.probe is not None:
-                raise ConfigError(
-                    f"judges features learned without labels, and this run is of objective {self.objective!r}",
-                    key="probe",
-                    hint="use null, or objective: masked",
-                )
-            return self
-        self._refuse_labels("masked pretraining")
-        if self.data.modality != "rgb":
+    def _probe_possible(self) -> PretrainRun:
+        if self.probe is not None and self.objective not in ("masked", "latent"):
             raise ConfigError(
-                "has no pixels to predict", key="data.modality", value=self.data.modality, hint="use rgb"
-            )
-        if self.engine.precision in ("bf16", "fp16"):
-            raise ConfigError(
-                "rounds the pixels that are to be predicted",
-                key="engine.precision",
-                value=self.engine.precision,
-                hint="use autocast_bf16",
+                f"judges features learned without labels, and this run is of objective {self.objective!r}",
+                key="probe",
+                hint="use null, or objective: masked",
             )
         return self
+
+    @model_validator(mode="after")
+    def _masked_possible(self) -> PretrainRun:
+        if self.objective == "masked":
+            self._refuse_labels("masked pretraining")
+            self._refuse_flow("has no pixels to predict")
+            self._refuse_half("rounds the pixels that are to be predicted")
+        return self
+
+    @model_validator(mode="after")
+    def _latent_possible(self) -> PretrainRun:
+        if self.objective != "latent":
+            return self
+        self._refuse_labels("latent prediction")
+        self._refuse_flow("is not what its encoders take")
+        self._refuse_half("cannot hold the small steps of the teacher's moving average")
+        if self.optim.average_decay:
+            raise ConfigError(
+                "averages the student, and the result of latent prediction is the teacher, an average already",
+                key="optim.average_decay",
+                value=self.optim.average_decay,
+                hint="use 0; latent.teacher_momentum is the teacher's",
+            )
+        return self
+
+    def _refuse_flow(self, why: str) -> None:
+        if self.data.modality != "rgb":
+            raise ConfigError(why, key="data.modality", value=self.data.modality, hint="use rgb")
+
+    def _refuse_half(self, why: str) -> None:
+        if self.engine.precision in ("bf16", "fp16"):
+            raise ConfigError(
+                why, key="engine.precision", value=self.engine.precision, hint="use autocast_bf16"
+            )
 
     def _refuse_labels(self, what: str) -> None:
         about_labels = {

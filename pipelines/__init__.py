@@ -1,7 +1,7 @@
 """Training, evaluation and reports: everything that puts configs, models and shards together.
 
 In reading order: ``distributed`` (ranks), ``data`` (shards to batches), ``runs`` (a run's folder), ``checkpoints``
-(what a run is at, in slices), ``engine`` (the training loop), ``evaluation`` (trained networks applied), ``stages``
-(transfer, pretrain, finetune), ``report`` (the HTML page), ``cost`` (memory and time, before a run). Each stands on
-those before it.
+(what a run is at, in slices), ``engine`` (the training loop), ``evaluation`` (trained networks applied), ``probes``
+(features judged during pretraining), ``stages`` (transfer, pretrain, finetune), ``report`` (the HTML page), ``cost``
+(memory and time, before a run). Each stands on those before it.
 """

@@ -15,8 +15,10 @@
         (clips, visible, decoded=None) -> Reconstruction(loss, loss_of_clip, prediction, target, decoded, counted)
     LatentPredictor.of(encoder, ...) | LatentPredictor(encoder_width, ...)   V-JEPA 2, 2.1 (predictor.py)
         (context, context_numbers, target_numbers, grid) -> prediction (B, m, F), of the context (B, n, F) or None
+    LatentPrediction(encoder, predictor)                                     their loss, with a teacher (latent.py)
+        (clips, [(context, targets), ...]) -> Prediction(loss, loss_of_clip, target)
     AttentiveProbe(width, num_classes=K)(tokens) -> (B, K)                   (attentive.py)
 
-Read in the order positions, blocks, model, variants, masks, decoder, predictor, attentive; weights from other
+Read in the order positions, blocks, model, variants, masks, decoder, predictor, latent, attentive; weights from other
 projects' files are in weights.py, to Hugging Face's format in huggingface.py.
 """

@@ -61,6 +61,10 @@ class MaskDraws:
     def rows(self, which: Tensor) -> MaskDraws:
         return MaskDraws(self.seed, self.epochs[which], self.positions[which])
 
+    def of_mask(self, number: int, masks: int) -> MaskDraws:
+        """What one of several masks of the same clips depends on: numbers unrelated to those of the others."""
+        return MaskDraws(self.seed * masks + number, self.epochs, self.positions)
+
     def uniform(self, stream: int, count: int, *, first: int = 0) -> Tensor:
         """Numbers ``first`` to ``first + count`` of a stream: (B, count), float64 in [0, 1)."""
         state = torch.tensor(_START, dtype=torch.int64)
@@ -167,9 +171,13 @@ def block_mask(
     Args:
         size_draws: what the block's size is drawn from. None: the clip itself. The released code draws one size a
             batch: for that, give draws whose positions are all the number of the optimizer step.
-        attempt: another one gives other, unrelated places (and sizes, where the clip draws them).
+        attempt: another one gives other, unrelated places, and sizes where the clip draws them.
     """
-    sizes = _block_sizes(grid, draws if size_draws is None else size_draws, blocks, attempt)
+    sizes = (
+        _block_sizes(grid, draws, blocks, attempt)
+        if size_draws is None
+        else _block_sizes(grid, size_draws, blocks, 0)
+    )
     wide = 3 * blocks.count
     places = draws.uniform(_BLOCK_PLACE, wide, first=attempt * wide).reshape(-1, blocks.count, 3)
     room = torch.tensor(grid) - sizes + 1  # (B, 3)
@@ -199,7 +207,13 @@ def block_numbers(grid: TokenGrid, draws: MaskDraws, blocks: Blocks) -> tuple[Te
 
 
 def bounded_block_mask(
-    grid: TokenGrid, draws: MaskDraws, blocks: Blocks, *, context: int, targets: int
+    grid: TokenGrid,
+    draws: MaskDraws,
+    blocks: Blocks,
+    *,
+    context: int,
+    targets: int,
+    size_draws: MaskDraws | None = None,
 ) -> Tensor:
     """:func:`block_mask`, drawn again clip by clip until ``context`` tokens are left and ``targets`` are hidden.
 
@@ -213,7 +227,8 @@ def bounded_block_mask(
     mask = torch.zeros(len(draws), grid.tokens, dtype=torch.bool)
     open_rows = torch.arange(len(draws))
     for attempt in range(MAX_REDRAWS):
-        drawn = block_mask(grid, draws.rows(open_rows), blocks, attempt=attempt)
+        sizes = None if size_draws is None else size_draws.rows(open_rows)
+        drawn = block_mask(grid, draws.rows(open_rows), blocks, size_draws=sizes, attempt=attempt)
         hidden = drawn.sum(dim=1)
         good = (hidden >= targets) & (grid.tokens - hidden >= context)
         mask[open_rows[good]] = drawn[good]

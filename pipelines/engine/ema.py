@@ -1,9 +1,13 @@
-"""Exponential moving average (EMA) of the weights, kept where the optimizer keeps its masters.
+"""Exponential moving averages (EMA) of the weights: one to be evaluated and saved, and a teacher to learn from.
 
-Each rank averages the fp32 tensors it updates itself, so at ZeRO stages 1 to 3 the average is partitioned like the
-optimizer's state. Floating-point buffers (BatchNorm statistics) are averaged too, as in timm's ``ModelEmaV2``. The
-decay starts low and rises to its set value, min(decay, (1 + n) / (10 + n)) after n updates, as in TensorFlow's
-``ExponentialMovingAverage``, so that the first weights are soon forgotten.
+:class:`WeightAverage` is kept where the optimizer keeps its masters. Each rank averages the fp32 tensors it updates
+itself, so at ZeRO stages 1 to 3 the average is partitioned like the optimizer's state. Floating-point buffers
+(BatchNorm statistics) are averaged too, as in timm's ``ModelEmaV2``. The decay starts low and rises to its set value,
+min(decay, (1 + n) / (10 + n)) after n updates, as in TensorFlow's ``ExponentialMovingAverage``, so that the first
+weights are soon forgotten.
+
+A teacher computes in every step, so it lies where weights lie: its parameters are frozen ones of the module, whole on
+every rank at stages 0 to 2 and partitioned at stage 3, and a checkpoint has them among its parameters.
 """
 
 from __future__ import annotations
@@ -12,14 +16,15 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cliplift.pipelines.checkpoints.slices import Slice
-from cliplift.pipelines.engine.task import TrainingEngine
+from cliplift.pipelines.engine.task import MovingTeacher, TrainingEngine
 from cliplift.pipelines.engine.zero_state import (
     Slices,
     exchange,
     fill,
+    forget_gathered,
     local_masters,
     slices_to_write,
     weights_from_masters,
@@ -92,6 +97,33 @@ class WeightAverage:
     def _put_buffers(self, values: Mapping[str, Tensor]) -> None:
         for name, buffer in _averaged_buffers(self.engine):
             buffer.copy_(values[name])
+
+
+class TeacherAverage:
+    """Moves the teacher of one engine's module. Its buffers, if there are any, stay as they are."""
+
+    def __init__(self, engine: TrainingEngine, rule: MovingTeacher, *, total_steps: int) -> None:
+        self.engine, self.rule, self.total_steps = engine, rule, total_steps
+        parameters = dict(engine.module.named_parameters())
+        names = [name.removeprefix(rule.teacher) for name in parameters if name.startswith(rule.teacher)]
+        assert names, f"the module has no parameters below {rule.teacher!r}"
+        self._teacher = [parameters[rule.teacher + name] for name in names]
+        self._student = [parameters[rule.student + name] for name in names]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After the ``step``-th update (from 0) of the weights. Nothing is sent: every rank has what it averages."""
+        weight = 1.0 - self.rule.at(step, total_steps=self.total_steps)
+        partitioned = self.engine.zero_optimization_stage() == 3
+        teacher, student = (_held(each, partitioned=partitioned) for each in (self._teacher, self._student))
+        torch._foreach_lerp_(teacher, student, weight)
+        for parameter in self._teacher if partitioned else ():
+            forget_gathered(parameter)
+
+
+def _held(parameters: list[nn.Parameter], *, partitioned: bool) -> list[Tensor]:
+    """What this rank holds of each: at stage 3 its part, which begins and ends alike for equal shapes."""
+    return [p.ds_tensor if partitioned else p.data for p in parameters]  # type: ignore[attr-defined]
 
 
 def _averaged_buffers(engine: TrainingEngine) -> Iterator[tuple[str, Tensor]]:

@@ -25,6 +25,7 @@ from cliplift.pipelines.data.loader import TrainingLoader
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.batchnorm import estimate_statistics, lagging_statistics
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
+from cliplift.pipelines.engine.ema import TeacherAverage
 from cliplift.pipelines.engine.faults import (
     VERDICTS,
     DivergedError,
@@ -42,7 +43,7 @@ from cliplift.pipelines.engine.faults import (
 from cliplift.pipelines.engine.late import LateValues, LoggedStep, StepOutcome
 from cliplift.pipelines.engine.optim import Schedule, leave_out, peak_lr, total_steps
 from cliplift.pipelines.engine.state import RunState, run_identity
-from cliplift.pipelines.engine.task import HALF, OF_CLIP, FitResult, TrainingTask
+from cliplift.pipelines.engine.task import HALF, OF_CLIP, FitResult, HasTeacher, TrainingTask
 from cliplift.pipelines.engine.telemetry import StepProfiler, TrainingWindow, peak_tflops
 from cliplift.pipelines.runs.results import evaluation_line
 from cliplift.pipelines.runs.tracking import Tracker
@@ -104,6 +105,11 @@ class Trainer:
             say=self._log_main,
         )
         self.engine = self.state.engine
+        self.teacher = (
+            TeacherAverage(self.engine, task.moving_teacher, total_steps=self.total)
+            if isinstance(task, HasTeacher)
+            else None
+        )
         self.tracker.resume_at(self.state.step, data_offset=self.state.data_offset)
         self.batches = self._batches()
 
@@ -223,6 +229,8 @@ class Trainer:
         judged, norm, overflow = self._update(judged)
         if self.state.average is not None:
             self.state.average.update()
+        if self.teacher is not None:
+            self.teacher.update(self.state.step)
         outcome = StepOutcome(step=self.state.step, judged=LateValues(judged), overflow=overflow)
         self.state.step += 1
         self.window.add(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Generic, Protocol, TypedDict, TypeVar
+from typing import Generic, Protocol, TypedDict, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,34 @@ class TrainingTask(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MovingTeacher:
+    """A frozen part of the module that follows a trained one: teacher = m * teacher + (1 - m) * student after a step.
+
+    Attributes:
+        student, teacher: how the names of their parameters in the module begin; the rest of the names is the same.
+        momentum, final_momentum: m of the first step, and at the end of a run ``stretch`` times as long; linear.
+    """
+
+    student: str
+    teacher: str
+    momentum: float
+    final_momentum: float
+    stretch: float = 1.0
+
+    def at(self, step: int, *, total_steps: int) -> float:
+        """m after the ``step``-th update (from 0), a function of the step alone: a resumed run goes on alike."""
+        return self.momentum + step * (self.final_momentum - self.momentum) / (total_steps * self.stretch)
+
+
+@runtime_checkable
+class HasTeacher(Protocol):
+    """A stage whose module holds such a teacher; the training loop moves it."""
+
+    @property
+    def moving_teacher(self) -> MovingTeacher: ...
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageModule:
     """What a stage trains. ``frozen`` lies beside it on the device and is not the optimizer's: a teacher."""
 
@@ -99,6 +127,7 @@ class ModelCard(TypedDict, total=False):
     objective: str
     forecast: Mapping[str, object]  # a ForecastConfig
     masked: Mapping[str, object]  # a MaskedConfig
+    latent: Mapping[str, object]  # a LatentConfig
 
 
 @dataclass(frozen=True, kw_only=True)

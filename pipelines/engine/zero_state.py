@@ -275,7 +275,7 @@ def load_parameters(engine: Any, parameters: Slices, *over: Slices) -> None:
             start, length = _stage3_part(parameter)
             if length:
                 parameter.ds_tensor[:length].copy_(parameters.read(name, start, length))
-            _forget_gathered(parameter)  # or the old values would be computed with until the next gathering
+            forget_gathered(parameter)  # or the old values would be computed with until the next gathering
         else:
             parameter.copy_(parameters.read(name, 0, parameter.numel()).reshape(parameter.shape))
     weights_from_masters(engine)
@@ -294,10 +294,10 @@ def weights_from_masters(engine: Any) -> None:
         if parameter.requires_grad:
             part = _stage3_fragment(engine, name, parameter)
             parameter.ds_tensor[: part.length].copy_(part.of(masters))
-            _forget_gathered(parameter)
+            forget_gathered(parameter)
 
 
-def _forget_gathered(parameter: nn.Parameter) -> None:
+def forget_gathered(parameter: nn.Parameter) -> None:
     """Small parameters stay gathered between steps at stage 3; let go, they are gathered anew from the parts."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cliplift.configs.runs import ForecastConfig, PretrainRun
+from cliplift.configs.objectives import ForecastConfig
+from cliplift.configs.runs import PretrainRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model, list_models, model_options
 from cliplift.models.convrnn.forecaster import EncoderForecaster, forecast_error

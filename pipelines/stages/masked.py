@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cliplift.configs.runs import MaskedConfig, PretrainRun
+from cliplift.configs.objectives import MaskedConfig
+from cliplift.configs.runs import PretrainRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model, list_models
 from cliplift.models.hiera.decoder import HieraMaskedAutoencoder, unit_mask
@@ -50,9 +51,9 @@ from cliplift.pipelines.engine.task import (
 )
 from cliplift.pipelines.engine.telemetry import training_flops
 from cliplift.pipelines.evaluation.over_split import over_split, validation_loader
+from cliplift.pipelines.probes.pooled import probe
 from cliplift.pipelines.runs.tracking import ClipTable
 from cliplift.pipelines.stages.matching import send_to_device
-from cliplift.pipelines.stages.probe import probe
 from cliplift.pipelines.stages.starting_weights import freeze_named, initialise_from
 
 HEAD_WIDTH = 64  # of the decoder (all published sizes)
@@ -265,22 +266,34 @@ def masked_metrics(clips: Sequence[tuple[float, float]]) -> dict[str, float]:
 
 
 def encoder_options(run: PretrainRun) -> dict[str, Any]:
-    """The architecture options of the run's encoder.
+    """The architecture options of the run's encoder: :func:`pretraining_options` with what masking needs."""
+    return pretraining_options(run, MASKABLE, what="by masking")
+
+
+def pretraining_options(
+    run: PretrainRun, able: Mapping[str, Mapping[str, Any]], *, what: str
+) -> dict[str, Any]:
+    """The architecture options of an encoder to be pretrained on tokens.
 
     Without drop path unless the run asks for it, as all published pretraining: it would be drawn by torch's own
     generator, and losses then depend on ranks and micro-batches.
 
+    Args:
+        able: how the names of the models begin that can be, and the options they need.
+        what: ends the sentence "... cannot be pretrained".
+
     Raises:
         ConfigError: the model cannot be pretrained like this, or is built for another crop.
     """
-    able = {name: needed for name in list_models() if (needed := _needed_options(name)) is not None}
     name, data = run.model.name, run.data
-    if name not in able:
+    needed = next((options for start, options in able.items() if name.startswith(start)), None)
+    if needed is None:
+        names = [known for known in list_models() if known.startswith(tuple(able))]
         raise ConfigError(
-            f"{name!r} cannot be pretrained by masking",
+            f"{name!r} cannot be pretrained {what}",
             key="model.name",
             value=name,
-            hint=f"objective masked takes {', '.join(able)}",
+            hint=f"objective {run.objective} takes {', '.join(names)}",
         )
     options = {"crop": data.crop_pixels, "drop_path": 0.0} | dict(run.model.options)
     if options["crop"] != data.crop_pixels:
@@ -290,21 +303,15 @@ def encoder_options(run: PretrainRun) -> dict[str, Any]:
             value=options["crop"],
             hint="leave it out",
         )
-    for option, value in able[name].items():
+    for option, value in needed.items():
         if options.setdefault(option, value) != value:
             raise ConfigError(
-                f"masked pretraining needs {value!r}",
+                f"pretraining {what} needs {value!r}",
                 key=f"model.options.{option}",
                 value=options[option],
                 hint="leave it out",
             )
     return options
-
-
-def _needed_options(name: str) -> Mapping[str, Any] | None:
-    """What an encoder to be masked is built with: VideoMAE's with an LN of every token, Hiera's with its last stage as
-    it was pretrained. None: the model cannot be masked."""
-    return next((needed for start, needed in MASKABLE.items() if name.startswith(start)), None)
 
 
 def build_encoder(run: PretrainRun, *, pretrained: str | None) -> VideoViT | Hiera:

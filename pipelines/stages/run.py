@@ -37,6 +37,7 @@ from cliplift.pipelines.runs.results import commands_after, result_block
 from cliplift.pipelines.runs.tracking import Tracker
 from cliplift.pipelines.stages.classification import ClassificationStage, FinetuneStage
 from cliplift.pipelines.stages.forecast import ForecastStage
+from cliplift.pipelines.stages.latent import LatentStage
 from cliplift.pipelines.stages.masked import MaskedStage
 from cliplift.pipelines.stages.transfer import TransferStage
 
@@ -44,6 +45,7 @@ from cliplift.pipelines.stages.transfer import TransferStage
 OBJECTIVES: dict[str, Callable[..., Stage]] = {
     "classification": ClassificationStage,
     "forecast": ForecastStage,
+    "latent": LatentStage,
     "masked": MaskedStage,
 }
 

@@ -44,6 +44,7 @@ from cliplift.pipelines.engine.task import (
 )
 from cliplift.pipelines.engine.telemetry import forward_flops, training_flops
 from cliplift.pipelines.evaluation.over_split import over_split, validation_loader
+from cliplift.pipelines.probes.pooled import probe
 from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.runs.retrieval import write_retrieval
 from cliplift.pipelines.stages.feature_targets import FeatureTransfer, other_orders
@@ -54,7 +55,6 @@ from cliplift.pipelines.stages.matching import (
     matching_metrics,
     send_to_device,
 )
-from cliplift.pipelines.stages.probe import probe
 from cliplift.pipelines.stages.starting_weights import freeze_named
 from cliplift.pipelines.stages.teacher import (
     Standardisation,

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from cliplift.configs.load import load_run
-from cliplift.configs.runs import RUNS, MaskedConfig
+from cliplift.configs.objectives import MaskedConfig
+from cliplift.configs.runs import RUNS
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model, from_pretrained
 from cliplift.models.video_vit.decoder import MaskedAutoencoder

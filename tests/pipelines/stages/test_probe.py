@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cliplift.configs.sections import ConfigError
+from cliplift.pipelines.probes.pooled import fit_linear, knn_accuracy
 from cliplift.pipelines.stages.matching import draw_pairs
-from cliplift.pipelines.stages.probe import fit_linear, knn_accuracy
 
 
 def test_knn_votes_as_written_out() -> None:

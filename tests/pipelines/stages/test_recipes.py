@@ -64,6 +64,9 @@ PUBLISHED_SPLITS = {
     "kinetics400": ("train", "val"),
     "youtube8m": ("train", "val"),
     "youtube8m-long": ("train", "val"),
+    "kinetics710": ("train", "val"),
+    "something-something": ("train", "val", "test"),
+    "howto100m": ("train",),
     "mine": ("train", "test"),  # of one's own
 }
 
@@ -147,6 +150,13 @@ SMALLER = {
     "resnext3d_101_bert": ["data.sampling.frames=16"],
     "snippets_conv_120": ["data.sampling.frames=12"],
     "1fps": ["data.sampling.frames=8"],
+    "vjepa2": [
+        "model.options={width: 48, depth: 2, heads: 2, hidden: 96}",
+        "data.crop_pixels=64",
+        "data.resize_short_side_pixels=64",
+        "data.sampling.frames=4",
+        "data.val_share=0.4",
+    ],
     "videomae_base": ["data.crop_pixels=64", "data.resize_short_side_pixels=64", "data.sampling.frames=4"],
 }
 

@@ -1,0 +1,320 @@
+"""Pretraining without labels: hide blocks of a clip, and predict the features a teacher gives them.
+
+Objective ``latent`` of the pretrain stage: V-JEPA 2 (arXiv 2506.09985), and the dense loss of V-JEPA 2.1. The networks
+and their loss are in ``models/video_vit``. The teacher follows the encoder by a moving average that the training loop
+makes after each step; it is what the run leaves behind.
+
+A clip's masks are functions of (seed, epoch, position), as in ``masked``, and so, for equal weights, is its loss. The
+released rule for the lists of a batch, which depends on the micro-batch, is there by name.
+
+Shape letters: B clips, C channels, T H W frames and pixels, N tokens of a clip, n of its context, m hidden, F width of
+what is predicted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cliplift.configs.objectives import LatentConfig
+from cliplift.configs.runs import PretrainRun
+from cliplift.configs.sections import ConfigError
+from cliplift.models import create_model
+from cliplift.models.protocol import ModelError
+from cliplift.models.video_vit.latent import LatentPrediction, Prediction
+from cliplift.models.video_vit.masks import (
+    LONG_RANGE,
+    SHORT_RANGE,
+    MaskDraws,
+    block_numbers,
+    bounded_block_mask,
+    shortest_of_batch,
+)
+from cliplift.models.video_vit.model import VideoViT
+from cliplift.models.video_vit.positions import TokenGrid
+from cliplift.models.video_vit.predictor import LatentPredictor
+from cliplift.pipelines.data.batch import ClipBatch
+from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.engine.task import (
+    MovingTeacher,
+    NetworkStage,
+    SavedModel,
+    StageModule,
+    data_card,
+    example_clips,
+    network_weights,
+)
+from cliplift.pipelines.engine.telemetry import training_flops
+from cliplift.pipelines.evaluation.over_split import over_split, validation_loader
+from cliplift.pipelines.probes.pooled import probe
+from cliplift.pipelines.runs.tracking import ClipTable
+from cliplift.pipelines.stages.masked import pretraining_options
+from cliplift.pipelines.stages.matching import send_to_device
+from cliplift.pipelines.stages.starting_weights import freeze_named, initialise_from
+
+MASKS = (SHORT_RANGE, LONG_RANGE)  # each one a pass of encoder and predictor
+MASK_TOKENS = {False: 10, True: 8}  # of the predictor, in the released files of 2 and of 2.1 (dense)
+
+# How the names of the networks that can be pretrained like this begin, and the options they need for it.
+PREDICTABLE: Mapping[str, Mapping[str, Any]] = {
+    "video_vit_": {"final_norm": "tokens"},
+    "vjepa2_": {},
+    "vjepa21_": {},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentMasks:
+    """The masks of a run: of each clip, for each of :data:`MASKS`, which tokens are context and which are hidden."""
+
+    config: LatentConfig
+    grid: TokenGrid
+    seed: int
+    crop_pixels: int
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(n, m) of each mask; with ``shortest_of_batch`` about what a batch of 24 clips keeps."""
+        N = self.grid.tokens
+        return tuple((int(mask.context * N), int(mask.targets * N)) for mask in MASKS)
+
+    def numbers(self, *, epochs: Tensor, positions: Tensor, step: int) -> dict[str, Tensor]:
+        """``context0`` (B, n), ``hidden0`` (B, m), and so on: int64 on the CPU, ascending.
+
+        Args:
+            epochs, positions: (B,) of the clips.
+            step: of the optimizer, by which ``shortest_of_batch`` draws the size of its blocks.
+        """
+        found: dict[str, Tensor] = {}
+        draws = MaskDraws(self.seed, epochs, positions)
+        for i, blocks in enumerate(MASKS):
+            own = draws.of_mask(i, len(MASKS))
+            if self.config.masks == "per_clip":
+                context, hidden = block_numbers(self.grid, own, blocks)
+            else:
+                same = MaskDraws(own.seed, torch.zeros_like(epochs), torch.full_like(positions, step))
+                mask = bounded_block_mask(self.grid, own, blocks, context=1, targets=1, size_draws=same)
+                context, hidden = shortest_of_batch(mask)
+            found |= {f"context{i}": context, f"hidden{i}": hidden}
+        return found
+
+    def check(self) -> None:
+        """Draw the masks of some clips, before a clip is read.
+
+        Raises:
+            ConfigError: the blocks do not fit the grid; names the key.
+        """
+        try:
+            with torch.device("cpu"):  # also where a network is being built without memory
+                some = torch.arange(8)
+                self.numbers(epochs=torch.zeros_like(some), positions=some, step=0)
+        except ModelError as error:
+            raise ConfigError(
+                f"gives {self.grid.rows}x{self.grid.columns} tokens, too few for the blocks that are hidden ({error})",
+                key="data.crop_pixels",
+                value=self.crop_pixels,
+                hint="use larger clips, or a model with smaller patches",
+            ) from None
+
+
+class FeaturePrediction(nn.Module):
+    """Encoder, predictor and teacher with their loss: what is trained."""
+
+    def __init__(self, prediction: LatentPrediction) -> None:
+        super().__init__()
+        self.prediction = prediction
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``clips`` (B, C, T, H, W), the lists of :class:`LatentMasks`, perhaps ``context_weight`` () -> the loss, and
+        that of each clip (B,)."""
+        found = self.predict(inputs)
+        return {"loss": found.loss, "loss_of_clip": found.loss_of_clip.detach()}
+
+    def predict(self, inputs: Mapping[str, Tensor]) -> Prediction:
+        """The loss with the teacher's features."""
+        masks = [(inputs[f"context{i}"], inputs[f"hidden{i}"]) for i in range(len(MASKS))]
+        weight = inputs.get("context_weight", 0.0)
+        return cast(Prediction, self.prediction(inputs["clips"], masks, weight))
+
+
+class LatentStage(NetworkStage[PretrainRun]):
+    """Latent prediction as a stage. Its loss does not tell which weights are best: it rises while features improve. So
+    a probe chooses the checkpoint, and without one the last is the result."""
+
+    best_metric = "probe_knn_accuracy"
+    needs_labels, needs_videos = False, 1
+
+    def __init__(self, run: PretrainRun, *, classes: Sequence[str], topology: Topology) -> None:
+        super().__init__(run, classes=classes, topology=topology)
+        self._last: list[tuple[str, float]] = []
+
+    def build_module(self, *, weights: bool) -> StageModule:
+        run = self.run
+        encoder = build_encoder(run, pretrained=run.model.pretrained if weights else None)
+        if weights and run.initialise_from is not None:
+            initialise_from(encoder, run.initialise_from)
+        self._masks_of(encoder).check()
+        prediction = with_predictor(encoder, run)
+        return StageModule(module=FeaturePrediction(prediction), network=prediction.teacher)
+
+    @property
+    def moving_teacher(self) -> MovingTeacher:
+        config = self.run.latent
+        last = config.final_teacher_momentum
+        return MovingTeacher(
+            student="prediction.encoder.",
+            teacher="prediction.teacher.",
+            momentum=config.teacher_momentum,
+            final_momentum=config.teacher_momentum if last is None else last,
+            stretch=self.run.schedule.stretch,
+        )
+
+    def _masks_of(self, encoder: VideoViT) -> LatentMasks:
+        run, crop = self.run, self.run.data.crop_pixels
+        grid = encoder.grid(run.data.sampling.frames, crop)
+        return LatentMasks(config=run.latent, grid=grid, seed=run.seed, crop_pixels=crop)
+
+    @cached_property
+    def _masks(self) -> LatentMasks:
+        return self._masks_of(cast(VideoViT, self.built.network))
+
+    def example_inputs(self, built: StageModule, *, micro_batch: int, world_size: int) -> dict[str, Tensor]:
+        run = self.run
+        inputs = {"clips": example_clips(run, run.data, run.model.name, micro_batch=micro_batch)}
+        sizes = self._masks_of(cast(VideoViT, built.network)).sizes
+        for i, (context, hidden) in enumerate(sizes):
+            inputs[f"context{i}"] = torch.zeros(micro_batch, context, dtype=torch.int64)
+            inputs[f"hidden{i}"] = torch.zeros(micro_batch, hidden, dtype=torch.int64)
+        if run.latent.dense:
+            inputs["context_weight"] = torch.ones(())
+        return inputs
+
+    def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
+        """A micro-batch as the module's inputs; the masks are made here, on the host."""
+        device, config = self.topology.device, self.run.latent
+        numbers = self._masks.numbers(epochs=batch.epochs, positions=batch.positions, step=step)
+        inputs = {"clips": self.views[training](batch.to(device))}
+        inputs |= {name: send_to_device(tokens, device) for name, tokens in numbers.items()}
+        if config.dense:
+            weight = context_weight(config, step) if training else config.context_weight
+            inputs["context_weight"] = torch.full((), weight, device=device)
+        return inputs
+
+    @torch.no_grad()
+    def evaluate(self, *, topology: Topology) -> dict[str, float]:
+        """Loss on the validation split, every clip once, over all ranks, and what a probe says of the teacher. A clip's
+        masks are always the same."""
+        loader = validation_loader(self.run, self.run.data, topology)
+        module = cast(FeaturePrediction, self.module)
+
+        def forward(batch: ClipBatch) -> list[float]:
+            found = module.predict(self.inputs(batch, training=False, step=0))
+            return [float(loss) for loss in found.loss_of_clip.double().tolist()]
+
+        everything = over_split(loader, forward, topology)
+        self._last = [(loader.dataset.facts(sample).key, loss) for sample, loss in everything]
+        losses = [loss for _, loss in everything]
+        metrics = {"loss": sum(losses) / len(losses), "samples": float(len(losses))}
+        if self.run.probe is not None:
+            metrics |= probe(self.built.network, self.run, self.run.probe, topology=topology)
+        return metrics
+
+    def clip_table(self, rows: int) -> ClipTable | None:
+        """Clips of the last evaluation, those first that were predicted worst."""
+        if not self._last:
+            return None
+        return ("key", "loss"), sorted(self._last, key=lambda clip: -clip[1])[:rows]
+
+    @cached_property
+    def flops_per_clip(self) -> float | None:
+        """Operations of a training step on one clip, counted on the meta device: the teacher goes forward only."""
+        with torch.device("meta"), torch.no_grad():
+            built = self.build_module(weights=False)
+            inputs = self.example_inputs(built, micro_batch=1, world_size=1)
+            with FlopCounterMode(display=False) as of_all:
+                built.module(inputs)
+            with FlopCounterMode(display=False) as of_teacher:
+                cast(FeaturePrediction, built.module).prediction.targets(inputs["clips"])
+        teacher = float(of_teacher.get_total_flops())
+        trained = training_flops(float(of_all.get_total_flops()) - teacher)
+        return None if trained is None else trained + teacher
+
+    def trained_network(self, weights: Mapping[str, Tensor]) -> SavedModel:
+        """The teacher alone, as published: `initialise_from` of another run reads it."""
+        with torch.device("meta"):
+            encoder = build_encoder(self.run, pretrained=None)
+        card = data_card(self.run, self.run.data)
+        card["objective"], card["latent"] = "latent", self.run.latent.model_dump(mode="json")
+        return SavedModel(
+            network=encoder,
+            options=pretraining_options(self.run, PREDICTABLE, what="by latent prediction"),
+            card=card,
+            weights=network_weights(weights, prefix="prediction.teacher."),
+        )
+
+
+def context_weight(config: LatentConfig, step: int) -> float:
+    """The weight of the context's part of the loss at an optimizer step (from 0)."""
+    if config.context_ramp_steps is None:
+        return config.context_weight
+    first, last = config.context_ramp_steps
+    return config.context_weight * min(max((step - first) / (last - first), 0.0), 1.0)
+
+
+def build_encoder(run: PretrainRun, *, pretrained: str | None) -> VideoViT:
+    """The run's network without a classifier, of tokens that can be left out.
+
+    Raises:
+        ConfigError: the model or its options are not for latent prediction.
+    """
+    options = pretraining_options(run, PREDICTABLE, what="by latent prediction")
+    network = create_model(
+        run.model.name, num_classes=0, in_frames=run.data.sampling.frames, pretrained=pretrained, **options
+    )
+    assert isinstance(network, VideoViT)  # pretraining_options knows no others
+    if run.latent.dense and not network.levels:
+        raise ConfigError(
+            f"predicts four levels of the encoder, and {run.model.name} has one",
+            key="latent.dense",
+            value=True,
+            hint="use false, or a vjepa21_* model",
+        )
+    return network
+
+
+def with_predictor(encoder: VideoViT, run: PretrainRun) -> LatentPrediction:
+    """The encoder with a predictor of the configured size and a teacher. What clips of several frames never use is left
+    out of training: V-JEPA 2.1's parameters for images, and the norms of levels that are not predicted.
+
+    Raises:
+        ConfigError: sizes of the predictor that do not go together.
+    """
+    config = run.latent
+    freeze_named(encoder, run.model.frozen)
+    try:
+        predictor = LatentPredictor.of(
+            encoder,
+            width=config.predictor_width,
+            depth=config.predictor_depth,
+            heads=config.predictor_heads,
+            levels=len(encoder.levels) if config.dense else 1,
+            mask_tokens=MASK_TOKENS[config.dense],
+            predict_context=config.dense,
+        )
+    except ModelError as error:
+        raise ConfigError(
+            f"no such predictor: {error}", key="latent.predictor_width", value=config.predictor_width
+        ) from None
+    unused = [encoder.image_embed, *(encoder.level_norms[:-1] if encoder.levels and not config.dense else ())]
+    for part in unused:
+        if part is not None:
+            part.requires_grad_(False)
+    if predictor.image_modality is not None:
+        predictor.image_modality.requires_grad_(False)
+    return LatentPrediction(encoder, predictor, dense=config.dense, near_first=config.context_near_first)
