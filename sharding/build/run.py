@@ -90,14 +90,9 @@ def run_shard(
     """
     started = time.monotonic()
     store = _open_output(run)
-    base = _base(store, add=add, phases=phases)
-    plan = (
-        plan_once(run, store) if base is None else plan_addition(run, base, read_removed(store, base), store)
-    )
-    if not plan.shards:  # nothing is new
-        phases = [phase for phase in phases if phase == "verify"]
-    progress = Progress(shards_total=len(plan.shards))
-    built, kept = list[BuiltShard](), 0
+    plan, base = _planned(run, store, add=add, phases=phases)
+    phases = phases if plan.shards else [phase for phase in phases if phase == "verify"]  # nothing is new
+    progress, built, kept = Progress(shards_total=len(plan.shards)), list[BuiltShard](), 0
     if "build" in phases:
         mine = _my_part(plan, part)
         todo = _unfinished(plan, mine, store, retry_failed=retry_failed)
@@ -125,11 +120,14 @@ def run_shard(
         dataset=dataset,
     )
     if "verify" in phases and whole:  # after the clock has stopped: the recorded seconds are the build's
-        verified = verify(run.output, decode=run.verify_decode, workers=local_workers(run))
-        report = replace(report, verified=verified)
+        report = replace(report, verified=_verified(run))
     if dataset is not None:
         _write_build_record(report, store)
     return report
+
+
+def _verified(run: ShardRun) -> VerifyReport:
+    return verify(run.output, decode=run.verify_decode, workers=local_workers(run))
 
 
 def _finalize(
@@ -144,13 +142,20 @@ def _finalize(
     return duplicates, add_shards(plan, store, base, max_refused_share=share)
 
 
-def _base(store: Store, *, add: bool, phases: Sequence[Phase]) -> Dataset | None:
-    """The dataset that videos are added to; None builds one. Raises ConfigError where its shards must stay."""
+def _planned(
+    run: ShardRun, store: Store, *, add: bool, phases: Sequence[Phase]
+) -> tuple[Plan, Dataset | None]:
+    """The plan, and the dataset that its videos are added to; None builds one.
+
+    Raises:
+        ConfigError: there is nothing to add to, or a dataset whose shards must stay.
+    """
     if add:
-        return read_dataset(store)
+        base = read_dataset(store)
+        return plan_addition(run, base, read_removed(store, base), store), base
     if set(phases) != {"verify"}:
         refuse_generations(store, hint="--add adds the videos that are new; --phase verify checks it")
-    return None
+    return plan_once(run, store), None
 
 
 def _open_output(run: ShardRun) -> Store:
