@@ -11,7 +11,8 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -416,13 +417,22 @@ def read_table(data: bytes, *, file: str) -> pa.Table:
     Raises:
         ManifestError: the file is damaged, or unpacks to far more than it holds.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with whole_parquet(file):
         check_unpacking(pq.read_metadata(io.BytesIO(data)), len(data), file=file)
         return pq.read_table(io.BytesIO(data))
-    except (pa.ArrowException, OSError) as error:
+
+
+@contextmanager
+def whole_parquet(file: str) -> Iterator[None]:
+    """Raise ManifestError where the Parquet file that is read within is damaged."""
+    import pyarrow as pa
+
+    try:
+        yield
+    # Arrow does not check that the names of columns are UTF-8.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{file}: not a whole Parquet file: {error}") from error
 
 

@@ -13,6 +13,7 @@ from cliplift.sharding.manifest import (
     SourceVideo,
     arrow_type,
     check_unpacking,
+    whole_parquet,
 )
 
 if TYPE_CHECKING:
@@ -141,13 +142,10 @@ def open_table(path: Path, *, file: str) -> pq.ParquetFile:
     Raises:
         ManifestError: it is damaged, or says that it unpacks to far more than it holds.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with whole_parquet(file):
         opened = pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ManifestError(f"{file}: not a whole Parquet file: {error}") from error
     check_unpacking(opened.metadata, path.stat().st_size, file=file)
     return opened
 
@@ -158,13 +156,10 @@ def batches(
     """The rows of a Parquet file in order, a few at a time. Raises ManifestError where it is damaged."""
     import pyarrow as pa
 
-    try:
-        for batch in opened.iter_batches(
-            rows, columns=None if columns is None else list(columns), use_threads=False
-        ):
+    wanted = None if columns is None else list(columns)
+    with whole_parquet(file):
+        for batch in opened.iter_batches(rows, columns=wanted, use_threads=False):
             yield pa.Table.from_batches([batch])
-    except (pa.ArrowException, OSError) as error:
-        raise ManifestError(f"{file}: not a whole Parquet file: {error}") from error
 
 
 class Parts:

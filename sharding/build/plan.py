@@ -27,6 +27,7 @@ from cliplift.sharding.manifest import (
     canonical,
     digest,
     shard_file,
+    whole_parquet,
 )
 from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.sources.dealing import DealtVideos
@@ -143,16 +144,13 @@ class PlannedVideos(Sequence[SourceVideo]):
         return self._opened
 
     def _open(self) -> pq.ParquetFile:
-        import pyarrow as pa
         import pyarrow.parquet as pq
 
         path = self._store.local_path(self._name)
-        try:
+        with whole_parquet(self._name):
             return pq.ParquetFile(
                 io.BufferedReader(RangeFile(self._store, self._name)) if path is None else path
             )
-        except (pa.ArrowException, OSError) as error:
-            raise ManifestError(f"{self._name}: not a whole Parquet file: {error}") from error
 
 
 def settings_of(run: ShardRun) -> dict[str, object]:

@@ -17,7 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cliplift.sharding.build.finalize import describe
-from cliplift.sharding.manifest import ManifestError, Sample, ShardIndex, SourceVideo, digest, rows_to_parquet
+from cliplift.sharding.manifest import (
+    ManifestError,
+    Sample,
+    ShardIndex,
+    SourceVideo,
+    digest,
+    read_table,
+    rows_to_parquet,
+)
 from cliplift.sharding.read import columns
 from cliplift.sharding.read.catalog import NO_SPLIT, SEVERAL_SPLITS
 from cliplift.sharding.tables import Parts, TableFile, batches, open_table, schema_of, table_of
@@ -234,3 +242,14 @@ def test_a_table_that_is_not_whole_is_refused(tmp_path: Path, change: Callable[[
     path.write_bytes(change(rows_to_parquet(random_samples(0, 6, folds=0, flow=False), Sample)))
     with pytest.raises(ManifestError, match="t: not a whole Parquet file"):
         open_table(path, file="t")
+
+
+def test_a_name_of_a_column_that_is_not_utf8_is_damage(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    pq.write_table(pa.table({"path": ["a.mp4"], "label": ["x"]}), out)
+    damaged = tmp_path / "list.parquet"
+    damaged.write_bytes(out.getvalue().replace(b"path", b"p\x80th"))
+    with pytest.raises(ManifestError, match=r"list\.parquet: not a whole Parquet file"):
+        read_table(damaged.read_bytes(), file="list.parquet")
+    with pytest.raises(ManifestError, match=r"list\.parquet: not a whole Parquet file"):
+        open_table(damaged, file="list.parquet")
