@@ -10,6 +10,10 @@ a fresh process of its own. Of more than a few million clips the last two need s
 * ``table``: the yardstick: the whole table in memory as Arrow columns and Python objects, and sent to each worker, as
   cliplift itself read datasets before there were catalogs.
 
+``--stages plan finalize`` measures these instead: the plan of a Parquet list of so many URLs, and the table, catalog
+and manifest of so many clips' indexes (about 600 bytes a clip on disk), with CPU seconds, peak memory over what the
+imports take, and ``own_peak_mib``, the most that is no file of the page cache.
+
 Prints one JSON object a row: CPU seconds to open, to make the first batch's requests and to plan its clips; MiB of
 memory over what the imports take (``anonymous`` is this process's own, ``mapped`` the pages of files, which all
 processes of a host share, ``peak`` the most of both); bytes pickled to a worker, and its CPU seconds and MiB;
@@ -27,9 +31,11 @@ import json
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -42,27 +48,38 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cliplift.configs.data import DataConfig
+from cliplift.configs.sharding import ShardRun
 from cliplift.pipelines.data.clip_plan import training_plan
 from cliplift.pipelines.data.loader import ClipLoader, Request, _plain_order, _Training
 from cliplift.pipelines.data.order import rank_positions
+from cliplift.sharding.build.finalize import finalize
+from cliplift.sharding.build.plan import Plan, PlannedShard, load_plan, plan_once
 from cliplift.sharding.manifest import (
     CATALOG_FILE,
     CATALOG_ROWS_FILE,
     DATASET_FILE,
+    PLAN_FILE,
+    PLAN_FORMAT,
     SAMPLES_FILE,
     Dataset,
+    Sample,
     ShardFacts,
+    ShardIndex,
     SplitFacts,
     check_samples,
     dataset_fingerprint,
     digest,
     dump_dataset,
+    dump_index,
+    index_file,
     load_dataset,
     read_table,
     shard_file,
 )
 from cliplift.sharding.read.catalog import BLOCK_ROWS, CatalogHead, checksums_of, dump_head, row_type
 from cliplift.sharding.read.reader import ClipShape
+from cliplift.sharding.storage import open_store
+from cliplift.sharding.tables import TableFile
 
 CLASSES = 400
 CLIPS_PER_SHARD = 1000
@@ -292,9 +309,110 @@ def peak_mib() -> float:
     return int(fields["VmHWM"].split()[0]) / 1024
 
 
+class OwnMemory:
+    """The most memory of this process's own, looked at twenty times a second."""
+
+    def __init__(self) -> None:
+        self._most, self._stopped = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(0.05):
+            fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            self._most = max(self._most, int(fields["RssAnon"].split()[0]) / 1024)
+
+    def stop(self) -> float:
+        self._stopped.set()
+        self._thread.join()
+        return self._most
+
+
+def write_list(folder: Path, rows: int) -> None:
+    """A list of URLs, which a plan takes as they are, with labels, splits and groups."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = TableFile(folder / "list.parquet", LIST)
+    for first in range(0, rows, ROW_GROUP):
+        number = np.arange(first, min(first + ROW_GROUP, rows))
+        text = pa.array(number).cast(pa.string())
+        columns = [
+            pc.binary_join_element_wise("https://example.org/videos/", text, ".mp4", ""),
+            pc.binary_join_element_wise("class", pa.array(number % CLASSES).cast(pa.string()), " "),
+            pa.array(np.where(number % VAL_SHARE, "train", "val")),
+            pc.binary_join_element_wise("channel", pa.array(number // 50).cast(pa.string()), "-"),
+        ]
+        file.add(pa.Table.from_arrays(columns, schema=LIST))
+    file.close()
+
+
+LIST = pa.schema([(name, pa.string()) for name in ("path", "label", "split", "group")])
+
+
+def plan_list(folder: Path) -> None:
+    """The plan of a list, as ``cliplift shard --phase plan`` makes it."""
+    source = {
+        "kind": "csv",
+        "file": str(folder / "list.parquet"),
+        "split_column": "split",
+        "group_column": "group",
+    }
+    run = ShardRun.model_validate({"name": "n", "output": str(folder), "source": source})
+    plan_once(run, open_store(str(folder)))
+
+
+def write_indexes(folder: Path, rows: int) -> None:
+    """A plan and the indexes of its shards; the tars are holes of the right length."""
+    shards = []
+    for number in range(rows // CLIPS_PER_SHARD):
+        split = "train" if number % VAL_SHARE else "val"
+        tar = shard_file("n", split, number)
+        table = chunk(number * CLIPS_PER_SHARD, (number + 1) * CLIPS_PER_SHARD).drop_columns("shard")
+        lists = {"labels", "folds", "keyframes"}
+        values = [
+            [tuple(v) if name in lists else v for v in table.column(name).to_pylist()]
+            for name in table.column_names
+        ]
+        samples = tuple(
+            Sample(**dict(zip(table.column_names, row, strict=True))) for row in zip(*values, strict=True)
+        )
+        index = ShardIndex(number, split, tar, TAR_BYTES, f"{number:064d}", "p", samples, ())
+        path = folder / index_file(tar)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(dump_index(index))
+        with (folder / tar).open("wb") as file:
+            file.truncate(TAR_BYTES)
+        shards.append(PlannedShard(number, split, tar, number, number + 1))
+    plan = Plan("p", "n", "", tuple(map(str, range(CLASSES))), 0, 0, {}, tuple(shards), ())
+    tree = {field: value for field, value in vars(plan).items() if field not in ("shards", "videos")}
+    tree |= {"format": PLAN_FORMAT, "shards": [vars(shard) for shard in shards]}
+    (folder / PLAN_FILE).parent.mkdir(parents=True, exist_ok=True)
+    (folder / PLAN_FILE).write_text(json.dumps(tree))
+
+
+def finalize_indexes(folder: Path) -> None:
+    """Table, catalog and manifest, as ``cliplift shard --phase finalize`` writes them after looking for duplicates."""
+    store = open_store(str(folder))
+    plan = load_plan(store)
+    assert plan is not None
+    finalize(plan, store, max_refused_share=0.0)
+
+
+STAGES: dict[str, Callable[[Path], None]] = {"plan": plan_list, "finalize": finalize_indexes}
+WRITERS: dict[str, Callable[[Path, int], None]] = {"plan": write_list, "finalize": write_indexes}
+
+
 def measure(contender: str, url: str, worker_of: str | None) -> dict[str, float]:
     """One process: a rank that opens a dataset, or a worker that was sent one."""
     before, began = memory_mib(), time.process_time()
+    if contender in STAGES:
+        watched = OwnMemory()
+        STAGES[contender](Path(url))
+        seconds = time.process_time() - began
+        return {
+            "seconds": seconds,
+            "peak_mib": peak_mib() - sum(before.values()),
+            "own_peak_mib": watched.stop() - before["anonymous"],
+        }
     if worker_of is not None:
         with Path(worker_of).open("rb") as file:
             sent = pickle.load(file)
@@ -345,6 +463,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--folder", type=Path, help="where the datasets are made, and kept")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, help="measure these in place of opening")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -354,7 +473,13 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
-        for rows, _ in itertools.product(arguments.rows, range(arguments.rounds)):
+        for rows, stage in itertools.product(arguments.rows, arguments.stages or ()):
+            place = folder / f"{rows}-{stage}"
+            WRITERS[stage](place, rows)
+            print(json.dumps({"rows": rows, "stage": stage} | in_a_process(stage, str(place))), flush=True)
+            shutil.rmtree(place)
+        rounds = 0 if arguments.stages else arguments.rounds
+        for rows, _ in itertools.product(arguments.rows, range(rounds)):
             for contender in arguments.contenders:
                 place = folder / (f"{rows}-catalog" if contender == "catalog" else f"{rows}")
                 if not (place / DATASET_FILE).is_file():

@@ -1,6 +1,6 @@
 """What a checkpoint costs each rank: memory, bytes, time; beside a design that gathers the whole on every rank.
 
-    python -m torch.distributed.run --standalone --nproc-per-node 2 benchmarks/checkpoint.py --width 384 --depth 12
+    python -m torch.distributed.run --standalone --nproc-per-node 4 benchmarks/checkpoint.py --width 384 --depth 12
 
 A video ViT with AdamW under ZeRO 1, 2 and 3 over gloo on this machine. Of each stage, two ways in processes of the same
 kind, one after the other: ours (``pipelines/checkpoints``), and ``gathering``, in which every rank assembles all fp32
@@ -40,6 +40,7 @@ from cliplift.models import create_model
 from cliplift.pipelines.checkpoints.saved import open_checkpoint
 from cliplift.pipelines.checkpoints.saver import Saver, Snapshot
 from cliplift.pipelines.distributed.collectives import Topology, gather_objects, leave, start
+from cliplift.pipelines.engine.partitioned_build import built_in_parts, hand_over
 from cliplift.pipelines.engine.zero_state import (
     fragments,
     load_parameters,
@@ -48,6 +49,9 @@ from cliplift.pipelines.engine.zero_state import (
     parameter_slices,
     restore_optimizer,
 )
+
+WAYS = ("gathering", "slices", "asynchronous")
+BUCKET = 10_000_000  # elements that DeepSpeed reduces or gathers at once
 
 
 def anonymous_bytes() -> int:
@@ -75,25 +79,30 @@ class PeakMemory:
         self._thread.join()
 
 
-def build(stage: int, options: argparse.Namespace) -> Any:
+def build(stage: int, options: argparse.Namespace, topology: Topology) -> Any:
     """A DeepSpeed engine after one step, so that there is optimizer state."""
     torch.manual_seed(0)
-    module: nn.Module = create_model(
-        "video_vit_small_16",
-        num_classes=10,
-        in_frames=4,
-        crop=32,
-        width=options.width,
-        depth=options.depth,
-        heads=6,
-    )
+    sizes = {
+        "width": options.width,
+        "hidden": 4 * options.width,
+        "depth": options.depth,
+        "heads": options.width // 64,
+    }
+
+    def network() -> nn.Module:
+        return create_model("video_vit_small_16", num_classes=10, in_frames=4, crop=32, **sizes)
+
+    module = built_in_parts(network, EngineConfig(device="cpu", zero_stage=stage), topology)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
     config = {
         "train_batch_size": dist.get_world_size(),
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        # Buckets as large as their defaults would be most of the memory here.
+        "zero_optimization": {"stage": stage, "overlap_comm": False, "reduce_bucket_size": BUCKET,
+                              "allgather_bucket_size": BUCKET},
         "steps_per_print": 10**9,
-    }
+    }  # fmt: skip
+    hand_over(module, config, dtype=None)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False
     )
@@ -180,7 +189,7 @@ def measure(
     stage: int, way: str, options: argparse.Namespace, topology: Topology, place: Path
 ) -> dict[str, Any]:
     """One row: of each number, the largest over the ranks; of the bytes written, every rank's."""
-    engine = build(stage, options)
+    engine = build(stage, options, topology)
     folder = place / f"{way}{stage}"
     folder.mkdir(parents=True, exist_ok=True)
     if way == "gathering":
@@ -212,9 +221,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--width", type=int, default=384, help="of the video ViT, a multiple of 6")
+    parser.add_argument("--width", type=int, default=384, help="of the video ViT, a multiple of 64")
     parser.add_argument("--depth", type=int, default=12, help="blocks of the video ViT")
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--folder", default=None, help="where checkpoints are written; default: temporary")
     parser.add_argument("--json", default=None, help="file for the rows")
     options = parser.parse_args()
@@ -223,7 +233,7 @@ def main() -> None:
     dist.broadcast_object_list(place, src=0)
     rows = []
     for stage in options.stages:
-        for way in ("gathering", "slices", "asynchronous"):
+        for way in options.ways:
             row = measure(stage, way, options, topology, Path(place[0]))
             rows.append(row)
             if topology.is_main:

@@ -12,8 +12,8 @@ from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError, Location, Section
 
 
-class TeacherConfig(Section):
-    """The frozen 2D network whose frame features supervise the 3D student."""
+class ImageTeacher(Section):
+    """A frozen 2D network, and the size it sees frames at."""
 
     name: str = Field("efficientnet_lite0", description="a 2D model from `cliplift models`")
     options: dict[str, bool | int | float | str] = Field(
@@ -23,6 +23,17 @@ class TeacherConfig(Section):
         "imagenet",
         description="its weights: 'imagenet' where a package ships them, or a local file; null is random (tests)",
     )
+    resize_pixels: int | None = Field(
+        None,
+        ge=32,
+        description="side the frames are resized to for the teacher, pixels; with cache_features they are cut at this "
+        "size (the largest, of several teachers) from the stored picture",
+    )
+
+
+class TeacherConfig(ImageTeacher):
+    """The frozen 2D network whose frame features supervise the 3D student; there may be others beside it."""
+
     frames: int | None = Field(
         None, ge=1, description="frames of the clip averaged by the teacher; None is all of them"
     )
@@ -31,12 +42,15 @@ class TeacherConfig(Section):
         description="compute every training sample's features once, from the plain middle clip, and keep them; the "
         "frames then are not those of the clip's own time and crop",
     )
-    resize_pixels: int | None = Field(
-        None,
-        ge=32,
-        description="side the frames are resized to for the teacher, pixels; with cache_features they are cut at this "
-        "size from the stored picture",
+    others: tuple[ImageTeacher, ...] = Field(
+        (),
+        description="bank, regression: further teachers; each has a linear predictor of its own, and all count the "
+        "same",
     )
+
+    def by_key(self) -> dict[str, ImageTeacher]:
+        """All teachers, the first one first, by their key in a run's config."""
+        return {"teacher": self} | {f"teacher.others.{i}": one for i, one in enumerate(self.others)}
 
 
 class CorrespondenceConfig(Section):
@@ -78,6 +92,11 @@ class CorrespondenceConfig(Section):
         ge=1,
         description="bank, regression: parts of the clip, in order of time, whose teacher features are learned; "
         "1 is their mean",
+    )
+    time_basis: Literal["parts", "cosines"] = Field(
+        "parts",
+        description="regression: parts: the features of each part; cosines: their discrete cosine transform over the "
+        "parts, the mean first, each coefficient standardised by itself: what changes counts as much as what stays",
     )
     predict_from: Literal["features", "map"] = Field(
         "features",
@@ -211,7 +230,9 @@ def _check_matching(
             value=matching.negatives_per_clip,
             hint=f"it must be below engine.global_batch={global_batch}",
         )
-    for key, idle in (("time_steps", 1), ("order_negatives", 0), ("predict_from", "features")):
+    for key, idle in (
+        ("time_steps", 1), ("order_negatives", 0), ("predict_from", "features"), ("time_basis", "parts"),
+    ):  # fmt: skip
         if getattr(matching, key) != idle:
             raise ConfigError(
                 f"is not used by objective {matching.objective!r}",
@@ -219,6 +240,13 @@ def _check_matching(
                 value=getattr(matching, key),
                 hint="set correspondence.objective to bank or regression",
             )
+    if teacher.others:
+        raise ConfigError(
+            f"is not used by objective {matching.objective!r}, whose head takes one teacher",
+            key="teacher.others",
+            value=[one.name for one in teacher.others],
+            hint="set correspondence.objective to bank or regression",
+        )
     hard = matching.same_video_negatives
     if hard and teacher.cache_features:
         raise ConfigError(
@@ -253,6 +281,7 @@ def _check_prediction(teacher: TeacherConfig, matching: CorrespondenceConfig, da
             value=steps,
             hint="use data.sampling.mode=segments, whose clips all span the whole video, or do not cache",
         )
+    _check_time_basis(matching)
     if matching.objective == "regression":
         for key in ("same_video_negatives", "order_negatives"):
             if getattr(matching, key):
@@ -278,3 +307,23 @@ def _check_prediction(teacher: TeacherConfig, matching: CorrespondenceConfig, da
             value=matching.order_negatives,
             hint="use more correspondence.time_steps, or fewer negatives",
         )
+
+
+def _check_time_basis(matching: CorrespondenceConfig) -> None:
+    """Coefficients over time are of several parts, belong to no one time, and have no order to be shuffled."""
+    if matching.time_basis == "parts":
+        return
+    reasons = {
+        "needs two parts of the clip or more": matching.time_steps == 1,
+        "is of the whole clip, and correspondence.predict_from=map asks for each time": matching.predict_from
+        == "map",
+        "is for regression": matching.objective != "regression",
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise ConfigError(
+                reason,
+                key="correspondence.time_basis",
+                value=matching.time_basis,
+                hint="use parts, or objective=regression with time_steps above 1 and predict_from=features",
+            )

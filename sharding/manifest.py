@@ -11,7 +11,8 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -266,10 +267,11 @@ def load_dataset(data: bytes, *, file: str) -> Dataset:
     return dataset
 
 
-def check_samples(table: Any, dataset: Dataset, *, file: str) -> None:
+def check_samples(table: pa.Table, dataset: Dataset, *, file: str, first: int = 0) -> None:
     """Raise ManifestError unless a table of samples has the columns of :class:`Sample` with values that can be true.
 
-    Every member lies inside its shard, every label is one of the dataset's classes or NO_LABEL.
+    Every member lies inside its shard, every label is one of the dataset's classes or NO_LABEL. ``first`` is the row of
+    the file at which the table begins.
     """
     check_columns(table.schema, file=file)
     kinds = _column_kinds()
@@ -292,15 +294,15 @@ def check_samples(table: Any, dataset: Dataset, *, file: str) -> None:
     for name, good in right.items():
         if not good.all():
             row = int(np.flatnonzero(~good)[0])
-            raise ManifestError(f"{file}: row {row}: {name} is {columns[name][row]}, which cannot be")
+            raise ManifestError(f"{file}: row {first + row}: {name} is {columns[name][row]}, which cannot be")
 
 
 def check_columns(schema: pa.Schema, *, file: str) -> None:
     """Raise ManifestError unless a table of samples has the columns of :class:`Sample` with their types."""
     for name, kind in _column_kinds().items():
-        if name in _FLOW and name not in schema.names:
+        if name in FLOW_COLUMNS and name not in schema.names:
             continue
-        if name not in schema.names or schema.field(name).type.id != _arrow_type(kind).id:
+        if name not in schema.names or schema.field(name).type.id != arrow_type(kind).id:
             raise ManifestError(f"{file}: has no column {name!r} of type {kind}")
 
 
@@ -353,9 +355,9 @@ def rows_to_parquet(
     columns: dict[str, pa.Array] = {}
     for field in dataclasses.fields(row_type):
         values = [getattr(row, field.name) for row in rows]
-        if field.name in _FLOW and not any(values):
+        if field.name in FLOW_COLUMNS and not any(values):
             continue  # a table without flow is the table it was before there was any
-        columns[field.name] = pa.array(values, type=_arrow_type(str(field.type)))
+        columns[field.name] = pa.array(values, type=arrow_type(str(field.type)))
     for name, numbers in (extra or {}).items():
         columns[name] = pa.array(numbers, type=pa.int64())
     out = io.BytesIO()
@@ -370,7 +372,7 @@ def rows_from_parquet(data: bytes, row_type: type[R], *, file: str) -> list[R]:
         ManifestError: the file is damaged or lacks a column.
     """
     table = read_table(data, file=file)
-    absent = _FLOW - set(table.column_names)
+    absent = FLOW_COLUMNS - set(table.column_names)
     names = [field.name for field in dataclasses.fields(row_type) if field.name not in absent]
     missing = set(names) - set(table.column_names)
     if missing:
@@ -395,13 +397,22 @@ def read_table(data: bytes, *, file: str) -> pa.Table:
     Raises:
         ManifestError: the file is damaged, or unpacks to far more than it holds.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with whole_parquet(file):
         check_unpacking(pq.read_metadata(io.BytesIO(data)), len(data), file=file)
         return pq.read_table(io.BytesIO(data))
-    except (pa.ArrowException, OSError) as error:
+
+
+@contextmanager
+def whole_parquet(file: str) -> Iterator[None]:
+    """Raise ManifestError where the Parquet file that is read within is damaged."""
+    import pyarrow as pa
+
+    try:
+        yield
+    # Arrow does not check that the names of columns are UTF-8.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{file}: not a whole Parquet file: {error}") from error
 
 
@@ -416,15 +427,16 @@ def check_unpacking(facts: pq.FileMetaData, size: int, *, file: str) -> None:
         )
 
 
-_FLOW = frozenset(("flow_offset", "flow_bytes", "flow_crc32"))
+FLOW_COLUMNS = frozenset(("flow_offset", "flow_bytes", "flow_crc32"))
 
 
 def _stored(sample: dict[str, Any]) -> dict[str, Any]:
     """A sample of an index without the places of a member it has not."""
-    return sample if sample["flow_bytes"] else {k: v for k, v in sample.items() if k not in _FLOW}
+    return sample if sample["flow_bytes"] else {k: v for k, v in sample.items() if k not in FLOW_COLUMNS}
 
 
-def _arrow_type(annotation: str) -> pa.DataType:
+def arrow_type(annotation: str) -> pa.DataType:
+    """The Arrow type of a field of a row, by the annotation."""
     import pyarrow as pa
 
     kinds = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
@@ -445,7 +457,3 @@ def parsed_json(data: bytes, file: str, *formats: str) -> dict[str, Any]:
             f"{file}: format is {found!r}, this version reads {' and '.join(map(repr, formats))}"
         )
     return dict(tree)
-
-
-def _tuples(tree: dict[str, Any], *names: str) -> dict[str, Any]:
-    return tree | {name: tuple(tree[name]) for name in names}

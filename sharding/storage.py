@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import glob
+import hashlib
+import io
 import logging
 import os
 import re
@@ -180,6 +182,33 @@ class LocalStore:
             os.fsync(folder)  # the rename itself must survive a power cut
         finally:
             os.close(folder)
+
+
+class RangeFile(io.RawIOBase):
+    """A file of a store that is read by range."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        size = store.size(name)
+        if size is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{store.url}/{name}")
+        self._store, self._name, self._size, self._place = store, name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        return self._place
+
+    def readinto(self, buffer: bytearray | memoryview) -> int:  # type: ignore[override]
+        length = min(len(buffer), max(0, self._size - self._place))
+        data = self._store.read_range(self._name, self._place, length) if length else b""
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
 
 
 _OPENING = threading.Lock()
@@ -357,6 +386,12 @@ def without_secrets(url: str) -> str:
     if scheme.rpartition("::")[2].lower() in ("http", "https", "ftp"):
         authority, path = re.split(r"[?#]", authority)[0], re.split(r"[?#]", path)[0]
     return f"{scheme}://{authority}{slash}{path}"
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def temporary_beside(target: Path) -> Path:

@@ -54,6 +54,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"redirects"},
         {"storage"},
         {"manifest", "scratch"},
+        {"tables"},
         {"video", "sources"},
         {"read", "demo"},
         {"build"},

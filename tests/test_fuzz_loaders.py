@@ -210,9 +210,8 @@ def table_of_samples(path: Path) -> None:
 
 
 COLUMNS = columns_of(
-    read_table(
-        rows_to_parquet([replace(SAMPLE, labels=(0, 1))] * 40, Sample, extra={"shard": [0] * 40}),
-        file="samples.parquet",
+    pq.ParquetFile(
+        io.BytesIO(rows_to_parquet([replace(SAMPLE, labels=(0, 1))] * 40, Sample, extra={"shard": [0] * 40}))
     ),
     replace(DATASET, samples=40, shards=(replace(DATASET.shards[0], samples=40),)),
     samples_bytes=1,

@@ -36,6 +36,7 @@ GPU_RESERVE_BYTES, FRAGMENTS_SHARE = 2.0 * GIB, 0.05
 CPU_RESERVE_BYTES = 1.0 * GIB  # the interpreter with torch and DeepSpeed, measured at 0.7
 MEASURED_FLOPS = 2e11  # a larger CPU step is not tried: it would take longer than reading the table
 DECODED_CLIPS = 8
+SAVING_SHARE = 0.05  # of the time between checkpoints that training may stand still for one
 
 
 class Speed(NamedTuple):
@@ -92,6 +93,7 @@ def check_cost(cost: Cost) -> Iterator[Finding]:
     if cost.train is not None:
         yield from _feeding(cost, cost.train, speed)
     yield from check_disk(cost, sizes)
+    yield from check_saving(cost, sizes, speed)
 
 
 def _memory(cost: Cost, plan: MemoryPlan) -> Iterator[Finding]:
@@ -264,13 +266,7 @@ def decode_seconds(run: TrainingRun) -> float:
 
 
 def check_disk(cost: Cost, sizes: Sizes) -> Iterator[Finding]:
-    run = cost.run
-    one = sizes.buffer_bytes + checkpoint_bytes(
-        parameters=sizes.parameters,
-        trainable=sizes.trained,
-        moments=optimizer_moments(run.optim),
-        averaged=run.optim.average_decay > 0,
-    )
+    run, one = cost.run, one_checkpoint_bytes(cost.run, sizes)
     kept = run.checkpoint.keep_last + 1  # a new one is whole before the oldest goes
     best = run.checkpoint.keep_best and run.evaluation.every_steps is not None
     needed = one * (kept + int(best))
@@ -305,3 +301,39 @@ def check_disk(cost: Cost, sizes: Sizes) -> Iterator[Finding]:
         f"checkpoint.keep_last={room}" if room >= 1 else f"free {(needed - free) / GIB:.2f} GiB at {place}"
     )
     yield Finding("fail", "disk", text, remedy)
+
+
+def one_checkpoint_bytes(run: TrainingRun, sizes: Sizes) -> int:
+    """A checkpoint of all ranks together."""
+    return sizes.buffer_bytes + checkpoint_bytes(
+        parameters=sizes.parameters,
+        trainable=sizes.trained,
+        moments=optimizer_moments(run.optim),
+        averaged=run.optim.average_decay > 0,
+    )
+
+
+def check_saving(cost: Cost, sizes: Sizes, speed: Speed | None) -> Iterator[Finding]:
+    """How long a checkpoint is written, where the bandwidth is known; and whether there is time for it between two."""
+    run, machine = cost.run, cost.machine
+    rate = machine.write_bytes_per_second
+    if rate is None:
+        return
+    size = one_checkpoint_bytes(run, sizes) * machine.ranks_per_node / machine.world_size
+    seconds = size / rate
+    text = f"{size / GIB:.2f} GiB of each node in {seconds:.1f} s at {rate / 1e9:g} GB/s"
+    asynchronous = run.checkpoint.asynchronous
+    beside = machine.gpu is not None if asynchronous == "auto" else asynchronous
+    text += ", while training goes on" if beside else ", while training stands still"
+    if speed is None:
+        yield Finding("ok", "saving", text)
+        return
+    step = run.engine.global_batch / speed.clips_per_second
+    between = run.checkpoint.every_steps * step
+    text += f"; {between:.1f} s of steps between two"
+    # A save waits for the one before it, and one that training waits for should be a small share of it.
+    share = 1.0 if beside else SAVING_SHARE
+    if seconds <= share * between:
+        yield Finding("ok", "saving", text)
+        return
+    yield Finding("note", "saving", text, f"checkpoint.every_steps={math.ceil(seconds / (share * step))}")

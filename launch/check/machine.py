@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -29,7 +30,10 @@ FP32_SHARE = 0.5  # TF32 against bf16 on cards from Ampere on
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a run is to have. ``gpu`` is None for CPU runs; ``memory_bytes`` is of one GPU, or of the host."""
+    """What a run is to have. ``gpu`` is None for CPU runs; ``memory_bytes`` is of one GPU, or of the host.
+
+    ``write_bytes_per_second`` is what one node writes to its disk or store; None where it was not said.
+    """
 
     nodes: int
     ranks_per_node: int
@@ -37,6 +41,7 @@ class Machine:
     memory_bytes: float
     peak_tflops: float | None
     cores_per_node: int
+    write_bytes_per_second: float | None = None
 
     @property
     def world_size(self) -> int:
@@ -61,6 +66,7 @@ def choose_machine(
     cores: int | None,
     cores_here: int,
     memory_here: int,
+    write_gb_per_second: float | None = None,
 ) -> Machine:
     """The machine the options describe; what they leave open is taken from this one.
 
@@ -70,6 +76,14 @@ def choose_machine(
     if nodes < 1 or (gpus is not None and gpus < 0):
         raise ConfigError(
             f"--nodes {nodes} --gpus {gpus} is no machine", file="command line", hint="use at least one node"
+        )
+    if write_gb_per_second is not None and not 0 < write_gb_per_second < math.inf:
+        raise ConfigError(
+            "is no speed",
+            key="--write-speed",
+            value=write_gb_per_second,
+            file="command line",
+            hint="give GB/s, such as 2.5",
         )
     kind = gpu.lower().replace("nvidia-", "").replace("_", "-") if gpu else None
     if kind is not None and kind not in GPUS:
@@ -99,6 +113,7 @@ def choose_machine(
         memory_bytes=memory if memory_gib is None else memory_gib * 2**30,
         peak_tflops=peak,
         cores_per_node=cores or cores_here,
+        write_bytes_per_second=None if write_gb_per_second is None else 1e9 * write_gb_per_second,
     )
 
 

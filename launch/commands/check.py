@@ -22,6 +22,13 @@ def add_options(check: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--mfu", type=float, default=None, help="share of the peak reached, 0 to 1, if you know it"
     )
+    check.add_argument(
+        "--write-speed",
+        type=float,
+        default=None,
+        metavar="GB/S",
+        help="what one node writes to its disk or store, GB/s: says how long a checkpoint takes",
+    )
 
 
 def run_check(arguments: argparse.Namespace) -> int:
@@ -43,6 +50,7 @@ def run_check(arguments: argparse.Namespace) -> int:
         cores=arguments.cores,
         cores_here=usable_cores(),
         memory_here=memory_bytes(),
+        write_gb_per_second=arguments.write_speed,
     )
     findings = check(run, machine, mfu=arguments.mfu)
     print(table(findings))

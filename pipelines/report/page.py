@@ -24,6 +24,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.evaluation.clip_tables import OpenShards, open_shard_dataset
 from cliplift.pipelines.report.charts import value_strip
 from cliplift.pipelines.report.clips import SampleClips, sample_clips
+from cliplift.pipelines.report.retrieval import retrieval_pages
 from cliplift.pipelines.report.sections import (
     Confusions,
     confusions,
@@ -173,6 +174,7 @@ def write_report(
         confusions=sorted(found, key=lambda c: c is not best),
         clips=clips,
         clips_of=shown,
+        retrieval=retrieval_pages(records, pictures=max_clips > 0, open_shards=open_shards),
         embedding=None if shown is None else embedding(shown),
         lineage=[(group, lineage(group, groups)) for group in groups],
         timing=_timing(records, demo),

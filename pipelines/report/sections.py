@@ -254,6 +254,10 @@ def lineage(group: RunGroup, groups: Sequence[RunGroup]) -> list[tuple[str, str]
         steps.append(
             ("teacher", f"{teacher}, {weights} weights" if weights else f"{teacher}, random weights")
         )
+    others = run.setting("teacher.others")
+    for other in others if isinstance(others, list) else ():
+        if isinstance(other, Mapping):
+            steps.append(("teacher", str(other.get("name"))))
     evaluated = (run.result or {}).get("evaluated") or run.setting("run")
     source = run.setting("initialise_from") or evaluated
     if source:

@@ -9,7 +9,7 @@ rank needs another's clips: each loss is a function of its clip, the kept featur
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cliplift.configs.supervision import CorrespondenceConfig
 from cliplift.models.correspondence import FeaturePredictor
 from cliplift.models.protocol import VideoNetwork
+from cliplift.pipelines.engine.task import OF_CLIP
 from cliplift.pipelines.stages.teacher import ROWS_AT_ONCE, unit_parts
 
 
@@ -27,24 +28,39 @@ class FeatureTransfer(nn.Module):
 
     ``forward(inputs)`` takes clips (B, C, T, H, W) and their standardised features ``targets`` (B, S, D); for the
     bank also the bank (N, S D), the clips' rows ``own`` in it (B,), ``clip_videos`` (B,), ``bank_videos`` (N,) and
-    ``orders`` (K, S), the orders of parts that are negatives. Returns the loss and metrics of the batch.
+    ``orders`` (K, S), the orders of parts that are negatives. Returns the loss and metrics of the batch, and the losses
+    (B,) of its clips, whose mean over a global batch does not depend on how that is divided.
     """
 
     def __init__(
-        self, student: VideoNetwork, predictor: FeaturePredictor, config: CorrespondenceConfig
+        self,
+        student: VideoNetwork,
+        predictor: FeaturePredictor,
+        config: CorrespondenceConfig,
+        *,
+        widths: Sequence[int],
     ) -> None:
+        """``widths`` are those of the teachers' features, which stand side by side in D and count the same."""
         super().__init__()
         self.student, self.predictor, self.config = student, predictor, config
+        self.widths = tuple(widths)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         predicted = self.predict(inputs["clips"]).float()
         targets = inputs["targets"].float()
-        cosine = F.cosine_similarity(predicted, targets, dim=-1).mean()
+        pairs = list(zip(self._by_teacher(predicted), self._by_teacher(targets), strict=True))
+        cosines = [F.cosine_similarity(guess, right, dim=-1) for guess, right in pairs]
+        cosine = torch.stack(cosines).mean(dim=(0, 2))  # (B,)
+        found = {"feature_cosine": cosine.detach().mean()}
         if self.config.objective == "bank":
-            loss, accuracy = self._from_bank(predicted, targets, inputs)
-            return {"loss": loss, "matching_accuracy": accuracy, "feature_cosine": cosine.detach()}
-        loss = 1 - cosine if self.config.regression_loss == "cosine" else F.smooth_l1_loss(predicted, targets)
-        return {"loss": loss, "feature_cosine": cosine.detach()}
+            losses, right = self._from_bank(predicted, targets, inputs)
+            found["matching_accuracy"] = right.float().mean()
+        elif self.config.regression_loss == "cosine":
+            losses = 1 - cosine
+        else:
+            apart = [F.smooth_l1_loss(*pair, reduction="none").mean(dim=(1, 2)) for pair in pairs]
+            losses = torch.stack(apart).mean(dim=0)
+        return found | {"loss": losses.mean(), f"loss{OF_CLIP}": losses.detach()}
 
     def predict(self, clips: Tensor) -> Tensor:
         """(B, C, T, H, W) -> the teacher's standardised features (B, S, D), as the student guesses them."""
@@ -52,26 +68,33 @@ class FeatureTransfer(nn.Module):
         predicted: Tensor = self.predictor(seen)
         return predicted
 
+    def _by_teacher(self, features: Tensor) -> tuple[Tensor, ...]:
+        """(B, S, D) -> each teacher's part of the width."""
+        return torch.split(features, list(self.widths), dim=-1)
+
     def clip_rows(self, clips: Tensor) -> Tensor:
         """(B, C, T, H, W) -> (B, S D), what :meth:`scores` compares clips by."""
-        return unit_parts(self.predict(clips).float())
+        return unit_parts(self.predict(clips).float(), self.widths)
 
     def scores(self, clips: Tensor, frames: Tensor) -> Tensor:
         """Rows (N, S D) of clips and of frames' standardised features -> (N, N), above 0 means "belongs"."""
-        similarity = clips @ unit_parts(torch.unflatten(frames, 1, (self.predictor.steps, -1))).T
+        similarity = clips @ self._frame_rows(frames).T
         # There is no threshold: centred on the mean over all pairs.
         return similarity - similarity.mean()
 
     def mean_cosine(self, clips: Tensor, frames: Tensor) -> float:
         """Of the guesses for N clips with what the teacher says of them; rows as in :meth:`scores`."""
-        right = unit_parts(torch.unflatten(frames, 1, (self.predictor.steps, -1)))
-        return float((clips * right).sum(dim=1).mean())
+        return float((clips * self._frame_rows(frames)).sum(dim=1).mean())
+
+    def _frame_rows(self, frames: Tensor) -> Tensor:
+        return unit_parts(torch.unflatten(frames, 1, (self.predictor.steps, -1)), self.widths)
 
     def _from_bank(
         self, predicted: Tensor, targets: Tensor, inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
+        """The clips' losses (B,), and whether each is nearest to its own features, bool (B,)."""
         with torch.autocast(predicted.device.type, enabled=False):
-            queries, own = unit_parts(predicted), unit_parts(targets)
+            queries, own = (unit_parts(x, self.widths) for x in (predicted, targets))
             temperature = self.config.temperature
             positive = (queries * own).sum(dim=1) / temperature
             negatives, highest = against_bank(
@@ -87,9 +110,9 @@ class FeatureTransfer(nn.Module):
             reordered = parts[:, inputs["orders"]].flatten(2)  # (B, K, S D)
             hard = torch.einsum("be,bke->bk", queries, reordered) / temperature
             all_of_them = torch.cat([positive[:, None], negatives[:, None], hard], dim=1)
-            loss = (all_of_them.logsumexp(dim=1) - positive).mean()
+            losses = all_of_them.logsumexp(dim=1) - positive
             highest = torch.cat([highest[:, None], hard.detach()], dim=1).amax(dim=1)
-            return loss, (positive.detach() > highest).float().mean()
+            return losses, positive.detach() > highest
 
 
 def against_bank(

@@ -8,7 +8,7 @@ What transfer trains: the student with the matching head, and its losses.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +20,9 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.supervision import CorrespondenceConfig
 from cliplift.models.correspondence import CorrespondenceHead
 from cliplift.models.protocol import VideoNetwork
+from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.evaluation.metrics import area_under_curve, retrieval_recall
+from cliplift.pipelines.runs.retrieval import Retrieval, ShownClip, retrieval_of
 
 
 @dataclass(frozen=True)
@@ -155,20 +157,63 @@ class SupervisionTransfer(nn.Module):
         return {"loss": loss, "matching_accuracy": (logits.argmax(dim=1) == own).float().mean().detach()}
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What both towers say of N held-out clips: rows (N, Dc) of clips and (N, Df) of frames, and their matching scores
+    (N, N), clip i with the frames of clip j."""
+
+    clips: Tensor
+    frames: Tensor
+    scores: Tensor
+    videos: Tensor  # int64 (N,)
+    shown: tuple[ShownClip, ...]
+
+    @classmethod
+    def of(
+        cls,
+        rows: Sequence[tuple[int, tuple[int, Tensor, Tensor]]],
+        source: ClipSource,
+        *,
+        module: Scores,
+        device: torch.device,
+    ) -> HeldOut:
+        """From (sample, (video, clip row, frame row)) in dataset order; on every rank, as ``module`` may be spread."""
+        clips = torch.stack([clip for _, (_, clip, _) in rows]).to(device)
+        frames = torch.stack([frame for _, (_, _, frame) in rows]).to(device)
+        facts = [(sample, source.facts(sample)) for sample, _ in rows]
+        return cls(
+            clips=clips,
+            frames=frames,
+            scores=module.scores(clips, frames),
+            videos=torch.tensor([video for _, (video, _, _) in rows], device=device),
+            shown=tuple(
+                ShownClip(key=f.key, video_id=f.video_id, shard_url=source.url_of(i), sample_index=i)
+                for i, f in facts
+            ),
+        )
+
+    def retrieval(self) -> Retrieval:
+        """Which clips find their frames, and their neighbours."""
+        return retrieval_of(
+            scores=self.scores.cpu().numpy(),
+            student=self.clips.cpu().numpy(),
+            teacher=self.frames.cpu().numpy(),
+            videos=self.videos.cpu().numpy(),
+            clips=self.shown,
+        )
+
+
 @torch.no_grad()
-def matching_metrics(
-    module: Scores, *, clips: Tensor, frames: Tensor, videos: Tensor, seed: int
-) -> dict[str, float]:
-    """Matching numbers of N held-out clips (N, Dc) and their frames' features (N, Df).
+def matching_metrics(scores: Tensor, *, videos: Tensor, seed: int) -> dict[str, float]:
+    """Matching numbers of N held-out clips from their scores (N, N) with all frames.
 
     ``matching_accuracy``: one positive and one negative per clip, so the prior is exactly 0.5.
     ``above_chance_sigmas``: its distance from the prior in standard errors of a fair coin over the same pairs.
     ``recall_at_1``, ``recall_at_5``: clip -> frame retrieval among all N held-out clips.
     """
-    N = len(clips)
-    rows = torch.arange(N, device=clips.device)
+    N = len(scores)
+    rows = torch.arange(N, device=scores.device)
     pairs = draw_pairs(videos=videos, rows=rows, negatives=1, seed=seed, step=0)
-    scores = module.scores(clips, frames)  # (N, N)
     chosen = scores.gather(1, pairs.frames)
     right = (chosen > 0) == (pairs.targets == 1)
     accuracy = right.float().mean().item()

@@ -1,4 +1,5 @@
-"""What is computed of the teacher once for a run: kept in its folder, mapped into memory by all processes of a host.
+"""The frozen 2D networks that teach, one, or several whose features stand side by side; and what is computed of them
+once for a run, kept in its folder and mapped into memory by all processes of a host.
 
 * the features of every training sample (``teacher.cache_features``), or of some of them
 * their mean and deviation, by which features are standardised where they are predicted
@@ -7,17 +8,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from cliplift.configs.data import DataConfig, ViewsConfig
 from cliplift.configs.sections import ConfigError
+from cliplift.configs.supervision import ImageTeacher, TeacherConfig
+from cliplift.models import create_model
+from cliplift.models.protocol import InputSpec, VideoNetwork
+from cliplift.models.registry import model_entry
 from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.distributed.collectives import (
@@ -33,6 +39,84 @@ FEATURES, SAMPLED = "teacher_features.safetensors", "teacher_sample.safetensors"
 STATISTICS, BANK = "teacher_statistics.safetensors", "teacher_bank.safetensors"
 ROWS_AT_ONCE = 8192  # of a table: a fixed number, so that sums do not depend on the machine's memory
 SMALLEST_DEVIATION = 0.01  # of the mean one: a channel that hardly ever answers would be all noise
+
+
+class Teachers(nn.Module):
+    """One or several 2D networks on the same frames, each at a size and with pixel statistics of its own.
+
+    ``feature_dims`` are the widths of their features, ``input_spec`` the one by which the frames are normalised: the
+    first network's.
+    """
+
+    def __init__(self, networks: list[VideoNetwork], sides: list[int | None]) -> None:
+        super().__init__()
+        self.networks, self.sides = nn.ModuleList(networks), sides
+        self.feature_dims = tuple(network.feature_dim for network in networks)
+        self.feature_dim = sum(self.feature_dims)
+        self.specs = [network.input_spec for network in networks]
+        self.input_spec = self.specs[0]
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(B, C, H, W), normalised for the first network -> (B, D), the features of all, one after the other.
+
+        In the precision of each network's features; they are concatenated in fp32.
+        """
+        found = []
+        for network, side, spec in zip(self.networks, self.sides, self.specs, strict=True):
+            found.append(network(renormalised(resized(frames, side), self.input_spec, spec)).float())
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def resized(frames: Tensor, side: int | None) -> Tensor:
+    """(B, C, H, W) -> (B, C, side, side); as they are where the side is theirs, or None."""
+    height = frames.shape[2]
+    if side is None or side == height:
+        return frames
+    return F.interpolate(
+        frames, size=(side, side), mode="bilinear", antialias=side < height, align_corners=False
+    )
+
+
+def renormalised(frames: Tensor, made: InputSpec, wanted: InputSpec) -> Tensor:
+    """Frames (B, C, H, W) with another mean and deviation of the pixels in [0, 1]."""
+    if (made.mean, made.std) == (wanted.mean, wanted.std):
+        return frames
+    old_mean, old_std, mean, std = (
+        frames.new_tensor(values)[:, None, None] for values in (made.mean, made.std, wanted.mean, wanted.std)
+    )
+    return (frames * old_std + old_mean - mean) / std
+
+
+def build_teachers(config: TeacherConfig, *, weights: bool) -> Teachers:
+    """The frozen teachers of a run, in eval mode for good (BatchNorm statistics included).
+
+    Args:
+        config: of the teacher, and of those beside it.
+        weights: load their weights; otherwise random ones, where only shapes are wanted.
+
+    Raises:
+        ConfigError: a teacher is not a 2D model.
+    """
+    networks = [_network(teacher, key=key, weights=weights) for key, teacher in config.by_key().items()]
+    teachers = Teachers(networks, [teacher.resize_pixels for teacher in config.by_key().values()])
+    return teachers.eval().requires_grad_(False)
+
+
+def _network(teacher: ImageTeacher, *, key: str, weights: bool) -> VideoNetwork:
+    if model_entry(teacher.name).dims != "2d":
+        raise ConfigError(
+            "is not a 2D model",
+            key=f"{key}.name",
+            value=teacher.name,
+            hint="the teacher sees single frames; `cliplift models` shows which models are 2D",
+        )
+    return create_model(
+        teacher.name,
+        num_classes=0,
+        in_frames=None,
+        pretrained=teacher.pretrained if weights else None,
+        **teacher.options,
+    )
 
 
 @torch.no_grad()
@@ -154,50 +238,84 @@ def _identity(path: Path) -> str | None:
         return None
 
 
-def _chunks(table: Tensor, steps: int) -> Iterable[Tensor]:
-    """(N, S D) -> pieces (n, S, D) in double precision."""
-    for rows in torch.split(table, ROWS_AT_ONCE):
-        yield torch.unflatten(rows.double(), 1, (steps, -1))
+def cosines(steps: int) -> Tensor:
+    """The orthonormal discrete cosine transform (DCT-II) over S parts, (S, S): row 0 is the mean times sqrt(S)."""
+    time, frequency = torch.arange(steps).double() + 0.5, torch.arange(steps).double()
+    rows: Tensor = torch.cos(math.pi / steps * frequency[:, None] * time) * (2 / steps) ** 0.5
+    rows[0] *= 0.5**0.5
+    return rows
 
 
 class Standardisation:
-    """Mean 0 and deviation 1 of every channel over the training clips: what the student predicts."""
+    """Mean 0 and deviation 1 of every channel over the training clips: what the student predicts.
 
-    def __init__(self, mean: Tensor, deviation: Tensor) -> None:
-        self.mean, self.deviation = mean, deviation  # (D,) fp32
+    S parts of a clip share mean and deviation, (D,); with a ``basis`` (S, S) over the parts, each of its coefficients
+    has its own, (S, D).
+    """
+
+    def __init__(self, mean: Tensor, deviation: Tensor, *, basis: Tensor | None = None) -> None:
+        self.mean, self.deviation, self.basis = mean, deviation, basis  # fp32
 
     @classmethod
     def of(
-        cls, table: Tensor, *, steps: int, folder: Path, identity: str, topology: Topology
+        cls,
+        table: Tensor,
+        *,
+        steps: int,
+        folder: Path,
+        identity: str,
+        topology: Topology,
+        basis: Tensor | None = None,
     ) -> Standardisation:
-        """Of a table (N, S D) of features; S parts of a clip share them."""
+        """Of a table (N, S D) of features."""
+        over = (0, 1) if basis is None else (0,)
+
+        def chunks() -> Iterable[Tensor]:
+            """(n, S, D) in double precision."""
+            for rows in torch.split(table, ROWS_AT_ONCE):
+                parts = torch.unflatten(rows.double(), 1, (steps, -1))
+                yield parts if basis is None else basis @ parts
 
         def make() -> dict[str, Tensor]:
-            rows = len(table) * steps
-            mean = sum(chunk.sum(dim=(0, 1)) for chunk in _chunks(table, steps)) / rows
+            rows = len(table) * (steps if basis is None else 1)
+            mean = sum(chunk.sum(dim=over) for chunk in chunks()) / rows
             assert isinstance(mean, Tensor)
-            spread = sum((chunk - mean).square().sum(dim=(0, 1)) for chunk in _chunks(table, steps)) / rows
+            spread = sum((chunk - mean).square().sum(dim=over) for chunk in chunks()) / rows
             assert isinstance(spread, Tensor)
             deviation = spread.sqrt()
-            floor = (SMALLEST_DEVIATION * deviation.mean()).clamp_min(torch.finfo(torch.float32).tiny)
-            return {"mean": mean.float(), "deviation": deviation.clamp_min(floor).float()}
+            floor = SMALLEST_DEVIATION * deviation.mean(dim=-1, keepdim=True)
+            floor = floor.clamp_min(torch.finfo(torch.float32).tiny)
+            return {"mean": mean.float(), "deviation": torch.maximum(deviation, floor).float()}
 
         kept = kept_tensors(folder / STATISTICS, identity, make, topology)
-        return cls(kept["mean"], kept["deviation"])
+        return cls(kept["mean"], kept["deviation"], basis=None if basis is None else basis.float())
 
     def to(self, device: torch.device) -> Standardisation:
         """The same on a device."""
-        return Standardisation(self.mean.to(device), self.deviation.to(device))
+        basis = None if self.basis is None else self.basis.to(device)
+        return Standardisation(self.mean.to(device), self.deviation.to(device), basis=basis)
 
     def __call__(self, features: Tensor, *, steps: int) -> Tensor:
         """(B, S D) -> (B, S, D) in fp32, standardised."""
-        return (torch.unflatten(features.float(), 1, (steps, -1)) - self.mean) / self.deviation
+        parts = torch.unflatten(features.float(), 1, (steps, -1))
+        standard: Tensor = (
+            (parts if self.basis is None else self.basis @ parts) - self.mean
+        ) / self.deviation
+        return standard
 
 
 def bank_of(
-    table: Tensor, standard: Standardisation, *, steps: int, folder: Path, identity: str, topology: Topology
+    table: Tensor,
+    standard: Standardisation,
+    *,
+    steps: int,
+    widths: Sequence[int],
+    folder: Path,
+    identity: str,
+    topology: Topology,
 ) -> Tensor:
-    """(N, S D) in fp16: every clip's standardised features, each part of length 1, all parts together of length 1."""
+    """(N, S D) in fp16: every clip's standardised features, each part of each teacher of one length, and all together
+    of length 1."""
 
     def make() -> dict[str, Tensor]:
         if not topology.is_main:
@@ -205,13 +323,17 @@ def bank_of(
         bank = torch.empty_like(table)
         for start in range(0, len(table), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            bank[rows] = unit_parts(standard(table[rows], steps=steps)).half()
+            bank[rows] = unit_parts(standard(table[rows], steps=steps), widths).half()
         return {"bank": bank}
 
     return kept_tensors(folder / BANK, identity, make, topology)["bank"]
 
 
-def unit_parts(features: Tensor) -> Tensor:
-    """(B, S, D) -> (B, S D): parts of length 1 / sqrt(S), so that a product of two is the mean cosine of the parts."""
-    shared: float = features.shape[1] ** -0.5
-    return (F.normalize(features, dim=-1) * shared).flatten(1)
+def unit_parts(features: Tensor, widths: Sequence[int]) -> Tensor:
+    """(B, S, D) -> (B, S D): parts of length 1 / sqrt(S M), so that a product of two is the mean cosine of the parts.
+
+    M teachers' features of the widths given stand side by side in D.
+    """
+    shared: float = (features.shape[1] * len(widths)) ** -0.5
+    parts = [F.normalize(part, dim=-1) * shared for part in torch.split(features, list(widths), dim=-1)]
+    return torch.cat(parts, dim=-1).flatten(1)

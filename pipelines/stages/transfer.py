@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cliplift.configs.runs import TransferRun
 from cliplift.configs.sections import ConfigError
@@ -47,15 +46,24 @@ from cliplift.pipelines.engine.telemetry import forward_flops, training_flops
 from cliplift.pipelines.evaluation.over_split import over_split, validation_loader
 from cliplift.pipelines.probes.pooled import probe
 from cliplift.pipelines.runs.folder import RunFolder
+from cliplift.pipelines.runs.retrieval import write_retrieval
 from cliplift.pipelines.stages.feature_targets import FeatureTransfer, other_orders
 from cliplift.pipelines.stages.matching import (
+    HeldOut,
     SupervisionTransfer,
     draw_pairs,
     matching_metrics,
     send_to_device,
 )
 from cliplift.pipelines.stages.starting_weights import freeze_named
-from cliplift.pipelines.stages.teacher import Standardisation, bank_of, cached_features
+from cliplift.pipelines.stages.teacher import (
+    Standardisation,
+    Teachers,
+    bank_of,
+    build_teachers,
+    cached_features,
+    cosines,
+)
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +82,7 @@ class TransferStage:
         self.run, self.topology = run, topology
         self.classes: tuple[str, ...] = ()  # labels, where there are any, are not used
         self.clip_frames = run.data.sampling.frames
+        self._held_out: HeldOut | None = None  # of the last evaluation
 
     @property
     def needs_videos(self) -> int:
@@ -82,7 +91,8 @@ class TransferStage:
         return self.run.correspondence.negatives_per_clip + 1  # a clip's own, and one for each negative
 
     def networks(self) -> dict[str, str]:
-        return {"model.name": self.run.model.name, "teacher.name": self.run.teacher.name}
+        teachers = {f"{key}.name": one.name for key, one in self.run.teacher.by_key().items()}
+        return {"model.name": self.run.model.name} | teachers
 
     def splits(self) -> dict[str, str]:
         return {} if self.run.data.val_share else {"data.val_split": self.run.data.val_split}
@@ -100,12 +110,12 @@ class TransferStage:
         return cast(SupervisionTransfer | FeatureTransfer, self.built.module)
 
     @property
-    def teacher(self) -> VideoNetwork:
-        return cast(VideoNetwork, self.built.frozen)
+    def teacher(self) -> Teachers:
+        return cast(Teachers, self.built.frozen)
 
     def build_module(self, *, weights: bool) -> StageModule:
         run = self.run
-        teacher = _build_teacher(run, pretrained=run.teacher.pretrained if weights else None)
+        teacher = build_teachers(run.teacher, weights=weights)
         student = self._student(pretrained=run.model.pretrained if weights else None)
         if model_entry(run.model.name).dims != "3d":
             raise ConfigError(
@@ -115,22 +125,22 @@ class TransferStage:
                 hint="choose a 3D model from `cliplift models`",
             )
         freeze_named(student, run.model.frozen)
-        module = self._with_head(student, teacher_dim=cast(int, teacher.feature_dim))
+        module = self._with_head(student, teacher)
         return StageModule(module=module, network=student, frozen=teacher)
 
-    def _with_head(self, student: VideoNetwork, *, teacher_dim: int) -> SupervisionTransfer | FeatureTransfer:
+    def _with_head(self, student: VideoNetwork, teacher: Teachers) -> SupervisionTransfer | FeatureTransfer:
         matching = self.run.correspondence
         if matching.predicts_features:
             from_map = matching.predict_from == "map"
             if from_map:
                 self._check_map(student)
             predictor = FeaturePredictor(
-                student.feature_dim, teacher_dim, steps=matching.time_steps, from_map=from_map
+                student.feature_dim, teacher.feature_dim, steps=matching.time_steps, from_map=from_map
             )
-            return FeatureTransfer(student, predictor, matching)
+            return FeatureTransfer(student, predictor, matching, widths=teacher.feature_dims)
         head = CorrespondenceHead(
             student.feature_dim,
-            teacher_dim,
+            teacher.feature_dim,
             embed_dim=matching.feature_dim,
             hidden=matching.hidden,
             normalise=matching.normalise_features,
@@ -177,7 +187,7 @@ class TransferStage:
             return self._example_targets(built, clips)
         k = run.correspondence.negatives_per_clip + run.correspondence.same_video_negatives
         pairs = torch.zeros(B, 1 + k, dtype=torch.int64)
-        teacher_dim = cast(VideoNetwork, built.frozen).feature_dim
+        teacher_dim = cast(Teachers, built.frozen).feature_dim
         return {
             "clips": clips,
             "frame_features": torch.zeros(G, teacher_dim, dtype=clips.dtype),
@@ -190,7 +200,7 @@ class TransferStage:
     def _example_targets(self, built: StageModule, clips: Tensor) -> dict[str, Tensor]:
         """Targets and, where it is used, a bank of two rows: how many it has is known only with the data."""
         matching, B = self.run.correspondence, len(clips)
-        width = cast(VideoNetwork, built.frozen).feature_dim
+        width = cast(Teachers, built.frozen).feature_dim
         found = {"clips": clips, "targets": torch.zeros(B, matching.time_steps, width)}
         if matching.objective == "regression":
             return found
@@ -264,7 +274,8 @@ class TransferStage:
     def _plain_features(self, *, max_samples: int | None = None) -> Tensor:
         """The teacher's features of the training samples' plain middle clips."""
         teacher, data = self.run.teacher, self.run.data
-        side, short = teacher.resize_pixels, data.resize_short_side_pixels
+        side = max((one.resize_pixels or 0 for one in teacher.by_key().values()), default=0) or None
+        short = data.resize_short_side_pixels
         if teacher.cache_features and side is not None:  # as sharp as the stored picture is
             short = None if short is None else round(short * side / data.crop_pixels)
             data = data.model_copy(update={"crop_pixels": side, "resize_short_side_pixels": short})
@@ -297,12 +308,15 @@ class TransferStage:
             if self.run.teacher.cache_features
             else self._plain_features(max_samples=STATISTICS_SAMPLES)
         )
+        matching = self.run.correspondence
+        over_time = matching.time_basis == "cosines"
         found = Standardisation.of(
             table,
-            steps=self.run.correspondence.time_steps,
+            steps=matching.time_steps,
             folder=Path(self.run.output),
-            identity=f"{self._data_identity} {self._features_identity}",
+            identity=f"{self._data_identity} {self._features_identity}{' cosines' if over_time else ''}",
             topology=self.topology,
+            basis=cosines(matching.time_steps) if over_time else None,
         )
         return found.to(self.topology.device)
 
@@ -314,6 +328,7 @@ class TransferStage:
             self._table,
             self._standard.to(self._table.device),
             steps=self.run.correspondence.time_steps,
+            widths=self.teacher.feature_dims,
             folder=Path(self.run.output),
             identity=f"{self._data_identity} {self._features_identity}",
             topology=self.topology,
@@ -348,11 +363,6 @@ class TransferStage:
         """(B, C, X, H, W) -> (B, S D): the mean of the teacher's features over the frames of each of S parts."""
         B, C, X, H, W = clips.shape
         frames = clips.transpose(1, 2).reshape(B * X, C, H, W)
-        side = self.run.teacher.resize_pixels
-        if side is not None and side != H:
-            frames = F.interpolate(
-                frames, size=(side, side), mode="bilinear", antialias=side < H, align_corners=False
-            )
         with torch.autocast(frames.device.type, torch.bfloat16, enabled=frames.is_cuda):
             features = self.teacher(frames)
         parts = self.run.correspondence.time_steps
@@ -367,12 +377,13 @@ class TransferStage:
                 self.run.model, classes=0, frames=self.clip_frames, crop_pixels=self.run.data.crop_pixels
             )
         )
-        teacher = ModelConfig(name=self.run.teacher.name, options=dict(self.run.teacher.options))
-        side = self.run.teacher.resize_pixels or self.run.data.crop_pixels
-        frame = forward_flops(teacher, classes=0, crop_pixels=side)
-        if student is None or frame is None:
-            return None
-        return student + frame * (self.run.teacher.frames or self.clip_frames)
+        total, frames = student, self.run.teacher.frames or self.clip_frames
+        for one in self.run.teacher.by_key().values():
+            network = ModelConfig(name=one.name, options=dict(one.options))
+            side = one.resize_pixels or self.run.data.crop_pixels
+            frame = forward_flops(network, classes=0, crop_pixels=side)
+            total = None if total is None or frame is None else total + frame * frames
+        return total
 
     def clip_table(self, rows: int) -> None:
         """Matching has no class to show for a clip."""
@@ -381,6 +392,20 @@ class TransferStage:
     @torch.no_grad()
     def evaluate(self, *, topology: Topology) -> dict[str, float]:
         """Matching accuracy, AUC and retrieval on the held-out videos, every clip once, over all ranks."""
+        self._held_out = found = self._of_held_out(topology)
+        metrics = matching_metrics(found.scores, videos=found.videos, seed=self.run.seed)
+        if isinstance(self.module, FeatureTransfer):
+            metrics["feature_cosine"] = self.module.mean_cosine(found.clips, found.frames)
+        if self.run.probe is not None:
+            metrics |= probe(self.module.student, self.run, self.run.probe, topology=topology)
+        return metrics
+
+    def _of_held_out(self, topology: Topology) -> HeldOut:
+        """What both towers say of every held-out clip.
+
+        Raises:
+            ConfigError: they are of one video.
+        """
         loader = validation_loader(self.run, self.run.data, topology)
 
         def forward(batch: ClipBatch) -> list[tuple[int, Tensor, Tensor]]:
@@ -392,30 +417,17 @@ class TransferStage:
             found = zip(batch.video_index.tolist(), clip_rows, frame_rows, strict=True)
             return [(video, clip.clone(), frame.clone()) for video, clip, frame in found]
 
-        everything = [value for _, value in over_split(loader, forward, topology)]
-        if len({row[0] for row in everything}) < 2:
+        rows = over_split(loader, forward, topology)
+        if len({video for _, (video, _, _) in rows}) < 2:
             raise ConfigError(
                 f"split {self.run.data.val_split!r} holds one video; matching needs two",
                 key="data.val_split",
                 value=self.run.data.val_split,
                 hint="shard more held-out videos",
             )
-        device = topology.device
-        clip_rows = torch.stack([row[1] for row in everything]).to(device)
-        frame_rows = torch.stack([row[2] for row in everything]).to(device)
-        metrics = matching_metrics(
-            self.module,
-            clips=clip_rows,
-            frames=frame_rows,
-            videos=torch.tensor([row[0] for row in everything], device=device),
-            seed=self.run.seed,
-        )
-        if isinstance(self.module, FeatureTransfer):
-            metrics["feature_cosine"] = self.module.mean_cosine(clip_rows, frame_rows)
-        if self.run.probe is not None:
-            metrics |= probe(self.module.student, self.run, self.run.probe, topology=topology)
-        return metrics
+        return HeldOut.of(rows, loader.dataset, module=self.module, device=topology.device)
 
+    @torch.no_grad()
     def finish(
         self, metrics: Mapping[str, float], *, topology: Topology, folder: RunFolder
     ) -> dict[str, float]:
@@ -425,6 +437,11 @@ class TransferStage:
         if topology.is_main:
             text = f"matching accuracy {accuracy:.3f} on held-out videos, prior 0.500 ({verdict})"
             print(f"{self.run.name}: {text}", flush=True)
+        if self._held_out is None:  # stopped after the last evaluation, and started again
+            self.module.eval()
+            self._held_out = self._of_held_out(topology)
+        if topology.is_main:
+            write_retrieval(self._held_out.retrieval(), folder.path)
         return dict(metrics)
 
     def trained_network(self, weights: Mapping[str, Tensor]) -> SavedModel:
@@ -438,22 +455,3 @@ class TransferStage:
             card=card,
             weights=network_weights(weights, prefix="student."),
         )
-
-
-def _build_teacher(run: TransferRun, *, pretrained: str | None) -> nn.Module:
-    """The frozen 2D teacher, in eval mode for good (BatchNorm statistics included)."""
-    if model_entry(run.teacher.name).dims != "2d":
-        raise ConfigError(
-            "is not a 2D model",
-            key="teacher.name",
-            value=run.teacher.name,
-            hint="the teacher sees single frames; `cliplift models` shows which models are 2D",
-        )
-    teacher = create_model(
-        run.teacher.name,
-        num_classes=0,
-        in_frames=None,
-        pretrained=pretrained,
-        **run.teacher.options,
-    )
-    return teacher.eval().requires_grad_(False)

@@ -112,7 +112,7 @@ def settle_duplicates(plan: Plan, store: Store, action: Action) -> DuplicateCoun
     Raises:
         BuildError: a shard is missing, or a member is damaged.
     """
-    indexes = load_indexes(plan, store)
+    indexes = list(load_indexes(plan, store))
     samples = [sample for index in indexes for sample in index.samples]
     hashes = [row for index in indexes for row in index.picture_hashes or ((),) * len(index.samples)]
     found = find_duplicates(samples, hashes)

@@ -6,13 +6,13 @@ The catalog alone, of a dataset that was finalized before there were catalogs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import av
-import numpy as np
 
 from cliplift.sharding.build.plan import Plan
 from cliplift.sharding.manifest import (
@@ -24,7 +24,6 @@ from cliplift.sharding.manifest import (
     RETRIED_STAGES,
     SAMPLES_FILE,
     Dataset,
-    ManifestError,
     Refused,
     Sample,
     ShardFacts,
@@ -36,66 +35,97 @@ from cliplift.sharding.manifest import (
     dump_dataset,
     index_file,
     load_index,
-    read_table,
-    rows_to_parquet,
 )
-from cliplift.sharding.read.catalog import checksums_of, dump_head
-from cliplift.sharding.read.columns import columns_of
-from cliplift.sharding.read.reader import read_dataset
+from cliplift.sharding.read.catalog import CatalogHead, dump_head
+from cliplift.sharding.read.columns import write_rows
+from cliplift.sharding.read.reader import read_dataset, read_samples
 from cliplift.sharding.scratch import scratch_folder
-from cliplift.sharding.storage import Store, open_store
+from cliplift.sharding.storage import Store, file_sha256, open_store
+from cliplift.sharding.tables import TableFile, open_table, schema_of, table_of
 
 
 class BuildError(ValueError):
     """The dataset cannot be finalized; the message says what is missing or refused."""
 
 
-def _again(refused: Sequence[Refused]) -> str:
-    """What to do where clips were refused for reasons that may be gone, as after an outage of the storage."""
-    if not any(one.stage in RETRIED_STAGES for one in refused):
-        return ""
-    return "; if the cause is gone, add --retry-failed"
-
-
 def finalize(plan: Plan, store: Store, *, max_refused_share: float) -> Dataset:
     """Write ``samples.parquet``, the catalog, ``refused.jsonl`` and, last, ``dataset.json``.
+
+    Indexes are read one after the other, so that memory does not grow with the samples.
 
     Raises:
         BuildError: a shard is missing or its tar has another size, no clip was made, or too many were refused.
     """
-    indexes = load_indexes(plan, store)
-    samples = sum(len(index.samples) for index in indexes)
-    refused = [r for index in indexes for r in index.refused]
-    store.write(
-        REFUSED_FILE,
-        b"".join(canonical({"shard": i.shard, **vars(r)}) + b"\n" for i in indexes for r in i.refused),
-    )
-    if not samples:
-        first = f", the first because: {refused[0].source}: {refused[0].reason}" if refused else ""
-        raise BuildError(f"not one clip was made; {len(refused)} were refused{first}{_again(refused)}")
-    failed = [r for r in refused if r.stage != DUPLICATE]
-    if len(failed) > max_refused_share * (samples + len(refused)):
-        reason, count = Counter(f"{r.stage}: {r.reason}" for r in failed).most_common(1)[0]
-        raise BuildError(
-            f"{len(failed)} of {samples + len(refused)} clips were refused, more than limits.max_refused_share="
-            f"{max_refused_share:g} allows; {count} because of {reason!r}; see {REFUSED_FILE}{_again(failed)}"
+    with scratch_folder() as folder:
+        ledger = _Ledger(folder / REFUSED_FILE)
+        dataset = describe(
+            ledger.watched(load_indexes(plan, store)),
+            table=folder / SAMPLES_FILE,
+            name=plan.name,
+            classes=plan.classes,
+            folds=plan.folds,
+            missing=plan.missing,
+            plan_id=plan.plan_id,
+            settings=dict(plan.settings),
         )
-    dataset, table = describe(
-        indexes,
-        name=plan.name,
-        classes=plan.classes,
-        folds=plan.folds,
-        missing=plan.missing,
-        plan_id=plan.plan_id,
-        settings=dict(plan.settings),
-    )
-    return write_tables(dataset, table, store)
+        store.publish(ledger.path, REFUSED_FILE)
+        if not dataset.samples:
+            first = f", the first because: {ledger.first}" if ledger.first else ""
+            raise BuildError(f"not one clip was made; {ledger.refused} were refused{first}{ledger.again()}")
+        if ledger.failed > max_refused_share * (dataset.samples + ledger.refused):
+            reason, count = ledger.reasons.most_common(1)[0]
+            raise BuildError(
+                f"{ledger.failed} of {dataset.samples + ledger.refused} clips were refused, more than "
+                f"limits.max_refused_share={max_refused_share:g} allows; {count} because of {reason!r}; see "
+                f"{REFUSED_FILE}{ledger.again()}"
+            )
+        return write_tables(dataset, folder / SAMPLES_FILE, store)
 
 
-def write_tables(dataset: Dataset, table: bytes, store: Store) -> Dataset:
-    """Write the table of samples, the catalog made of it and, last, the manifest, which is returned."""
-    store.write(SAMPLES_FILE, table)
-    return _write_catalog(dataset, table, store)
+class _Ledger:
+    """``refused.jsonl``, written while the indexes pass, and what it counts."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.refused = 0
+        self.first = ""
+        self.reasons: Counter[str] = Counter()  # duplicates were removed and did not fail
+        self._retried = False
+
+    def watched(self, indexes: Iterable[ShardIndex]) -> Iterator[ShardIndex]:
+        """The indexes themselves."""
+        with self.path.open("wb") as file:
+            for index in indexes:
+                for one in index.refused:
+                    file.write(canonical({"shard": index.shard, **vars(one)}) + b"\n")
+                    self._count(one)
+                yield index
+
+    def _count(self, one: Refused) -> None:
+        self.first = self.first or f"{one.source}: {one.reason}"
+        self.refused += 1
+        self._retried = self._retried or one.stage in RETRIED_STAGES
+        if one.stage != DUPLICATE:
+            self.reasons[f"{one.stage}: {one.reason}"] += 1
+
+    @property
+    def failed(self) -> int:
+        return self.reasons.total()
+
+    def again(self) -> str:
+        """What to do where clips were refused for reasons that may be gone, as after an outage of the storage."""
+        return "; if the cause is gone, add --retry-failed" if self._retried else ""
+
+
+def write_tables(dataset: Dataset, table: Path, store: Store) -> Dataset:
+    """Publish the table of samples, write the catalog made of it and, last, the manifest, which is returned."""
+    with scratch_folder() as folder:
+        rows = folder / CATALOG_ROWS_FILE
+        head = write_rows(
+            open_table(table, file=SAMPLES_FILE), dataset, rows, samples_bytes=table.stat().st_size
+        )
+        store.publish(table, SAMPLES_FILE)
+        return _write_catalog(dataset, head, rows, store)
 
 
 def add_catalog(url: str) -> Dataset:
@@ -109,37 +139,30 @@ def add_catalog(url: str) -> Dataset:
     """
     store = open_store(url)
     dataset = read_dataset(store)
-    table = store.read(SAMPLES_FILE)
-    if digest(table) != dataset.samples_sha256:
-        raise ManifestError(
-            f"{url}/{SAMPLES_FILE}: does not belong to {DATASET_FILE}; finalize its build again"
-        )
-    return _write_catalog(dataset, table, store)
-
-
-def _write_catalog(dataset: Dataset, table: bytes, store: Store) -> Dataset:
-    columns = columns_of(read_table(table, file=SAMPLES_FILE), dataset, samples_bytes=len(table))
-    checksums = checksums_of(columns.head, columns.rows, columns.labels)
-    with scratch_folder() as folder:
+    with read_samples(store, dataset, url) as table, scratch_folder() as folder:
         rows = folder / CATALOG_ROWS_FILE
-        with rows.open("wb") as file:
-            for part in (columns.rows, columns.labels, checksums):
-                file.write(part.view(np.uint8).data)
-        store.publish(rows, CATALOG_ROWS_FILE)
-    head = dump_head(replace(columns.head, checksums_sha256=digest(checksums.tobytes())))
-    store.write(CATALOG_FILE, head)
-    dataset = replace(dataset, catalog_sha256=digest(head))
+        head = write_rows(
+            open_table(table, file=SAMPLES_FILE), dataset, rows, samples_bytes=table.stat().st_size
+        )
+        return _write_catalog(dataset, head, rows, store)
+
+
+def _write_catalog(dataset: Dataset, head: CatalogHead, rows: Path, store: Store) -> Dataset:
+    store.publish(rows, CATALOG_ROWS_FILE)
+    data = dump_head(head)
+    store.write(CATALOG_FILE, data)
+    dataset = replace(dataset, catalog_sha256=digest(data))
     store.write(DATASET_FILE, dump_dataset(dataset))
     return dataset
 
 
-def load_indexes(plan: Plan, store: Store) -> list[ShardIndex]:
-    """The indexes of all shards of a plan.
+def load_indexes(plan: Plan, store: Store) -> Iterator[ShardIndex]:
+    """The indexes of all shards of a plan, one after the other.
 
     Raises:
         BuildError: a shard is missing or its tar has another size.
     """
-    return [_index(plan, number, store) for number in range(len(plan.shards))]
+    return (_index(plan, number, store) for number in range(len(plan.shards)))
 
 
 def _index(plan: Plan, number: int, store: Store) -> ShardIndex:
@@ -161,55 +184,63 @@ def _index(plan: Plan, number: int, store: Store) -> ShardIndex:
 
 
 def describe(
-    indexes: list[ShardIndex],
+    indexes: Iterable[ShardIndex],
     *,
+    table: Path,
     name: str,
     classes: tuple[str, ...],
     folds: int,
     missing: int,
     plan_id: str,
     settings: Mapping[str, object],
-) -> tuple[Dataset, bytes]:
-    """``dataset.json`` and ``samples.parquet`` for finished shards."""
-    rows = [sample for index in indexes for sample in index.samples]
-    shard_numbers = [index.shard for index in indexes for _ in index.samples]
-    table = rows_to_parquet(rows, Sample, extra={"shard": shard_numbers})
-    shards = tuple(
-        ShardFacts(
-            shard=i.shard,
-            file=i.tar,
-            split=i.split,
-            samples=len(i.samples),
-            bytes=i.tar_bytes,
-            sha256=i.tar_sha256,
-        )
-        for i in indexes
-    )
+) -> Dataset:
+    """The manifest of finished shards; their samples are written to ``table``, the file of ``samples.parquet``."""
+    schema = schema_of(Sample, "shard")
+    samples = TableFile(table, schema)
+    shards: list[ShardFacts] = []
     splits: dict[str, SplitFacts] = {}
-    for row in rows:
-        entry = splits.setdefault(row.split, {"samples": 0, "seconds": 0.0})
-        entry["samples"] += 1
-        entry["seconds"] = round(entry["seconds"] + row.num_frames / row.fps, 3)
+    refused: Counter[str] = Counter()
+    for index in indexes:
+        samples.add(table_of(index.samples, schema, extra={"shard": [index.shard] * len(index.samples)}))
+        shards.append(facts_of(index))
+        refused.update(one.stage for one in index.refused)
+        for row in index.samples:
+            entry = splits.setdefault(row.split, {"samples": 0, "seconds": 0.0})
+            entry["samples"] += 1
+            entry["seconds"] = round(entry["seconds"] + row.num_frames / row.fps, 3)
+    samples.close()
     for facts in shards:
         if facts.split in splits:
             splits[facts.split]["shards"] = splits[facts.split].get("shards", 0) + 1
     cut = settings.get("cut")
-    dataset = Dataset(
+    samples_sha256 = file_sha256(table)
+    return Dataset(
         name=name,
         classes=classes,
-        shards=shards,
-        samples=len(rows),
-        samples_sha256=digest(table),
+        shards=tuple(shards),
+        samples=sum(shard.samples for shard in shards),
+        samples_sha256=samples_sha256,
         splits=splits,
         folds=folds,
-        refused=dict(sorted(Counter(r.stage for index in indexes for r in index.refused).items())),
+        refused=dict(sorted(refused.items())),
         missing=missing,
         plan_id=plan_id,
         settings=settings,
         versions=versions(shots=isinstance(cut, Mapping) and cut.get("kind") == "shots"),
-        fingerprint=dataset_fingerprint(name, classes, shards, digest(table)),
+        fingerprint=dataset_fingerprint(name, classes, shards, samples_sha256),
     )
-    return dataset, table
+
+
+def facts_of(index: ShardIndex) -> ShardFacts:
+    """A shard as the manifest lists it."""
+    return ShardFacts(
+        shard=index.shard,
+        file=index.tar,
+        split=index.split,
+        samples=len(index.samples),
+        bytes=index.tar_bytes,
+        sha256=index.tar_sha256,
+    )
 
 
 def versions(*, shots: bool = False) -> dict[str, str]:

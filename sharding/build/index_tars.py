@@ -23,6 +23,7 @@ from cliplift.sharding.manifest import (
     FOREIGN,
     NO_LABEL,
     REFUSED_FILE,
+    SAMPLES_FILE,
     Dataset,
     Refused,
     Sample,
@@ -32,7 +33,7 @@ from cliplift.sharding.manifest import (
     dump_index,
     index_file,
 )
-from cliplift.sharding.scratch import local_copy
+from cliplift.sharding.scratch import local_copy, scratch_folder
 from cliplift.sharding.sources.files import LeftOut, find_files, is_hidden, warn_left_out
 from cliplift.sharding.sources.labels import number_labels
 from cliplift.sharding.sources.tars import TarVideo, read_tar
@@ -133,18 +134,20 @@ def _write(indexes: list[ShardIndex], store: Store, *, name: str, classes: tuple
         raise ConfigError(f"the tars hold no video that decodes{first}", key="url", value=store.url)
     plan_id = FOREIGN + digest(canonical([index.tar_sha256 for index in indexes]))
     indexes = [replace(index, plan_id=plan_id) for index in indexes]
-    dataset, table = describe(
-        indexes,
-        name=name,
-        classes=classes,
-        folds=0,
-        missing=0,
-        plan_id=plan_id,
-        settings={"indexed": store.url},
-    )
-    for index in indexes:
-        store.write(index_file(index.tar), dump_index(index))
-    return write_tables(dataset, table, store)
+    with scratch_folder() as folder:
+        dataset = describe(
+            indexes,
+            table=folder / SAMPLES_FILE,
+            name=name,
+            classes=classes,
+            folds=0,
+            missing=0,
+            plan_id=plan_id,
+            settings={"indexed": store.url},
+        )
+        for index in indexes:
+            store.write(index_file(index.tar), dump_index(index))
+        return write_tables(dataset, folder / SAMPLES_FILE, store)
 
 
 def _scan(store: Store, tar: str, label_key: str) -> _Scan:

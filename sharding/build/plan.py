@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, overload
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
@@ -19,13 +24,29 @@ from cliplift.sharding.manifest import (
     SourceVideo,
     canonical,
     digest,
-    rows_from_parquet,
-    rows_to_parquet,
     shard_file,
+    whole_parquet,
 )
-from cliplift.sharding.sources.files import warn_left_out
-from cliplift.sharding.sources.read import listing_digest, read_source
-from cliplift.sharding.storage import Store
+from cliplift.sharding.scratch import scratch_folder
+from cliplift.sharding.sources.dealing import DealtVideos
+from cliplift.sharding.sources.files import LeftOut, LeftOutCount
+from cliplift.sharding.sources.lists import Entry, Stream
+from cliplift.sharding.sources.read import assign_splits, open_source, plan_row
+from cliplift.sharding.storage import RangeFile, Store, open_store
+from cliplift.sharding.tables import (
+    ROWS_OF_A_BATCH,
+    ROWS_OF_A_GROUP,
+    TableFile,
+    schema_of,
+    table_of,
+    videos_of,
+)
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
+VIDEOS = Path(PLAN_VIDEOS_FILE).name
+VIDEOS_READ = 4096  # videos of a plan read at a time
 
 
 @dataclass(frozen=True)
@@ -43,7 +64,7 @@ class PlannedShard:
 class Plan:
     """Videos in shard order and the shards they make."""
 
-    plan_id: str
+    plan_id: str  # a digest of all the rest but name, root and missing
     name: str
     root: str
     classes: tuple[str, ...]
@@ -51,7 +72,81 @@ class Plan:
     missing: int
     settings: Mapping[str, object]
     shards: tuple[PlannedShard, ...]
-    videos: tuple[SourceVideo, ...]
+    videos: Sequence[SourceVideo] = field(compare=False)
+
+
+class PlannedVideos(Sequence[SourceVideo]):
+    """The videos of a plan, read from its table as they are asked for: in rising order, each is read once.
+
+    Args:
+        store: where the plan is.
+        name: its table.
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name = store, name
+        self._opened: pq.ParquetFile | None = None
+        self._batches: Iterator[list[SourceVideo]] | None = None
+        self._videos: list[SourceVideo] = []
+        self._first = 0  # number of the first of those at hand
+
+    def __len__(self) -> int:
+        return int(self._table().metadata.num_rows)
+
+    @overload
+    def __getitem__(self, place: int) -> SourceVideo: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[SourceVideo, ...]: ...
+    def __getitem__(self, place: int | slice) -> SourceVideo | tuple[SourceVideo, ...]:
+        if isinstance(place, int):
+            if not 0 <= place < len(self):
+                raise IndexError(f"video {place} of {len(self)}")
+            return self[place : place + 1][0]
+        start, stop, step = place.indices(len(self))
+        assert step == 1, "videos are read in order"
+        found: list[SourceVideo] = []
+        while start < stop:
+            self._go_to(start)
+            part = self._videos[start - self._first : stop - self._first]
+            found += part
+            start += len(part)
+        return tuple(found)
+
+    def __iter__(self) -> Iterator[SourceVideo]:
+        for start in range(0, len(self), VIDEOS_READ):
+            yield from self[start : start + VIDEOS_READ]
+
+    def _go_to(self, number: int) -> None:
+        """Read the batch that holds a video; goes back, or over groups of rows, where it must."""
+        table = self._table()
+        sizes = [table.metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+        stops = list(accumulate(sizes))
+        group = next(group for group, stop in enumerate(stops) if number < stop)
+        begin = stops[group] - sizes[group]
+        if self._batches is None or number < self._first or self._first + len(self._videos) < begin:
+            self._first, self._videos = begin, []
+            groups = list(range(group, len(sizes)))
+            self._batches = (
+                videos_of(batch)
+                for batch in table.iter_batches(VIDEOS_READ, row_groups=groups, use_threads=False)
+            )
+        while number >= self._first + len(self._videos):
+            self._first += len(self._videos)
+            self._videos = next(self._batches)
+
+    def _table(self) -> pq.ParquetFile:
+        if self._opened is None:
+            self._opened = self._open()
+        return self._opened
+
+    def _open(self) -> pq.ParquetFile:
+        import pyarrow.parquet as pq
+
+        path = self._store.local_path(self._name)
+        with whole_parquet(self._name):
+            return pq.ParquetFile(
+                io.BufferedReader(RangeFile(self._store, self._name)) if path is None else path
+            )
 
 
 def settings_of(run: ShardRun) -> dict[str, object]:
@@ -64,70 +159,140 @@ def settings_of(run: ShardRun) -> dict[str, object]:
     return settings
 
 
-def make_plan(run: ShardRun, *, store: Store | None = None) -> tuple[Plan, tuple[SourceVideo, ...]]:
-    """Plan a build; also the listed videos that do not exist. What the source leaves out is logged.
+def make_plan(run: ShardRun, folder: Path, *, store: Store | None = None) -> Plan:
+    """Plan a build in memory that does not grow with the videos. What the source leaves out is logged.
 
     Args:
         run: the validated config.
+        folder: an empty folder that receives the tables of the plan; :func:`save_plan` takes them from there.
         store: where to write the list of what the source leaves out; None only logs it.
 
     Raises:
         ConfigError: no video, or more are missing than ``limits.max_missing_share`` allows.
+        SourceError: a row is wrong, or a clip is listed twice.
     """
-    listing = read_source(run)
-    warn_left_out(listing.root, listing.left_out, file=f"{run.output}/{LEFT_OUT_FILE}" if store else "")
-    if store is not None and listing.left_out:
-        lines = [canonical(dataclasses.asdict(item)) + b"\n" for item in listing.left_out]
-        store.write(LEFT_OUT_FILE, b"".join(lines))
-    listed = len(listing.videos) + len(listing.missing)
-    share = len(listing.missing) / listed
-    if share > run.limits.max_missing_share:
-        raise ConfigError(
-            f"{len(listing.missing)} of {listed} listed videos do not exist, e.g. {listing.missing[0].source!r}",
-            key="limits.max_missing_share",
-            value=run.limits.max_missing_share,
-            hint=f"fix the source's folder, or allow {share:.2f}",
-        )
-    # Shuffled by hash, so that every shard is a fair draw of its split and nothing depends on the listing's order.
-    order = sorted(
-        listing.videos, key=lambda v: (v.split, _deal(v, run.shards.seed), v.source, v.start_seconds or 0.0)
-    )
-    shards: list[PlannedShard] = []
-    start = 0
-    while start < len(order):
-        split = order[start].split
-        stop = start
-        while stop < len(order) and order[stop].split == split and stop - start < run.shards.videos_per_shard:
-            stop += 1
-        tar = shard_file(run.name, split, len(shards))
-        shards.append(PlannedShard(shard=len(shards), split=split, tar=tar, start=start, stop=stop))
-        start = stop
+    stream = open_source(run)
+    listed = _Listed(run, stream, folder)
+    with scratch_folder() as scratch:
+        dealt = DealtVideos(scratch, run.shards.seed)
+        for video, entry in listed.videos():
+            dealt.add(video, entry.name, place=entry.place)
+        listed.close(store)
+        classes, labels = stream.number(list(listed.names))
+        numbers = dict(zip(listed.names, labels, strict=True))
+        shards, rows_sha256 = _write_videos(run, dealt, numbers, folder)
     settings = settings_of(run)
-    plan = Plan(
-        plan_id=digest(canonical([settings, listing.classes, listing.folds, listing_digest(order)])),
+    return Plan(
+        plan_id=digest(canonical([settings, classes, stream.folds, rows_sha256])),
         name=run.name,
-        root=listing.root,
-        classes=listing.classes,
-        folds=listing.folds,
-        missing=len(listing.missing),
+        root=stream.root,
+        classes=classes,
+        folds=stream.folds,
+        missing=listed.missing,
         settings=settings,
-        shards=tuple(shards),
-        videos=tuple(order),
+        shards=shards,
+        videos=PlannedVideos(open_store(str(folder)), VIDEOS),
     )
-    return plan, listing.missing
 
 
-def _deal(video: SourceVideo, seed: int) -> str:
-    return digest(f"{seed}:{video.source}:{video.start_seconds}".encode())
+class _Listed:
+    """What a source lists, while it passes: what is missing or left out goes into files of ``folder``."""
+
+    def __init__(self, run: ShardRun, stream: Stream, folder: Path) -> None:
+        self._run, self._stream, self._folder = run, stream, folder
+        self._entry: Entry | None = None
+        self._left_out = LeftOutCount()
+        self.present = self.missing = 0
+        self._first_missing = ""
+        # A class is one of the list's, downloaded or not: else every later label would shift.
+        self.names: dict[str, None] = {}
+
+    def videos(self) -> Iterator[tuple[SourceVideo, Entry]]:
+        """The videos that exist, with their splits."""
+        run, folds = self._run, self._stream.folds
+        for video in assign_splits(self._present(), run.splits, folds=folds):
+            assert self._entry is not None
+            yield video, self._entry
+
+    def _present(self) -> Iterator[SourceVideo]:
+        with (
+            (self._folder / MISSING_FILE).open("wb") as missing,
+            (self._folder / LEFT_OUT_FILE).open("wb") as left_out,
+        ):
+            for item in self._stream.entries:
+                if isinstance(item, LeftOut):
+                    self._left_out.add(item)
+                    left_out.write(canonical(dataclasses.asdict(item)) + b"\n")
+                    continue
+                if item.name is not None:
+                    self.names.setdefault(item.name)
+                if item.missing:
+                    self.missing += 1
+                    video = item.video
+                    self._first_missing = self._first_missing or video.source
+                    row = {"video_id": video.video_id, "source": video.source, "split": video.split}
+                    missing.write(canonical(row) + b"\n")
+                    continue
+                self.present += 1
+                self._entry = item
+                yield item.video
+
+    def close(self, store: Store | None) -> None:
+        """Say what is left out. Raises ConfigError where there are no videos, or too many are missing."""
+        file = f"{self._run.output}/{LEFT_OUT_FILE}" if store is not None else ""
+        self._left_out.warn(self._stream.root, file=file)
+        if store is not None and (self._folder / LEFT_OUT_FILE).stat().st_size:
+            store.publish(self._folder / LEFT_OUT_FILE, LEFT_OUT_FILE)
+        if not self.present:
+            raise ConfigError(
+                "no video was found",
+                key="source",
+                value=self._stream.root,
+                hint=f"{self.missing} are missing",
+            )
+        listed = self.present + self.missing
+        share = self.missing / listed
+        if share > self._run.limits.max_missing_share:
+            raise ConfigError(
+                f"{self.missing} of {listed} listed videos do not exist, e.g. {self._first_missing!r}",
+                key="limits.max_missing_share",
+                value=self._run.limits.max_missing_share,
+                hint=f"fix the source's folder, or allow {share:.2f}",
+            )
 
 
-def save_plan(plan: Plan, missing: tuple[SourceVideo, ...], store: Store) -> None:
-    """Write the plan; ``plan.json`` last, as it says that the rest is there."""
-    store.write(PLAN_VIDEOS_FILE, rows_to_parquet(plan.videos, SourceVideo))
-    lines = [
-        canonical({"video_id": v.video_id, "source": v.source, "split": v.split}) + b"\n" for v in missing
-    ]
-    store.write(MISSING_FILE, b"".join(lines))
+def _write_videos(
+    run: ShardRun, dealt: DealtVideos, numbers: Mapping[str, int], folder: Path
+) -> tuple[tuple[PlannedShard, ...], str]:
+    """Write the plan's videos; the shards they make, and the sha256 of the rows as JSON."""
+    counts = dealt.deal()
+    # Beyond one row group of pyarrow's, groups are small: a part of the work reads few rows that are not its own.
+    group_rows = ROWS_OF_A_GROUP if sum(counts.values()) <= ROWS_OF_A_GROUP else ROWS_OF_A_BATCH
+    schema = schema_of(SourceVideo)
+    table = TableFile(folder / VIDEOS, schema, group_rows=group_rows)
+    rows = hashlib.sha256()
+    separator = b"["
+    shards: list[PlannedShard] = []
+    for split, count in counts.items():
+        begin = shards[-1].stop if shards else 0
+        for start in range(begin, begin + count, run.shards.videos_per_shard):
+            stop = min(start + run.shards.videos_per_shard, begin + count)
+            tar = shard_file(run.name, split, len(shards))
+            shards.append(PlannedShard(shard=len(shards), split=split, tar=tar, start=start, stop=stop))
+        for videos in dealt.of_split(split, numbers):
+            table.add(table_of(videos, schema))
+            for video in videos:
+                rows.update(separator + plan_row(video))
+                separator = b","
+    table.close()
+    rows.update(b"]")
+    return tuple(shards), rows.hexdigest()
+
+
+def save_plan(plan: Plan, folder: Path, store: Store) -> None:
+    """Publish a plan that was made in ``folder``; ``plan.json`` last, as it says that the rest is there."""
+    store.publish(folder / VIDEOS, PLAN_VIDEOS_FILE)
+    store.publish(folder / MISSING_FILE, MISSING_FILE)
     head = {
         f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in ("videos", "shards")
     }
@@ -152,7 +317,7 @@ def load_plan(store: Store) -> Plan | None:
     if head.pop("format", None) != PLAN_FORMAT:
         raise ManifestError(f"{PLAN_FILE}: not a plan of this version")
     shards = tuple(PlannedShard(**s) for s in head.pop("shards"))
-    videos = tuple(rows_from_parquet(store.read(PLAN_VIDEOS_FILE), SourceVideo, file=PLAN_VIDEOS_FILE))
+    videos = PlannedVideos(store, PLAN_VIDEOS_FILE)
     return Plan(**head | {"classes": tuple(head["classes"])}, shards=shards, videos=videos)
 
 
@@ -164,9 +329,10 @@ def plan_once(run: ShardRun, store: Store) -> Plan:
     """
     found = load_plan(store)
     if found is None:
-        plan, missing = make_plan(run, store=store)
-        save_plan(plan, missing, store)
-        return plan
+        with scratch_folder() as folder:
+            plan = make_plan(run, folder, store=store)
+            save_plan(plan, folder, store)
+        return dataclasses.replace(plan, videos=PlannedVideos(store, PLAN_VIDEOS_FILE))
     # Read through today's schema: a setting that came later has its default in an older plan.
     then = ShardRun.model_validate({"output": run.output, **found.settings})
     key, before, now = _first_difference(settings_of(then), settings_of(run), "")

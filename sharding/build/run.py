@@ -18,7 +18,7 @@ from cliplift.sharding.build.finalize import finalize
 from cliplift.sharding.build.plan import Plan, PlannedShard, plan_once
 from cliplift.sharding.build.ray_engine import build_on_ray
 from cliplift.sharding.build.unit import BuiltShard, Progress, build_shards, local_workers
-from cliplift.sharding.build.verify import VerifyReport, file_sha256, verify
+from cliplift.sharding.build.verify import VerifyReport, verify
 from cliplift.sharding.manifest import (
     BUILD_FILE,
     DUPLICATE,
@@ -31,7 +31,7 @@ from cliplift.sharding.manifest import (
     load_index,
 )
 from cliplift.sharding.redirects import allow_private_redirects
-from cliplift.sharding.storage import Store, open_store
+from cliplift.sharding.storage import Store, file_sha256, open_store
 from cliplift.sharding.video.cuts import require_cutter
 from cliplift.sharding.video.encode import require_encoder
 from cliplift.sharding.video.flow import require_flow

@@ -94,7 +94,7 @@ def build_shards(
         "memory_mib": run.limits.memory_mib,
         "private_redirects": run.limits.private_redirects,
     }
-    pool = WorkerPool[tuple[PlannedShard, int]](
+    pool = WorkerPool[_Place](
         workers=min(workers, sum(s.stop - s.start for s in shards)),
         settings=settings,
         clip_timeout_seconds=run.limits.clip_timeout_seconds,
@@ -105,12 +105,12 @@ def build_shards(
     with pool:
         try:
             for job, result in pool.run(_jobs(plan, shards)):
-                shard, number = job.context
+                shard, number, _ = job.context
                 if writer is None:
                     writer = ShardWriter(
                         store, shard.tar, shard=shard.shard, split=shard.split, plan_id=plan.plan_id
                     )
-                _add_video(writer, plan, shard, number, result)
+                _add_video(writer, plan, job.context, result)
                 _count(progress, result)
                 progress.seconds = time.monotonic() - started
                 # Results come in the order of the plan, so a shard's last video ends it.
@@ -137,7 +137,10 @@ def _count(progress: Progress, result: VideoResult) -> None:
             progress.not_copied[facts["not_copied"]] += 1
 
 
-def _jobs(plan: Plan, shards: Sequence[PlannedShard]) -> Iterator[Job[tuple[PlannedShard, int]]]:
+_Place = tuple[PlannedShard, int, SourceVideo]  # which video of which shard a job cuts
+
+
+def _jobs(plan: Plan, shards: Sequence[PlannedShard]) -> Iterator[Job[_Place]]:
     for shard in shards:
         for number, video in enumerate(plan.videos[shard.start : shard.stop]):
             message = {
@@ -146,13 +149,11 @@ def _jobs(plan: Plan, shards: Sequence[PlannedShard]) -> Iterator[Job[tuple[Plan
                 "end": video.end_seconds,
                 "listed": "://" in video.source or "::" in video.source,
             }
-            yield Job(message=message, context=(shard, number))
+            yield Job(message=message, context=(shard, number, video))
 
 
-def _add_video(
-    writer: ShardWriter, plan: Plan, shard: PlannedShard, number: int, result: VideoResult
-) -> None:
-    video = plan.videos[shard.start + number]
+def _add_video(writer: ShardWriter, plan: Plan, place: _Place, result: VideoResult) -> None:
+    shard, number, video = place
     for facts, data in result.clips:
         mp4, flow = data[: len(data) - facts["flow_bytes"]], data[len(data) - facts["flow_bytes"] :]
         key = f"{shard.shard:06d}-{number:05d}-{facts['clip']:05d}"

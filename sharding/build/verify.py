@@ -5,13 +5,12 @@ The closing check of ``verify``: stored clips decoded in full once more, and cli
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tarfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -29,17 +28,16 @@ from cliplift.sharding.manifest import (
     Sample,
     ShardFacts,
     ShardIndex,
-    digest,
     index_file,
     load_index,
-    read_table,
     rows_from_parquet,
 )
-from cliplift.sharding.read.catalog import checksums_of, load_head, open_catalog
-from cliplift.sharding.read.columns import columns_of
-from cliplift.sharding.read.reader import read_dataset
-from cliplift.sharding.scratch import local_copy
-from cliplift.sharding.storage import TEMPORARY_SUFFIX, StorageError, Store, join, open_store
+from cliplift.sharding.read.catalog import load_head, open_catalog
+from cliplift.sharding.read.columns import write_rows
+from cliplift.sharding.read.reader import read_dataset, read_samples
+from cliplift.sharding.scratch import local_copy, scratch_folder
+from cliplift.sharding.storage import TEMPORARY_SUFFIX, StorageError, Store, file_sha256, join, open_store
+from cliplift.sharding.tables import open_table
 from cliplift.sharding.video.picture_hash import near_duplicates
 
 DecodeExtent = Literal["none", "sample", "full"]
@@ -168,7 +166,6 @@ def verify(
     dataset = read_dataset(store)
     problems: list[Problem] = []
     rows = _table(dataset, store, problems)
-    problems += _catalog(dataset, store)
     indexed: list[Sample] = []
     for shard in dataset.shards:
         found = _shard(dataset, shard, store)
@@ -195,19 +192,21 @@ def verify(
 
 
 def _table(dataset: Dataset, store: Store, problems: list[Problem]) -> list[Sample] | None:
+    """The rows of the table of samples; the catalog is compared with it. What is wrong is added to the problems."""
     try:
-        data = store.read(SAMPLES_FILE)
-        if digest(data) != dataset.samples_sha256:
-            problems.append(Problem("checksum", SAMPLES_FILE, f"sha256 differs from {DATASET_FILE}"))
-        return rows_from_parquet(data, Sample, file=SAMPLES_FILE)
-    except FileNotFoundError:
-        problems.append(Problem("missing", SAMPLES_FILE, "does not exist"))
+        with read_samples(store, dataset, store.url) as path:
+            try:
+                problems += _catalog(dataset, store, path)
+                return rows_from_parquet(path.read_bytes(), Sample, file=SAMPLES_FILE)
+            except ManifestError as error:
+                problems.append(Problem("damaged", SAMPLES_FILE, str(error)))
     except ManifestError as error:
-        problems.append(Problem("damaged", SAMPLES_FILE, str(error)))
+        kind = "missing" if store.size(SAMPLES_FILE) is None else "checksum"
+        problems += [Problem(kind, SAMPLES_FILE, str(error)), *_catalog(dataset, store, None)]
     return None
 
 
-def _catalog(dataset: Dataset, store: Store) -> Iterator[Problem]:
+def _catalog(dataset: Dataset, store: Store, table: Path | None) -> Iterator[Problem]:
     """What is wrong with the catalog: every block, and whether it says what the table of samples says."""
     if not dataset.catalog_sha256:
         return
@@ -215,17 +214,18 @@ def _catalog(dataset: Dataset, store: Store) -> Iterator[Problem]:
         head = load_head(store.read(CATALOG_FILE), dataset, file=CATALOG_FILE)
         with local_copy(store, CATALOG_ROWS_FILE) as path:
             open_catalog(path, head, dataset, file=CATALOG_ROWS_FILE).check_everything()
-        table = store.read(SAMPLES_FILE)
-        if digest(table) != dataset.samples_sha256:
-            return  # the table is what is damaged
-        columns = columns_of(read_table(table, file=SAMPLES_FILE), dataset, samples_bytes=len(table))
     except FileNotFoundError as error:
-        yield Problem("missing", CATALOG_FILE, f"the catalog, or what it is made of, does not exist: {error}")
+        yield Problem("missing", CATALOG_FILE, f"the catalog, or its rows, do not exist: {error}")
+        return
     except ManifestError as error:
         yield Problem("damaged", CATALOG_FILE, str(error))
-    else:
-        checksums = digest(checksums_of(columns.head, columns.rows, columns.labels).tobytes())
-        if replace(columns.head, checksums_sha256=checksums) != head:
+        return
+    if table is None:  # the table is what is damaged
+        return
+    with scratch_folder() as folder:
+        opened = open_table(table, file=SAMPLES_FILE)
+        size = table.stat().st_size
+        if write_rows(opened, dataset, folder / CATALOG_ROWS_FILE, samples_bytes=size) != head:
             yield Problem("catalog", CATALOG_FILE, f"differs from {SAMPLES_FILE}: finalize again")
 
 
@@ -360,9 +360,3 @@ def _balance(dataset: Dataset, samples: Sequence[Sample]) -> dict[str, dict[str,
         for label in sample.labels or ((sample.label,) if sample.label >= 0 else ()):
             counts[sample.split][dataset.classes[label]] += 1
     return {split: dict(sorted(counter.items())) for split, counter in sorted(counts.items())}
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

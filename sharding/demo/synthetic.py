@@ -24,7 +24,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -45,11 +45,11 @@ from cliplift.sharding.demo.motions import (
     shape_path,
 )
 from cliplift.sharding.demo.objects import KINDS, object_sprite
-from cliplift.sharding.demo.shapes import LOOKS, background, textured_shape
+from cliplift.sharding.demo.shapes import LOOKS, Array, Look, background, textured_shape
 from cliplift.sharding.video.decode import Frames
 from cliplift.sharding.video.transcode import encode_array
 
-BACKGROUND_CONTRAST = 0.55  # of what lies behind an object: it is out of focus and in the haze
+BACKGROUND_CONTRAST, HAZE = 0.55, 0.25  # of what lies behind an object: it is out of focus and in the haze
 KIND_CLASSES = tuple(f"{kind}_{motion}" for kind in sorted(KINDS) for motion in sorted(MOTIONS))
 
 
@@ -246,14 +246,14 @@ def render_clip(
     look = LOOKS[split]
     kind = CLASSES.index(action) if action is not None else len(CLASSES)
     rng = np.random.default_rng([seed, look.seed, kind, number])
-    shake = camera_shake(rng, num_frames)
-    canvas = background(rng, look, size_pixels)
-    frames = seen_by_camera(canvas, shake)
-    for _ in range(rng.integers(2, 4)):
-        sprite = textured_shape(rng, look)
-        path = shape_path(rng, action, num_frames=num_frames, fps=fps)
-        draw_shape(frames, sprite, path, shake)
-    return lit(rng, frames, fps)
+
+    def draw(frames: Array, shake: Array) -> None:
+        for _ in range(rng.integers(2, 4)):
+            sprite = textured_shape(rng, look)
+            path = shape_path(rng, action, num_frames=num_frames, fps=fps)
+            draw_shape(frames, sprite, path, shake)
+
+    return _filmed(rng, look, draw, size_pixels=size_pixels, fps=fps, num_frames=num_frames)
 
 
 def render_object(
@@ -284,12 +284,42 @@ def render_object(
     rng = np.random.default_rng(
         [seed, look.seed, sorted(KINDS).index(kind), sorted(MOTIONS).index(motion), number]
     )
+
+    def draw(frames: Array, shake: Array) -> None:
+        sprite = object_sprite(rng, kind, split)
+        path = object_path(rng, motion, num_frames=num_frames, fps=fps)
+        draw_shape(frames, sprite, path, shake, radii=OBJECT_RADIUS, fade=None)
+
+    return _filmed(rng, look, draw, size_pixels=size_pixels, fps=fps, num_frames=num_frames, haze=True)
+
+
+def _filmed(
+    rng: np.random.Generator,
+    look: Look,
+    draw: Callable[[Array, Array], None],
+    *,
+    size_pixels: int,
+    fps: int,
+    num_frames: int,
+    haze: bool = False,
+) -> Frames:
+    """What every clip is made of: a background before a shaking camera, what ``draw`` adds, and changing light.
+
+    Args:
+        rng: draws everything, in this order.
+        look: whose backgrounds and colours are used.
+        draw: adds what moves to frames (T, H, W, 3) in [0, 1], of a camera that shakes by (T, 2) pixels.
+        size_pixels: side of the picture.
+        fps: frames per second.
+        num_frames: length T.
+        haze: the background has less contrast.
+    """
     shake = camera_shake(rng, num_frames)
-    far = 0.25 + BACKGROUND_CONTRAST * (background(rng, look, size_pixels) - 0.25)
-    frames = seen_by_camera(far, shake)
-    sprite = object_sprite(rng, kind, split)
-    path = object_path(rng, motion, num_frames=num_frames, fps=fps)
-    draw_shape(frames, sprite, path, shake, radii=OBJECT_RADIUS, fade=None)
+    canvas = background(rng, look, size_pixels)
+    if haze:
+        canvas = HAZE + BACKGROUND_CONTRAST * (canvas - HAZE)
+    frames = seen_by_camera(canvas, shake)
+    draw(frames, shake)
     return lit(rng, frames, fps)
 
 

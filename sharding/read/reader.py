@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +28,6 @@ from cliplift.sharding.manifest import (
     canonical,
     digest,
     load_dataset,
-    read_table,
 )
 from cliplift.sharding.read.catalog import Catalog, CatalogHead, layout_of, load_head, open_catalog
 from cliplift.sharding.read.columns import columns_of
@@ -35,7 +36,9 @@ from cliplift.sharding.read.sample_table import SampleTable
 from cliplift.sharding.read.selection import ALL, Rows, rows_of_split, split_names, subset_mask
 from cliplift.sharding.read.shared import SharedArray
 from cliplift.sharding.read.subsets import Subset
-from cliplift.sharding.storage import StorageError, Store, open_store
+from cliplift.sharding.scratch import local_copy
+from cliplift.sharding.storage import StorageError, Store, file_sha256, open_store
+from cliplift.sharding.tables import open_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -418,6 +421,25 @@ def read_dataset(store: Store) -> Dataset:
     return load_dataset(data, file=f"{store.url}/{DATASET_FILE}")
 
 
+@contextmanager
+def read_samples(store: Store, dataset: Dataset, url: str) -> Iterator[Path]:
+    """The table of samples of a dataset as a local file: itself, or a copy that is removed at the end.
+
+    Raises:
+        ManifestError: it does not exist, or is not the one that the manifest describes.
+    """
+    file = f"{url}/{SAMPLES_FILE}"
+    with ExitStack() as held:
+        try:
+            path = held.enter_context(local_copy(store, SAMPLES_FILE))
+            found = file_sha256(path)
+        except FileNotFoundError:
+            raise ManifestError(f"{file}: does not exist; copy it too, or finalize its build again") from None
+        if found != dataset.samples_sha256:
+            raise ManifestError(f"{file}: does not belong to {DATASET_FILE}; finalize its build again")
+        yield path
+
+
 def fold_count(url: str) -> int:
     """How many official splits a dataset has; 0 where it has one only."""
     return read_dataset(open_store(url)).folds
@@ -432,9 +454,8 @@ class _MadeRows(NamedTuple):
 
 
 def _made_rows(store: Store, dataset: Dataset, url: str) -> _MadeRows:
-    data = store.read(SAMPLES_FILE)
-    if digest(data) != dataset.samples_sha256:
-        raise ManifestError(f"{url}/{SAMPLES_FILE}: does not belong to {DATASET_FILE}; finalize again")
-    table = read_table(data, file=SAMPLES_FILE)
-    head, rows, labels = columns_of(table, dataset, samples_bytes=len(data), file=f"{url}/{SAMPLES_FILE}")
+    with read_samples(store, dataset, url) as path:
+        file = f"{url}/{SAMPLES_FILE}"
+        size = path.stat().st_size
+        head, rows, labels = columns_of(open_table(path, file=file), dataset, samples_bytes=size, file=file)
     return _MadeRows(head, SharedArray(rows), SharedArray(labels))

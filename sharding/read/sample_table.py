@@ -95,7 +95,7 @@ class SampleTable:
                 if hashlib.file_digest(file, "sha256").hexdigest() != self._dataset.samples_sha256:
                     raise ManifestError(f"{self._file}: does not belong to {DATASET_FILE}; finalize again")
             opened = pq.ParquetFile(path)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ManifestError(f"{self._file}: cannot be read: {error}") from error
         check_unpacking(opened.metadata, path.stat().st_size, file=self._file)
         check_columns(opened.schema_arrow, file=self._file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -48,18 +48,28 @@ def printable(name: str) -> str:
 
 def find_files(store: Store) -> Found:
     """All files below the root of a store, in the order of their names."""
-    root = store.local_path("")
-    if root is None:
-        return Found(tuple(store.list()), ())
     files: list[str] = []
     left_out: list[LeftOut] = []
-    for name, trouble in _walk(root, "", (), Counter(), linked=False):
-        reason = trouble or (NOT_UTF8 if printable(name) != name else "")
+    for name, reason in walk_files(store):
         if reason:
-            left_out.append(LeftOut(printable(name), reason))
+            left_out.append(LeftOut(name, reason))
         else:
             files.append(name)
-    return Found(tuple(sorted(files)), tuple(sorted(left_out, key=lambda item: item.name)))
+    return Found(tuple(files), tuple(sorted(left_out, key=lambda item: item.name)))
+
+
+def walk_files(store: Store) -> Iterator[tuple[str, str]]:
+    """(path, '') of every file below the root in the order of their paths, (path, reason) of what cannot be used.
+
+    Of a local tree, the names of one folder and of those above it are held at a time.
+    """
+    root = store.local_path("")
+    if root is None:
+        yield from ((name, "") for name in store.list())
+        return
+    for name, trouble in _walk(root, "", (), Counter(), linked=False):
+        shown = printable(name)
+        yield shown, trouble or (NOT_UTF8 if shown != name else "")
 
 
 def _walk(
@@ -74,7 +84,7 @@ def _walk(
     try:
         facts = folder.stat()
         here = (facts.st_dev, facts.st_ino)
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        names, odd, links = _names(folder)
     except NotADirectoryError:
         return
     except FileNotFoundError:
@@ -91,28 +101,52 @@ def _walk(
     if linked and ways[here] > MAX_WAYS:
         yield prefix.rstrip("/"), TOO_MANY_WAYS
         return
-    for entry in entries:
-        name = prefix + entry.name
-        try:
-            is_folder, is_file = entry.is_dir(), entry.is_file()
-        except OSError as error:  # a link that leads to itself, or through a folder that may not be entered
-            yield name, f"cannot be opened: {error.strerror}"
-            continue
-        if is_folder:
-            yield from _walk(
-                Path(entry.path), f"{name}/", (*above, here), ways, linked=linked or entry.is_symlink()
-            )
-        elif is_file:
-            yield name, ""
-        elif entry.is_symlink() and not Path(entry.path).exists():
-            yield name, DANGLING
+    for name in names:
+        if name.endswith("/"):
+            below = folder / name[:-1]
+            yield from _walk(below, prefix + name, (*above, here), ways, linked=linked or name in links)
         else:
-            yield name, NO_FILE
+            yield prefix + name, odd.get(name, "")
+
+
+def _names(folder: Path) -> tuple[list[str], dict[str, str], set[str]]:
+    """The names in a folder, what is wrong with some of them, and which folders are links.
+
+    A folder's name ends in a slash: sorted so, names stand in the order of the paths below them.
+    """
+    names: list[str] = []
+    odd: dict[str, str] = {}
+    links: set[str] = set()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            try:
+                if entry.is_dir():
+                    name += "/"
+                    if entry.is_symlink():
+                        links.add(name)
+                elif not entry.is_file():
+                    gone = entry.is_symlink() and not Path(entry.path).exists()
+                    odd[name] = DANGLING if gone else NO_FILE
+            except (
+                OSError
+            ) as error:  # a link that leads to itself, or through a folder that may not be entered
+                odd[name] = f"cannot be opened: {error.strerror}"
+            names.append(name)
+    return sorted(names), odd, links
 
 
 def is_hidden(file: str) -> bool:
     """Whether a file or a folder it lies in is hidden: AppleDouble files, caches, unfinished downloads."""
     return any(part.startswith(".") for part in file.split("/"))
+
+
+def why_left_out(file: str, suffixes: Iterable[str]) -> str:
+    """Why a file is not taken for a video; empty where it is."""
+    if is_hidden(file):
+        return HIDDEN
+    suffix = PurePosixPath(file).suffix.lower()
+    return "" if suffix in suffixes else f"the ending {suffix or 'none'} is not among those taken for videos"
 
 
 def sort_out(found: Found, suffixes: Iterable[str]) -> tuple[list[str], list[LeftOut]]:
@@ -121,25 +155,41 @@ def sort_out(found: Found, suffixes: Iterable[str]) -> tuple[list[str], list[Lef
     taken: list[str] = []
     left_out = list(found.left_out)
     for file in found.files:
-        suffix = PurePosixPath(file).suffix.lower()
-        if is_hidden(file):
-            left_out.append(LeftOut(file, HIDDEN))
-        elif suffix in wanted:
-            taken.append(file)
+        if reason := why_left_out(file, wanted):
+            left_out.append(LeftOut(file, reason))
         else:
-            left_out.append(
-                LeftOut(file, f"the ending {suffix or 'none'} is not among those taken for videos")
-            )
+            taken.append(file)
     return taken, left_out
 
 
-def warn_left_out(root: str, left_out: Sequence[LeftOut], *, file: str = "") -> None:
+class LeftOutCount:
+    """How much is left out, by reason, with one as an example."""
+
+    def __init__(self) -> None:
+        self._reasons: Counter[str] = Counter()
+        self._example: dict[str, str] = {}
+
+    def add(self, item: LeftOut) -> None:
+        self._reasons[item.reason] += 1
+        self._example.setdefault(item.reason, item.name)
+
+    def warn(self, root: str, *, file: str = "") -> None:
+        """Log it, unless nothing is left out."""
+        if not self._reasons:
+            return
+        parts = [
+            f"{count} ({reason}; e.g. {self._example[reason]!r})"
+            for reason, count in self._reasons.most_common(20)
+        ]
+        log.warning(
+            "%s: %d left out: %s%s", root, self._reasons.total(), ", ".join(parts),
+            f"; all are in {file}" if file else "",
+        )  # fmt: skip
+
+
+def warn_left_out(root: str, left_out: Iterable[LeftOut], *, file: str = "") -> None:
     """Log how many files are left out, by reason, with one as an example."""
-    if not left_out:
-        return
-    reasons = Counter(item.reason for item in left_out)
-    example = {item.reason: item.name for item in reversed(left_out)}
-    parts = [f"{count} ({reason}; e.g. {example[reason]!r})" for reason, count in reasons.most_common(20)]
-    log.warning(
-        "%s: %d left out: %s%s", root, len(left_out), ", ".join(parts), f"; all are in {file}" if file else ""
-    )
+    count = LeftOutCount()
+    for item in left_out:
+        count.add(item)
+    count.warn(root, file=file)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-import io
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sources import VIDEO_SUFFIXES
-from cliplift.sharding.manifest import SourceVideo, read_table
+from cliplift.sharding.manifest import NO_LABEL, SourceVideo
+from cliplift.sharding.scratch import local_copy
 from cliplift.sharding.sources.files import LeftOut
 from cliplift.sharding.storage import open_store
+from cliplift.sharding.tables import batches, open_table
 
 UNASSIGNED = ""
+CHUNK_BYTES = 1 << 20
 
 
 class SourceError(ValueError):
@@ -37,6 +42,55 @@ class Listing:
     folds: int = 0
     left_out: tuple[LeftOut, ...] = ()
     places: Mapping[tuple[str, float | None, float | None], Sequence[str]] = field(default_factory=dict)
+
+
+class Entry(NamedTuple):
+    """One video of a source.
+
+    ``name`` is the name of its class, where classes are numbered once all are known; else the video has its label.
+    ``place`` says where its row stands.
+    """
+
+    video: SourceVideo
+    name: str | None = None
+    missing: bool = False
+    place: str = ""
+
+
+Numbering = Callable[[Sequence[str | None]], tuple[tuple[str, ...], list[int]]]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Everything a source says, one video after the other, so that long lists are not held in memory.
+
+    Args:
+        root: what the videos' paths lie below.
+        entries: the videos, and what lies there and is not used; can be gone through once.
+        number: class names in label order, and the label of each name of those given.
+        folds: official splits, where there are several.
+    """
+
+    root: str
+    entries: Iterable[Entry | LeftOut]
+    number: Numbering
+    folds: int = 0
+
+
+def stream_of(listing: Listing) -> Stream:
+    """A list that is in memory, and numbered already."""
+
+    def entries() -> Iterator[Entry | LeftOut]:
+        rows = {name: iter(places) for name, places in listing.places.items()}
+        for video in listing.videos:
+            name = (video.source, video.start_seconds, video.end_seconds)
+            yield Entry(video, place=next(rows.get(name, iter(())), ""))
+        yield from (Entry(video, missing=True) for video in listing.missing)
+        yield from listing.left_out
+
+    return Stream(
+        listing.root, entries(), lambda names: (listing.classes, [NO_LABEL] * len(names)), listing.folds
+    )
 
 
 @dataclass(frozen=True)
@@ -80,46 +134,52 @@ def read_rows(
         ConfigError: the file does not exist.
         SourceError: a column is missing, or a row has too many or too few cells.
     """
-    data = read_url(url, key=key)
     name = url.rsplit("/", 1)[-1]
-    if name.endswith(".parquet"):
-        header, rows = _parquet_rows(data, url)
-    else:
-        header, rows = _csv_rows(_text(data, name), name, delimiter)
-    _check_header(header, needed, name)
-    for line, row in rows:
-        if len(row) != len(header):
-            raise SourceError(f"{name}, line {line}: {len(row)} cells, the header has {len(header)}")
-        yield Row(name, line, dict(zip(header, row, strict=True)))
+    with _local(url, key=key) as path:
+        if name.endswith(".parquet"):
+            header, rows = _parquet_rows(path, url)
+        else:
+            _require_utf8(path, name)
+            header, rows = _csv_rows(path, name, delimiter)
+        _check_header(header, needed, name)
+        for line, row in rows:
+            if len(row) != len(header):
+                raise SourceError(f"{name}, line {line}: {len(row)} cells, the header has {len(header)}")
+            yield Row(name, line, dict(zip(header, row, strict=True)))
 
 
 def _csv_rows(
-    text: str, name: str, delimiter: str
+    path: Path, name: str, delimiter: str
 ) -> tuple[list[str], Iterator[tuple[int, Sequence[object]]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-
     def rows() -> Iterator[tuple[int, Sequence[object]]]:
-        try:
-            for row in reader:
-                if any(cell.strip() for cell in row):
-                    yield reader.line_num, row
-        except csv.Error as error:
-            raise SourceError(
-                f"{name}, line {reader.line_num}: {error}; a quotation mark that is never closed?"
-            ) from error
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=delimiter)
+            try:
+                for row in reader:
+                    if any(cell.strip() for cell in row):
+                        yield reader.line_num, row
+            except csv.Error as error:
+                raise SourceError(
+                    f"{name}, line {reader.line_num}: {error}; a quotation mark that is never closed?"
+                ) from error
 
     lines = rows()
     header = [str(cell).strip() for cell in next(lines, (0, []))[1]]
     return header, lines
 
 
-def _parquet_rows(data: bytes, url: str) -> tuple[list[str], Iterator[tuple[int, Sequence[object]]]]:
-    table = read_table(data, file=url)
-    try:
-        columns = [[_cell(value) for value in column.to_pylist()] for column in table.columns]
-    except UnicodeDecodeError as error:
-        raise SourceError(f"{url}: a cell is not UTF-8") from error
-    return list(table.column_names), enumerate((list(row) for row in zip(*columns, strict=True)), start=1)
+def _parquet_rows(path: Path, url: str) -> tuple[list[str], Iterator[tuple[int, Sequence[object]]]]:
+    table = open_table(path, file=url)
+
+    def rows() -> Iterator[Sequence[object]]:
+        try:
+            for batch in batches(table, file=url):
+                columns = [[_cell(value) for value in column.to_pylist()] for column in batch.columns]
+                yield from (list(row) for row in zip(*columns, strict=True))
+        except UnicodeDecodeError as error:
+            raise SourceError(f"{url}: a cell is not UTF-8") from error
+
+    return list(table.schema_arrow.names), enumerate(rows(), start=1)
 
 
 def _cell(value: object) -> object:
@@ -138,6 +198,25 @@ def _check_header(header: Sequence[str], needed: Sequence[str], name: str) -> No
         raise SourceError(f"{name}, line 1: {Counter(header)[twice[0]]} columns are called {twice[0]!r}")
 
 
+@contextmanager
+def _local(url: str, *, key: str) -> Iterator[Path]:
+    """A list named in the config as a local file. Raises ConfigError where there is none."""
+    folder, _, name = url.rpartition("/")
+    with ExitStack() as held:
+        try:
+            path = held.enter_context(local_copy(open_store(folder or "."), name))
+            path.open("rb").close()
+        except FileNotFoundError:
+            raise _no_such_file(url, key) from None
+        yield path
+
+
+def _no_such_file(url: str, key: str) -> ConfigError:
+    return ConfigError(
+        "no such file", key=key, value=url, hint=f"{url!r} is looked for from the working directory"
+    )
+
+
 def read_url(url: str, *, key: str) -> bytes:
     """The bytes of a list named in the config.
 
@@ -148,19 +227,36 @@ def read_url(url: str, *, key: str) -> bytes:
     try:
         return open_store(folder or ".").read(name)
     except FileNotFoundError:
-        raise ConfigError(
-            "no such file", key=key, value=url, hint=f"{url!r} is looked for from the working directory"
-        ) from None
+        raise _no_such_file(url, key) from None
 
 
 def read_text(url: str, *, key: str) -> str:
     """A text list named in the config; raises as :func:`read_url`, and for bytes that are not UTF-8."""
-    return _text(read_url(url, key=key), url.rsplit("/", 1)[-1])
-
-
-def _text(data: bytes, name: str) -> str:
+    data, name = read_url(url, key=key), url.rsplit("/", 1)[-1]
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise SourceError(f"{name}, line {line}: byte {error.start} is not UTF-8") from error
+        raise _not_utf8(name, data[: error.start].count(b"\n") + 1, error.start) from error
+
+
+def _require_utf8(path: Path, name: str) -> None:
+    """Raise SourceError, with the place, unless a file is UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    line = 1
+    with path.open("rb") as file:
+        while True:
+            data = file.read(CHUNK_BYTES)
+            held = len(decoder.getstate()[0])  # of a character that the chunk before has begun
+            try:
+                decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                place = file.tell() - len(data) - held + error.start
+                lines = data[: max(0, error.start - held)].count(b"\n")
+                raise _not_utf8(name, line + lines, place) from error
+            if not data:
+                return
+            line += data.count(b"\n")
+
+
+def _not_utf8(name: str, line: int, place: int) -> SourceError:
+    return SourceError(f"{name}, line {line}: byte {place} is not UTF-8")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
@@ -22,9 +23,18 @@ from cliplift.configs.sources import (
     YouTube8MSource,
 )
 from cliplift.sharding.manifest import SourceVideo, canonical, digest
-from cliplift.sharding.sources.files import DANGLING, find_files, is_hidden, sort_out
+from cliplift.sharding.sources.files import DANGLING, LeftOut, walk_files, why_left_out
 from cliplift.sharding.sources.labels import LabelError, label_name, number_labels
-from cliplift.sharding.sources.lists import UNASSIGNED, Listing, Row, SourceError, read_rows
+from cliplift.sharding.sources.lists import (
+    UNASSIGNED,
+    Entry,
+    Listing,
+    Row,
+    SourceError,
+    Stream,
+    read_rows,
+    stream_of,
+)
 from cliplift.sharding.sources.public_datasets import read_hmdb51, read_kinetics, read_ucf101, read_youtube8m
 from cliplift.sharding.sources.tars import read_tars
 from cliplift.sharding.storage import Store, join, open_store, without_secrets
@@ -45,24 +55,45 @@ class SourcePlugin(Protocol):
         ...
 
 
-def read_source(run: ShardRun) -> Listing:
-    """List the videos of a run's source, with splits assigned.
+def open_source(run: ShardRun) -> Stream:
+    """The videos of a run's source one after the other, before splits are assigned.
 
-    Raises:
-        ConfigError: the source does not exist or holds no video.
+    Raises, also while it is gone through:
+        ConfigError: the source does not exist.
         SourceError: a row is wrong, naming file, line and column.
     """
-    listing = _read_listing(run.source)
-    if not listing.videos:
-        raise ConfigError(
-            "no video was found", key="source", value=listing.root, hint=f"{len(listing.missing)} are missing"
-        )
-    _unique_ids(listing)
-    return replace(listing, videos=tuple(assign_splits(listing.videos, run.splits, folds=listing.folds)))
+    found = _open_source(run.source)
+    return found if isinstance(found, Stream) else stream_of(found)
 
 
-def _read_listing(source: Source) -> Listing:
-    readers: dict[type, Callable[[Any], Listing]] = {
+def read_source(run: ShardRun) -> Listing:
+    """The same in memory, classes numbered and splits assigned; raises as :func:`open_source` does."""
+    stream = open_source(run)
+    items = list(stream.entries)
+    entries = [item for item in items if isinstance(item, Entry)]
+    classes, numbers = stream.number([entry.name for entry in entries])
+    labelled = [
+        entry._replace(video=numbered(entry.video, entry.name, number))
+        for entry, number in zip(entries, numbers, strict=True)
+    ]
+    present = (entry.video for entry in labelled if not entry.missing)
+    return Listing(
+        tuple(assign_splits(present, run.splits, folds=stream.folds)),
+        classes,
+        stream.root,
+        missing=tuple(entry.video for entry in labelled if entry.missing),
+        folds=stream.folds,
+        left_out=tuple(item for item in items if isinstance(item, LeftOut)),
+    )
+
+
+def numbered(video: SourceVideo, name: str | None, label: int) -> SourceVideo:
+    """The video with the label of its class's name; one without a name keeps the label it has."""
+    return video if name is None else replace(video, label=label)
+
+
+def _open_source(source: Source) -> Listing | Stream:
+    readers: dict[type, Callable[[Any], Listing | Stream]] = {
         FolderSource: _read_folder,
         CsvSource: _read_csv,
         KineticsSource: read_kinetics,
@@ -82,18 +113,6 @@ def _read_plugin(source: SourcePlugin) -> Listing:
             f"list_videos() of the source {source.kind!r} returned a {type(listing).__name__}, no Listing"
         )
     return listing
-
-
-def _unique_ids(listing: Listing) -> None:
-    seen: set[tuple[str, float | None, float | None]] = set()
-    for video in listing.videos:
-        name = (video.source, video.start_seconds, video.end_seconds)
-        if name in seen:
-            places = " and ".join(listing.places.get(name, ())[:2])
-            raise SourceError(
-                f"{video.source} is listed twice{f', {places}' if places else ''}; remove one of its rows"
-            )
-        seen.add(name)
 
 
 def assign_splits(videos: Iterable[SourceVideo], config: SplitConfig, *, folds: int) -> Iterator[SourceVideo]:
@@ -140,52 +159,53 @@ def _by_hash(group: str, config: SplitConfig) -> str:
     return next(split for split, share in reversed(config.shares.items()) if share > 0)
 
 
-def _read_folder(source: FolderSource) -> Listing:
-    store = open_store(source.root)
-    files, left_out = sort_out(find_files(store), source.suffixes)
-    if not files:
+def _read_folder(source: FolderSource) -> Stream:
+    number = partial(number_labels, given=source.classes, key="source.classes")
+    return Stream(source.root, _folder_entries(source), number)
+
+
+def _folder_entries(source: FolderSource) -> Iterator[Entry | LeftOut]:
+    wanted = frozenset(source.suffixes)
+    depth = {"split/class": 2, "class": 1, "flat": 0}[source.layout]
+    found = False
+    for file, trouble in walk_files(open_store(source.root)):
+        # A link to a video that is gone is a video that is missing, and its class is a class.
+        gone = trouble == DANGLING
+        reason = why_left_out(file, wanted) or ("" if gone else trouble)
+        if reason:
+            yield LeftOut(file, trouble or reason)
+            continue
+        parts = file.split("/")
+        if len(parts) <= depth:
+            raise ConfigError(
+                f"{file!r} does not lie in {source.layout} folders", key="source.layout", value=source.layout
+            )
+        found = found or not gone
+        video = SourceVideo(
+            video_id=str(PurePosixPath(file).with_suffix("")),
+            source=file,
+            split=parts[0] if depth == 2 else UNASSIGNED,
+        )
+        yield Entry(video, parts[depth - 1] if depth else None, missing=gone)
+    if not found:
         raise ConfigError(
             "holds no video",
             key="source.root",
             value=source.root,
             hint=f"looked for {' '.join(source.suffixes)}",
         )
-    depth = {"split/class": 2, "class": 1, "flat": 0}[source.layout]
-    videos: list[SourceVideo] = []
-    names: list[str | None] = []
-    # A link to a video that is gone is a video that is missing, and its class is a class.
-    gone = [item.name for item in left_out if item.reason == DANGLING and _is_video(item.name, source)]
-    for file in (*files, *gone):
-        parts = file.split("/")
-        if len(parts) <= depth:
-            raise ConfigError(
-                f"{file!r} does not lie in {source.layout} folders", key="source.layout", value=source.layout
-            )
-        names.append(parts[depth - 1] if depth else None)
-        split = parts[0] if depth == 2 else UNASSIGNED
-        videos.append(
-            SourceVideo(video_id=str(PurePosixPath(file).with_suffix("")), source=file, split=split)
-        )
-    classes, labels = number_labels(names, source.classes, key="source.classes")
-    labelled = [replace(v, label=n) for v, n in zip(videos, labels, strict=True)]
-    missing = labelled[len(files) :]
-    left_out = [item for item in left_out if item.name not in set(gone)]
-    return Listing(
-        tuple(labelled[: len(files)]), classes, source.root, missing=tuple(missing), left_out=tuple(left_out)
-    )
 
 
-def _is_video(file: str, source: FolderSource) -> bool:
-    return PurePosixPath(file).suffix.lower() in source.suffixes and not is_hidden(file)
-
-
-def _read_csv(source: CsvSource) -> Listing:
+def _read_csv(source: CsvSource) -> Stream:
     root = source.root or source.file.rpartition("/")[0] or "."
+    number = partial(number_labels, given=source.classes, key="source.classes", positions=True)
+    return Stream(root, _csv_entries(source, root), number)
+
+
+def _csv_entries(source: CsvSource, root: str) -> Iterator[Entry]:
     wanted = (source.path_column, source.label_column, source.split_column, source.group_column,
               source.id_column, source.start_column, source.end_column)  # fmt: skip
-    names: list[str | None] = []
-    videos: list[SourceVideo] = []
-    places: dict[tuple[str, float | None, float | None], list[str]] = {}
+    exists = _Exists(root)
     for row in read_rows(source.file, delimiter=source.delimiter, needed=[c for c in wanted if c]):
         path = row.text(source.path_column)
         start, end = row.seconds(source.start_column), row.seconds(source.end_column)
@@ -193,24 +213,18 @@ def _read_csv(source: CsvSource) -> Listing:
             raise SourceError(
                 f"{row.file}, line {row.line}, column {source.end_column!r}: {end:g} is not after the start"
             )
-        names.append(_row_label(row, source.label_column))
-        places.setdefault((path, start, end), []).append(f"{row.file}, line {row.line}")
-        videos.append(
-            SourceVideo(
-                video_id=row.text(source.id_column)
-                if source.id_column
-                else _without_suffix(without_secrets(path)),
-                source=path,
-                split=row.text(source.split_column) if source.split_column else UNASSIGNED,
-                group=row.text(source.group_column) if source.group_column else None,
-                start_seconds=start,
-                end_seconds=end,
-            )
+        video = SourceVideo(
+            video_id=row.text(source.id_column)
+            if source.id_column
+            else _without_suffix(without_secrets(path)),
+            source=path,
+            split=row.text(source.split_column) if source.split_column else UNASSIGNED,
+            group=row.text(source.group_column) if source.group_column else None,
+            start_seconds=start,
+            end_seconds=end,
         )
-    classes, labels = number_labels(names, source.classes, key="source.classes", positions=True)
-    labelled = [replace(v, label=n) for v, n in zip(videos, labels, strict=True)]
-    present, missing = split_missing(labelled, root)
-    return Listing(tuple(present), classes, root, missing=tuple(missing), places=places)
+        name = _row_label(row, source.label_column)
+        yield Entry(video, name, missing=not exists(path), place=f"{row.file}, line {row.line}")
 
 
 def _without_suffix(path: str) -> str:
@@ -228,24 +242,23 @@ def _row_label(row: Row, column: str | None) -> str | None:
         raise SourceError(f"{row.place(column)}: {error}") from error
 
 
-def split_missing(videos: Sequence[SourceVideo], root: str) -> tuple[list[SourceVideo], list[SourceVideo]]:
-    """Listed videos that exist below the root, and those that do not. URLs are tried when they are read."""
-    store: Store = open_store(root)
-    below: set[str] | None = None
-    present: list[SourceVideo] = []
-    missing: list[SourceVideo] = []
-    for video in videos:
-        if "://" in video.source:
-            exists = True
-        elif video.source.startswith("/"):
-            exists = _exists(open_store("/"), video.source.lstrip("/"))
-        elif store.local_path("") is not None:
-            exists = _exists(store, video.source)
-        else:
-            below = set(store.list()) if below is None else below
-            exists = video.source in below
-        (present if exists else missing).append(video)
-    return present, missing
+class _Exists:
+    """Whether a listed video exists below a root. URLs are tried when they are read; a bucket is listed once."""
+
+    def __init__(self, root: str) -> None:
+        self._store: Store = open_store(root)
+        self._below: set[str] | None = None
+
+    def __call__(self, source: str) -> bool:
+        if "://" in source:
+            return True
+        if source.startswith("/"):
+            return _exists(open_store("/"), source.lstrip("/"))
+        if self._store.local_path("") is not None:
+            return _exists(self._store, source)
+        if self._below is None:
+            self._below = set(self._store.list())
+        return source in self._below
 
 
 def _exists(store: Store, name: str) -> bool:
@@ -262,11 +275,9 @@ def video_url(root: str, video: SourceVideo) -> str:
     return join(root, video.source)
 
 
-def listing_digest(videos: Sequence[SourceVideo]) -> str:
-    """sha256 of the rows of a plan."""
-    return digest(canonical([_plan_row(v) for v in videos]))
-
-
-def _plan_row(video: SourceVideo) -> list[object]:
-    return [video.video_id, video.source, video.split, video.label, video.labels, video.folds,
-            video.group, video.start_seconds, video.end_seconds]  # fmt: skip
+def plan_row(video: SourceVideo) -> bytes:
+    """A video as the identity of a plan takes it in."""
+    return canonical(
+        [video.video_id, video.source, video.split, video.label, video.labels, video.folds,
+         video.group, video.start_seconds, video.end_seconds]
+    )  # fmt: skip

@@ -10,7 +10,8 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -20,7 +21,7 @@ from cliplift.sharding.manifest import MEMBERS, SourceVideo
 from cliplift.sharding.scratch import local_copy
 from cliplift.sharding.sources.files import LeftOut, find_files, printable
 from cliplift.sharding.sources.labels import LabelError, json_facts, member_label, number_labels
-from cliplift.sharding.sources.lists import UNASSIGNED, Listing, SourceError
+from cliplift.sharding.sources.lists import UNASSIGNED, Entry, SourceError, Stream
 from cliplift.sharding.storage import Store, open_store
 
 INSIDE = re.compile(r"(?P<tar>.+\.tar)#(?P<offset>\d+)\+(?P<length>\d+)")
@@ -213,32 +214,31 @@ def _small(file: BinaryIO, member: Member | None, tar_bytes: int, most: int) -> 
     return data
 
 
-def read_tars(source: TarsSource) -> Listing:
-    """List the videos in all tars below a root; a folder a tar lies in names its split.
+def read_tars(source: TarsSource) -> Stream:
+    """List the videos in all tars below a root, tar by tar; a folder a tar lies in names its split.
 
-    Raises:
+    Raises, also while it is gone through:
         ConfigError: there is no tar.
         SourceError: a tar's headers are damaged.
     """
+    number = partial(number_labels, given=source.classes, key="source.classes", positions=True)
+    return Stream(source.root, _entries(source), number)
+
+
+def _entries(source: TarsSource) -> Iterator[Entry | LeftOut]:
     store = open_store(source.root)
     below = find_files(store)
     tars = [file for file in below.files if file.endswith(".tar")]
     if not tars:
         raise ConfigError("holds no .tar", key="source.root", value=source.root)
-    videos: list[SourceVideo] = []
-    names: list[str | None] = []
-    left_out = list(below.left_out)
+    yield from below.left_out
     for tar in tars:
         content = _content(store, tar, source.label_key)
-        left_out += [LeftOut(f"{tar}/{item.name}", item.reason) for item in content.left_out]
+        yield from (LeftOut(f"{tar}/{item.name}", item.reason) for item in content.left_out)
         for found in content.videos:
             split = tar.split("/")[0] if "/" in tar else UNASSIGNED
             place = f"{tar}#{found.member.offset}+{found.member.size}"
-            videos.append(SourceVideo(video_id=f"{tar}/{found.key}", source=place, split=split))
-            names.append(found.label)
-    classes, labels = number_labels(names, source.classes, key="source.classes", positions=True)
-    numbered = tuple(replace(v, label=n) for v, n in zip(videos, labels, strict=True))
-    return Listing(numbered, classes, source.root, left_out=tuple(left_out))
+            yield Entry(SourceVideo(video_id=f"{tar}/{found.key}", source=place, split=split), found.label)
 
 
 def _content(store: Store, tar: str, label_key: str) -> TarContent:

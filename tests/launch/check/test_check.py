@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,34 @@ def test_a_disk_that_is_full(repository: Path, shards: Path, monkeypatch: pytest
     assert "0.04 GiB in the store" in stored.found
 
 
+def test_time_of_a_checkpoint_at_a_given_bandwidth(repository: Path, shards: Path) -> None:
+    """10^9 values with AdamW: 12 GB, of which each of two nodes writes 6 at 2 GB/s in 3 s."""
+    sizes = Sizes(parameters=10**9, trained=10**9, largest_group=10**9, largest_tensor=10**8, buffer_bytes=0)
+
+    def saving(machine: Machine, *words: str, clips_per_second: float | None = None) -> Finding:
+        words = ("optim.name=adamw", "engine.global_batch=16", "checkpoint.every_steps=10", *words)
+        cost = Cost(run=run_of(repository, shards, *words), machine=machine, classes=10, train=None, mfu=None)
+        speed = None if clips_per_second is None else check_cost.Speed(clips_per_second, "given")
+        (row,) = check_cost.check_saving(cost, sizes, speed)
+        return row
+
+    machine = replace(HOST, nodes=2, ranks_per_node=8, gpu="h100", write_bytes_per_second=2e9)
+    assert saving(machine).found == "5.59 GiB of each node in 3.0 s at 2 GB/s, while training goes on"
+    # A step of 16 clips in 0.2 s: ten of them are over before the checkpoint is, fifteen are not.
+    late = saving(machine, clips_per_second=80.0)
+    assert (late.status, late.remedy) == ("note", "checkpoint.every_steps=15")
+    assert saving(machine, "checkpoint.every_steps=15", clips_per_second=80.0).status == "ok"
+    still = saving(machine, "checkpoint.asynchronous=false", clips_per_second=80.0)
+    assert "while training stands still; 2.0 s of steps between two" in still.found
+    assert still.remedy == "checkpoint.every_steps=300", "3 s are a twentieth of 300 steps"
+
+
+def test_without_a_bandwidth_no_time_is_said(repository: Path, shards: Path) -> None:
+    sizes = Sizes(parameters=10, trained=10, largest_group=10, largest_tensor=10, buffer_bytes=0)
+    cost = Cost(run=run_of(repository, shards), machine=HOST, classes=10, train=None, mfu=None)
+    assert list(check_cost.check_saving(cost, sizes, None)) == []
+
+
 def test_few_cores_are_noted(repository: Path, shards: Path) -> None:
     machine = Machine(
         nodes=1, ranks_per_node=8, gpu="h100", memory_bytes=80e9, peak_tflops=989.0, cores_per_node=4
@@ -263,6 +292,10 @@ def test_machines_by_name() -> None:
         machine_of(gpu="h2000")
     with pytest.raises(ConfigError, match="no machine"):
         machine_of(nodes=0)
+    assert machine_of(write_gb_per_second=2.5).write_bytes_per_second == 2.5e9
+    for speed in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="--write-speed"):
+            machine_of(write_gb_per_second=speed)
 
 
 def test_only_training_stages_are_checked(capsys: pytest.CaptureFixture[str]) -> None:

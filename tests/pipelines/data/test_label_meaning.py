@@ -14,10 +14,10 @@ import pytest
 from cliplift.configs.sharding import ShardRun
 from cliplift.pipelines.data.sequential import SampleError, label_of
 from cliplift.sharding.build.index_tars import index_tars
-from cliplift.sharding.build.plan import make_plan
 from cliplift.sharding.demo.synthetic import write_demo_videos
 from cliplift.sharding.manifest import REFUSED_FILE
 from cliplift.sharding.read.reader import ShardDataset
+from cliplift.sharding.sources.read import read_source
 
 NUMBERS = list(range(12))
 NAMES = ["clap", "jump", "run", "wave"]
@@ -35,7 +35,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def planned(source: dict[str, object]) -> dict[str, int]:
     run = ShardRun.model_validate({"name": "s", "output": "unused", "source": source})
-    return {v.source: v.label for v in make_plan(run)[0].videos}
+    return {v.source: v.label for v in read_source(run).videos}
 
 
 def members(value: object, kind: str) -> dict[str, bytes]:

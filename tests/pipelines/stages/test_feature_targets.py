@@ -16,7 +16,7 @@ from cliplift.models.correspondence import FeaturePredictor
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.stages import feature_targets
 from cliplift.pipelines.stages.feature_targets import FeatureTransfer, against_bank, other_orders
-from cliplift.pipelines.stages.teacher import Standardisation, bank_of, unit_parts
+from cliplift.pipelines.stages.teacher import Standardisation, bank_of, cosines, unit_parts
 
 ONE = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -37,7 +37,7 @@ def module(*, steps: int = 1, from_map: bool = False, **options: object) -> Feat
         {"time_steps": steps, "predict_from": "map" if from_map else "features", **options}
     )
     predictor = FeaturePredictor(5, 7, steps=steps, from_map=from_map)
-    return FeatureTransfer(Numbers(), predictor, config).double()  # type: ignore[arg-type]
+    return FeatureTransfer(Numbers(), predictor, config, widths=[7]).double()  # type: ignore[arg-type]
 
 
 def clips_and_targets(*, steps: int, clips: int = 6) -> tuple[Tensor, Tensor]:
@@ -82,16 +82,20 @@ def test_regression_as_written_out(loss: str) -> None:
     assert found["loss"].item() == pytest.approx(sum(losses) / len(losses), abs=1e-6)  # computed in fp32
 
 
+def _after_clips() -> torch.Generator:
+    """What the bank's rows are drawn from."""
+    return torch.Generator().manual_seed(2)
+
+
 def bank_inputs(*, steps: int, orders: int = 0, rows: int = 30) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(2)
     clips, _ = clips_and_targets(steps=steps)
-    standardised = torch.randn(rows, steps, 7, generator=generator)
+    standardised = torch.randn(rows, steps, 7, generator=_after_clips())
     own = torch.tensor([3, 0, 29, 11, 12, 4])
     videos = torch.arange(rows) // 3
     return {
         "clips": clips,
         "targets": standardised[own],
-        "bank": unit_parts(standardised).half(),
+        "bank": unit_parts(standardised, [7]).half(),
         "bank_videos": videos,
         "own": own,
         "clip_videos": videos[own],
@@ -199,9 +203,82 @@ def test_standardised_features_have_mean_0_and_deviation_1(tmp_path: Path) -> No
     assert rows[..., 4].abs().max() == 0
     kept = Standardisation.of(torch.zeros(1, 14).half(), steps=2, folder=tmp_path, identity="a", topology=ONE)
     assert torch.equal(kept.mean, standard.mean), "a restart reads what was kept"
-    bank = bank_of(table, standard, steps=2, folder=tmp_path, identity="a", topology=ONE)
+    bank = bank_of(table, standard, steps=2, widths=[7], folder=tmp_path, identity="a", topology=ONE)
     assert bank.dtype == torch.half
     lengths = bank.double().view(500, 2, 7).norm(dim=2)
     assert (lengths - 0.5**0.5).abs().max() < 1e-3
     other = Standardisation.of(table * 2, steps=2, folder=tmp_path, identity="b", topology=ONE)
     torch.testing.assert_close(other.mean, 2 * standard.mean, rtol=1e-3, atol=1e-3)
+
+
+def test_cosines_over_time_as_written_out(tmp_path: Path) -> None:
+    """Makhoul's DCT-II, orthonormal, term by term; each coefficient has a mean and deviation of its own."""
+    steps = 4
+    table = torch.randn(300, steps * 7, generator=torch.Generator().manual_seed(3)).half()
+    parts = table.double().view(300, steps, 7)
+    expected = torch.zeros_like(parts)
+    for k, t in itertools.product(range(steps), range(steps)):
+        scale = math.sqrt((1 if k == 0 else 2) / steps)
+        expected[:, k] += scale * math.cos(math.pi * (2 * t + 1) * k / (2 * steps)) * parts[:, t]
+    basis = cosines(steps)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(steps, dtype=torch.float64))
+    standard = Standardisation.of(
+        table, steps=steps, folder=tmp_path, identity="a", topology=ONE, basis=basis
+    )
+    rows = standard(table, steps=steps).double()
+    spread = (expected - expected.mean(dim=0)) / expected.std(dim=0, unbiased=False)
+    torch.testing.assert_close(rows, spread, atol=1e-5, rtol=1e-4)
+
+
+def test_what_stays_the_same_has_no_coefficient_but_the_first() -> None:
+    still = torch.ones(4, 1, dtype=torch.float64)
+    torch.testing.assert_close(cosines(4) @ still, torch.tensor([[2.0], [0], [0], [0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("objective", ["regression", "bank"])
+def test_the_loss_is_the_mean_of_the_clips_own(objective: str) -> None:
+    """A clip's loss is that of the clip alone; the mean in double precision does not depend on the division."""
+    net = module(steps=2, objective=objective, order_negatives=int(objective == "bank")).float()
+    inputs = bank_inputs(steps=2, orders=1)
+    inputs["clips"] = inputs["clips"].float()
+    whole = net(inputs)
+    assert whole["loss"].item() == pytest.approx(whole["loss_of_clip"].mean().item(), rel=1e-6)
+    shared = {"bank", "bank_videos", "orders"}
+    for i in range(6):
+        one = {name: x if name in shared else x[i : i + 1] for name, x in inputs.items()}
+        torch.testing.assert_close(net(one)["loss"], whole["loss_of_clip"][i])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"objective": "regression"},
+        {"objective": "regression", "regression_loss": "smooth_l1"},
+        {"objective": "bank", "temperature": 1.0},
+    ],
+)
+def test_two_teachers_count_the_same_whatever_their_widths(options: dict[str, object]) -> None:
+    """Of 2 and 5 channels: the loss is the mean of both alone; for the bank, similarities are."""
+    net = module(steps=2, **options).float()
+    net.widths = (2, 5)
+    inputs = bank_inputs(steps=2)
+    inputs["clips"] = inputs["clips"].float()
+    guessed = net.predict(inputs["clips"])
+    split = [(guessed[..., a:b], inputs["targets"][..., a:b]) for a, b in ((0, 2), (2, 7))]
+    if options["objective"] == "bank":
+        standardised = torch.randn(30, 2, 7, generator=_after_clips())
+        inputs["bank"] = unit_parts(standardised, (2, 5)).half()
+        of_rows = [standardised[..., a:b] for a, b in ((0, 2), (2, 7))]
+        similarity = sum(
+            torch.einsum("bsd,nsd->bn", F.normalize(g, dim=-1), F.normalize(rows, dim=-1)) / 4
+            for (g, _), rows in zip(split, of_rows, strict=True)
+        )
+        positive = sum(F.cosine_similarity(g, t, dim=-1).mean(dim=1) / 2 for g, t in split)
+        other = inputs["bank_videos"][None] != inputs["clip_videos"][:, None]
+        total = (similarity.exp() * other).sum(dim=1) + positive.exp()
+        expected = (total.log() - positive).mean()
+    elif options.get("regression_loss") == "smooth_l1":
+        expected = sum(F.smooth_l1_loss(g, t) for g, t in split) / 2
+    else:
+        expected = 1 - sum(F.cosine_similarity(g, t, dim=-1).mean() for g, t in split) / 2
+    torch.testing.assert_close(net(inputs)["loss"], expected, atol=1e-3, rtol=1e-3)

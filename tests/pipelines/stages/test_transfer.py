@@ -142,12 +142,12 @@ def test_matching_metrics_at_both_ends() -> None:
     identity = torch.arange(40, dtype=torch.float32)[:, None].repeat(1, 8)
     module = transfer_module()
     module.head = Oracle()  # type: ignore[assignment]
-    perfect = matching_metrics(module, clips=identity, frames=identity, videos=torch.arange(40), seed=0)
+    perfect = matching_metrics(module.scores(identity, identity), videos=torch.arange(40), seed=0)
     assert perfect["matching_accuracy"] == 1.0
     assert perfect["auc"] == 1.0
     assert perfect["recall_at_1"] == 1.0
     assert perfect["above_chance_sigmas"] == pytest.approx(math.sqrt(80))
-    shifted = matching_metrics(module, clips=identity, frames=identity + 100, videos=torch.arange(40), seed=0)
+    shifted = matching_metrics(module.scores(identity, identity + 100), videos=torch.arange(40), seed=0)
     assert shifted["matching_accuracy"] == 0.5
     assert shifted["matching_prior"] == 0.5
 
@@ -164,7 +164,7 @@ def test_a_score_of_zero_says_that_a_frame_does_not_belong() -> None:
     module = transfer_module()
     module.head = Zero()  # type: ignore[assignment]
     x = torch.zeros(20, 8)
-    found = matching_metrics(module, clips=x, frames=x, videos=torch.arange(20), seed=0)
+    found = matching_metrics(module.scores(x, x), videos=torch.arange(20), seed=0)
     assert found == {
         "matching_accuracy": 0.5, "matching_prior": 0.5, "above_chance_sigmas": 0.0, "auc": 0.5,
         "recall_at_1": pytest.approx(1 / 20), "recall_at_5": pytest.approx(5 / 20), "held_out_clips": 20.0,
@@ -216,9 +216,8 @@ def test_binary_accuracy_is_the_share_of_pairs_told_right() -> None:
 def test_an_untrained_head_is_at_chance() -> None:
     generator = torch.Generator().manual_seed(0)
     clips, frames = torch.randn(400, 8, generator=generator), torch.randn(400, 8, generator=generator)
-    metrics = matching_metrics(
-        transfer_module(), clips=clips, frames=frames, videos=torch.arange(400), seed=0
-    )
+    scores = transfer_module().scores(clips, frames)
+    metrics = matching_metrics(scores, videos=torch.arange(400), seed=0)
     assert abs(metrics["above_chance_sigmas"]) < 4
     assert metrics["recall_at_5"] < 0.06
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS, TransferRun
 from cliplift.configs.sections import ConfigError
+from cliplift.pipelines.runs.retrieval import read_retrieval
 from cliplift.pipelines.stages import transfer
 from cliplift.pipelines.stages.run import run_stage, stage_of
 from cliplift.sharding.build.run import run_shard
@@ -66,17 +67,29 @@ def bank_folder(shards: Path, repository: Path) -> Path:
     return run_stage(load(repository, shards, shards.parent / "bank", *SMALL, *BANK), command=[]).folder
 
 
-@pytest.mark.parametrize("objective", ["bank", "regression"])
+OTHERS = "teacher.others=[{name: efficientnet_lite1, pretrained: null, resize_pixels: 32}]"
+OPTIONS = {
+    "bank": BANK,
+    "regression": REGRESSION,
+    "cosines": (*REGRESSION, "correspondence.time_basis=cosines"),
+    "two teachers": (*BANK, OTHERS),
+}
+
+
+@pytest.mark.parametrize("objective", OPTIONS)
 def test_a_restart_goes_on_to_the_last_bit(
     objective: str, shards: Path, repository: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """The run as it was after step 2, started again: losses of steps 3 and 4 are those of the unbroken run."""
     if objective == "bank":
         shutil.copytree(request.getfixturevalue("bank_folder"), tmp_path, dirs_exist_ok=True)
-    run = load(repository, shards, tmp_path, *SMALL, *(BANK if objective == "bank" else REGRESSION))
+    run = load(repository, shards, tmp_path, *SMALL, *OPTIONS[objective])
     result = run_stage(run, command=[])
     assert -1 <= result.metrics["feature_cosine"] <= 1
     assert result.metrics["matching_prior"] == 0.5
+    kept = read_retrieval(tmp_path)
+    assert kept is not None
+    assert kept.held_out_clips == result.metrics["held_out_clips"]
     unbroken = losses(tmp_path)
     assert sorted(unbroken) == [1, 2, 3, 4]
     shutil.rmtree(tmp_path / "checkpoints/step_00000004")
@@ -85,20 +98,26 @@ def test_a_restart_goes_on_to_the_last_bit(
     again = run_stage(run, command=[])
     assert losses(tmp_path) == {step: unbroken[step] for step in (3, 4)}
     assert again.metrics == result.metrics
+    assert read_retrieval(tmp_path) == kept
+
+
+def on_two_ranks(repository: Path, shards: Path, output: Path, *words: str) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    more = [f"data.shards={shards}", f"output={output}", *SMALL, *words]
+    done = subprocess.run(
+        [*launch, "cliplift.launch.cli", "transfer", str(repository / "configs/transfer/demo.yaml"), *more],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow
 def test_two_ranks_keep_the_same_features_and_find_the_same_losses(
     bank_folder: Path, shards: Path, repository: Path, tmp_path: Path
 ) -> None:
-    """What is kept of the teacher is equal byte by byte; losses are equal but for the order clips are summed in."""
-    words = [f"data.shards={shards}", f"output={tmp_path}", *SMALL, *BANK]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-    done = subprocess.run(
-        [*launch, "cliplift.launch.cli", "transfer", str(repository / "configs/transfer/demo.yaml"), *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    """What is kept of the teacher is equal byte by byte, and the loss before an update to the last bit; after it, the
+    gradients' sums over clips are rounded in another order."""
+    on_two_ranks(repository, shards, tmp_path, *BANK)
     files = sorted(path.name for path in bank_folder.glob("teacher_*"))
     assert files == [
         "teacher_bank.safetensors",
@@ -109,7 +128,22 @@ def test_two_ranks_keep_the_same_features_and_find_the_same_losses(
         assert (bank_folder / name).read_bytes() == (tmp_path / name).read_bytes(), name
     one, two = losses(bank_folder), losses(tmp_path)
     assert one.keys() == two.keys()
+    assert one[1] == two[1]
     assert [two[step] for step in one] == pytest.approx(list(one.values()), rel=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OPTIONS)
+def test_at_equal_weights_one_and_two_ranks_find_the_same_losses_to_the_last_bit(
+    objective: str, shards: Path, repository: Path, tmp_path: Path
+) -> None:
+    """At a learning rate below rounding, so that the weights of all steps are those of the first."""
+    words = (*OPTIONS[objective], "optim.lr=1e-30")
+    run_stage(load(repository, shards, tmp_path / "one", *SMALL, *words), command=[])
+    on_two_ranks(repository, shards, tmp_path / "two", *words)
+    one = losses(tmp_path / "one")
+    assert losses(tmp_path / "two") == one
+    assert len(set(one.values())) == 4
 
 
 def test_cached_features_are_those_of_sharp_frames(shards: Path, repository: Path, tmp_path: Path) -> None:
@@ -165,6 +199,19 @@ REFUSED = {
         ),
     ],
     "correspondence.predict_from": [("correspondence.predict_from=map",)],
+    "correspondence.time_basis": [
+        ("correspondence.time_basis=cosines",),
+        ("correspondence={objective: regression, time_basis: cosines}", "teacher.frames=4"),
+        (
+            "correspondence={objective: regression, time_basis: cosines, time_steps: 2, predict_from: map}",
+            "teacher.frames=4",
+        ),
+        (
+            "correspondence={objective: bank, time_basis: cosines, time_steps: 2}", "teacher.cache_features=true",
+            "data.sampling.mode=segments",
+        ),
+    ],
+    "teacher.others": [("teacher.others=[{name: efficientnet_lite1}]",)],
     "teacher.cache_features": [("teacher.cache_features=true", "data.sequential={tars: x, samples_per_epoch: 9}")],
 }  # fmt: skip
 

@@ -19,6 +19,7 @@ from cliplift.sharding.build.plan import make_plan
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.manifest import REFUSED_FILE
 from cliplift.sharding.read.reader import ShardDataset
+from cliplift.sharding.scratch import scratch_folder
 
 
 def write_film(path: Path) -> Path:
@@ -95,9 +96,11 @@ def _plan_and_make_a_pipe(run: ShardRun, path: Path) -> None:
 def _late(run: ShardRun) -> int:
     """A dealing seed that puts the stuck pipe behind at least one film."""
     for seed in range(100):
-        plan, _ = make_plan(run.model_copy(update={"shards": run.shards.model_copy(update={"seed": seed})}))
-        if next(i for i, v in enumerate(plan.videos) if "stuck" in v.source) > 0:
-            return seed
+        changed = run.model_copy(update={"shards": run.shards.model_copy(update={"seed": seed})})
+        with scratch_folder() as folder:
+            videos = make_plan(changed, folder).videos
+            if next(i for i, v in enumerate(videos) if "stuck" in v.source) > 0:
+                return seed
     raise AssertionError("no seed found")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import FrozenInstanceError, replace
+import tempfile
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import pytest
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
-from cliplift.sharding.build.plan import load_plan, make_plan, plan_once, save_plan, settings_of
-from cliplift.sharding.manifest import ManifestError
+from cliplift.sharding.build.plan import Plan, load_plan, make_plan, plan_once, save_plan, settings_of
+from cliplift.sharding.manifest import ManifestError, SourceVideo
 from cliplift.sharding.storage import LocalStore
 
 COUNTS = {"train": 11, "val": 4, "test": 1}
@@ -28,6 +29,14 @@ def videos(tmp_path: Path) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
     return folder
+
+
+def made(run: ShardRun, **options: Any) -> tuple[Plan, list[SourceVideo], list[dict[str, Any]]]:
+    """A plan, its videos, and the rows of those that do not exist."""
+    with tempfile.TemporaryDirectory() as folder:
+        plan = make_plan(run, Path(folder), **options)
+        missing = [json.loads(line) for line in (Path(folder) / "missing.jsonl").read_text().splitlines()]
+        return plan, list(plan.videos), missing
 
 
 def run_of(videos: Path, output: Path | str = "unused", **changes: Any) -> ShardRun:
@@ -52,28 +61,28 @@ def by_hash(names: list[str], seed: int) -> list[str]:
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
 def test_videos_are_dealt_by_a_hash_of_seed_and_name(videos: Path, seed: int) -> None:
-    plan, missing = make_plan(run_of(videos, shards={"videos_per_shard": 4, "seed": seed}))
+    _, planned, missing = made(run_of(videos, shards={"videos_per_shard": 4, "seed": seed}))
     expected = [
         name
         for split in ("test", "train", "val")
         for name in by_hash([p.relative_to(videos).as_posix() for p in (videos / split).rglob("*.mp4")], seed)
     ]
-    assert [video.source for video in plan.videos] == expected
-    assert missing == ()
+    assert [video.source for video in planned] == expected
+    assert missing == []
 
 
 def test_a_seed_changes_the_shards_and_the_plan(videos: Path) -> None:
     """The default is 0, and where the seed stands in the settings is part of the plan's identity."""
-    default, _ = make_plan(run_of(videos))
-    zero, _ = make_plan(run_of(videos, shards={"videos_per_shard": 4, "seed": 0}))
-    one, _ = make_plan(run_of(videos, shards={"videos_per_shard": 4, "seed": 1}))
+    default, in_order, _ = made(run_of(videos))
+    zero, _, _ = made(run_of(videos, shards={"videos_per_shard": 4, "seed": 0}))
+    one, other, _ = made(run_of(videos, shards={"videos_per_shard": 4, "seed": 1}))
     assert default == zero
-    assert [v.source for v in one.videos] != [v.source for v in zero.videos]
+    assert [v.source for v in other] != [v.source for v in in_order]
     assert one.plan_id != zero.plan_id
 
 
 def test_shards_are_full_but_for_the_last_of_a_split_and_hold_one_split(videos: Path) -> None:
-    plan, _ = make_plan(run_of(videos))
+    plan, planned, _ = made(run_of(videos))
     assert [(s.shard, s.split, s.tar, s.start, s.stop) for s in plan.shards] == [
         (0, "test", "test/set-test-000000.tar", 0, 1),
         (1, "train", "train/set-train-000001.tar", 1, 5),
@@ -81,12 +90,12 @@ def test_shards_are_full_but_for_the_last_of_a_split_and_hold_one_split(videos: 
         (3, "train", "train/set-train-000003.tar", 9, 12),
         (4, "val", "val/set-val-000004.tar", 12, 16),
     ]
-    assert [v.split for v in plan.videos] == ["test"] + ["train"] * 11 + ["val"] * 4
+    assert [v.split for v in planned] == ["test"] + ["train"] * 11 + ["val"] * 4
     assert (plan.classes, plan.folds, plan.missing, plan.root) == (("a", "b"), 0, 0, str(videos))
 
 
 def test_a_plan_cannot_be_changed(videos: Path) -> None:
-    plan, _ = make_plan(run_of(videos))
+    plan, _, _ = made(run_of(videos))
     for part in (plan, plan.shards[0]):
         with pytest.raises(FrozenInstanceError):
             part.start = 3  # type: ignore[union-attr]
@@ -99,20 +108,20 @@ def test_windows_of_one_video_are_dealt_apart_and_in_order_of_their_start(tmp_pa
     (tmp_path / "list.csv").write_text("\n".join(["path,label,start,end", *rows]) + "\n")
     source = {"kind": "csv", "file": str(tmp_path / "list.csv"), "root": str(tmp_path),
               "start_column": "start", "end_column": "end"}  # fmt: skip
-    plan, _ = make_plan(ShardRun.model_validate({"name": "set", "output": "unused", "source": source}))
+    _, planned, _ = made(ShardRun.model_validate({"name": "set", "output": "unused", "source": source}))
     keys = {float(s): hashlib.sha256(f"0:v.mp4:{float(s)}".encode()).hexdigest() for s in starts}
-    assert [v.start_seconds for v in plan.videos] == sorted(keys, key=lambda start: keys[start])
+    assert [v.start_seconds for v in planned] == sorted(keys, key=lambda start: keys[start])
 
 
 def test_up_to_the_allowed_share_of_videos_may_be_missing(tmp_path: Path) -> None:
     """3 of 12 are a quarter: allowed at exactly that, refused just below, and named."""
     run = listed(tmp_path, 9, 3, limits={"max_missing_share": 0.25})
-    plan, missing = make_plan(run)
-    assert (len(plan.videos), plan.missing, len(missing)) == (9, 3, 3)
-    assert {video.source for video in missing} == {"9.mp4", "10.mp4", "11.mp4"}
+    plan, planned, missing = made(run)
+    assert (len(planned), plan.missing, len(missing)) == (9, 3, 3)
+    assert {row["source"] for row in missing} == {"9.mp4", "10.mp4", "11.mp4"}
     strict = listed(tmp_path, 9, 3, limits={"max_missing_share": 0.24})
     with pytest.raises(ConfigError, match="3 of 12 listed videos do not exist") as caught:
-        make_plan(strict)
+        made(strict)
     assert (caught.value.key, caught.value.value) == ("limits.max_missing_share", 0.24)
     assert "allow 0.25" in str(caught.value)
 
@@ -121,13 +130,13 @@ def test_what_the_source_leaves_out_is_written_where_there_is_a_store(
     videos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = LocalStore(str(tmp_path / "out"))
-    make_plan(run_of(videos), store=store)
+    made(run_of(videos), store=store)
     assert store.list() == [], "nothing is left out"
     (videos / "train" / "a" / "notes.txt").touch()
     (videos / "train" / "b" / ".5.mp4").touch()
-    make_plan(run_of(videos), store=None)
+    made(run_of(videos), store=None)
     assert "all are in" not in caplog.text
-    make_plan(run_of(videos, "there"), store=store)
+    made(run_of(videos, "there"), store=store)
     assert "2 left out" in caplog.text
     assert "all are in there/left_out.jsonl" in caplog.text
     lines = [json.loads(line) for line in store.read("left_out.jsonl").splitlines()]
@@ -140,11 +149,21 @@ def test_what_the_source_leaves_out_is_written_where_there_is_a_store(
 def test_a_plan_comes_back_as_it_was_saved(videos: Path, tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path / "out"))
     assert load_plan(store) is None
-    plan, _ = make_plan(run_of(videos))
-    gone = replace(plan.videos[0], video_id="x", source="x.mp4", split="train")
-    save_plan(plan, (gone,), store)
-    assert load_plan(store) == plan
-    assert store.read("missing.jsonl") == b'{"source":"x.mp4","split":"train","video_id":"x"}\n'
+    (videos / "train" / "a" / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    run = run_of(videos, limits={"max_missing_share": 0.1})
+    (tmp_path / "made").mkdir()
+    plan = make_plan(run, tmp_path / "made")
+    planned = list(plan.videos)
+    save_plan(plan, tmp_path / "made", store)
+    found = load_plan(store)
+    assert found == plan
+    assert list(found.videos) == planned
+    assert [found.videos[n] for n in (7, 0, 15)] == [planned[n] for n in (7, 0, 15)]
+    assert found.videos[3:9] == tuple(planned[3:9])
+    assert (
+        store.read("missing.jsonl")
+        == b'{"source":"train/a/gone.mp4","split":"train","video_id":"train/a/gone"}\n'
+    )
     text = store.read("plan/plan.json").decode()
     head = json.loads(text)
     assert text == json.dumps(head, indent=1, ensure_ascii=False, sort_keys=True) + "\n", (
@@ -163,12 +182,15 @@ def test_a_plan_comes_back_as_it_was_saved(videos: Path, tmp_path: Path) -> None
 def test_the_plan_is_written_last(videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its presence says that the rest is there."""
     names: list[str] = []
-    write = LocalStore.write
-    monkeypatch.setattr(
-        LocalStore, "write", lambda self, name, data: (names.append(name), write(self, name, data))
-    )
-    plan, missing = make_plan(run_of(videos))
-    save_plan(plan, missing, LocalStore(str(tmp_path / "out")))
+    for verb in ("write", "publish"):
+        done = getattr(LocalStore, verb)
+
+        def noted(self: LocalStore, *arguments: Any, done: Any = done) -> None:
+            names.append(next(name for name in arguments if isinstance(name, str)))
+            done(self, *arguments)
+
+        monkeypatch.setattr(LocalStore, verb, noted)
+    plan_once(run_of(videos, tmp_path / "out"), LocalStore(str(tmp_path / "out")))
     assert names == ["plan/videos.parquet", "missing.jsonl", "plan/plan.json"]
 
 

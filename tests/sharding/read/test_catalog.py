@@ -74,11 +74,12 @@ def write(folder: Path, *, folds: int = 0) -> str:
         )
         for first in range(0, ROWS, PER_SHARD)
     ]  # fmt: skip
-    dataset, table = describe(
-        indexes, name="n", classes=tuple("abcde"), folds=folds, missing=0, plan_id="p", settings={}
-    )
     store = open_store(str(folder))
-    store.write(SAMPLES_FILE, table)
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset = describe(
+        indexes, table=folder / SAMPLES_FILE, name="n", classes=tuple("abcde"), folds=folds, missing=0, plan_id="p",
+        settings={},
+    )  # fmt: skip
     store.write(DATASET_FILE, dump_dataset(dataset))
     return str(folder)
 

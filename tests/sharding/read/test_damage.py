@@ -262,10 +262,10 @@ def test_verify_decodes_what_a_checksum_cannot_judge(six: Path, tmp_path: Path) 
     index = replace(index, samples=samples, tar_sha256=hashlib.sha256(data).hexdigest())
     (copy / index_file(name)).write_bytes(dump_index(index))
     old = read_dataset(open_store(str(copy)))
-    dataset, table = describe(
-        [index], name=old.name, classes=old.classes, folds=0, missing=0, plan_id=old.plan_id, settings={}
-    )
-    (copy / "samples.parquet").write_bytes(table)
+    dataset = describe(
+        [index], table=copy / "samples.parquet", name=old.name, classes=old.classes, folds=0, missing=0,
+        plan_id=old.plan_id, settings={},
+    )  # fmt: skip
     (copy / "dataset.json").write_bytes(dump_dataset(dataset))
     assert verify(str(copy), decode="none").ok
     report = verify(str(copy), decode="full", workers=1)

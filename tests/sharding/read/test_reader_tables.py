@@ -22,6 +22,7 @@ from cliplift.sharding.manifest import DATASET_FILE, SAMPLES_FILE, dump_dataset
 from cliplift.sharding.read.fetch import OpenFiles
 from cliplift.sharding.read.reader import ShardDataset, ShardReadError, fold_count
 from cliplift.sharding.read.subsets import Subset
+from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.storage import open_store
 
 # Ten clips in three shards; fold 2 leaves clip 4 out, fold 3 the clips 0 and 9.
@@ -59,10 +60,12 @@ def write_dataset(url: str, *, folds: bool = False, flow: bool = True) -> None:
             extra = b"flow" if flow and i % 2 else b""
             writer.add(mp4=clip(i), flow=extra, facts={"i": i}, picture_hashes=(), **sample(i, folds=folds))
         indexes.append(writer.commit())
-    dataset, table = describe(
-        indexes, name="tiny", classes=("a", "b", "c"), folds=3 if folds else 0, missing=0, plan_id="p", settings={}
-    )  # fmt: skip
-    store.write(SAMPLES_FILE, table)
+    with scratch_folder() as scratch:
+        dataset = describe(
+            indexes, table=scratch / SAMPLES_FILE, name="tiny", classes=("a", "b", "c"), folds=3 if folds else 0,
+            missing=0, plan_id="p", settings={},
+        )  # fmt: skip
+        store.publish(scratch / SAMPLES_FILE, SAMPLES_FILE)
     store.write(DATASET_FILE, dump_dataset(dataset))
 
 

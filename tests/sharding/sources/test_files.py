@@ -13,11 +13,11 @@ import pytest
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
-from cliplift.sharding.build.plan import make_plan, plan_once
-from cliplift.sharding.manifest import LEFT_OUT_FILE, SourceVideo
+from cliplift.sharding.build.plan import plan_once
+from cliplift.sharding.manifest import LEFT_OUT_FILE
 from cliplift.sharding.sources.files import MAX_WAYS, NO_FILE, TOO_MANY_WAYS, find_files, is_hidden, printable
 from cliplift.sharding.sources.lists import SourceError
-from cliplift.sharding.sources.read import read_source, split_missing
+from cliplift.sharding.sources.read import read_source
 from cliplift.sharding.storage import open_store
 
 
@@ -62,7 +62,10 @@ def test_links_to_nothing_are_missing_and_keep_their_class(tmp_path: Path) -> No
     assert {v.source: v.label for v in listing.videos} == {"a/1.mp4": 0, "c/3.mp4": 2}
     assert [v.source for v in listing.missing] == ["b/2.mp4"]
     with pytest.raises(ConfigError, match=r"1 of 3 listed videos do not exist, e\.g\. 'b/2\.mp4'"):
-        make_plan(run_of({"kind": "folder", "root": str(tmp_path)}, limits={"max_missing_share": 0.1}))
+        plan_once(
+            run_of({"kind": "folder", "root": str(tmp_path)}, limits={"max_missing_share": 0.1}),
+            open_store(str(tmp_path / "out")),
+        )
 
 
 @pytest.mark.parametrize("suffix", [".mts", ".vob", ".divx", ".f4v", ".M2T", ".3g2", ".ogm", ".mpe"])
@@ -162,8 +165,9 @@ def test_a_wrong_list_says_what_to_do(tmp_path: Path, text: str, message: str) -
     for name in ("a.mp4", "b.mp4"):
         touch(tmp_path / name)
     (tmp_path / "list.csv").write_text(text)
+    run = run_of({"kind": "csv", "file": str(tmp_path / "list.csv")})
     with pytest.raises((SourceError, ConfigError), match=message):
-        read_source(run_of({"kind": "csv", "file": str(tmp_path / "list.csv")}))
+        plan_once(run, open_store(str(tmp_path / "out")))
 
 
 def test_names_are_printable() -> None:
@@ -183,8 +187,9 @@ def test_pipes_sockets_and_devices_are_named_and_not_read(tmp_path: Path) -> Non
     assert {item.name: item.reason for item in found.left_out} == dict.fromkeys(
         ("pipe.mp4", "socket.mp4", "zero.mp4"), NO_FILE
     )
-    videos = [SourceVideo(video_id=n, source=n, split="train") for n in ("pipe.mp4", "zero.mp4")]
-    assert split_missing(videos, str(tmp_path)) == ([], videos)
+    (tmp_path / "list.csv").write_text("path\npipe.mp4\nzero.mp4\n")
+    source = {"kind": "csv", "file": str(tmp_path / "list.csv"), "label_column": None}
+    assert [video.source for video in read_source(run_of(source)).missing] == ["pipe.mp4", "zero.mp4"]
 
 
 def test_folders_that_all_link_to_each_other_come_to_an_end(tmp_path: Path) -> None:

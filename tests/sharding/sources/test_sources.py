@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +18,7 @@ from cliplift.configs.sources import SplitConfig
 from cliplift.sharding.build.plan import Plan, make_plan
 from cliplift.sharding.manifest import SourceVideo
 from cliplift.sharding.sources.lists import SourceError
-from cliplift.sharding.sources.read import assign_splits
+from cliplift.sharding.sources.read import assign_splits, read_source
 from cliplift.sharding.sources.tfrecord import RecordError, crc32c, records
 
 LOSSES = {"limits": {"max_missing_share": 1.0}}
@@ -27,7 +29,10 @@ def run_of(source: dict[str, Any], **changes: Any) -> ShardRun:
 
 
 def plan_of(source: dict[str, Any], **changes: Any) -> tuple[Plan, tuple[SourceVideo, ...]]:
-    return make_plan(run_of(source, **changes))
+    run = run_of(source, **changes)
+    with tempfile.TemporaryDirectory() as folder:
+        plan = make_plan(run, Path(folder))
+        return replace(plan, videos=tuple(plan.videos)), read_source(run).missing
 
 
 def touch(path: Path) -> Path:
@@ -212,7 +217,7 @@ def test_too_many_missing_videos_stop_the_plan(tmp_path: Path) -> None:
     touch(tmp_path / "a.mp4")
     source = _csv(tmp_path, "path,label\na.mp4,x\nb.mp4,x\n")
     with pytest.raises(ConfigError, match=r"1 of 2 listed videos do not exist, e.g. 'b.mp4'"):
-        make_plan(run_of(source, limits={"max_missing_share": 0.1}))
+        plan_of(source, limits={"max_missing_share": 0.1})
     with pytest.raises(ConfigError, match="no such file"):
         plan_of({"kind": "csv", "file": str(tmp_path / "no.csv")})
 
