@@ -37,6 +37,9 @@ SHARES = (1.0, 0.25, 0.1)
 OBJECTIVES: Mapping[str, tuple[str, ...]] = {
     "regression": ("correspondence.objective=regression", "correspondence.time_steps=1"),
     "regression, 4 parts": ("correspondence.objective=regression", "correspondence.time_steps=4"),
+    "regression, 4 cosines": (
+        "correspondence.objective=regression", "correspondence.time_steps=4", "correspondence.time_basis=cosines",
+    ),
     "bank": ("correspondence.objective=bank", "correspondence.time_steps=1"),
     "bank, 4 parts and orders": (
         "correspondence.objective=bank", "correspondence.time_steps=4", "correspondence.order_negatives=3",

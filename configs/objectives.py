@@ -109,6 +109,19 @@ class LatentConfig(Section):
         description="weight the context's tokens by 1 / sqrt(distance to the nearest hidden token), in tokens",
     )
 
+    alarm_std: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="standard deviation of layer-normed features below which the alarm sounds: collapse",
+    )
+    alarm_rank_share: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="the alarm sounds too when their effective rank falls below this share of its highest; 0 is off",
+    )
+
     @model_validator(mode="after")
     def _ramp_rises(self) -> LatentConfig:
         ramp = self.context_ramp_steps

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from cliplift.configs.data import DataConfig
 from cliplift.configs.sections import ConfigError, Location, Section
@@ -123,6 +123,33 @@ class CorrespondenceConfig(Section):
         return self.objective in ("bank", "regression")
 
 
+class AttentiveProbeConfig(Section):
+    """A grid of attentive probes, learning rate x weight decay, trained in one pass over frozen features (V-JEPA 2)."""
+
+    lrs: tuple[float, ...] = Field(
+        (5e-3, 3e-3, 1e-3, 3e-4, 1e-4),
+        min_length=1,
+        description="learning rates of the grid; each falls to 0 by a cosine",
+    )
+    weight_decays: tuple[float, ...] = Field(
+        (0.01, 0.1, 0.4, 0.8), min_length=1, description="weight decays of the grid"
+    )
+    epochs: float = Field(20, gt=0, description="passes over the probe's training split")
+    batch: int = Field(32, ge=1, description="clips of a step over all ranks")
+    depth: int = Field(4, ge=1, description="blocks of a head, the last one's query included")
+    heads: int = Field(16, ge=1, description="attention heads; the width of the features is a multiple")
+
+    @model_validator(mode="after")
+    def _no_negative_rates(self) -> AttentiveProbeConfig:
+        for key, values, least in (
+            ("lrs", self.lrs, "more than 0"),
+            ("weight_decays", self.weight_decays, "0 or more"),
+        ):
+            if min(values) < 0 or (key == "lrs" and min(values) == 0):
+                raise ConfigError(f"must all be {least}", key=key, value=list(values))
+        return self
+
+
 class ProbeConfig(Section):
     """A labelled set the student's frozen features are judged on at every evaluation."""
 
@@ -134,6 +161,10 @@ class ProbeConfig(Section):
     temperature: float = Field(0.07, gt=0, description="temperature of the k-NN vote's weights")
     linear_steps: int = Field(100, ge=0, description="L-BFGS iterations of the linear probe; 0 leaves it out")
     linear_l2: float = Field(1e-3, ge=0, description="L2 penalty of the linear probe")
+    attentive: AttentiveProbeConfig | None = Field(
+        None,
+        description="attentive probes of the features' tokens, trained anew at every evaluation; null is none",
+    )
 
     @field_validator("shards", mode="before")
     @classmethod

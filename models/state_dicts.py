@@ -10,7 +10,6 @@ Nothing read here is executed: safetensors, and ``torch.load(weights_only=True)`
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import re
 import zipfile
@@ -88,15 +87,17 @@ def _refuse_compressed(path: Path) -> None:
     """torch.save stores its tensors as they are. torch.load would inflate a file of kilobytes to any size."""
     if not zipfile.is_zipfile(path):
         return
-    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:  # torch names the damage
-        entries = archive.infolist()
-        if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or (
-            sum(e.file_size for e in entries) > path.stat().st_size
-        ):
-            raise ModelError(
-                f"{path}: its tensors are compressed, which torch.save never does, so it is not read: what it "
-                "expands to is not bounded. Save it again with torch.save(model.state_dict(), path)."
-            )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except Exception as error:  # BadZipFile, and what damaged names and sizes raise; torch may yet inflate it
+        raise ModelError(f"{path}: a damaged archive ({error}); copy or download it again") from None
+    compressed = any(e.compress_type != zipfile.ZIP_STORED for e in entries)
+    if compressed or sum(e.file_size for e in entries) > path.stat().st_size:
+        raise ModelError(
+            f"{path}: its tensors are compressed, which torch.save never does, so it is not read: what it "
+            "expands to is not bounded. Save it again with torch.save(model.state_dict(), path)."
+        )
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> LoadReport:

@@ -1,6 +1,7 @@
 """Raw videos to WebDataset shards, and shards read again. Never imports torch.
 
 In reading order: ``storage`` (local folders and object stores), ``redirects`` (which of HTTP's are followed),
-``manifest`` (what is written beside the tars), ``scratch`` (unfinished work); then the rooms ``sources`` (lists of
-videos), ``video`` (one video), ``build`` (shards written), ``read`` (shards read), ``demo`` (the videos of the demo).
+``manifest`` (what is written beside the tars), ``scratch`` (unfinished work), ``tables`` (more rows than memory holds);
+then the rooms ``sources`` (lists of videos), ``video`` (one video), ``build`` (shards written), ``read`` (shards read),
+``demo`` (the videos of the demo).
 """

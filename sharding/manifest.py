@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 R = TypeVar("R", bound="DataclassInstance")
 FORMAT = "cliplift-shards/1"
 FORMAT_WITH_CATALOG = "cliplift-shards/2"
+FORMAT_WITH_GENERATIONS = "cliplift-shards/3"
 INDEX_FORMAT = "cliplift-index/1"
 PLAN_FORMAT = "cliplift-plan/1"
 DATASET_FILE = "dataset.json"
@@ -40,6 +41,7 @@ LEFT_OUT_FILE = "left_out.jsonl"
 PLAN_FILE = "plan/plan.json"
 PLAN_VIDEOS_FILE = "plan/videos.parquet"
 DUPLICATES_FILE = "duplicates.jsonl"
+REMOVED_FILE = "removed.txt"
 BUILD_FILE = "build.json"
 DUPLICATE = "duplicate"  # stage of a clip that was removed because another video already gave it
 RETRIED_STAGES = (
@@ -188,6 +190,17 @@ class Dataset:
     versions: Mapping[str, str]
     fingerprint: str
     catalog_sha256: str = ""  # of catalog.json; "" where there is no catalog
+    generation: int = 1  # from the second on, its files stand in a folder of their own
+    removed_sha256: str = ""  # of the list of all videos removed so far; "" where none was
+
+    def file(self, name: str) -> str:
+        """Where a file of this generation stands below the root."""
+        return name if self.generation == 1 else generation_file(self.generation, name)
+
+
+def generation_file(generation: int, name: str) -> str:
+    """Path below the root of a file of a generation that has a folder of its own."""
+    return f"generations/{generation:06d}/{name}"
 
 
 def shard_file(name: str, split: str, shard: int) -> str:
@@ -247,6 +260,10 @@ def dump_dataset(dataset: Dataset) -> bytes:
     ):  # a manifest without a catalog is the manifest it was before there were any
         del tree["catalog_sha256"]
     tree["format"] = FORMAT_WITH_CATALOG if dataset.catalog_sha256 else FORMAT
+    if dataset.generation == 1:  # the manifest it was before there were generations
+        del tree["generation"], tree["removed_sha256"]
+    else:  # an earlier version would return what was removed
+        tree["format"] = FORMAT_WITH_GENERATIONS
     return (json.dumps(tree, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
@@ -256,7 +273,10 @@ def load_dataset(data: bytes, *, file: str) -> Dataset:
     Raises:
         ManifestError: it is damaged or of another format.
     """
-    dataset = typed(Dataset, parsed_json(data, file, FORMAT, FORMAT_WITH_CATALOG), file, "a dataset")
+    formats = (FORMAT, FORMAT_WITH_CATALOG, FORMAT_WITH_GENERATIONS)
+    dataset = typed(Dataset, parsed_json(data, file, *formats), file, "a dataset")
+    if not 1 <= dataset.generation < 10**6:
+        raise ManifestError(f"{file}: generation {dataset.generation} cannot be")
     _require_inside(file, *(shard.file for shard in dataset.shards))
     for split, facts in dataset.splits.items():
         for name in ("samples", "seconds"):

@@ -57,6 +57,28 @@ def videos_of(table: pa.Table) -> list[SourceVideo]:
     return [SourceVideo(*values) for values in zip(*columns, strict=True)]
 
 
+def conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """A table of samples with all columns of a schema; those of optical flow are zero where it has none."""
+    import pyarrow as pa
+
+    columns = []
+    for field in schema:
+        if field.name in table.column_names:
+            columns.append(table.column(field.name).cast(field.type))
+        else:
+            columns.append(pa.repeat(pa.scalar(0, type=field.type), table.num_rows))
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def without_videos(table: pa.Table, ids: frozenset[str]) -> pa.Table:
+    """The rows that are of none of these videos."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    gone = pc.is_in(table.column("video_id"), value_set=pa.array(sorted(ids), type=pa.string()))
+    return table.filter(pc.invert(gone))
+
+
 class TableFile:
     """A Parquet file of rows that come batch by batch; its bytes depend on the rows alone, not on the batches.
 

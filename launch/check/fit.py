@@ -24,8 +24,8 @@ from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
 from cliplift.pipelines.stages.run import check_model, stage_of
 from cliplift.sharding.manifest import Dataset, ManifestError, dataset_fingerprint
-from cliplift.sharding.read.reader import read_dataset
-from cliplift.sharding.storage import StorageError, open_store
+from cliplift.sharding.read.generations import open_dataset
+from cliplift.sharding.storage import StorageError, Store
 
 UNREADABLE = (ConfigError, ManifestError, StorageError, OSError)
 
@@ -69,7 +69,7 @@ def _training_data(run: TrainingRun, _: Machine, known: Known) -> Iterator[Findi
     whole = True
     for url in run.data.urls:
         try:
-            dataset = read_dataset(open_store(url))
+            store, dataset = open_dataset(url)
         except UNREADABLE as error:
             yield Finding("fail", "data", f"{url}: {error}")
             whole = False
@@ -82,7 +82,7 @@ def _training_data(run: TrainingRun, _: Machine, known: Known) -> Iterator[Findi
             whole = False
             continue
         yield Finding("ok", "data", f"{text}, {dataset.samples} clips in {len(dataset.shards)} shards")
-        yield from _missing_shards(url, dataset)
+        yield from _missing_shards(store, dataset)
     if not whole:
         return
     try:
@@ -94,8 +94,7 @@ def _training_data(run: TrainingRun, _: Machine, known: Known) -> Iterator[Findi
     yield Finding("ok", f"data, {run.data.split}", f"{len(known.train)} clips")
 
 
-def _missing_shards(url: str, dataset: Dataset) -> Iterator[Finding]:
-    store = open_store(url)
+def _missing_shards(store: Store, dataset: Dataset) -> Iterator[Finding]:
     wrong = [s.file for s in dataset.shards if store.size(s.file) != s.bytes]
     if wrong:
         remedy = f"copy {wrong[0]} again, or build it again with `cliplift shard`"

@@ -32,6 +32,11 @@ def add_shard_options(shard: argparse.ArgumentParser) -> None:
         help="run one phase alone",
     )
     shard.add_argument(
+        "--add",
+        action="store_true",
+        help="add the videos that are new to a finished dataset, as its next generation",
+    )
+    shard.add_argument(
         "--retry-failed", action="store_true", help="try the refused clips of the ledger again"
     )
 
@@ -65,7 +70,11 @@ def run_shard(arguments: argparse.Namespace) -> int:
     report = run_located(
         loaded,
         lambda: build(
-            loaded.run, phase=arguments.phase, part=arguments.part, retry_failed=arguments.retry_failed
+            loaded.run,
+            phase=arguments.phase,
+            part=arguments.part,
+            retry_failed=arguments.retry_failed,
+            add=arguments.add,
         ),
     )
     print(summary(report))
@@ -112,7 +121,9 @@ def run_finalize(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def build(run: ShardRun, *, phase: str, part: str | None, retry_failed: bool) -> BuildReport:
+def build(
+    run: ShardRun, *, phase: str, part: str | None, retry_failed: bool, add: bool = False
+) -> BuildReport:
     """Build the part of a dataset this process is to build, with progress on stderr."""
     from cliplift.sharding.build import run as building
     from cliplift.sharding.build.tracking import BuildTracker
@@ -127,7 +138,7 @@ def build(run: ShardRun, *, phase: str, part: str | None, retry_failed: bool) ->
             tracker.update(progress)
 
         report = building.run_shard(
-            run, phases=phases, part=number, retry_failed=retry_failed, on_progress=watch
+            run, phases=phases, part=number, retry_failed=retry_failed, add=add, on_progress=watch
         )
         tracker.finish(report)
     return report

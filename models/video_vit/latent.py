@@ -50,8 +50,10 @@ class LatentPrediction(nn.Module):
     """An encoder, its predictor, and its teacher, which is never trained: whoever trains moves it.
 
     Args:
-        encoder: what is trained; the teacher starts as its copy.
+        encoder: what is trained.
         predictor: made by ``LatentPredictor.of(encoder, ...)``.
+        teacher: another encoder of the same kind, which is given the weights of the first, a tensor at a time; None
+            makes a copy, which under ZeRO-3 would be whole on every rank while the network is built.
         dense: V-JEPA 2.1's loss, of all levels and of the context.
         near_first: weight the context by its distance to the hidden tokens (2.1's pretraining).
 
@@ -60,7 +62,13 @@ class LatentPrediction(nn.Module):
     """
 
     def __init__(
-        self, encoder: VideoViT, predictor: LatentPredictor, *, dense: bool = False, near_first: bool = True
+        self,
+        encoder: VideoViT,
+        predictor: LatentPredictor,
+        teacher: VideoViT | None = None,
+        *,
+        dense: bool = False,
+        near_first: bool = True,
     ) -> None:
         super().__init__()
         if encoder.final_norm != "tokens":
@@ -69,7 +77,11 @@ class LatentPrediction(nn.Module):
             raise ModelError("dense latent prediction needs an encoder with levels, and predict_context=True")
         self.encoder, self.predictor = encoder, predictor
         self.dense, self.near_first = dense, near_first
-        self.teacher = copy.deepcopy(encoder).requires_grad_(False).eval()
+        self.teacher = copy.deepcopy(encoder) if teacher is None else teacher
+        self.teacher.requires_grad_(False).eval()
+        with torch.no_grad():
+            for own, given in zip(self.teacher.parameters(), encoder.parameters(), strict=True):
+                own.copy_(given)
         self.layers = encoder.levels if dense else (len(encoder.blocks) - 1,)
 
     def train(self, mode: bool = True) -> LatentPrediction:

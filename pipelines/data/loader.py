@@ -30,7 +30,7 @@ from cliplift.pipelines.data.order import (
 from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.data.workers import batches_from_workers
 from cliplift.sharding.manifest import ManifestError
-from cliplift.sharding.read.reader import ShardReadError
+from cliplift.sharding.read.reader import RemovedError, ShardReadError
 from cliplift.sharding.video.decode import VideoDecodeError
 
 MAX_SUBSTITUTES = 100
@@ -71,18 +71,20 @@ class _Training(Dataset[ClipBatch | Stopped]):
     def _clip(self, epoch: int, position: int, draw: Draw) -> tuple[ClipBatch, list[str]]:
         """The sample drawn, or the first readable one of a fixed series of its neighbours."""
         failed: list[str] = []
+        last = ""
         near = self.order.substitutes(position)
         for attempt in range(1, MAX_SUBSTITUTES + 1):
             try:
                 clips = self.source.training_clips(*draw)
                 return clips.asked_for(epoch=epoch, position=position), failed
+            except RemovedError as error:
+                last = str(error)  # no failure: nobody is to read it any more
             except (ShardReadError, VideoDecodeError) as error:
-                failed.append(f"{self.source.name_of(draw.sample)}: {error}")
+                last = f"{self.source.name_of(draw.sample)}: {error}"
+                failed.append(last)
             at = near[mix(self.source.seed, epoch, position, attempt) % len(near)]
             draw = self.order.draw(epoch, at)
-        raise TooManyFailuresError(
-            f"{MAX_SUBSTITUTES} samples in a row cannot be read; the last: {failed[-1]}"
-        )
+        raise TooManyFailuresError(f"{MAX_SUBSTITUTES} samples in a row cannot be read; the last: {last}")
 
 
 class ClipLoader:
@@ -118,7 +120,7 @@ class ClipLoader:
             )
         # Positions of the order count samples, of which each gives R clips.
         self.samples_per_step = global_batch // data.clips_per_sample
-        self.dataset = ClipSource(data, split=data.split, seed=seed)
+        self.dataset = ClipSource(data, split=data.split, seed=seed, keep_numbers=True)
         self.classes, self.splits = self.dataset.classes, self.dataset.splits
         self.num_samples = len(self.dataset)
         self.steps_per_epoch = self.num_samples // self.samples_per_step

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cliplift.configs.data import DataConfig
+from cliplift.configs.data import DataConfig, WeightedShards
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.data.batch import FLIP, NUM_DRAWS, OUTSIDE_TRAINING, ClipBatch, Costs
 from cliplift.pipelines.data.clip_plan import (
@@ -28,6 +28,7 @@ from cliplift.pipelines.data.clip_plan import (
     view_frames,
 )
 from cliplift.sharding.read.fetch import ReadAhead
+from cliplift.sharding.read.generations import generation_url, named_generation, open_dataset
 from cliplift.sharding.read.reader import ClipShape, SampleFacts, ShardDataset
 from cliplift.sharding.read.subsets import Subset
 from cliplift.sharding.video.decode import Frames, decode_frames
@@ -71,11 +72,15 @@ def decoded_videos(limit_mib: int) -> DecodedVideos | None:
 class ClipSource:
     """The samples of a split over all shard datasets of a config; picklable, opens files per process.
 
+    With ``keep_numbers`` the samples of removed videos keep their place, and cannot be read.
+
     Raises:
         ConfigError: the datasets disagree about their classes, or one has no such split.
     """
 
-    def __init__(self, data: DataConfig, *, split: str | None, seed: int = 0) -> None:
+    def __init__(
+        self, data: DataConfig, *, split: str | None, seed: int = 0, keep_numbers: bool = False
+    ) -> None:
         self.data, self.seed = data, seed
         self.sets = [
             ShardDataset(
@@ -85,6 +90,7 @@ class ClipSource:
                 subset=subset_of(data, split),
                 cache_folder=data.cache_folder,
                 cache_gib=data.cache_gib,
+                keep_numbers=keep_numbers,
             )
             for url in data.urls
         ]
@@ -312,6 +318,39 @@ def _first_videos(sets: Sequence[ShardDataset]) -> list[int]:
             firsts[one.url] = total
             total += one.num_videos
     return [firsts[one.url] for one in sets]
+
+
+def on_its_generations(data: DataConfig, earlier: Sequence[str] | None) -> DataConfig:
+    """The data of a run with the generations that it reads in the names of its datasets, where they have several.
+
+    Args:
+        data: what the config says; a generation that it names stays.
+        earlier: the datasets as the run named them when it began; None begins it.
+
+    Raises:
+        ConfigError: there is no dataset at one of the places.
+        ManifestError: a manifest is damaged.
+    """
+    began = (
+        {}
+        if earlier is None
+        else {named_generation(url)[0]: named_generation(url)[1] or 1 for url in earlier}
+    )
+    shards = []
+    for entry in data.shards:
+        url = entry if isinstance(entry, str) else entry.url
+        pinned = _pinned(url, began.get(url))
+        shards.append(
+            entry.model_copy(update={"url": pinned}) if isinstance(entry, WeightedShards) else pinned
+        )
+    return data.model_copy(update={"shards": tuple(shards)})
+
+
+def _pinned(url: str, began: int | None) -> str:
+    if named_generation(url)[1] is not None:
+        return url
+    _, latest = open_dataset(url)
+    return url if latest.generation == 1 else generation_url(url, began or latest.generation)
 
 
 def stored_split(data: DataConfig, split: str | None) -> str | None:

@@ -43,7 +43,7 @@ from cliplift.pipelines.engine.faults import (
 from cliplift.pipelines.engine.late import LateValues, LoggedStep, StepOutcome
 from cliplift.pipelines.engine.optim import Schedule, leave_out, peak_lr, total_steps
 from cliplift.pipelines.engine.state import RunState, run_identity
-from cliplift.pipelines.engine.task import HALF, OF_CLIP, FitResult, HasTeacher, TrainingTask
+from cliplift.pipelines.engine.task import HALF, OF_CLIP, FitResult, HasTeacher, RaisesAlarm, TrainingTask
 from cliplift.pipelines.engine.telemetry import StepProfiler, TrainingWindow, peak_tflops
 from cliplift.pipelines.runs.results import evaluation_line
 from cliplift.pipelines.runs.tracking import Tracker
@@ -366,6 +366,7 @@ class Trainer:
         }
         numbers |= self._utilisation(numbers["speed/clips_per_second"] or 0.0)
         self.tracker.log(logged.step, numbers)
+        self._warn(logged.step, numbers)
         left = (self.total - logged.step) * (numbers["speed/step_seconds"] or 0.0)
         self.tracker.progress(
             logged.step,
@@ -374,6 +375,11 @@ class Trainer:
             f"  {numbers['speed/clips_per_second']:.1f} clips/s"
             f"  data {100 * (numbers['speed/data_wait_share'] or 0):.0f} %  left {left:.0f} s",
         )
+
+    def _warn(self, step: int, numbers: Mapping[str, float | None]) -> None:
+        text = self.task.alarm(numbers) if isinstance(self.task, RaisesAlarm) else None
+        if text is not None:
+            self._log_main(f"step {step}: {text}")
 
     def _utilisation(self, clips_per_second: float) -> dict[str, float]:
         """Model FLOPs utilisation where the device's peak is known."""
@@ -421,7 +427,9 @@ class Trainer:
     def _take_metrics(self, metrics: dict[str, float]) -> None:
         """Log them, lower the learning rate where they have stopped improving, keep the best weights."""
         self.state.metrics = metrics
-        self.tracker.log(self.state.step, {f"eval/{name}": value for name, value in metrics.items()})
+        logged = {f"eval/{name}": value for name, value in metrics.items()}
+        self.tracker.log(self.state.step, logged)
+        self._warn(self.state.step, logged)
         if self.tracker.shows_clips:
             self.tracker.log_clips(self.state.step, self.task.clip_table(self.run.track.clip_table_rows))
         best_metric, before = self.task.best_metric, self.state.best

@@ -104,6 +104,15 @@ class HasTeacher(Protocol):
     def moving_teacher(self) -> MovingTeacher: ...
 
 
+@runtime_checkable
+class RaisesAlarm(Protocol):
+    """A stage that watches the logged numbers."""
+
+    def alarm(self, numbers: Mapping[str, float | None]) -> str | None:
+        """What there is to say of them (``train/...`` or ``eval/...``), on the main rank; None is nothing."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageModule:
     """What a stage trains. ``frozen`` lies beside it on the device and is not the optimizer's: a teacher."""

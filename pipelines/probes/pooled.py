@@ -21,6 +21,7 @@ from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.evaluation.over_split import over_split
+from cliplift.pipelines.probes.attentive import attentive_probe
 
 
 @torch.no_grad()
@@ -68,6 +69,8 @@ def probe(
         )
         guesses = (test @ weights.T + bias).argmax(dim=1)
         found["probe_linear_accuracy"] = float((guesses == test_labels).double().mean())
+    if config.attentive is not None:
+        found |= attentive_probe(student, data, config.attentive, classes=classes, run=run, topology=topology)
     return found
 
 

@@ -20,6 +20,8 @@ NAMES = {
     "auc": "AUC",
     "probe_knn_accuracy": "k-NN probe",
     "probe_linear_accuracy": "linear probe",
+    "probe_attentive_accuracy": "attentive probe, best head",
+    "probe_attentive_median_accuracy": "attentive probe, median head",
 }
 SHARES = ("accuracy", "precision", "recall", "share", "chance", "_at_1", "_at_5", "error")
 # What explains other numbers, or is printed beside them.

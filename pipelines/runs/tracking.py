@@ -23,7 +23,7 @@ from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.runs.folder import HISTORY, Record, RunFolder, read_json, write_json, write_text
 from cliplift.sharding.build.tracking import wandb_mode
-from cliplift.sharding.manifest import DATASET_FILE
+from cliplift.sharding.read.generations import manifest_file, named_generation
 
 if TYPE_CHECKING:
     import wandb
@@ -168,7 +168,8 @@ class Tracker:
         used = wandb.Artifact(f"data-{fingerprint[:16]}", type="dataset", metadata={"shards": list(shards)})
         for url in shards:
             # The index stands for the shards it lists; a folder would be walked file by file.
-            index = f"{url.rstrip('/')}/{DATASET_FILE}"
+            root, generation = named_generation(url)
+            index = f"{root.rstrip('/')}/{manifest_file(generation)}"
             used.add_reference(_as_uri(index), name=index.strip("/").replace("/", "_"), checksum=False)
         if not self._wandb.offline:  # offline, W&B has no way to say that a run used something
             self._wandb.use_artifact(used)

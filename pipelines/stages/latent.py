@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from cliplift.configs.objectives import LatentConfig
@@ -52,6 +53,13 @@ from cliplift.pipelines.engine.task import (
 )
 from cliplift.pipelines.engine.telemetry import training_flops
 from cliplift.pipelines.evaluation.over_split import over_split, validation_loader
+from cliplift.pipelines.probes.collapse import (
+    CollapseAlarm,
+    effective_rank,
+    feature_std,
+    participation_ratio,
+    sampled_tokens,
+)
 from cliplift.pipelines.probes.pooled import probe
 from cliplift.pipelines.runs.tracking import ClipTable
 from cliplift.pipelines.stages.masked import pretraining_options
@@ -131,10 +139,16 @@ class FeaturePrediction(nn.Module):
         self.prediction = prediction
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``clips`` (B, C, T, H, W), the lists of :class:`LatentMasks`, perhaps ``context_weight`` () -> the loss, and
-        that of each clip (B,)."""
+        """``clips`` (B, C, T, H, W), the lists of :class:`LatentMasks`, perhaps ``context_weight`` () -> the loss, that
+        of each clip (B,), and two numbers that fall when the teacher collapses."""
         found = self.predict(inputs)
-        return {"loss": found.loss, "loss_of_clip": found.loss_of_clip.detach()}
+        rows = sampled_tokens(found.target)
+        return {
+            "loss": found.loss,
+            "loss_of_clip": found.loss_of_clip.detach(),
+            "feature_std": feature_std(rows),
+            "participation_ratio": participation_ratio(rows),
+        }
 
     def predict(self, inputs: Mapping[str, Tensor]) -> Prediction:
         """The loss with the teacher's features."""
@@ -147,12 +161,12 @@ class LatentStage(NetworkStage[PretrainRun]):
     """Latent prediction as a stage. Its loss does not tell which weights are best: it rises while features improve. So
     a probe chooses the checkpoint, and without one the last is the result."""
 
-    best_metric = "probe_knn_accuracy"
     needs_labels, needs_videos = False, 1
 
     def __init__(self, run: PretrainRun, *, classes: Sequence[str], topology: Topology) -> None:
         super().__init__(run, classes=classes, topology=topology)
         self._last: list[tuple[str, float]] = []
+        self._alarm = CollapseAlarm(std=run.latent.alarm_std, rank_share=run.latent.alarm_rank_share)
 
     def build_module(self, *, weights: bool) -> StageModule:
         run = self.run
@@ -160,8 +174,15 @@ class LatentStage(NetworkStage[PretrainRun]):
         if weights and run.initialise_from is not None:
             initialise_from(encoder, run.initialise_from)
         self._masks_of(encoder).check()
-        prediction = with_predictor(encoder, run)
+        prediction = with_predictor(encoder, build_encoder(run, pretrained=None), run)
         return StageModule(module=FeaturePrediction(prediction), network=prediction.teacher)
+
+    @property
+    def best_metric(self) -> str:
+        probed = self.run.probe
+        return (
+            f"probe_{'attentive' if probed is not None and probed.attentive is not None else 'knn'}_accuracy"
+        )
 
     @property
     def moving_teacher(self) -> MovingTeacher:
@@ -213,17 +234,23 @@ class LatentStage(NetworkStage[PretrainRun]):
         loader = validation_loader(self.run, self.run.data, topology)
         module = cast(FeaturePrediction, self.module)
 
-        def forward(batch: ClipBatch) -> list[float]:
+        def forward(batch: ClipBatch) -> list[tuple[float, Tensor]]:
             found = module.predict(self.inputs(batch, training=False, step=0))
-            return [float(loss) for loss in found.loss_of_clip.double().tolist()]
+            means = found.target.mean(dim=1).cpu()
+            return [
+                (float(loss), row.clone()) for loss, row in zip(found.loss_of_clip.cpu(), means, strict=True)
+            ]
 
         everything = over_split(loader, forward, topology)
-        self._last = [(loader.dataset.facts(sample).key, loss) for sample, loss in everything]
-        losses = [loss for _, loss in everything]
-        metrics = {"loss": sum(losses) / len(losses), "samples": float(len(losses))}
+        self._last = [(loader.dataset.facts(sample).key, loss) for sample, (loss, _) in everything]
+        metrics = latent_metrics([clip for _, clip in everything])
         if self.run.probe is not None:
             metrics |= probe(self.built.network, self.run, self.run.probe, topology=topology)
         return metrics
+
+    def alarm(self, numbers: Mapping[str, float | None]) -> str | None:
+        """Of a collapse; see :mod:`cliplift.pipelines.probes.collapse`."""
+        return self._alarm.look(numbers)
 
     def clip_table(self, rows: int) -> ClipTable | None:
         """Clips of the last evaluation, those first that were predicted worst."""
@@ -237,10 +264,11 @@ class LatentStage(NetworkStage[PretrainRun]):
         with torch.device("meta"), torch.no_grad():
             built = self.build_module(weights=False)
             inputs = self.example_inputs(built, micro_batch=1, world_size=1)
+            module = cast(FeaturePrediction, built.module)
             with FlopCounterMode(display=False) as of_all:
-                built.module(inputs)
+                module.predict(inputs)
             with FlopCounterMode(display=False) as of_teacher:
-                cast(FeaturePrediction, built.module).prediction.targets(inputs["clips"])
+                module.prediction.targets(inputs["clips"])
         teacher = float(of_teacher.get_total_flops())
         trained = training_flops(float(of_all.get_total_flops()) - teacher)
         return None if trained is None else trained + teacher
@@ -257,6 +285,18 @@ class LatentStage(NetworkStage[PretrainRun]):
             card=card,
             weights=network_weights(weights, prefix="prediction.teacher."),
         )
+
+
+def latent_metrics(clips: Sequence[tuple[float, Tensor]]) -> dict[str, float]:
+    """Over (loss, mean token of the teacher (F,)) of clips: the mean loss, and how much the clips' features differ."""
+    rows = torch.stack([row for _, row in clips]).double()
+    rows = F.layer_norm(rows, rows.shape[1:])
+    return {
+        "loss": sum(loss for loss, _ in clips) / len(clips),
+        "feature_std": float(feature_std(rows)),
+        "effective_rank": effective_rank(rows),
+        "samples": float(len(clips)),
+    }
 
 
 def context_weight(config: LatentConfig, step: int) -> float:
@@ -288,9 +328,11 @@ def build_encoder(run: PretrainRun, *, pretrained: str | None) -> VideoViT:
     return network
 
 
-def with_predictor(encoder: VideoViT, run: PretrainRun) -> LatentPrediction:
-    """The encoder with a predictor of the configured size and a teacher. What clips of several frames never use is left
-    out of training: V-JEPA 2.1's parameters for images, and the norms of levels that are not predicted.
+def with_predictor(encoder: VideoViT, teacher: VideoViT, run: PretrainRun) -> LatentPrediction:
+    """The encoder with a predictor of the configured size and its teacher.
+
+    What clips of several frames never use is left out of training: V-JEPA 2.1's parameters for images, and the norms of
+    levels that are not predicted.
 
     Raises:
         ConfigError: sizes of the predictor that do not go together.
@@ -317,4 +359,6 @@ def with_predictor(encoder: VideoViT, run: PretrainRun) -> LatentPrediction:
             part.requires_grad_(False)
     if predictor.image_modality is not None:
         predictor.image_modality.requires_grad_(False)
-    return LatentPrediction(encoder, predictor, dense=config.dense, near_first=config.context_near_first)
+    return LatentPrediction(
+        encoder, predictor, teacher, dense=config.dense, near_first=config.context_near_first
+    )

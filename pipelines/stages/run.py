@@ -22,6 +22,7 @@ from cliplift.models.factory import save_pretrained
 from cliplift.models.protocol import ModelError
 from cliplift.models.registry import model_entry
 from cliplift.pipelines.data.loader import TrainingLoader, training_loader
+from cliplift.pipelines.data.source import on_its_generations
 from cliplift.pipelines.distributed.agreement import agree_on_run, agreed_data
 from cliplift.pipelines.distributed.collectives import Topology, barrier, broadcast_object, start
 from cliplift.pipelines.distributed.launchers import find_place
@@ -131,11 +132,12 @@ def _run_in(
             f"{run.name}: already finished in {folder.path}; use another output, or checkpoint.resume=never",
         )
         return StageResult(folder.path, metrics_of(done), seconds=seconds_of(done) or 0.0)
+    run = _on_its_generations(run, folder, topology)
     folder.write_start(run, stage=stage, name=run.name, command=command, world_size=topology.world_size)
     _seed(run, topology)
     loader = agreed_data(lambda: _loader(run, topology), lambda made: made.fingerprint, topology)
     try:
-        folder.add_to_record(classes=list(loader.classes))
+        folder.add_to_record(classes=list(loader.classes), datasets=list(run.data.urls))
         task = _task(run, loader, topology)
         tracker = Tracker(run, stage=stage, folder=folder.path, topology=topology)
         log_main(topology, f"{run.name}: {_setting(run, task, loader, topology)}")
@@ -171,6 +173,18 @@ def _run_in(
         ),
     )
     return StageResult(folder.path, metrics, seconds=seconds)
+
+
+def _on_its_generations(run: TrainingRun, folder: RunFolder, topology: Topology) -> TrainingRun:
+    """The run with the generations of its datasets that it began with, or the latest where it begins."""
+    data = run.data
+    record = folder.start_record() if topology.is_main and run.checkpoint.resume == "auto" else None
+    with contextlib.suppress(
+        ValueError, OSError
+    ):  # the loader says what is wrong with a dataset, on every rank
+        earlier = None if record is None else record.get("datasets", list(data.urls))
+        data = on_its_generations(data, [str(url) for url in earlier] if isinstance(earlier, list) else None)
+    return run.model_copy(update={"data": broadcast_object(data, topology)})
 
 
 def _write_records(

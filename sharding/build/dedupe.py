@@ -103,11 +103,19 @@ def _first(samples: Sequence[Sample], number: int, others: set[int]) -> int | No
     return min(strangers, default=None)
 
 
-def settle_duplicates(plan: Plan, store: Store, action: Action) -> DuplicateCounts:
+def settle_duplicates(
+    plan: Plan, store: Store, action: Action, *, listing: str = DUPLICATES_FILE
+) -> DuplicateCounts:
     """Find duplicates in finished shards; list them in ``duplicates.jsonl``, or remove them.
 
     A shard that loses clips is written again without them, bytes of the others unchanged; the ledger names each
     removed clip and the one that stays.
+
+    Args:
+        plan: whose shards are compared with each other.
+        store: where they are.
+        action: what to do about duplicates.
+        listing: the file that lists those that stay.
 
     Raises:
         BuildError: a shard is missing, or a member is damaged.
@@ -122,9 +130,7 @@ def settle_duplicates(plan: Plan, store: Store, action: Action) -> DuplicateCoun
     before = [r.reason for index in indexes for r in index.refused if r.stage == DUPLICATE]
     removed = set(gone)
     stay = [d for d in found if d not in removed]
-    store.write(
-        DUPLICATES_FILE, b"".join(_row(samples[d.number], samples[d.of], d.kind) + b"\n" for d in stay)
-    )
+    store.write(listing, b"".join(_row(samples[d.number], samples[d.of], d.kind) + b"\n" for d in stay))
     for index, numbers in _by_shard(indexes, gone):
         _rewrite(index, numbers, samples, store)
     words = [*descriptions, *before]

@@ -11,9 +11,12 @@ from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
+import numpy as np
 
+from cliplift.configs.sections import ConfigError
 from cliplift.sharding.build.plan import Plan
 from cliplift.sharding.manifest import (
     CATALOG_FILE,
@@ -21,6 +24,7 @@ from cliplift.sharding.manifest import (
     DATASET_FILE,
     DUPLICATE,
     REFUSED_FILE,
+    REMOVED_FILE,
     RETRIED_STAGES,
     SAMPLES_FILE,
     Dataset,
@@ -38,10 +42,27 @@ from cliplift.sharding.manifest import (
 )
 from cliplift.sharding.read.catalog import CatalogHead, dump_head
 from cliplift.sharding.read.columns import write_rows
-from cliplift.sharding.read.reader import read_dataset, read_samples
+from cliplift.sharding.read.generations import (
+    dump_removed,
+    manifest_file,
+    read_dataset,
+    read_removed,
+    read_samples,
+)
 from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.storage import Store, file_sha256, open_store
-from cliplift.sharding.tables import TableFile, open_table, schema_of, table_of
+from cliplift.sharding.tables import (
+    TableFile,
+    batches,
+    conformed,
+    open_table,
+    schema_of,
+    table_of,
+    without_videos,
+)
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class BuildError(ValueError):
@@ -69,16 +90,7 @@ def finalize(plan: Plan, store: Store, *, max_refused_share: float) -> Dataset:
             settings=dict(plan.settings),
         )
         store.publish(ledger.path, REFUSED_FILE)
-        if not dataset.samples:
-            first = f", the first because: {ledger.first}" if ledger.first else ""
-            raise BuildError(f"not one clip was made; {ledger.refused} were refused{first}{ledger.again()}")
-        if ledger.failed > max_refused_share * (dataset.samples + ledger.refused):
-            reason, count = ledger.reasons.most_common(1)[0]
-            raise BuildError(
-                f"{ledger.failed} of {dataset.samples + ledger.refused} clips were refused, more than "
-                f"limits.max_refused_share={max_refused_share:g} allows; {count} because of {reason!r}; see "
-                f"{REFUSED_FILE}{ledger.again()}"
-            )
+        ledger.judge(dataset.samples, max_refused_share)
         return write_tables(dataset, folder / SAMPLES_FILE, store)
 
 
@@ -90,6 +102,7 @@ class _Ledger:
         self.refused = 0
         self.first = ""
         self.reasons: Counter[str] = Counter()  # duplicates were removed and did not fail
+        self.stages: Counter[str] = Counter()
         self._retried = False
 
     def watched(self, indexes: Iterable[ShardIndex]) -> Iterator[ShardIndex]:
@@ -104,15 +117,25 @@ class _Ledger:
     def _count(self, one: Refused) -> None:
         self.first = self.first or f"{one.source}: {one.reason}"
         self.refused += 1
+        self.stages[one.stage] += 1
         self._retried = self._retried or one.stage in RETRIED_STAGES
         if one.stage != DUPLICATE:
             self.reasons[f"{one.stage}: {one.reason}"] += 1
 
-    @property
-    def failed(self) -> int:
-        return self.reasons.total()
+    def judge(self, samples: int, max_refused_share: float) -> None:
+        """Raise BuildError where no clip was made, or too many were refused."""
+        if not samples:
+            first = f", the first because: {self.first}" if self.first else ""
+            raise BuildError(f"not one clip was made; {self.refused} were refused{first}{self._again()}")
+        failed = self.reasons.total()
+        if failed > max_refused_share * (samples + self.refused):
+            reason, count = self.reasons.most_common(1)[0]
+            raise BuildError(
+                f"{failed} of {samples + self.refused} clips were refused, more than limits.max_refused_share="
+                f"{max_refused_share:g} allows; {count} because of {reason!r}; see {REFUSED_FILE}{self._again()}"
+            )
 
-    def again(self) -> str:
+    def _again(self) -> str:
         """What to do where clips were refused for reasons that may be gone, as after an outage of the storage."""
         return "; if the cause is gone, add --retry-failed" if self._retried else ""
 
@@ -124,8 +147,110 @@ def write_tables(dataset: Dataset, table: Path, store: Store) -> Dataset:
         head = write_rows(
             open_table(table, file=SAMPLES_FILE), dataset, rows, samples_bytes=table.stat().st_size
         )
-        store.publish(table, SAMPLES_FILE)
+        store.publish(table, dataset.file(SAMPLES_FILE))
         return _write_catalog(dataset, head, rows, store)
+
+
+def add_shards(plan: Plan, store: Store, base: Dataset, *, max_refused_share: float) -> Dataset:
+    """The next generation of a dataset: with the shards of a plan of new videos. Raises as :func:`finalize` does."""
+    removed = read_removed(store, base)
+    with scratch_folder() as folder:
+        ledger = _Ledger(folder / REFUSED_FILE)
+        indexes = ledger.watched(load_indexes(plan, store))
+        dataset = _grown(base, store, folder / SAMPLES_FILE, indexes=indexes, removed=removed)
+        counts = Counter(dict(base.refused)) + Counter(ledger.stages)
+        dataset = replace(
+            dataset, refused=dict(sorted(counts.items())), missing=plan.missing, settings=dict(plan.settings)
+        )
+        store.publish(ledger.path, dataset.file(REFUSED_FILE))
+        ledger.judge(dataset.samples - base.samples, max_refused_share)
+        return _write_generation(base, dataset, folder / SAMPLES_FILE, removed, store)
+
+
+def remove_videos(url: str, ids: Iterable[str]) -> tuple[Dataset, Dataset]:
+    """The generation of a dataset, and the next one, which lacks all clips of some videos; no shard is touched.
+
+    Args:
+        url: folder or URL of a finalized dataset.
+        ids: of the videos. Those that the dataset does not have are kept out when videos are added.
+
+    Returns:
+        The latest generation before and after; the same where all these videos were removed before.
+
+    Raises:
+        ConfigError: there is no dataset, or nothing would be left of it.
+        ManifestError: its files are damaged.
+    """
+    store = open_store(url)
+    base = read_dataset(store)
+    before = read_removed(store, base)
+    removed = before | frozenset(ids)
+    if removed == before:
+        return base, base
+    with scratch_folder() as folder:
+        dataset = _grown(base, store, folder / SAMPLES_FILE, indexes=(), removed=removed)
+        if not dataset.samples:
+            raise ConfigError(
+                "would have no clip left", key="url", value=url, hint="remove the dataset's folder instead"
+            )
+        return base, _write_generation(base, dataset, folder / SAMPLES_FILE, removed, store)
+
+
+def _grown(
+    base: Dataset, store: Store, table: Path, *, indexes: Iterable[ShardIndex], removed: frozenset[str]
+) -> Dataset:
+    """The next generation: the clips of ``base`` and of further shards, but for those of removed videos."""
+    schema = schema_of(Sample, "shard")
+    samples = TableFile(table, schema)
+    counts: Counter[int] = Counter()
+    splits: dict[str, SplitFacts] = {}
+
+    def add(rows: pa.Table) -> None:
+        kept = without_videos(rows, removed)
+        samples.add(kept)
+        counts.update(kept.column("shard").to_pylist())
+        frames, rates = kept.column("num_frames").to_numpy(), kept.column("fps").to_numpy()
+        names = np.asarray(kept.column("split").to_pylist(), dtype=object)
+        for split in sorted(set(names.tolist())):
+            entry = splits.setdefault(split, {"samples": 0, "seconds": 0.0})
+            mine = names == split
+            entry["samples"] += int(mine.sum())
+            entry["seconds"] = round(entry["seconds"] + float((frames[mine] / rates[mine]).sum()), 3)
+
+    with read_samples(store, base, store.url) as path:
+        for rows in batches(open_table(path, file=SAMPLES_FILE), file=SAMPLES_FILE):
+            add(conformed(rows, schema))
+    shards = list(base.shards)
+    for index in indexes:
+        add(table_of(index.samples, schema, extra={"shard": [index.shard] * len(index.samples)}))
+        shards.append(facts_of(index))
+    samples.close()
+    shards = [replace(shard, samples=counts[shard.shard]) for shard in shards]
+    for shard in shards:
+        if shard.split in splits:
+            splits[shard.split]["shards"] = splits[shard.split].get("shards", 0) + 1
+    samples_sha256 = file_sha256(table)
+    return replace(
+        base,
+        shards=tuple(shards),
+        samples=counts.total(),
+        samples_sha256=samples_sha256,
+        splits=dict(sorted(splits.items())),
+        fingerprint=dataset_fingerprint(base.name, base.classes, shards, samples_sha256),
+        catalog_sha256="",
+        generation=base.generation + 1,
+        removed_sha256=digest(dump_removed(removed)) if removed else "",
+    )
+
+
+def _write_generation(
+    base: Dataset, dataset: Dataset, table: Path, removed: frozenset[str], store: Store
+) -> Dataset:
+    """Write the files of a generation into its folder; last the manifest at the root, which makes it the latest."""
+    if removed:
+        store.write(dataset.file(REMOVED_FILE), dump_removed(removed))
+    store.write(manifest_file(base.generation), dump_dataset(base))
+    return write_tables(dataset, table, store)
 
 
 def add_catalog(url: str) -> Dataset:
@@ -148,10 +273,12 @@ def add_catalog(url: str) -> Dataset:
 
 
 def _write_catalog(dataset: Dataset, head: CatalogHead, rows: Path, store: Store) -> Dataset:
-    store.publish(rows, CATALOG_ROWS_FILE)
+    store.publish(rows, dataset.file(CATALOG_ROWS_FILE))
     data = dump_head(head)
-    store.write(CATALOG_FILE, data)
+    store.write(dataset.file(CATALOG_FILE), data)
     dataset = replace(dataset, catalog_sha256=digest(data))
+    if dataset.generation > 1:
+        store.write(manifest_file(dataset.generation), dump_dataset(dataset))
     store.write(DATASET_FILE, dump_dataset(dataset))
     return dataset
 

@@ -33,6 +33,7 @@ from cliplift.sharding.manifest import (
     dump_index,
     index_file,
 )
+from cliplift.sharding.read.generations import refuse_generations
 from cliplift.sharding.scratch import local_copy, scratch_folder
 from cliplift.sharding.sources.files import LeftOut, find_files, is_hidden, warn_left_out
 from cliplift.sharding.sources.labels import number_labels
@@ -80,9 +81,10 @@ def index_tars(
         clip_timeout_seconds: a clip not decoded in this time is refused.
 
     Raises:
-        ConfigError: there is no tar, or no video in the tars.
+        ConfigError: there is no tar, or no video in the tars, or the dataset has several generations.
     """
     store = open_store(url)
+    refuse_generations(store, hint="index copies of the tars elsewhere")
     below = find_files(store)
     warn_left_out(url, [item for item in below.left_out if not is_hidden(item.name)])
     tars = [file for file in below.files if file.endswith(".tar")]

@@ -17,9 +17,11 @@ from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.manifest import (
     LEFT_OUT_FILE,
     MISSING_FILE,
+    NO_LABEL,
     PLAN_FILE,
     PLAN_FORMAT,
     PLAN_VIDEOS_FILE,
+    Dataset,
     ManifestError,
     SourceVideo,
     canonical,
@@ -45,7 +47,9 @@ from cliplift.sharding.tables import (
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
+PLAN, HEAD = PLAN_FILE.split("/")
 VIDEOS = Path(PLAN_VIDEOS_FILE).name
+KEPT_SETTINGS = ("name", "cut", "transcode", "flow")  # what clips of all generations have in common
 VIDEOS_READ = 4096  # videos of a plan read at a time
 
 
@@ -159,13 +163,49 @@ def settings_of(run: ShardRun) -> dict[str, object]:
     return settings
 
 
-def make_plan(run: ShardRun, folder: Path, *, store: Store | None = None) -> Plan:
+@dataclass(frozen=True)
+class Addition:
+    """What a plan of further videos goes on from.
+
+    Args:
+        classes: those of the dataset, whose numbers stay.
+        first: number of the first shard.
+        planned: plans whose videos are there already.
+        removed: ids of videos that were taken out, and stay out.
+    """
+
+    classes: tuple[str, ...]
+    first: int
+    planned: tuple[Plan, ...]
+    removed: frozenset[str]
+
+    @property
+    def folder(self) -> str:
+        """Where the plan of the addition stands."""
+        return f"{Path(PLAN_FILE).parent}/{self.first:06d}"
+
+    def labels(self, classes: tuple[str, ...], numbers: Sequence[int]) -> list[int]:
+        """The dataset's numbers of classes that a source numbers. Raises ConfigError for a class it has not."""
+        if new := [name for name in classes if name not in self.classes]:
+            raise ConfigError(
+                f"names the class {new[0]!r}, which the dataset does not have",
+                key="source",
+                value=new[0],
+                hint="the numbers of classes stay; build a new dataset with all classes",
+            )
+        return [n if n == NO_LABEL else self.classes.index(classes[n]) for n in numbers]
+
+
+def make_plan(
+    run: ShardRun, folder: Path, *, store: Store | None = None, addition: Addition | None = None
+) -> Plan:
     """Plan a build in memory that does not grow with the videos. What the source leaves out is logged.
 
     Args:
         run: the validated config.
         folder: an empty folder that receives the tables of the plan; :func:`save_plan` takes them from there.
         store: where to write the list of what the source leaves out; None only logs it.
+        addition: plan only the videos that are new to a dataset, which may be none.
 
     Raises:
         ConfigError: no video, or more are missing than ``limits.max_missing_share`` allows.
@@ -175,12 +215,22 @@ def make_plan(run: ShardRun, folder: Path, *, store: Store | None = None) -> Pla
     listed = _Listed(run, stream, folder)
     with scratch_folder() as scratch:
         dealt = DealtVideos(scratch, run.shards.seed)
+        for plan in addition.planned if addition else ():
+            for video in plan.videos:
+                dealt.add(video, known=True)
         for video, entry in listed.videos():
-            dealt.add(video, entry.name, place=entry.place)
+            if addition is None or video.video_id not in addition.removed:
+                dealt.add(video, entry.name, place=entry.place)
         listed.close(store)
         classes, labels = stream.number(list(listed.names))
+        if addition is not None:
+            labels = addition.labels(classes, labels)
+            if classes != addition.classes and not listed.names:  # a source that numbers its videos itself
+                raise ConfigError("numbers other classes than the dataset", key="source", value=stream.root)
+            classes = addition.classes
         numbers = dict(zip(listed.names, labels, strict=True))
-        shards, rows_sha256 = _write_videos(run, dealt, numbers, folder)
+        first = addition.first if addition else 0
+        shards, rows_sha256 = _write_videos(run, dealt, numbers, folder, first=first)
     settings = settings_of(run)
     return Plan(
         plan_id=digest(canonical([settings, classes, stream.folds, rows_sha256])),
@@ -262,7 +312,7 @@ class _Listed:
 
 
 def _write_videos(
-    run: ShardRun, dealt: DealtVideos, numbers: Mapping[str, int], folder: Path
+    run: ShardRun, dealt: DealtVideos, numbers: Mapping[str, int], folder: Path, *, first: int
 ) -> tuple[tuple[PlannedShard, ...], str]:
     """Write the plan's videos; the shards they make, and the sha256 of the rows as JSON."""
     counts = dealt.deal()
@@ -277,8 +327,10 @@ def _write_videos(
         begin = shards[-1].stop if shards else 0
         for start in range(begin, begin + count, run.shards.videos_per_shard):
             stop = min(start + run.shards.videos_per_shard, begin + count)
-            tar = shard_file(run.name, split, len(shards))
-            shards.append(PlannedShard(shard=len(shards), split=split, tar=tar, start=start, stop=stop))
+            tar = shard_file(run.name, split, first + len(shards))
+            shards.append(
+                PlannedShard(shard=first + len(shards), split=split, tar=tar, start=start, stop=stop)
+            )
         for videos in dealt.of_split(split, numbers):
             table.add(table_of(videos, schema))
             for video in videos:
@@ -289,25 +341,26 @@ def _write_videos(
     return tuple(shards), rows.hexdigest()
 
 
-def save_plan(plan: Plan, folder: Path, store: Store) -> None:
+def save_plan(plan: Plan, folder: Path, store: Store, *, place: str = PLAN) -> None:
     """Publish a plan that was made in ``folder``; ``plan.json`` last, as it says that the rest is there."""
-    store.publish(folder / VIDEOS, PLAN_VIDEOS_FILE)
-    store.publish(folder / MISSING_FILE, MISSING_FILE)
+    store.publish(folder / VIDEOS, f"{place}/{VIDEOS}")
+    store.publish(folder / MISSING_FILE, MISSING_FILE if place == PLAN else f"{place}/{MISSING_FILE}")
     head = {
         f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in ("videos", "shards")
     }
     head |= {"format": PLAN_FORMAT, "shards": [dataclasses.asdict(s) for s in plan.shards]}
-    store.write(PLAN_FILE, (json.dumps(head, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode())
+    text = json.dumps(head, indent=1, ensure_ascii=False, sort_keys=True)
+    store.write(f"{place}/{HEAD}", f"{text}\n".encode())
 
 
-def load_plan(store: Store) -> Plan | None:
+def load_plan(store: Store, *, place: str = PLAN) -> Plan | None:
     """The plan written before, or None.
 
     Raises:
         ManifestError: the plan is damaged or of another format.
     """
     try:
-        text = store.read(PLAN_FILE)
+        text = store.read(f"{place}/{HEAD}")
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
@@ -317,7 +370,7 @@ def load_plan(store: Store) -> Plan | None:
     if head.pop("format", None) != PLAN_FORMAT:
         raise ManifestError(f"{PLAN_FILE}: not a plan of this version")
     shards = tuple(PlannedShard(**s) for s in head.pop("shards"))
-    videos = PlannedVideos(store, PLAN_VIDEOS_FILE)
+    videos = PlannedVideos(store, f"{place}/{VIDEOS}")
     return Plan(**head | {"classes": tuple(head["classes"])}, shards=shards, videos=videos)
 
 
@@ -333,9 +386,49 @@ def plan_once(run: ShardRun, store: Store) -> Plan:
             plan = make_plan(run, folder, store=store)
             save_plan(plan, folder, store)
         return dataclasses.replace(plan, videos=PlannedVideos(store, PLAN_VIDEOS_FILE))
+    _require_settings(found, run)
+    return found
+
+
+def plan_addition(run: ShardRun, dataset: Dataset, removed: frozenset[str], store: Store) -> Plan:
+    """The plan of the videos that a dataset does not have yet: the one of an addition under way, else a new one.
+
+    Raises:
+        ConfigError: the dataset was not built here, or with settings that its clips would show.
+    """
+    places = sorted({name.rpartition("/")[0] for name in store.list() if name.endswith(f"/{HEAD}")} - {PLAN})
+    first = 1 + max(shard.shard for shard in dataset.shards)
+    earlier = [load_plan(store, place=place) for place in (PLAN, *places) if place != f"{PLAN}/{first:06d}"]
+    planned = tuple(plan for plan in earlier if plan is not None)
+    if not planned:
+        raise ConfigError(
+            f"holds no {PLAN_FILE}",
+            key="output",
+            value=run.output,
+            hint="videos are added where it was built",
+        )
+    _require_settings(planned[0], run, KEPT_SETTINGS)
+    addition = Addition(dataset.classes, first, planned, removed)
+    found = load_plan(store, place=addition.folder)
+    if found is not None:
+        _require_settings(found, run)
+        return found
+    with scratch_folder() as folder:
+        plan = make_plan(run, folder, store=store, addition=addition)
+        if not plan.shards:
+            return dataclasses.replace(plan, videos=())
+        save_plan(plan, folder, store, place=addition.folder)
+    return dataclasses.replace(plan, videos=PlannedVideos(store, f"{addition.folder}/{VIDEOS}"))
+
+
+def _require_settings(plan: Plan, run: ShardRun, names: Sequence[str] = ()) -> None:
+    """Raise ConfigError, with the key, where settings, or those of these names, are not those of a plan."""
     # Read through today's schema: a setting that came later has its default in an older plan.
-    then = ShardRun.model_validate({"output": run.output, **found.settings})
-    key, before, now = _first_difference(settings_of(then), settings_of(run), "")
+    then = settings_of(ShardRun.model_validate({"output": run.output, **plan.settings}))
+    now_set = settings_of(run)
+    if names:
+        then, now_set = ({name: one.get(name) for name in names} for one in (then, now_set))
+    key, before, now = _first_difference(then, now_set, "")
     if key:
         raise ConfigError(
             f"{now!r} here, but the shards in {run.output} were planned with {before!r}",
@@ -343,7 +436,6 @@ def plan_once(run: ShardRun, store: Store) -> Plan:
             value=now,
             hint="choose another output, or remove that folder",
         )
-    return found
 
 
 def _first_difference(before: object, now: object, key: str) -> tuple[str, object, object]:

@@ -14,22 +14,25 @@ from typing import Literal
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.build.dedupe import DuplicateCounts, settle_duplicates
-from cliplift.sharding.build.finalize import finalize
-from cliplift.sharding.build.plan import Plan, PlannedShard, plan_once
+from cliplift.sharding.build.finalize import add_shards, finalize
+from cliplift.sharding.build.plan import Plan, PlannedShard, plan_addition, plan_once
 from cliplift.sharding.build.ray_engine import build_on_ray
 from cliplift.sharding.build.unit import BuiltShard, Progress, build_shards, local_workers
 from cliplift.sharding.build.verify import VerifyReport, verify
 from cliplift.sharding.manifest import (
     BUILD_FILE,
     DUPLICATE,
+    DUPLICATES_FILE,
     RETRIED_STAGES,
     Dataset,
     ManifestError,
     ShardIndex,
     canonical,
+    generation_file,
     index_file,
     load_index,
 )
+from cliplift.sharding.read.generations import read_dataset, read_removed, refuse_generations
 from cliplift.sharding.redirects import allow_private_redirects
 from cliplift.sharding.storage import Store, file_sha256, open_store
 from cliplift.sharding.video.cuts import require_cutter
@@ -67,6 +70,7 @@ def run_shard(
     phases: Sequence[Phase] = PHASES,
     part: tuple[int, int] | None = None,
     retry_failed: bool = False,
+    add: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> BuildReport:
     """Run phases of a build; each continues what earlier calls left.
@@ -77,6 +81,7 @@ def run_shard(
         part: (I, N) builds the shards whose number is I modulo N, I from 0; nothing is finalized until all are there,
             and duplicates are only removed by a call without a part, so that no two processes rewrite a shard.
         retry_failed: build again the shards that hold clips refused for reading, time or a crash.
+        add: add the videos that are new to a finished dataset, as its next generation; its shards stay as they are.
         on_progress: called after every video.
 
     Raises:
@@ -85,9 +90,9 @@ def run_shard(
     """
     started = time.monotonic()
     store = _open_output(run)
-    plan = plan_once(run, store)
-    progress = Progress(shards_total=len(plan.shards))
-    built, kept = list[BuiltShard](), 0
+    plan, base = _planned(run, store, add=add, phases=phases)
+    phases = phases if plan.shards else [phase for phase in phases if phase == "verify"]  # nothing is new
+    progress, built, kept = Progress(shards_total=len(plan.shards)), list[BuiltShard](), 0
     if "build" in phases:
         mine = _my_part(plan, part)
         todo = _unfinished(plan, mine, store, retry_failed=retry_failed)
@@ -97,8 +102,7 @@ def run_shard(
     dataset = duplicates = None
     whole = part is None or (run.duplicates == "report" and _all_built(plan, store))
     if "finalize" in phases and whole:
-        duplicates = settle_duplicates(plan, store, run.duplicates)
-        dataset = finalize(plan, store, max_refused_share=run.limits.max_refused_share)
+        duplicates, dataset = _finalize(run, plan, store, base)
     report = BuildReport(
         url=run.output,
         plan_id=plan.plan_id,
@@ -116,11 +120,42 @@ def run_shard(
         dataset=dataset,
     )
     if "verify" in phases and whole:  # after the clock has stopped: the recorded seconds are the build's
-        verified = verify(run.output, decode=run.verify_decode, workers=local_workers(run))
-        report = replace(report, verified=verified)
+        report = replace(report, verified=_verified(run))
     if dataset is not None:
         _write_build_record(report, store)
     return report
+
+
+def _verified(run: ShardRun) -> VerifyReport:
+    return verify(run.output, decode=run.verify_decode, workers=local_workers(run))
+
+
+def _finalize(
+    run: ShardRun, plan: Plan, store: Store, base: Dataset | None
+) -> tuple[DuplicateCounts, Dataset]:
+    share = run.limits.max_refused_share
+    if base is None:
+        duplicates = settle_duplicates(plan, store, run.duplicates)
+        return duplicates, finalize(plan, store, max_refused_share=share)
+    listing = generation_file(base.generation + 1, DUPLICATES_FILE)
+    duplicates = settle_duplicates(plan, store, run.duplicates, listing=listing)
+    return duplicates, add_shards(plan, store, base, max_refused_share=share)
+
+
+def _planned(
+    run: ShardRun, store: Store, *, add: bool, phases: Sequence[Phase]
+) -> tuple[Plan, Dataset | None]:
+    """The plan, and the dataset that its videos are added to; None builds one.
+
+    Raises:
+        ConfigError: there is nothing to add to, or a dataset whose shards must stay.
+    """
+    if add:
+        base = read_dataset(store)
+        return plan_addition(run, base, read_removed(store, base), store), base
+    if set(phases) != {"verify"}:
+        refuse_generations(store, hint="--add adds the videos that are new; --phase verify checks it")
+    return plan_once(run, store), None
 
 
 def _open_output(run: ShardRun) -> Store:

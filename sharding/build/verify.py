@@ -34,9 +34,9 @@ from cliplift.sharding.manifest import (
 )
 from cliplift.sharding.read.catalog import load_head, open_catalog
 from cliplift.sharding.read.columns import write_rows
-from cliplift.sharding.read.reader import read_dataset, read_samples
+from cliplift.sharding.read.generations import open_dataset, read_removed, read_samples
 from cliplift.sharding.scratch import local_copy, scratch_folder
-from cliplift.sharding.storage import TEMPORARY_SUFFIX, StorageError, Store, file_sha256, join, open_store
+from cliplift.sharding.storage import TEMPORARY_SUFFIX, StorageError, Store, file_sha256, join
 from cliplift.sharding.tables import open_table
 from cliplift.sharding.video.picture_hash import near_duplicates
 
@@ -162,15 +162,15 @@ def verify(
         ConfigError: there is no dataset at ``url``.
         ManifestError: ``dataset.json`` is damaged, so nothing else can be trusted.
     """
-    store = open_store(url)
-    dataset = read_dataset(store)
+    store, dataset = open_dataset(url)
+    removed = read_removed(store, dataset)
     problems: list[Problem] = []
     rows = _table(dataset, store, problems)
     indexed: list[Sample] = []
     for shard in dataset.shards:
-        found = _shard(dataset, shard, store)
-        problems += found[1]
-        indexed += found[0].samples if found[0] else ()
+        index, found = _shard(dataset, shard, store, removed)
+        problems += found
+        indexed += [sample for sample in index.samples if sample.video_id not in removed] if index else ()
     if rows is not None and rows != indexed:
         problems.append(Problem("table", SAMPLES_FILE, "differs from the shards' indexes: finalize again"))
     problems += _orphans(dataset, store)
@@ -178,7 +178,7 @@ def verify(
     decoded = 0
     if decode != "none":
         damaged, decoded = decode_clips(
-            dataset, indexed, url, extent=decode, workers=workers, timeout=clip_timeout_seconds
+            dataset, indexed, store.url, extent=decode, workers=workers, timeout=clip_timeout_seconds
         )
         problems += damaged
     return VerifyReport(
@@ -201,7 +201,7 @@ def _table(dataset: Dataset, store: Store, problems: list[Problem]) -> list[Samp
             except ManifestError as error:
                 problems.append(Problem("damaged", SAMPLES_FILE, str(error)))
     except ManifestError as error:
-        kind = "missing" if store.size(SAMPLES_FILE) is None else "checksum"
+        kind = "missing" if store.size(dataset.file(SAMPLES_FILE)) is None else "checksum"
         problems += [Problem(kind, SAMPLES_FILE, str(error)), *_catalog(dataset, store, None)]
     return None
 
@@ -211,8 +211,8 @@ def _catalog(dataset: Dataset, store: Store, table: Path | None) -> Iterator[Pro
     if not dataset.catalog_sha256:
         return
     try:
-        head = load_head(store.read(CATALOG_FILE), dataset, file=CATALOG_FILE)
-        with local_copy(store, CATALOG_ROWS_FILE) as path:
+        head = load_head(store.read(dataset.file(CATALOG_FILE)), dataset, file=CATALOG_FILE)
+        with local_copy(store, dataset.file(CATALOG_ROWS_FILE)) as path:
             open_catalog(path, head, dataset, file=CATALOG_ROWS_FILE).check_everything()
     except FileNotFoundError as error:
         yield Problem("missing", CATALOG_FILE, f"the catalog, or its rows, do not exist: {error}")
@@ -229,7 +229,9 @@ def _catalog(dataset: Dataset, store: Store, table: Path | None) -> Iterator[Pro
             yield Problem("catalog", CATALOG_FILE, f"differs from {SAMPLES_FILE}: finalize again")
 
 
-def _shard(dataset: Dataset, shard: ShardFacts, store: Store) -> tuple[ShardIndex | None, list[Problem]]:
+def _shard(
+    dataset: Dataset, shard: ShardFacts, store: Store, removed: frozenset[str]
+) -> tuple[ShardIndex | None, list[Problem]]:
     """Check one shard: index, size, checksum, and every member the index names."""
     name = index_file(shard.file)
     try:
@@ -240,8 +242,9 @@ def _shard(dataset: Dataset, shard: ShardFacts, store: Store) -> tuple[ShardInde
         return None, [Problem("damaged", name, str(error))]
     problems = []
     if (
-        index.plan_id != dataset.plan_id
-        or len(index.samples) != shard.samples
+        # Shards of several generations are of several plans.
+        (dataset.generation == 1 and index.plan_id != dataset.plan_id)
+        or sum(sample.video_id not in removed for sample in index.samples) != shard.samples
         or index.tar_sha256 != shard.sha256
     ):
         problems.append(Problem("mismatch", name, f"does not describe the shard that {DATASET_FILE} lists"))

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from cliplift.sharding.manifest import Dataset, SplitFacts
-from cliplift.sharding.read.reader import ShardDataset, ShardReadError, read_dataset
-from cliplift.sharding.storage import open_store, whole_file
+from cliplift.sharding.read.generations import open_dataset
+from cliplift.sharding.read.reader import ShardDataset, ShardReadError
+from cliplift.sharding.storage import whole_file
 from cliplift.sharding.video.decode import Frames, VideoDecodeError, decode_frames
 
 STYLE = (
@@ -44,7 +45,7 @@ def write_contact_sheet(
     Raises:
         ConfigError: there is no dataset at ``url``.
     """
-    dataset = read_dataset(open_store(url))
+    dataset = open_dataset(url)[1]
     target = Path(output)
     with whole_file(
         target

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,17 +25,22 @@ from cliplift.sharding.manifest import (
     ShardFacts,
     canonical,
     digest,
-    load_dataset,
 )
 from cliplift.sharding.read.catalog import Catalog, CatalogHead, layout_of, load_head, open_catalog
 from cliplift.sharding.read.columns import columns_of
 from cliplift.sharding.read.fetch import HostFiles, OpenFiles, ShardCache
+from cliplift.sharding.read.generations import (
+    dump_removed,
+    open_dataset,
+    read_samples,
+    removed_since,
+    rows_of_videos,
+)
 from cliplift.sharding.read.sample_table import SampleTable
 from cliplift.sharding.read.selection import ALL, Rows, rows_of_split, split_names, subset_mask
 from cliplift.sharding.read.shared import SharedArray
 from cliplift.sharding.read.subsets import Subset
-from cliplift.sharding.scratch import local_copy
-from cliplift.sharding.storage import StorageError, Store, file_sha256, open_store
+from cliplift.sharding.storage import StorageError, Store
 from cliplift.sharding.tables import open_table
 
 if TYPE_CHECKING:
@@ -75,6 +78,10 @@ class SampleFacts:
     source: str
 
 
+class RemovedError(ShardReadError):
+    """The sample's video was removed from the dataset after the generation that is read."""
+
+
 class ClipShape(NamedTuple):
     """How long and how large a stored clip is: what sampling and cropping need to know."""
 
@@ -94,12 +101,14 @@ class ShardDataset:
     Threads may read side by side.
 
     Args:
-        url: folder or URL of a finalized dataset.
+        url: folder or URL of a finalized dataset; ``URL@N`` is its generation N, the latest otherwise.
         split: samples of this split only; None takes all.
         fold: official split number, from 1, for datasets that have several (UCF101, HMDB51).
         subset: which samples of the split; None takes all.
         cache_folder: local folder that keeps whole remote shards; None reads byte ranges.
         cache_gib: upper bound of that folder, GiB.
+        keep_numbers: of an earlier generation, number the samples as they were, so that a run goes on with its
+            sequence: those of videos that were removed since are not read. Otherwise they are not among the samples.
 
     Raises:
         ConfigError: no such dataset, split or fold.
@@ -120,8 +129,10 @@ class ShardDataset:
         subset: Subset | None = None,
         cache_folder: str | None = None,
         cache_gib: float = 50.0,
+        keep_numbers: bool = False,
     ) -> None:
         self.url, self.split, self.fold, self.subset = url, split, fold, subset
+        self.keep_numbers = keep_numbers
         self.cache_folder, self.cache_gib = cache_folder, cache_gib
         dataset = self._open_files()
         self._open_rows(dataset, None)
@@ -137,11 +148,12 @@ class ShardDataset:
         rows = rows_of_split(self._catalog, dataset, fold, split)
         if subset is not None:
             rows = rows.taken(subset_mask(subset, rows, self._catalog, self._table))
-        self._choose(dataset, rows)
+        self._choose(dataset, self._without_removed(rows, dataset))
 
     def __getstate__(self) -> dict[str, object]:
-        arguments = ("url", "split", "fold", "subset", "cache_folder", "cache_gib")
-        return {name: self.__dict__[name] for name in (*arguments, "splits", "_rows", "_made", "_identity")}
+        arguments = ("url", "split", "fold", "subset", "cache_folder", "cache_gib", "keep_numbers")
+        kept = ("splits", "_rows", "_made", "_identity", "_removed", "_left_out")
+        return {name: self.__dict__[name] for name in (*arguments, *kept)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -155,12 +167,12 @@ class ShardDataset:
 
     def _open_files(self) -> Dataset:
         """The manifest, and what is needed to read files, none of which is open yet."""
-        self._store: Store = open_store(self.url)
+        self._store, dataset = open_dataset(self.url)
         self._files = OpenFiles()
         folder = Path(self.cache_folder) if self.cache_folder else None
         self._cache = ShardCache(folder, self.cache_gib) if folder and "://" in self.url else None
         self._host_files = HostFiles(folder)
-        return read_dataset(self._store)
+        return dataset
 
     def _open_rows(self, dataset: Dataset, made: _MadeRows | None) -> None:
         """Map the catalog, or make its rows, or take those that another process made."""
@@ -178,21 +190,39 @@ class ShardDataset:
             file=f"{self.url}/{SAMPLES_FILE}",
         )
 
+    def _without_removed(self, rows: Rows, dataset: Dataset) -> Rows:
+        """The rows without the clips of videos that later generations removed."""
+        self._removed = SharedArray(np.zeros(0, dtype=np.int64))
+        self._left_out = ""
+        ids = removed_since(self._store, dataset)
+        if not ids:
+            return rows
+        removed = rows_of_videos(self._table, ids)
+        if self.keep_numbers:
+            self._removed = SharedArray(removed)
+            return rows
+        self._left_out = digest(dump_removed(ids))  # the samples have other numbers
+        return rows.taken(~np.isin(rows.array(), removed))
+
     def _mapped_catalog(self, dataset: Dataset) -> Catalog:
         file = f"{self.url}/{CATALOG_FILE}"
         try:
-            head = load_head(self._store.read(CATALOG_FILE), dataset, file=file)
+            head = load_head(self._store.read(dataset.file(CATALOG_FILE)), dataset, file=file)
         except FileNotFoundError:
             raise ManifestError(f"{file}: does not exist; copy it too, or finalize again") from None
-        local = self._store.local_path(SAMPLES_FILE) is not None
-        if local and self._store.size(SAMPLES_FILE) != head.samples_bytes:
+        table = dataset.file(SAMPLES_FILE)
+        local = self._store.local_path(table) is not None
+        if local and self._store.size(table) != head.samples_bytes:
             raise ManifestError(
                 f"{self.url}/{SAMPLES_FILE}: does not belong to {DATASET_FILE}; finalize again"
             )
         file = f"{self.url}/{CATALOG_ROWS_FILE}"
         try:
             rows = self._host_files.path(
-                self._store, CATALOG_ROWS_FILE, identity=dataset.catalog_sha256, size=layout_of(head).end
+                self._store,
+                dataset.file(CATALOG_ROWS_FILE),
+                identity=dataset.catalog_sha256,
+                size=layout_of(head).end,
             )
         except FileNotFoundError:
             raise ManifestError(f"{file}: does not exist; copy it too, or finalize again") from None
@@ -207,7 +237,9 @@ class ShardDataset:
         self._ends = self._ends[held]
         self.classes = dataset.classes
         # Another split, fold or subset of the same shards is another training set.
-        part_of = [self.split, self.fold] + ([] if self.subset is None else [asdict(self.subset)])
+        part_of: list[object] = [self.split, self.fold]
+        part_of += [] if self.subset is None else [asdict(self.subset)]
+        part_of += ["without", self._left_out] if self._left_out else []
         self.fingerprint = digest(canonical([dataset.fingerprint, *part_of]))
 
     def __len__(self) -> int:
@@ -349,6 +381,14 @@ class ShardDataset:
         self._files.close()
         self._table.close()
 
+    def _is_removed(self, i: int) -> bool:
+        rows = self._removed.array
+        if not len(rows):
+            return False
+        row = self.row(i)
+        place = int(rows.searchsorted(row))
+        return place < len(rows) and int(rows[place]) == row
+
     def _checked(self, i: int) -> int:
         if not 0 <= i < self._length:
             raise IndexError(f"sample {i} of {len(self)}")
@@ -356,6 +396,8 @@ class ShardDataset:
 
     def _member(self, i: int, kind: str) -> bytes:
         shard = self.shards[self.shard_of(i)]
+        if self._is_removed(i):
+            raise RemovedError(shard.file, f"row {self.row(i)}", "its video was removed from the dataset")
         offset, length, crc32 = self._place(i, kind)
         if not length:
             raise self._failure(i, kind, "the sample has no such member")
@@ -402,47 +444,9 @@ class ShardDataset:
         return self._files.read(path, offset, length)
 
 
-def read_dataset(store: Store) -> Dataset:
-    """The manifest of a dataset.
-
-    Raises:
-        ConfigError: there is no finalized dataset at this place.
-        ManifestError: its manifest is damaged.
-    """
-    try:
-        data = store.read(DATASET_FILE)
-    except FileNotFoundError:
-        raise ConfigError(
-            f"holds no {DATASET_FILE}",
-            key="url",
-            value=store.url,
-            hint=f"is {store.url} a finalized shard dataset?",
-        ) from None
-    return load_dataset(data, file=f"{store.url}/{DATASET_FILE}")
-
-
-@contextmanager
-def read_samples(store: Store, dataset: Dataset, url: str) -> Iterator[Path]:
-    """The table of samples of a dataset as a local file: itself, or a copy that is removed at the end.
-
-    Raises:
-        ManifestError: it does not exist, or is not the one that the manifest describes.
-    """
-    file = f"{url}/{SAMPLES_FILE}"
-    with ExitStack() as held:
-        try:
-            path = held.enter_context(local_copy(store, SAMPLES_FILE))
-            found = file_sha256(path)
-        except FileNotFoundError:
-            raise ManifestError(f"{file}: does not exist; copy it too, or finalize its build again") from None
-        if found != dataset.samples_sha256:
-            raise ManifestError(f"{file}: does not belong to {DATASET_FILE}; finalize its build again")
-        yield path
-
-
 def fold_count(url: str) -> int:
     """How many official splits a dataset has; 0 where it has one only."""
-    return read_dataset(open_store(url)).folds
+    return open_dataset(url)[1].folds
 
 
 class _MadeRows(NamedTuple):

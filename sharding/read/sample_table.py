@@ -88,7 +88,10 @@ class SampleTable:
 
         try:
             path = self._host_files.path(
-                self._store, SAMPLES_FILE, identity=self._dataset.samples_sha256, size=self._size
+                self._store,
+                self._dataset.file(SAMPLES_FILE),
+                identity=self._dataset.samples_sha256,
+                size=self._size,
             )
             # The table is read for messages and reports alone, so that whoever needs none of it never pays for this.
             with path.open("rb") as file:

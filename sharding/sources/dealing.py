@@ -161,4 +161,5 @@ def _without_known(table: pa.Table) -> pa.Table:
     names = ("source", "start_seconds", "end_seconds")
     rows = list(zip(*(table.column(name).to_pylist() for name in names), strict=True))
     of_known = {row for row, is_known in zip(rows, known.tolist(), strict=True) if is_known}
-    return table.take([number for number, row in enumerate(rows) if row not in of_known])
+    wanted = [number for number, row in enumerate(rows) if row not in of_known]
+    return table.take(np.array(wanted, dtype=np.int64))

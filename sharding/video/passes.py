@@ -27,7 +27,16 @@ from cliplift.sharding.video.regular_frames import (
     timed_frames,
 )
 
-MOST_PASSES = 8  # decoders at once; windows that overlap k-fold take k of them
+# Windows that overlap k-fold take k decoders at once, for each begins behind the one before. A decoder keeps the
+# pictures that others refer to and those it has to put in order, 16 each at most, and there are usually fewer.
+FEWEST_PASSES, MOST_PASSES = 8, 64
+PICTURES_KEPT, DECODER_BYTES = 24, 512 << 20
+
+
+def most_passes(width_pixels: int, height_pixels: int) -> int:
+    """Decoders that may be under way in a video; beyond, a window is decoded from the start of the file."""
+    picture_bytes = max(1, 2 * width_pixels * height_pixels)
+    return min(MOST_PASSES, max(FEWEST_PASSES, DECODER_BYTES // (PICTURES_KEPT * picture_bytes)))
 
 
 class Pass:
@@ -148,7 +157,8 @@ class Passes:
         )
         if found is not None:
             return found
-        for one in [one for one in self._open if one.enters] or self._open[MOST_PASSES - 1 :]:
+        most = most_passes(self._open[0].stream.width, self._open[0].stream.height) if self._open else 1
+        for one in [one for one in self._open if one.enters] or self._open[most - 1 :]:
             self._open.remove(one)
             one.close()
         self._open.append(Pass(self._path, self._config, start=start, alive=self._alive))

@@ -164,6 +164,16 @@ def test_a_small_file_cannot_expand_to_a_large_one(tmp_path: Path) -> None:
         load_pretrained(tiny(), tmp_path / "stored.pt")
 
 
+def test_an_archive_that_cannot_be_listed_is_not_passed_on(tmp_path: Path) -> None:
+    """torch reads some archives that Python does not: what is in them would be inflated unseen."""
+    path = tmp_path / "names.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/é", b"0" * 1_000_000)
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xff\xff"))
+    with pytest.raises(ModelError, match=r"names\.pt: a damaged archive"):
+        load_pretrained(tiny(), path)
+
+
 def test_sources_that_are_not_weights_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"pretrained='nowhere\.pth': no such file"):
         load_pretrained(tiny(), "nowhere.pth")

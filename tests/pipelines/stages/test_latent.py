@@ -19,6 +19,7 @@ import torch
 from cliplift.configs.objectives import LatentConfig
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model, from_pretrained
+from cliplift.models.factory import save_pretrained
 from cliplift.models.video_vit.latent import LatentPrediction
 from cliplift.models.video_vit.positions import TokenGrid
 from cliplift.pipelines.checkpoints.saved import open_checkpoint
@@ -87,7 +88,7 @@ def pretrained(read: Read) -> Path:
 
 def test_it_learns_without_labels_and_leaves_the_teacher(pretrained: Path) -> None:
     metrics = json.loads((pretrained / "result.json").read_text())["metrics"]
-    assert {"loss", "samples"} <= metrics.keys()
+    assert metrics.keys() == {"loss", "samples", "feature_std", "effective_rank"}
     losses = logged(pretrained, "train/loss")
     assert len(losses) == 12
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
@@ -97,6 +98,35 @@ def test_it_learns_without_labels_and_leaves_the_teacher(pretrained: Path) -> No
         np.array_equal(saved[name].double().numpy(), value) for name, value in parts["teacher"].items()
     )
     assert any(not np.array_equal(parts["encoder"][name], value) for name, value in parts["teacher"].items())
+
+
+def test_the_alarm_sounds_for_a_constant_encoder_and_for_no_other(
+    read: Read, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever it sees, an encoder whose last LN has no weights gives its biases."""
+    said = []
+    for scale in (0.0, 1.0):
+        torch.manual_seed(3)
+        encoder = create_model("vjepa2_large_16", num_classes=0, in_frames=8, crop=32, **TINY)
+        with torch.no_grad():
+            encoder.norm.weight.mul_(scale)  # type: ignore[union-attr, operator]
+            encoder.norm.bias.normal_()  # type: ignore[union-attr, operator]
+        options = TINY | {"crop": 32}
+        save_pretrained(encoder, tmp_path / f"{scale}", name="vjepa2_large_16", options=options, extra={})
+        run = read(
+            f"constant{scale}", f"initialise_from={tmp_path}/{scale}", "optim.lr=1e-30", "schedule.steps=2"
+        )
+        folder = run_stage(run, command=[]).folder
+        said.append([line for line in capsys.readouterr().out.splitlines() if "may have collapsed" in line])
+        stds = logged(folder, "train/feature_std") + logged(folder, "eval/feature_std")
+        assert len(stds) == 3
+        assert max(stds) < 1e-5 if scale == 0 else min(stds) > 0.05
+    constant, healthy = said
+    assert [line.split(": ")[1] for line in constant] == ["step 1", "step 2"], "in training, and evaluated"
+    assert "train/feature_std is" in constant[0]
+    assert "eval/feature_std is" in constant[1]
+    assert "raise latent.teacher_momentum" in constant[0]
+    assert healthy == []
 
 
 def test_a_classifier_starts_from_the_runs_teacher(pretrained: Path) -> None:
@@ -316,7 +346,9 @@ def test_operations_are_three_times_the_students_and_once_the_teachers(read: Rea
     assert stage.flops_per_clip == pytest.approx(2 * (3 * student + encoder(tokens)), rel=1e-6)
 
 
-@pytest.mark.parametrize("more", [[], DENSE], ids=["plain", "dense"])
+@pytest.mark.parametrize(
+    "more", [pytest.param([], id="plain"), pytest.param(DENSE, marks=pytest.mark.slow, id="dense")]
+)
 def test_the_memory_plan_has_the_teacher_as_a_weight_without_an_optimizer(
     more: list[str], read: Read
 ) -> None:
@@ -364,13 +396,41 @@ def test_evaluation_is_the_mean_over_clips(more: list[str], read: Read) -> None:
 
 
 def test_a_probe_of_the_teacher_chooses_the_weights(read: Read, place: Path) -> None:
+    """An attentive one, trained at each evaluation on a schedule; what is pretrained does not notice."""
+    attentive = {"lrs": [3e-3, 1e-4], "weight_decays": [0.1], "epochs": 1, "batch": 6, "depth": 2, "heads": 2}
     settings = {"shards": f"{place}/shards/actions", "neighbours": 1, "linear_steps": 5}
-    more = [f"probe={json.dumps(settings)}", "evaluation.every_steps=2", "schedule.steps=4"]
-    folder = run_stage(read("probed", *more), command=[]).folder
-    found = logged(folder, "eval/probe_knn_accuracy")
-    assert len(found) == 2
+    more = ["evaluation.every_steps=2", "schedule.steps=4", "optim.lr=0.003"]
+    losses = []
+    for name, probed in (("plain", settings), ("attentive", settings | {"attentive": attentive})):
+        folder = run_stage(read(f"probed-{name}", f"probe={json.dumps(probed)}", *more), command=[]).folder
+        losses.append(logged(folder, "train/loss"))
+    assert losses[0] == losses[1]
     result = json.loads((folder / "result.json").read_text())["metrics"]
-    assert result["probe_knn_accuracy"] == max(found)
+    found = logged(folder, "eval/probe_attentive_accuracy")
+    assert len(found) == 2
+    assert result["probe_attentive_accuracy"] == max(found)
+    assert 0 <= result["probe_attentive_median_accuracy"] <= result["probe_attentive_accuracy"] <= 1
+    assert result["probe_attentive_lr"] in attentive["lrs"]
+    assert result["probe_attentive_weight_decay"] == 0.1
+    assert {"probe_knn_accuracy", "probe_linear_accuracy"} <= result.keys()
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "said"),
+    [
+        ({"heads": 5}, "probe.attentive.heads", "multiple of heads"),
+        ({"batch": 400}, "probe.attentive.batch", "more than"),
+    ],
+)
+def test_a_probe_that_does_not_fit_is_refused(
+    settings: dict[str, int], key: str, said: str, read: Read, place: Path
+) -> None:
+    probed = {"shards": f"{place}/shards/actions", "linear_steps": 0, "attentive": {"heads": 2} | settings}
+    stage = stage_of(read, f"probe={json.dumps(probed)}", "evaluation.max_samples=2")
+    stage.module.eval()
+    with pytest.raises(ConfigError, match=said) as caught:
+        stage.evaluate(topology=ONE_RANK)
+    assert caught.value.key == key
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ def test_verify_decodes_what_a_checksum_cannot_judge(six: Path, tmp_path: Path) 
 
     from cliplift.sharding.build.finalize import describe
     from cliplift.sharding.manifest import dump_dataset, dump_index
-    from cliplift.sharding.read.reader import read_dataset
+    from cliplift.sharding.read.generations import read_dataset
     from cliplift.sharding.storage import open_store
 
     copy = _spoiled(six, tmp_path, lambda data, _: bytes(data))

@@ -91,6 +91,19 @@ def test_overlapping_windows_take_a_decode_for_each_layer(tmp_path: Path, decode
     assert clips == each_from_the_start(path, OVERLAPPING)
 
 
+def test_windows_that_overlap_many_times_take_no_more(tmp_path: Path, decoded: list[int]) -> None:
+    """1 s every 0.1 s: ten layers, each of which passes over the video once."""
+    cut(film(tmp_path / "x.ts", *CODECS["ts"]), [(0.1 * k, 0.1 * k + 1.0) for k in range(50)])
+    assert len(decoded) <= 10 * FRAMES
+
+
+def test_decoders_of_large_pictures_are_fewer() -> None:
+    assert passes.most_passes(320, 240) == passes.MOST_PASSES
+    assert passes.most_passes(1920, 1080) == passes.FEWEST_PASSES
+    between = passes.most_passes(640, 480)
+    assert between * passes.PICTURES_KEPT * 640 * 480 * 2 <= passes.DECODER_BYTES
+
+
 @pytest.mark.parametrize(
     "spans",
     [
