@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.configs.supervision import CorrespondenceConfig
+from cliplift.models import create_model
 from cliplift.models.correspondence import FeaturePredictor
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.stages import feature_targets
@@ -282,3 +283,37 @@ def test_two_teachers_count_the_same_whatever_their_widths(options: dict[str, ob
     else:
         expected = 1 - sum(F.cosine_similarity(g, t, dim=-1).mean() for g, t in split) / 2
     torch.testing.assert_close(net(inputs)["loss"], expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"objective": "bank", "order_negatives": 1}, {"objective": "regression"}],
+    ids=["bank", "regression"],
+)
+def test_a_clips_loss_is_the_same_to_the_last_bit_whichever_clips_stand_beside_it(
+    options: dict[str, object],
+) -> None:
+    """Eight clips in two passes of four: as one process takes them, and as two ranks do, every other clip each."""
+    torch.manual_seed(0)
+    student = create_model("video_vit_tiny_8", num_classes=0, in_frames=8)
+    predictor = FeaturePredictor(student.feature_dim, 64, steps=4, from_map=False)
+    config = CorrespondenceConfig.model_validate({"time_steps": 4, **options})
+    net = FeatureTransfer(student, predictor, config, widths=(24, 40))
+    clips, features, rows = torch.randn(8, 3, 8, 32, 32), torch.randn(20, 4, 64), torch.arange(20)
+    shared = {
+        "bank": unit_parts(features, (24, 40)).half(),
+        "bank_videos": rows,
+        "orders": other_orders(4, config.order_negatives, seed=0, step=0),
+    }
+
+    def losses(*passes: list[int]) -> Tensor:
+        found = torch.zeros(8)
+        for which in passes:
+            own = torch.tensor(which)
+            inputs = {"clips": clips[own], "targets": features[own], "own": own, "clip_videos": own, **shared}
+            found[own] = net(inputs)["loss_of_clip"]
+        return found
+
+    one = losses([0, 1, 2, 3], [4, 5, 6, 7])
+    assert torch.equal(one, losses([0, 2, 4, 6], [1, 3, 5, 7]))
+    assert len(one.unique()) == 8
