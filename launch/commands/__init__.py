@@ -5,4 +5,15 @@ Read first ``command`` (what a command is) and ``subject`` (from its words to th
 """
 
 # The files that hold commands, in the order of `cliplift --help`. A new file is one more name here.
-MODULES = ("shard", "generations", "train", "apply", "models", "check", "submit", "bench", "doctor", "demo")
+MODULES = (
+    "shard",
+    "generations",
+    "train",
+    "apply",
+    "models",
+    "check",
+    "submit",
+    "bench",
+    "doctor",
+    "demo",
+)
