@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cliplift.configs.sections import ConfigError
+from cliplift.models.weight_files import WrittenFile
 from cliplift.pipelines.checkpoints import folder as folders
 from cliplift.pipelines.checkpoints import saved as opened
 from cliplift.pipelines.checkpoints import saver as saving
@@ -239,6 +240,39 @@ def test_another_rank_writes_its_own_files_alone(tmp_path: Path, monkeypatch: py
     with pytest.raises(CheckpointError, match="rank 0: No space left"):
         saver.save(tmp_path, snapshot(4), keep_last=1)
     assert partial.exists(), "rank 0 removes it"
+
+
+@pytest.mark.parametrize("second_wrote", [True, False])
+def test_the_threads_of_two_ranks_seal_what_both_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second_wrote: bool
+) -> None:
+    """Rank 0, and a second rank that is played: its thread sends what it wrote, or that it wrote nothing."""
+    second = {"parameters-rank1.safetensors": WrittenFile(size_bytes=8, crc32=9)}
+
+    def all_gather(parts: list[Any], own: Any, *, group: Any) -> None:
+        assert group == "the threads'"
+        assert len(parts) == 2
+        parts[:] = [own, second if second_wrote else None]
+
+    monkeypatch.setattr(saving.dist, "new_group", lambda **_: "the threads'")
+    monkeypatch.setattr(saving.dist, "all_gather_object", all_gather)
+    monkeypatch.setattr(saving, "gather_objects", lambda items, _: items)
+    saver = Saver(Topology(rank=0, world_size=2, local_rank=0, device=CPU), asynchronous=True)
+    path = saver.save(tmp_path, snapshot(5), keep_last=1)
+    saver.wait()
+    assert isinstance(path, Path)
+    assert path.exists() == second_wrote
+    if second_wrote:
+        listed = json.loads((path / "COMPLETE.json").read_text())["files"]
+        own = {f"{kind}-rank0.safetensors" for kind in ("buffers", "optimizer", "parameters", "random")}
+        assert set(listed) == {*own, *second, "state.json"}
+
+
+def test_of_several_failures_the_first_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = ["rank 1: No space left", "rank 3: Input/output error"]
+    monkeypatch.setattr(saving, "gather_objects", lambda *_: failures)
+    with pytest.raises(CheckpointError, match=r"could not be written \(rank 1: No space left\)"):
+        Saver(ALONE, asynchronous=False).save(tmp_path, snapshot(1), keep_last=1)
 
 
 def test_flipped_cut_and_missing_files_are_damage(tmp_path: Path) -> None:
