@@ -199,7 +199,7 @@ def test_recomputed_blocks_change_no_loss(
     """A stage's module wraps the network that names its blocks; recomputation finds it there."""
 
     class Real(worker.Task):  # type: ignore[misc, name-defined]
-        def __init__(self, poison_step: int | None = None) -> None:
+        def __init__(self, poison_step: int | None = None, *, run: Any = None) -> None:
             super().__init__()
             self.module = classifier()
 
