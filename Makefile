@@ -6,9 +6,11 @@ TORCH ?= torch==2.13.0
 TORCHCODEC ?= torchcodec==0.13.*
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Test processes side by side. Tests that measure something or start many processes share one of them.
-JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+# Test processes side by side: for the fast tests one more than cores, as there is always one that waits for processes of
+# its own; the slow ones keep every core busy. Tests that measure something or start many processes share one.
+JOBS ?=
+CORES := $(shell nproc 2>/dev/null || echo 2)
+PYTEST := $(BIN)/python -m pytest --dist loadgroup --no-loadscope-reorder -n
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO ?=
 
@@ -52,17 +54,17 @@ demo: $(VENV)/teachers.stamp ## raw clips to a finetuned, evaluated model and a 
 	$(BIN)/cliplift demo $(DEMO)
 
 test: $(VENV)/dev.stamp ## the fast tests (real videos, real DeepSpeed processes), at most ten minutes
-	$(PYTEST)
+	$(PYTEST) $(or $(JOBS),$(shell expr $(CORES) + 1))
 
 extras: $(VENV)/extras.stamp ## install what the optional parts need (Ray, shot detection, optical flow, torchcodec)
 
 TESTS ?=
 
 test-slow: $(VENV)/dev.stamp ## the tests that take up to minutes each; needs `make extras` for those of optional parts
-	$(PYTEST) -m "slow and not exhaustive and not gpu and not cluster" $(TESTS)
+	$(PYTEST) $(or $(JOBS),$(CORES)) -m "slow and not exhaustive and not gpu and not cluster" $(TESTS)
 
 test-exhaustive: $(VENV)/dev.stamp ## the slow tests on every further case: hours
-	$(PYTEST) -m "exhaustive and not gpu and not cluster" $(TESTS)
+	$(PYTEST) $(or $(JOBS),$(CORES)) -m "exhaustive and not gpu and not cluster" $(TESTS)
 
 test-cluster: $(VENV)/dev.stamp ## two hosts in network namespaces and a real Slurm; needs root
 	$(BIN)/python -m pytest -m cluster

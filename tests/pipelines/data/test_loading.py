@@ -454,6 +454,7 @@ def test_a_damaged_catalog_stops_the_run_where_it_is_read(shards: str, tmp_path:
         loader.close()
 
 
+@pytest.mark.slow
 def test_a_dataset_without_a_catalog_gives_the_same_clips(shards: str, tmp_path: Path) -> None:
     """As version 1 of the format was; a run that began on it goes on after `cliplift finalize`."""
     copy = Path(shutil.copytree(shards, tmp_path / "copy"))

@@ -126,6 +126,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_is_said_and_leaves_no_half(tmp_path: Path) -> None:
     case = json.dumps({"output": str(tmp_path)})
     done = subprocess.run(

@@ -86,6 +86,7 @@ def pretrained(read: Read) -> Path:
     return result.folder
 
 
+@pytest.mark.slow
 def test_it_learns_without_labels_and_leaves_the_teacher(pretrained: Path) -> None:
     metrics = json.loads((pretrained / "result.json").read_text())["metrics"]
     assert metrics.keys() == {"loss", "samples", "feature_std", "effective_rank"}
@@ -129,6 +130,7 @@ def test_the_alarm_sounds_for_a_constant_encoder_and_for_no_other(
     assert healthy == []
 
 
+@pytest.mark.slow
 def test_a_classifier_starts_from_the_runs_teacher(pretrained: Path) -> None:
     classifier = create_model("vjepa2_large_16", num_classes=3, in_frames=8, crop=32, probe_heads=2, **TINY)
     initialise_from(classifier, str(pretrained))
@@ -239,6 +241,7 @@ def test_the_released_rule_depends_on_the_micro_batch(read: Read) -> None:
     assert found[0] != found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model", [pytest.param([], id="plain"), pytest.param(DENSE, marks=pytest.mark.slow, id="dense")]
 )
@@ -395,6 +398,7 @@ def test_evaluation_is_the_mean_over_clips(more: list[str], read: Read) -> None:
     assert [row[1] for row in rows] == pytest.approx(sorted(losses, reverse=True)[:2], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_probe_of_the_teacher_chooses_the_weights(read: Read, place: Path) -> None:
     """An attentive one, trained at each evaluation on a schedule; what is pretrained does not notice."""
     attentive = {"lrs": [3e-3, 1e-4], "weight_decays": [0.1], "epochs": 1, "batch": 6, "depth": 2, "heads": 2}

@@ -139,6 +139,7 @@ def test_clips_are_reproducible_and_differ(split: str) -> None:
     assert np.abs(first.astype(int) - other).mean() > 5
 
 
+@pytest.mark.slow
 def test_files_do_not_depend_on_the_number_of_workers(tmp_path) -> None:
     options = {
         "train_per_class": 1,

@@ -440,6 +440,7 @@ def _fuzz(folder: Path, output: Path, count: int, make_run: Callable[..., ShardR
     return report.refused
 
 
+@pytest.mark.slow
 def test_fuzzed_files_are_all_accounted_for(tmp_path: Path, make_run: Callable[..., ShardRun]) -> None:
     refused = _fuzz(tmp_path, tmp_path / "out", 70, make_run)
     assert sum(refused.values()) > 10
