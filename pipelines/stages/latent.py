@@ -44,7 +44,6 @@ from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.task import (
     MovingTeacher,
-    NetworkStage,
     SavedModel,
     StageModule,
     data_card,
@@ -61,8 +60,7 @@ from cliplift.pipelines.probes.collapse import (
     sampled_tokens,
 )
 from cliplift.pipelines.probes.pooled import probe
-from cliplift.pipelines.runs.tracking import ClipTable
-from cliplift.pipelines.stages.masked import pretraining_options
+from cliplift.pipelines.stages.masked import HiddenTokensStage, pretraining_options
 from cliplift.pipelines.stages.matching import send_to_device
 from cliplift.pipelines.stages.starting_weights import freeze_named, initialise_from
 
@@ -157,15 +155,12 @@ class FeaturePrediction(nn.Module):
         return cast(Prediction, self.prediction(inputs["clips"], masks, weight))
 
 
-class LatentStage(NetworkStage[PretrainRun]):
+class LatentStage(HiddenTokensStage):
     """Latent prediction as a stage. Its loss does not tell which weights are best: it rises while features improve. So
     a probe chooses the checkpoint, and without one the last is the result."""
 
-    needs_labels, needs_videos = False, 1
-
     def __init__(self, run: PretrainRun, *, classes: Sequence[str], topology: Topology) -> None:
         super().__init__(run, classes=classes, topology=topology)
-        self._last: list[tuple[str, float]] = []
         self._alarm = CollapseAlarm(std=run.latent.alarm_std, rank_share=run.latent.alarm_rank_share)
 
     def build_module(self, *, weights: bool) -> StageModule:
@@ -251,12 +246,6 @@ class LatentStage(NetworkStage[PretrainRun]):
     def alarm(self, numbers: Mapping[str, float | None]) -> str | None:
         """Of a collapse; see :mod:`cliplift.pipelines.probes.collapse`."""
         return self._alarm.look(numbers)
-
-    def clip_table(self, rows: int) -> ClipTable | None:
-        """Clips of the last evaluation, those first that were predicted worst."""
-        if not self._last:
-            return None
-        return ("key", "loss"), sorted(self._last, key=lambda clip: -clip[1])[:rows]
 
     @cached_property
     def flops_per_clip(self) -> float | None:

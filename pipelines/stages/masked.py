@@ -156,16 +156,28 @@ class PixelReconstruction(nn.Module):
         return cast(Reconstruction, self.autoencoder(**inputs))
 
 
-class MaskedStage(NetworkStage[PretrainRun]):
-    """Masked autoencoding as a stage. ``skill`` is 1 - loss / variance of the targets: 0 predicts their mean, 1 is
-    perfect."""
+class HiddenTokensStage(NetworkStage[PretrainRun]):
+    """What masked pretraining and latent prediction share: no labels, and a loss of each clip, the worst of which are
+    shown."""
 
-    best_metric = "skill"
     needs_labels, needs_videos = False, 1
 
     def __init__(self, run: PretrainRun, *, classes: Sequence[str], topology: Topology) -> None:
         super().__init__(run, classes=classes, topology=topology)
-        self._last: list[tuple[str, float]] = []
+        self._last: list[tuple[str, float]] = []  # (key, loss) of the clips of the last evaluation
+
+    def clip_table(self, rows: int) -> ClipTable | None:
+        """Clips of the last evaluation, those first that were predicted worst."""
+        if not self._last:
+            return None
+        return ("key", "loss"), sorted(self._last, key=lambda clip: -clip[1])[:rows]
+
+
+class MaskedStage(HiddenTokensStage):
+    """Masked autoencoding as a stage. ``skill`` is 1 - loss / variance of the targets: 0 predicts their mean, 1 is
+    perfect."""
+
+    best_metric = "skill"
 
     def build_module(self, *, weights: bool) -> StageModule:
         run = self.run
@@ -219,12 +231,6 @@ class MaskedStage(NetworkStage[PretrainRun]):
         if self.run.probe is not None:
             metrics |= probe(self.built.network, self.run, self.run.probe, topology=topology)
         return metrics
-
-    def clip_table(self, rows: int) -> ClipTable | None:
-        """Clips of the last evaluation, those first that were predicted worst."""
-        if not self._last:
-            return None
-        return ("key", "loss"), sorted(self._last, key=lambda clip: -clip[1])[:rows]
 
     @cached_property
     def flops_per_clip(self) -> float | None:
