@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
+from cliplift.sharding.storage import LocalStore
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +62,29 @@ def built(make_run: Callable[..., ShardRun], tmp_path_factory: pytest.TempPathFa
 def dataset(built: Path, tmp_path: Path) -> Path:
     """A copy of the finished dataset, to damage."""
     return Path(shutil.copytree(built, tmp_path / "tiny"))
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractContextManager[None]]:
+    """Within ``stop_after(n)`` a local store takes n files, and the process is interrupted at the next."""
+
+    @contextmanager
+    def within(files: int) -> Iterator[None]:
+        left = files
+
+        def counted(done: Callable[..., None]) -> Callable[..., None]:
+            def call(*arguments: Any) -> None:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    raise KeyboardInterrupt
+                done(*arguments)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for verb in ("write", "publish"):
+                patch.setattr(LocalStore, verb, counted(getattr(LocalStore, verb)))
+            yield
+
+    return within

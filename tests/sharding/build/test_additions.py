@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.build.verify import verify
 from cliplift.sharding.manifest import DATASET_FILE
 from cliplift.sharding.read.reader import ShardDataset
-from cliplift.sharding.storage import LocalStore
+
+StopAfter = Callable[[int], AbstractContextManager[None]]
 
 MakeRun = Callable[..., ShardRun]
 
@@ -63,7 +65,7 @@ def hide(videos: Path, *names: str) -> Callable[[], None]:
 
 
 def test_new_videos_become_a_generation_and_old_shards_stay(
-    make_run: MakeRun, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_run: MakeRun, videos: Path, tmp_path: Path, stop_after: StopAfter
 ) -> None:
     out = tmp_path / "out"
     bring_back = hide(videos, "recede/2.mp4", "recede/3.mp4", "approach/3.mp4")
@@ -83,26 +85,10 @@ def test_new_videos_become_a_generation_and_old_shards_stay(
     report = run_shard(run, add=True, phases=("plan", "build"))
     assert (report.shards_total, report.shards_built) == (1, 1)
     before = contents(out)
-    left = 0
-
-    def step(done: Callable[..., None]) -> Callable[..., None]:
-        def call(*arguments: Any) -> None:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-            done(*arguments)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        for verb in ("write", "publish"):
-            patch.setattr(LocalStore, verb, step(getattr(LocalStore, verb)))
-        for steps in range(9):
-            left = steps
-            with pytest.raises(KeyboardInterrupt):
-                run_shard(run, add=True, phases=("finalize",))
-            assert contents(out)[DATASET_FILE] == before[DATASET_FILE]
+    for files in range(9):
+        with stop_after(files), pytest.raises(KeyboardInterrupt):
+            run_shard(run, add=True, phases=("finalize",))
+        assert contents(out)[DATASET_FILE] == before[DATASET_FILE]
     report = run_shard(run, add=True)
     assert report.dataset is not None
     assert report.verified is not None

@@ -6,6 +6,7 @@ import dataclasses
 import pickle
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,9 @@ from cliplift.sharding.read.reader import ShardDataset
 from cliplift.sharding.read.selection import Rows
 from cliplift.sharding.read.shared import SENT_BYTES
 from cliplift.sharding.read.subsets import Subset
-from cliplift.sharding.storage import LocalStore, open_store
+from cliplift.sharding.storage import open_store
+
+StopAfter = Callable[[int], AbstractContextManager[None]]
 
 ROWS, PER_SHARD = 10_000, 700  # three blocks, shards that blocks cut
 VIDEO_ROWS, GROUP_ROWS = 3, 21  # that follow each other and are of one video, and of one group
@@ -233,34 +236,16 @@ def test_the_command_upgrades(
         assert error in line
 
 
-def test_a_catalog_half_written_is_not_used(
-    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_catalog_half_written_is_not_used(old: Path, tmp_path: Path, stop_after: StopAfter) -> None:
     """Whatever file a killed process got to, the dataset is the one before; the manifest comes last."""
     folder = Path(shutil.copytree(old, tmp_path / "killed"))
-    whole_write, whole_publish = LocalStore.write, LocalStore.publish
-    left = 0
-
-    def step(done: Callable[..., None]) -> Callable[..., None]:
-        def call(*arguments: Any) -> None:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-            done(*arguments)
-
-        return call
-
-    monkeypatch.setattr(LocalStore, "write", step(whole_write))
-    monkeypatch.setattr(LocalStore, "publish", step(whole_publish))
-    for steps in range(3):
-        left = steps
-        with pytest.raises(KeyboardInterrupt):
+    for files in range(3):
+        with stop_after(files), pytest.raises(KeyboardInterrupt):
             add_catalog(str(folder))
         assert (folder / DATASET_FILE).read_bytes() == (old / DATASET_FILE).read_bytes()
         assert ShardDataset(str(folder))._made is not None, "read as version 1"
-    left = 3
-    add_catalog(str(folder))
+    with stop_after(3):
+        add_catalog(str(folder))
     assert ShardDataset(str(folder))._made is None
     assert ShardDataset(str(folder)).fingerprint == ShardDataset(str(old)).fingerprint
 

@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from cliplift.sharding.read.difference import compare
 from cliplift.sharding.read.generations import named_generation, open_dataset
 from cliplift.sharding.read.reader import RemovedError, ShardDataset
 from cliplift.sharding.read.subsets import Subset
-from cliplift.sharding.storage import LocalStore, open_store
+from cliplift.sharding.storage import open_store
+
+StopAfter = Callable[[int], AbstractContextManager[None]]
 
 CLIPS, PER_SHARD = 24, 5
 CLASSES = ("a", "b", "c")
@@ -149,32 +152,17 @@ def test_removing_again_changes_nothing_and_all_is_refused(url: str) -> None:
 
 
 def test_killed_at_any_write_the_dataset_is_one_generation_or_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, stop_after: StopAfter
 ) -> None:
     whole = write(tmp_path / "whole")
     killed = write(tmp_path / "killed")
     remove_videos(whole, ["v2"])
-    left = 0
-
-    def step(done: Callable[..., None]) -> Callable[..., None]:
-        def call(*arguments: Any) -> None:
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise KeyboardInterrupt
-            done(*arguments)
-
-        return call
-
-    for verb in ("write", "publish"):
-        monkeypatch.setattr(LocalStore, verb, step(getattr(LocalStore, verb)))
-    for steps in range(7):
-        left = steps
-        with pytest.raises(KeyboardInterrupt):
+    for files in range(7):
+        with stop_after(files), pytest.raises(KeyboardInterrupt):
             remove_videos(killed, ["v2"])
         assert numbers(ShardDataset(killed)) == of(None), "the manifest at the root comes last"
-    left = 7
-    remove_videos(killed, ["v2"])
+    with stop_after(7):
+        remove_videos(killed, ["v2"])
     assert contents(killed) == contents(whole)
 
 
