@@ -38,6 +38,7 @@ from cliplift.models.weight_files import (
 )
 
 FLAT_PREFIX = "2d:"
+TRAINED_INPUT = ("frame_stride", "crop_height", "crop_width")  # of the training, not of the architecture
 FILES = [WEIGHTS, "model-*-of-*.safetensors", INDEX, CONFIG]  # of an export folder
 MEMBERS = (*VideoNetwork.__annotations__, *(name for name in vars(VideoNetwork) if not name.startswith("_")))
 
@@ -204,6 +205,7 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
         )
 
     options, extra, classes = config.get("options", {}), config.get("extra", {}), config.get("num_classes")
+    clip = config.get("input", {})
     named = extra.get("classes") if isinstance(extra, dict) else None
     checks = {
         "name": isinstance(config["name"], str),
@@ -212,6 +214,8 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
         or (number(config["in_frames"]) and config["in_frames"] > 0),
         "options": isinstance(options, dict) and all(map(option, options.values())),
         "extra": isinstance(extra, dict),
+        "input": isinstance(clip, dict)
+        and all(number(clip.get(k, 1)) and clip.get(k, 1) for k in TRAINED_INPUT),
         "extra.classes": not named
         or (isinstance(named, list) and all(isinstance(name, str) for name in named)),
     }
@@ -238,6 +242,8 @@ def from_pretrained(
     }
     model = create_model(config["name"], num_classes=classes, in_frames=config.get("in_frames"), **options)
     load_pretrained(model, folder)
+    given = {key: value for key, value in config.get("input", {}).items() if key in TRAINED_INPUT}
+    model.input_spec = dataclasses.replace(model.input_spec, **given)
     return model.eval()
 
 

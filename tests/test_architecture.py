@@ -67,7 +67,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"engine"},
         {"evaluation"},
         {"probes"},
-        {"stages", "report"},
+        {"stages", "report", "api"},
         {"cost"},
     ],
     "launch": [{"jobs"}, {"check"}, {"commands"}, {"cli"}],
@@ -218,7 +218,7 @@ def test_every_package_is_in_the_wheel(repository: Path) -> None:
         "cliplift." + ".".join(path.parent.relative_to(repository).parts)
         for package in PACKAGES
         for path in (repository / package).rglob("__init__.py")
-    }
+    } | {"cliplift"}
     assert set(project["tool"]["setuptools"]["packages"]) == found
     for package in PACKAGES:
         assert (repository / package / "py.typed").is_file()
@@ -251,7 +251,7 @@ def test_the_wheel_holds_code_recipes_and_types(repository: Path, tmp_path: Path
     expected = {
         f"cliplift/{name}"
         for name in tracked
-        if name.split("/")[0] in PACKAGES and (repository / name).is_file()
+        if (name.split("/")[0] in PACKAGES or name == "__init__.py") and (repository / name).is_file()
     }
     assert expected <= held, f"missing from the wheel: {sorted(expected - held)}"
     outside = {name for name in held if not name.startswith(("cliplift/", "cliplift-"))}
@@ -285,6 +285,25 @@ def test_configs_and_sharding_need_no_torch(tmp_path: Path) -> None:
         "import sys, cliplift.configs.runs, cliplift.sharding.read.reader, cliplift.sharding.build.run\n"
         "import cliplift.launch.cli\n"
         "assert 'torch' not in sys.modules and 'deepspeed' not in sys.modules\n"
+    )
+    done = run_python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_package_itself_imports_nothing(tmp_path: Path) -> None:
+    """``import cliplift`` costs nothing; each of its names is found when it is used."""
+    code = (
+        "import sys\n"
+        "before = set(sys.modules)\n"
+        "import cliplift as cl\n"
+        "new = {name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)\n"
+        "assert new == {'cliplift'}, new\n"
+        "assert [name for name in cl.__all__ if not hasattr(cl, name)] == []\n"
+        "assert set(cl.__all__) <= set(dir(cl)) and cl.models.list_models is cl.list_models\n"
+        "assert cl.__version__.count('.') == 2\n"
+        "try: cl.lode\n"
+        "except AttributeError as error: assert 'lode' in str(error)\n"
+        "else: raise AssertionError\n"
     )
     done = run_python(code, tmp_path)
     assert done.returncode == 0, done.stderr

@@ -27,7 +27,7 @@ ENV PIP_NO_CACHE_DIR=1 \
 RUN pip install "${TORCH}" ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"}
 
 WORKDIR /opt/cliplift
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE __init__.py ./
 COPY configs configs
 COPY models models
 COPY sharding sharding

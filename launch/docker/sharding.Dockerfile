@@ -18,7 +18,7 @@ ENV PIP_NO_CACHE_DIR=1 \
 RUN pip install "${TORCH}" --index-url "${TORCH_INDEX}"
 
 WORKDIR /opt/cliplift
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE __init__.py ./
 COPY configs configs
 COPY models models
 COPY sharding sharding

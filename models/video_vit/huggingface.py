@@ -208,10 +208,10 @@ def _check_vjepa2(model: VideoViT, predictor: LatentPredictor | None) -> None:
 
 
 def _square(model: VideoViT) -> int:
-    spec = model.input_spec
-    if spec.crop_height != spec.crop_width:
+    _, rows, columns = model.native_grid
+    if rows != columns:
         raise ModelError("transformers needs a square crop")
-    return spec.crop_height
+    return rows * model.patch
 
 
 def _videomae_config(model: VideoViT) -> Config:

@@ -20,7 +20,7 @@ from cliplift.pipelines.data.clip_plan import cut, view_boxes, view_frames
 from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.sources.files import find_files, sort_out, warn_left_out
 from cliplift.sharding.storage import StorageError, is_out_of_space, open_store
-from cliplift.sharding.video.decode import VideoDecodeError, decode_frames, probe
+from cliplift.sharding.video.decode import Frames, VideoDecodeError, decode_frames, probe
 from cliplift.sharding.video.flow import decode_flow, flow_member
 from cliplift.sharding.video.transcode import EncodedClip, SpanCutter, transcode_span
 
@@ -94,7 +94,11 @@ def clips_of_stored(stored: EncodedClip, data: DataConfig) -> ClipBatch:
         frames = decode_flow(member, range(stored.checked.frames), decoder=data.decoder)
     else:
         frames = decode_frames(stored.data, range(stored.checked.frames), decoder=data.decoder)
-    fps = float(stored.checked.fps)
+    return clips_of_frames(frames, data, fps=float(stored.checked.fps))
+
+
+def clips_of_frames(frames: Frames, data: DataConfig, *, fps: float) -> ClipBatch:
+    """All test views of a decoded video (N, H, W, C) of a constant rate, frames/s."""
     clips = view_frames(
         data.sampling,
         num_frames=len(frames),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Generic, Protocol, TypedDict, TypeVar, runtime_checkable
 
 import torch
@@ -14,8 +16,9 @@ from torch.optim import Optimizer
 from cliplift.configs.data import DataConfig
 from cliplift.configs.runs import ClassificationRun
 from cliplift.configs.training import TrainingRun
+from cliplift.models.factory import save_pretrained
 from cliplift.models.layers import checkpoint_blocks
-from cliplift.models.protocol import VideoNetwork
+from cliplift.models.protocol import InputSpec, VideoNetwork
 from cliplift.models.registry import model_entry
 from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.batch import ClipBatch
@@ -307,6 +310,37 @@ def data_card(run: TrainingRun, data: DataConfig) -> ModelCard:
         "resize_short_side_pixels": data.resize_short_side_pixels,
         "normalize_brightness": data.augment.normalize_brightness,
     }
+
+
+def trained_input(spec: InputSpec, data: DataConfig) -> InputSpec:
+    """A network's input as it was trained, in place of its architecture's: crop, and the stride where there is one.
+
+    Segments have no stride; ``frames`` and the normalisation are the network's own already.
+    """
+    sampling = data.sampling
+    stride = sampling.stride if sampling.mode == "dense" else spec.frame_stride
+    crop = data.crop_pixels
+    return dataclasses.replace(spec, frame_stride=stride, crop_height=crop, crop_width=crop)
+
+
+def save_trained(saved: SavedModel, folder: Path, *, run: TrainingRun, **card: object) -> None:
+    """Write the weights that a run leaves, and beside them the clips that they were trained on.
+
+    Args:
+        saved: the network and what is written beside it.
+        folder: made if it is not there.
+        run: whose data it was trained on.
+        card: further facts.
+    """
+    saved.network.input_spec = trained_input(saved.network.input_spec, run.data)
+    save_pretrained(
+        saved.network,
+        folder,
+        name=run.model.name,
+        options=dict(saved.options),
+        extra=dict(saved.card) | card,
+        weights=saved.weights,
+    )
 
 
 @dataclass

@@ -196,8 +196,13 @@ def classification_metrics(predictions: Predictions) -> dict[str, float]:
     return metrics
 
 
-def load_finished(folder: str) -> tuple[VideoNetwork, DataConfig | None, ModelCard]:
-    """The network of a run or export folder, the run's data section (None for an export), and its card."""
+def load_network(folder: str) -> tuple[VideoNetwork, ModelCard]:
+    """The network of a run or export folder, with or without a classifier, and its card.
+
+    Raises:
+        ConfigError: there are no weights.
+        ModelError: its files are damaged.
+    """
     path = Path(folder)
     weights = path / WEIGHTS if (path / WEIGHTS).is_dir() else path
     if not has_weights(weights):
@@ -209,7 +214,12 @@ def load_finished(folder: str) -> tuple[VideoNetwork, DataConfig | None, ModelCa
         )
     network = from_pretrained(weights)
     # A card of another make may lack any of its keys, as the type says.
-    card = cast(ModelCard, read_config(weights).get("extra", {}))
+    return network, cast(ModelCard, read_config(weights).get("extra", {}))
+
+
+def load_finished(folder: str) -> tuple[VideoNetwork, DataConfig | None, ModelCard]:
+    """The classifier of a run or export folder, the run's data section (None for an export), and its card."""
+    network, card = load_network(folder)
     if not network.num_classes:
         raise ConfigError(
             f"{folder!r} has no classifier: it is a {card.get('stage', 'feature')} model",
@@ -217,7 +227,7 @@ def load_finished(folder: str) -> tuple[VideoNetwork, DataConfig | None, ModelCa
             value=folder,
             hint="finetune it first, with initialise_from",
         )
-    config = path / CONFIG
+    config = Path(folder) / CONFIG
     data = load_run(config, TRAINING).run.data if config.is_file() else None
     return network, data, card
 

@@ -42,7 +42,7 @@ def run_explain(run: ExplainRun) -> int:
     classes = class_names(card, network)
     data = data_of(card, network, run.views)
     method = method_for(network, run.method)
-    wanted = _class_to_explain(run, classes, method)
+    wanted = class_to_explain(run.class_name, classes, method)
     if run.layer is not None and method != "grad_cam":
         raise ConfigError("is for grad_cam alone", key="layer", value=run.layer, hint="leave it out")
     folder = RunFolder.create(run.output, writes=True).path
@@ -93,24 +93,25 @@ def explain_clips(
     return Explanation(heat=heat / peak, coarse=coarse, classes=predicted, probabilities=probabilities)
 
 
-def _class_to_explain(run: ExplainRun, classes: Sequence[str], method: str) -> int | None:
-    if run.class_name is None:
+def class_to_explain(name: str | None, classes: Sequence[str], method: str) -> int | None:
+    """The number of the class asked for; None for the predicted one. Raises ConfigError where there is no such."""
+    if name is None:
         return None
     if method != "grad_cam":
         raise ConfigError(
             f"attention has no class, and the method is {method!r}",
             key="class_name",
-            value=run.class_name,
+            value=name,
             hint="leave it out",
         )
-    if run.class_name not in classes:
+    if name not in classes:
         raise ConfigError(
             f"is none of the model's {len(classes)} classes",
             key="class_name",
-            value=run.class_name,
+            value=name,
             hint=f"use one of {list(classes)[:20]}",
         )
-    return list(classes).index(run.class_name)
+    return list(classes).index(name)
 
 
 def _write_overlays(

@@ -143,21 +143,25 @@ def overlay(frames: Frames, heat: Heat, *, strength: float = 0.65) -> Frames:
     return blended
 
 
-def write_overlay(path: Path, frames: Frames, heat: Heat, *, fps: float) -> None:
-    """An mp4 with the clip on the left and its overlay on the right; the file is replaced at once.
+def overlay_video(frames: Frames, heat: Heat, *, fps: float) -> bytes:
+    """An mp4 with the clip on the left and its overlay on the right.
 
     Args:
-        path: the file.
         frames: (T, H, W, 3) RGB, H and W even.
         heat: (T, H, W) in [0, 1].
         fps: frames per second of the clip as sampled.
     """
     side_by_side = np.concatenate([frames, overlay(frames, heat)], axis=2)
-    data = encode_array(
+    return encode_array(
         np.ascontiguousarray(side_by_side),
         fps=Fraction(fps).limit_denominator(1001),
         config=TranscodeConfig.model_validate({}),
     )
+
+
+def write_overlay(path: Path, frames: Frames, heat: Heat, *, fps: float) -> None:
+    """Write the mp4 of :func:`overlay_video`; the file is replaced at once."""
+    data = overlay_video(frames, heat, fps=fps)
     with whole_file(path) as temporary:
         temporary.write_bytes(data)
 

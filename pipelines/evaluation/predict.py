@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NotRequired, TypedDict
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from cliplift.configs.data import DataConfig, ViewsConfig
 from cliplift.configs.runs import PredictRun
@@ -63,7 +64,8 @@ def run_predict(run: PredictRun) -> int:
     data = data_of(card, network, run.views)
     failed = 0
     with _json_lines(run.output) as records:
-        classify_one = partial(_classify_video, network, data=data, run=run, device=topology.device)
+        one = partial(classify, network, data=data, multi_label=card.get("task") == "multi_label")
+        classify_one = partial(_classify_video, one, data=data, run=run, device=topology.device)
         for video, found in read_each(video_names(run.videos), classify_one):
             if found is None:
                 failed += 1
@@ -114,15 +116,21 @@ def _json_lines(output: str | None) -> Iterator[list[VideoRecord]]:
 
 
 @torch.no_grad()
-def classify(network: VideoNetwork, batch: ClipBatch, data: DataConfig) -> npt.NDArray[np.float32]:
-    """(K,) class probabilities averaged over a batch's views."""
+def classify(
+    network: VideoNetwork, batch: ClipBatch, data: DataConfig, *, multi_label: bool
+) -> npt.NDArray[np.float32]:
+    """(K,) class probabilities averaged over a batch's views; of several labels each class has its own."""
+
+    def probabilities(scores: Tensor) -> Tensor:
+        return scores.sigmoid() if multi_label else scores.softmax(dim=-1)
+
     scores = network(DeviceAugment(data.augment, network.input_spec, training=False)(batch)).float()
     if data.views.average == "probabilities":
-        mean = scores.softmax(dim=1).mean(dim=0)
+        mean = probabilities(scores).mean(dim=0)
     else:
-        mean = scores.mean(dim=0).softmax(dim=0)
-    probabilities: npt.NDArray[np.float32] = mean.cpu().numpy()
-    return probabilities
+        mean = probabilities(scores.mean(dim=0))
+    found: npt.NDArray[np.float32] = mean.cpu().numpy()
+    return found
 
 
 def class_names(card: ModelCard, network: VideoNetwork) -> tuple[str, ...]:
@@ -167,14 +175,19 @@ def data_of(card: ModelCard, network: VideoNetwork, views: ViewsConfig) -> DataC
 
 
 def _classify_video(
-    network: VideoNetwork, video: str, *, data: DataConfig, run: PredictRun, device: torch.device
+    classify_views: Callable[[ClipBatch], npt.NDArray[np.float32]],
+    video: str,
+    *,
+    data: DataConfig,
+    run: PredictRun,
+    device: torch.device,
 ) -> tuple[npt.NDArray[np.float32], list[tuple[float, float, npt.NDArray[np.float32]]]]:
     """A video's probabilities, and with ``window_seconds`` those of its windows, whose mean the former then are."""
     with local_copy(video) as path:
         if run.window_seconds is None:
-            return classify(network, clips_of_video(path, data).to(device), data), []
+            return classify_views(clips_of_video(path, data).to(device)), []
         windows = [
-            (start, end, classify(network, batch.to(device), data))
+            (start, end, classify_views(batch.to(device)))
             for start, end, batch in sliding_windows(
                 path,
                 data,

@@ -14,11 +14,11 @@ import torch
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import TRAINING, ExportRun
 from cliplift.configs.sections import ConfigError
-from cliplift.models.factory import save_pretrained
 from cliplift.pipelines.checkpoints.folder import Folder, damage
 from cliplift.pipelines.checkpoints.saved import TrainedTensors, check_fits, open_checkpoint
 from cliplift.pipelines.checkpoints.stored import COMPLETE, StoredFolder
 from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.engine.task import save_trained
 from cliplift.pipelines.evaluation.export import write_card
 from cliplift.pipelines.runs.folder import CONFIG, RUN, RunFolder, classes_of
 from cliplift.pipelines.stages.run import read_classes, stage_of
@@ -71,14 +71,7 @@ def _export(run: ExportRun, path: Folder, run_folder: Callable[[], RunFolder]) -
     buffers = {n: b for n, b in {**saved.buffers, **saved.average_buffers}.items() if n in kept}
     model = stage.trained_network(TrainedTensors(saved, buffers=buffers, averaged=True))
     output = RunFolder.create(run.output, writes=True).path
-    save_pretrained(
-        model.network,
-        output,
-        name=config.model.name,
-        options=dict(model.options),
-        extra=dict(model.card) | {"step": saved.state["step"]},
-        weights=model.weights,
-    )
+    save_trained(model, output, run=config, step=saved.state["step"])
     result = {
         "metrics": saved.state["metrics"],
         "classes": list(classes),

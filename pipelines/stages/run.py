@@ -18,7 +18,6 @@ from cliplift.configs.plugins import stage_plugins
 from cliplift.configs.runs import FinetuneRun, PretrainRun, TransferRun
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import TrainingRun
-from cliplift.models.factory import save_pretrained
 from cliplift.models.protocol import ModelError
 from cliplift.models.registry import model_entry
 from cliplift.pipelines.data.loader import TrainingLoader, training_loader
@@ -31,7 +30,7 @@ from cliplift.pipelines.engine.faults import StoppedBySignalError, caught_signal
 from cliplift.pipelines.engine.loop import fit
 from cliplift.pipelines.engine.optim import total_steps
 from cliplift.pipelines.engine.partitioned_build import built_in_parts
-from cliplift.pipelines.engine.task import FitResult, Stage
+from cliplift.pipelines.engine.task import FitResult, Stage, save_trained
 from cliplift.pipelines.runs.folder import RunFolder, metrics_of, seconds_of, sole_writer
 from cliplift.pipelines.runs.published import PublishedRun, require_common_folder
 from cliplift.pipelines.runs.results import commands_after, result_block
@@ -346,15 +345,7 @@ def _conclude(
     result.engine.eval()
     metrics = stage.finish(result.metrics, topology=topology, folder=folder)
     if topology.is_main:
-        saved = stage.trained_network(result.weights)
-        save_pretrained(
-            saved.network,
-            folder.weights,
-            name=run.model.name,
-            options=dict(saved.options),
-            extra=dict(saved.card),
-            weights=saved.weights,
-        )
+        save_trained(stage.trained_network(result.weights), folder.weights, run=run)
     return metrics
 
 

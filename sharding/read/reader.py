@@ -92,7 +92,7 @@ class ClipShape(NamedTuple):
 
 
 class ShardDataset:
-    """The samples of one split, in shard order. Map-style, picklable, opens files per process, needs no torch.
+    """The samples of one split, in shard order. Picklable, opens files per process, needs no torch.
 
     Opening reads the manifest and the head of the catalog, whatever the number of samples; the catalog's rows are
     mapped into memory. Of a dataset without a catalog (version 1 of the format) the rows are made from its table, which

@@ -17,6 +17,7 @@ from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.evaluation.evaluate import classification_metrics, classify_split
 from cliplift.pipelines.evaluation.fuse import read_stream
+from cliplift.pipelines.evaluation.predict import classify
 from cliplift.pipelines.runs.predictions import Predictions
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
@@ -72,6 +73,17 @@ def test_views_are_averaged_as_configured(data: DataConfig, network: torch.nn.Mo
             mean = logits.softmax(1).mean(0) if average == "probabilities" else logits.mean(0).softmax(0)
             row = found.sample_index.tolist().index(int(batch.sample_index[0]))
             assert np.allclose(found.probabilities[row], mean.numpy(), atol=1e-5)
+
+
+def test_several_labels_have_probabilities_of_their_own(data: DataConfig, network: torch.nn.Module) -> None:
+    """As in the evaluation of such a network: a softmax would let one label take from another."""
+    found = classify_split(network, data, split="test", batch=12, topology=HERE, multi_label=True)
+    batch = next(iter(EvalLoader(data, split="test", batch=6, rank=0, world_size=1)))
+    classified = classify(network, batch, data, multi_label=True)
+    row = found.sample_index.tolist().index(int(batch.sample_index[0]))
+    assert np.allclose(classified, found.probabilities[row], atol=1e-5)
+    assert classified.sum() > 2
+    assert classify(network, batch, data, multi_label=False).sum() == pytest.approx(1)
 
 
 def test_the_network_is_left_as_it_was(data: DataConfig, network: torch.nn.Module) -> None:
