@@ -8,11 +8,13 @@ once. What is learned without labels is learned from the training cameras' clips
 * ``frames``: the frozen teacher on every frame, averaged, a linear classifier (fitted to convergence by L-BFGS)
 * ``scratch``: the student from random weights; ``inflated``: from its 2D counterpart's ImageNet weights
 * ``OBJECTIVE``: the student from transfer with that objective, all of it finetuned
-* ``OBJECTIVE; probe``: its frozen features with the linear classifier of ``frames``
+* ``OBJECTIVE; probe``, ``inflated; probe``: its frozen features with the linear classifier of ``frames``
 
-Every finetuning has the same steps, batch and learning rate, none of which was tuned on the tested cameras, and what is
-tested is its last step. One JSON line for each finished cell in OUTPUT/rows.jsonl; cells come in order of their worth,
-and a study that was stopped goes on where it was. ``--table`` prints the table of what is there.
+A student that has a 2D counterpart starts transfer as that network and learns in it only what ``INFLATED_TRANSFER``
+leaves free; from 2D weights and from transfer alike it is finetuned as ``INFLATED_FINETUNE`` says. Every finetuning has
+the same steps, batch and peak learning rate, none of which was tuned on the tested cameras, and what is tested is its
+last step. One JSON line for each finished cell in OUTPUT/rows.jsonl; cells come in order of their worth, and a study
+that was stopped goes on where it was. ``--table`` prints the table of what is there.
 """
 
 from __future__ import annotations
@@ -50,6 +52,16 @@ OBJECTIVES: Mapping[str, tuple[str, ...]] = {
         "correspondence.normalise_features=true",
     ),
 }  # fmt: skip
+# Of a student that starts as its 2D counterpart: what sees edges and textures stays as it is, and BatchNorm keeps the
+# statistics of a million pictures, which batches of a few scenes would spoil.
+INFLATED_FINETUNE = (
+    'model.frozen=["stem.*","blocks.[0-4].*"]', "frozen_batchnorm=true", "optim.layer_decay=0.8",
+)  # fmt: skip
+# Transfer teaches it time alone: the weights that mix a frame with its neighbours.
+INFLATED_TRANSFER = (
+    "model.pretrained=2d:imagenet", 'model.frozen=["stem.*","blocks.*.layers.*","head.*","blocks.[0-4].*"]',
+    "frozen_batchnorm=true", "optim.lr=3e-3",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,7 @@ class Study:
     folds: int
     transfer_steps: int
     finetune_steps: int
+    transfer_batch: int
 
     def shards(self, fold: int) -> Path:
         return self.output / "shards" / f"fold{fold}"
@@ -95,8 +108,13 @@ def cells(
     for seed, share, student, fold, method in itertools.product(
         seeds, shares, students, range(folds), methods
     ):
-        if method != "inflated" or student.endswith("_tam"):
+        if not method.startswith("inflated") or has_2d_start(student):
             yield Cell(method, student, share, fold, seed)
+
+
+def has_2d_start(student: str) -> bool:
+    """There are ImageNet weights at hand that this student can start from."""
+    return student.endswith("_tam")
 
 
 def held_out_groups(rows: Sequence[Mapping[str, str]], folds: int) -> list[set[str]]:
@@ -164,10 +182,11 @@ def transferred(study: Study, cell: Cell, objective: str) -> tuple[Path, float]:
     shards += [str(path) for path in sorted((study.output / "shards").glob("unlabelled*"))]
     words = [
         f"seed={cell.seed}", f"data.shards={json.dumps(shards)}", f"model.name={cell.student}",
-        f"schedule.steps={study.transfer_steps}", *OBJECTIVES[objective],
+        f"schedule.steps={study.transfer_steps}", f"engine.global_batch={study.transfer_batch}",
+        *OBJECTIVES[objective],
     ]  # fmt: skip
-    if cell.student.endswith("_tam"):
-        words.append("model.pretrained=2d:imagenet")
+    if has_2d_start(cell.student):
+        words += INFLATED_TRANSFER
     return folder, run("transfer/small", folder, words)["seconds"]
 
 
@@ -193,6 +212,8 @@ def finetuned(study: Study, cell: Cell, start: Path | None) -> dict[str, Any]:
         "data.val_share=0", "data.val_split=test",
         f"initialise_from={'null' if start is None else start}",
     ]  # fmt: skip
+    if has_2d_start(cell.student) and cell.method != "scratch":
+        words += INFLATED_FINETUNE
     if cell.method == "inflated":
         words.append("model.pretrained=2d:imagenet")
     found = run("finetune/small", folder, words)
@@ -200,21 +221,25 @@ def finetuned(study: Study, cell: Cell, start: Path | None) -> dict[str, Any]:
 
 
 def probed(study: Study, cell: Cell, weights: Path | None) -> dict[str, Any]:
-    """Accuracy of a linear classifier on frozen features: of a run's student, or of the teacher's frames."""
+    """Accuracy of a linear classifier on frozen features: of a run's student, of the student as its 2D counterpart, or
+    of the teacher's frames."""
     import torch
 
     from cliplift.configs.runs import TransferRun
     from cliplift.launch.commands.subject import load_as
+    from cliplift.models import from_pretrained
     from cliplift.pipelines.data.source import ClipSource
     from cliplift.pipelines.probes.pooled import fit_linear
 
     words = [f"data.shards={study.shards(cell.fold)}", "data.val_share=0", "data.cache_decoded_mib=3000"]
-    if weights is None:  # as large as the teacher sees them in transfer
+    if cell.method == "frames":  # as large as the teacher sees them in transfer
         words += ["data.crop_pixels=160", "data.resize_short_side_pixels=176"]
     run = load_as("transfer/small", TransferRun, words).run
-    kept = (weights or study.output) / f"features-fold{cell.fold}.pt"
+    prefix = "inflated-" if cell.method == "inflated; probe" else ""
+    kept = (weights or study.output) / f"{prefix}features-fold{cell.fold}.pt"
     if not kept.is_file():
-        torch.save(features(run, weights), kept)
+        network = from_pretrained(weights / "weights") if weights else image_network(cell)
+        torch.save(features(run, network), kept)
     (train, labels), (test, truth) = torch.load(kept, weights_only=True)
     subset = {"label_share": cell.share, "subset_seed": cell.seed}
     used = set(names(ClipSource(run.data.model_copy(update=subset), split="train")))
@@ -225,21 +250,24 @@ def probed(study: Study, cell: Cell, weights: Path | None) -> dict[str, Any]:
     return {"accuracy": float(right.mean()), "labelled_clips": len(rows)}
 
 
-def features(run: Any, weights: Path | None) -> list[tuple[Any, Any]]:
+def image_network(cell: Cell) -> Any:
+    """The teacher on every frame, or the student as the network it begins as."""
+    from cliplift.models import create_model
+
+    if cell.method == "frames":
+        return create_model(
+            "frame_average", num_classes=0, in_frames=8, encoder="efficientnet_lite0", pretrained="imagenet"
+        )
+    return create_model(cell.student, num_classes=0, in_frames=8, pretrained="2d:imagenet")
+
+
+def features(run: Any, network: Any) -> list[tuple[Any, Any]]:
     """Features (N, D) and labels (N,) of the training and the test split."""
     import torch
 
-    from cliplift.models import create_model, from_pretrained
     from cliplift.pipelines.distributed.collectives import Topology
     from cliplift.pipelines.probes.pooled import features_of
 
-    network: Any = (
-        create_model(
-            "frame_average", num_classes=0, in_frames=8, encoder="efficientnet_lite0", pretrained="imagenet"
-        )
-        if weights is None
-        else from_pretrained(weights / "weights")
-    )
     one = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
     with torch.no_grad():
         return [
@@ -254,14 +282,15 @@ def names(source: Any) -> list[str]:
 
 def measure(study: Study, cell: Cell) -> dict[str, Any]:
     """The row of a cell."""
-    if cell.method == "frames":
+    if cell.method in ("frames", "inflated; probe"):
         return probed(study, cell, None)
     if cell.method in ("scratch", "inflated"):
         return finetuned(study, cell, None)
     objective, _, probe = cell.method.partition("; ")
     start, seconds = transferred(study, cell, objective)
     found = probed(study, cell, start) if probe else finetuned(study, cell, start)
-    return found | {"transfer_seconds": round(seconds, 1), "transfer_clips": 32 * study.transfer_steps}
+    clips = study.transfer_batch * study.transfer_steps
+    return found | {"transfer_seconds": round(seconds, 1), "transfer_clips": clips}
 
 
 def table(rows: Sequence[Mapping[str, Any]], *, folds: int) -> str:
@@ -297,17 +326,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--students", nargs="+", default=["t3d_tiny"])
     both = [m for name in OBJECTIVES for m in (name, f"{name}; probe")]
-    parser.add_argument("--methods", nargs="+", default=["frames", "scratch", "inflated", *both])
+    parser.add_argument(
+        "--methods", nargs="+", default=["frames", "scratch", "inflated", "inflated; probe", *both]
+    )
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="shares of the labels")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--transfer-steps", type=int, default=240)
+    parser.add_argument("--transfer-batch", type=int, default=32)
     parser.add_argument("--finetune-steps", type=int, default=150)
     parser.add_argument("--table", action="store_true", help="print the table of finished cells and stop")
     arguments = parser.parse_args()
     study = Study(
         output=arguments.output.absolute(), folds=arguments.folds,
         transfer_steps=arguments.transfer_steps, finetune_steps=arguments.finetune_steps,
+        transfer_batch=arguments.transfer_batch,
     )  # fmt: skip
     study.output.mkdir(parents=True, exist_ok=True)
     log = study.output / "rows.jsonl"

@@ -31,6 +31,11 @@ class TransferRun(TrainingRun):
     probe: ProbeConfig | None = Field(
         None, description="labelled data for a k-NN and a linear probe of the student's features; None is off"
     )
+    frozen_batchnorm: bool = Field(
+        False,
+        description="BatchNorm of the student keeps the statistics and weights it starts with, for a student that "
+        "starts from image weights",
+    )
 
     @model_validator(mode="before")
     @classmethod

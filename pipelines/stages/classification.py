@@ -33,14 +33,15 @@ from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.runs.predictions import Predictions
 from cliplift.pipelines.runs.tracking import ClipTable
 from cliplift.pipelines.stages.starting_weights import (
-    batchnorms,
+    KeepsBatchNorm,
     freeze_all_but_head,
+    freeze_batchnorm,
     freeze_named,
     initialise_from,
 )
 
 
-class Classifier(nn.Module):
+class Classifier(KeepsBatchNorm):
     """The network and its loss: what is trained. A model with a training loss of its own (``loss``) uses that."""
 
     def __init__(
@@ -54,14 +55,6 @@ class Classifier(nn.Module):
         super().__init__()
         self.network, self.label_smoothing, self.multi_label = network, label_smoothing, multi_label
         self.frozen_batchnorm = frozen_batchnorm
-
-    def train(self, mode: bool = True) -> Classifier:
-        """Training mode; BatchNorm that is frozen still normalises with its running statistics."""
-        super().train(mode)
-        if self.frozen_batchnorm:
-            for module in batchnorms(self):
-                module.eval()
-        return self
 
     def forward(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``clips`` (B, C, T, H, W) with ``labels`` (B,) or soft/multi-hot ``targets`` (B, K) -> loss, accuracy."""
@@ -263,8 +256,7 @@ class FinetuneStage(ClassificationStage):
         if self.finetune.train_part == "head":
             freeze_all_but_head(network)
         if self.finetune.frozen_batchnorm:
-            for module in batchnorms(network):
-                module.requires_grad_(False)
+            freeze_batchnorm(network)
 
     def finish(
         self, metrics: Mapping[str, float], *, topology: Topology, folder: RunFolder

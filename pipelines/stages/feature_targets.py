@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cliplift.configs.supervision import CorrespondenceConfig
 from cliplift.models.correspondence import FeaturePredictor
 from cliplift.models.protocol import VideoNetwork
 from cliplift.pipelines.engine.task import OF_CLIP
+from cliplift.pipelines.stages.starting_weights import KeepsBatchNorm
 from cliplift.pipelines.stages.teacher import ROWS_AT_ONCE, unit_parts
 
 
-class FeatureTransfer(nn.Module):
+class FeatureTransfer(KeepsBatchNorm):
     """Student and predictor of the teacher's features: what is trained.
 
     ``forward(inputs)`` takes clips (B, C, T, H, W) and their standardised features ``targets`` (B, S, D); for the

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.supervision import CorrespondenceConfig
@@ -23,6 +23,7 @@ from cliplift.models.protocol import VideoNetwork
 from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.evaluation.metrics import area_under_curve, retrieval_recall
 from cliplift.pipelines.runs.retrieval import Retrieval, ShownClip, retrieval_of
+from cliplift.pipelines.stages.starting_weights import KeepsBatchNorm
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Scores(Protocol):
     def scores(self, clips: Tensor, frames: Tensor) -> Tensor: ...
 
 
-class SupervisionTransfer(nn.Module):
+class SupervisionTransfer(KeepsBatchNorm):
     """Student and matching head: what is trained.
 
     ``forward(inputs)`` takes clips (B, C, T, H, W), frame_features (G, D) of the global batch, and the pairs

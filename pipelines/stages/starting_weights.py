@@ -6,6 +6,7 @@ import fnmatch
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,6 +22,27 @@ log = logging.getLogger(__name__)
 def batchnorms(module: nn.Module) -> list[nn.Module]:
     """Every BatchNorm layer inside."""
     return [part for part in module.modules() if isinstance(part, _BatchNorm)]
+
+
+class KeepsBatchNorm(nn.Module):
+    """A trained module whose BatchNorm can be held as it is: it then normalises with its running statistics in training
+    too, and they do not move."""
+
+    frozen_batchnorm = False
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, BatchNorm that is frozen excepted."""
+        super().train(mode)
+        if self.frozen_batchnorm:
+            for module in batchnorms(self):
+                module.eval()
+        return self
+
+
+def freeze_batchnorm(network: nn.Module) -> None:
+    """Leave the weights and biases of every BatchNorm layer out of training."""
+    for module in batchnorms(network):
+        module.requires_grad_(False)
 
 
 def freeze_named(network: nn.Module, patterns: Sequence[str]) -> None:

@@ -55,7 +55,7 @@ from cliplift.pipelines.stages.matching import (
     matching_metrics,
     send_to_device,
 )
-from cliplift.pipelines.stages.starting_weights import freeze_named
+from cliplift.pipelines.stages.starting_weights import freeze_batchnorm, freeze_named
 from cliplift.pipelines.stages.teacher import (
     Standardisation,
     Teachers,
@@ -124,8 +124,11 @@ class TransferStage:
                 value=run.model.name,
                 hint="choose a 3D model from `cliplift models`",
             )
+        if run.frozen_batchnorm:
+            freeze_batchnorm(student)
         freeze_named(student, run.model.frozen)
         module = self._with_head(student, teacher)
+        module.frozen_batchnorm = run.frozen_batchnorm
         return StageModule(module=module, network=student, frozen=teacher)
 
     def _with_head(self, student: VideoNetwork, teacher: Teachers) -> SupervisionTransfer | FeatureTransfer:

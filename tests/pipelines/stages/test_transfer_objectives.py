@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS, TransferRun
 from cliplift.configs.sections import ConfigError
+from cliplift.models import create_model
 from cliplift.pipelines.runs.retrieval import read_retrieval
 from cliplift.pipelines.stages import transfer
 from cliplift.pipelines.stages.run import run_stage, stage_of
@@ -244,6 +245,24 @@ def test_a_student_without_such_a_map_is_refused_before_the_teacher_is_asked(
         run_stage(run, command=[])
     assert caught.value.key == "correspondence.predict_from"
     assert not list(tmp_path.glob("teacher_*"))
+
+
+def test_a_student_that_starts_as_the_image_network_can_learn_time_alone(
+    repository: Path, shards: Path, tmp_path: Path
+) -> None:
+    """Of the ImageNet weights nothing changes, statistics of BatchNorm included; the weights over time do."""
+    held = "[stem.*, blocks.*.layers.*, head.*]"
+    student = f"model={{name: efficientnet_lite0_tam, pretrained: '2d:imagenet', frozen: {held}}}"
+    words = (student, "frozen_batchnorm=true", "schedule.steps=2", "evaluation.max_samples=4")
+    folder = run_stage(load(repository, shards, tmp_path, *SMALL, *REGRESSION, *words), command=[]).folder
+    learned = load_file(folder / "weights" / "model.safetensors")
+    image = create_model("efficientnet_lite0", num_classes=0, pretrained="imagenet").state_dict()
+    for name, weight in image.items():
+        assert torch.equal(learned[name], weight), name
+    over_time = {name for name in learned if name not in image}
+    assert over_time == {f"blocks.{i}.temporal.weight" for i in range(16)}
+    as_it_was = torch.tensor([0.0, 1.0, 0.0])[:, None]
+    assert all((learned[name] - as_it_was).abs().max() > 0 for name in over_time)
 
 
 def test_negatives_of_the_same_video_bring_their_clips(repository: Path, tmp_path: Path) -> None:
