@@ -145,7 +145,7 @@ def folded_shards(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 # What else of these needs more memory or minutes on a CPU than a test may take.
 SMALLER = {
-    "timesformer": ["data.sampling.frames=4", "data.sampling.stride=1"],
+    "timesformer": ["data.sampling.frames=4", "data.sampling.stride=1", "model.options.depth=2"],
     "snippets_conv_120": ["data.sampling.frames=12"],
     "lrcn_caffenet": ["data.sampling.frames=4"],
     "1fps": ["data.sampling.frames=8"],
@@ -156,17 +156,22 @@ SMALLER = {
         "data.sampling.frames=4",
         "data.val_share=0.4",
     ],
-    "videomae_base": ["data.crop_pixels=64", "data.resize_short_side_pixels=64", "data.sampling.frames=4"],
+    "videomae_base": [
+        "data.crop_pixels=64",
+        "data.resize_short_side_pixels=64",
+        "data.sampling.frames=4",
+        "model.options.depth=2",
+    ],
 }
 
 
 def smaller_clips(name: str, data: Any) -> list[str]:
     """Clips of at most 16 frames of 112 pixels: at its own size each model is built above, and tested elsewhere.
 
-    CaffeNet alone takes one size. bf16 is left out as well: convolutions in it take minutes on most CPUs.
+    CaffeNet and attention by place take one size. bf16 is left out as well: on most CPUs its convolutions take minutes.
     """
     words = ["engine.precision=fp32", f"data.sampling.frames={min(data.sampling.frames, 16)}"]
-    if data.crop_pixels > 112 and "caffenet" not in name:
+    if data.crop_pixels > 112 and not any(word in name for word in ("caffenet", "visual_attention")):
         words += ["data.crop_pixels=112"]
         words += ["data.resize_short_side_pixels=128"] if data.resize_short_side_pixels else []
     return words + [word for key, more in SMALLER.items() if key in name for word in more]
