@@ -55,11 +55,11 @@ OBJECTIVES: Mapping[str, tuple[str, ...]] = {
 # Of a student that starts as its 2D counterpart: what sees edges and textures stays as it is, and BatchNorm keeps the
 # statistics of a million pictures, which batches of a few scenes would spoil.
 INFLATED_FINETUNE = (
-    'model.frozen=["stem.*","blocks.[0-4].*"]', "frozen_batchnorm=true", "optim.layer_decay=0.8",
+    'model.frozen=["stem.*","blocks.[0-7].*"]', "frozen_batchnorm=true", "optim.layer_decay=0.8",
 )  # fmt: skip
 # Transfer teaches it time alone: the weights that mix a frame with its neighbours.
 INFLATED_TRANSFER = (
-    "model.pretrained=2d:imagenet", 'model.frozen=["stem.*","blocks.*.layers.*","head.*","blocks.[0-4].*"]',
+    "model.pretrained=2d:imagenet", 'model.frozen=["stem.*","blocks.*.layers.*","head.*","blocks.[0-7].*"]',
     "frozen_batchnorm=true", "optim.lr=3e-3",
 )  # fmt: skip
 
