@@ -260,7 +260,7 @@ def test_flow_is_a_setting_only_where_it_is_asked_for(videos: Path) -> None:
 def test_a_setting_that_becomes_nothing_is_another_one_too(videos: Path, tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path / "out"))
     plan_once(run_of(videos, tmp_path / "out", shards={"seed": 1}), store)
-    with pytest.raises(ConfigError, match="0 here, .* were planned with 1") as caught:
+    with pytest.raises(ConfigError, match=r"0 here, .* were planned with 1") as caught:
         plan_once(run_of(videos, tmp_path / "out", shards={"seed": 0}), store)
     assert (caught.value.key, caught.value.value) == ("shards.seed", 0)
 
@@ -324,7 +324,8 @@ def test_planned_videos_of_a_later_part_are_reached_over_groups(
 def dataset_of(plan: Plan) -> Dataset:
     """A finished build of a plan, as far as an addition looks at it."""
     shards = tuple(
-        ShardFacts(shard=s.shard, file=s.tar, split=s.split, samples=1, bytes=1, sha256="") for s in plan.shards
+        ShardFacts(shard=s.shard, file=s.tar, split=s.split, samples=1, bytes=1, sha256="")
+        for s in plan.shards
     )
     return Dataset(
         name=plan.name, classes=plan.classes, shards=shards, samples=1, samples_sha256="", splits={}, folds=0,
@@ -351,7 +352,9 @@ def test_an_addition_plans_what_is_new_after_the_shards_that_are_there(videos: P
     (videos / "train" / "a" / "later.mp4").touch()
     assert plan_addition(run, dataset_of(first), frozenset(), store) == plan, "the one under way"
     with pytest.raises(ConfigError, match="were planned with 4") as caught:
-        plan_addition(run_of(videos, output, shards={"videos_per_shard": 9}), dataset_of(first), frozenset(), store)
+        plan_addition(
+            run_of(videos, output, shards={"videos_per_shard": 9}), dataset_of(first), frozenset(), store
+        )
     assert caught.value.key == "shards.videos_per_shard"
 
 
@@ -367,7 +370,7 @@ def test_nothing_new_makes_no_plan(videos: Path, tmp_path: Path) -> None:
 def test_videos_are_added_only_where_the_dataset_was_built(videos: Path, tmp_path: Path) -> None:
     plan, _, _ = made(run_of(videos))
     elsewhere = LocalStore(str(tmp_path / "elsewhere"))
-    with pytest.raises(ConfigError, match="holds no plan/plan.json") as caught:
+    with pytest.raises(ConfigError, match=r"holds no plan/plan\.json") as caught:
         plan_addition(run_of(videos, "elsewhere"), dataset_of(plan), frozenset(), elsewhere)
     assert (caught.value.key, caught.value.value) == ("output", "elsewhere")
 
