@@ -192,9 +192,12 @@ class ShardTrackConfig(Section):
     wandb: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto is online with an API key, else offline files"
     )
-    project: str = Field("cliplift", description="W&B project")
-    group: str | None = Field(None, description="W&B group, the experiment; None is the run's name")
-    tags: tuple[str, ...] = Field((), description="W&B tags")
+    project: str | None = Field(None, description="W&B project; None is WANDB_PROJECT, or cliplift")
+    entity: str | None = Field(None, description="W&B user or team; None is WANDB_ENTITY, or the key's own")
+    group: str | None = Field(
+        None, description="W&B group, the campaign; None is WANDB_RUN_GROUP, or the run's name"
+    )
+    tags: tuple[str, ...] = Field((), description="W&B tags; none are those of WANDB_TAGS")
     notes: str = Field("", description="W&B notes")
     folder: str = Field(
         "",

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import io
+import json
 import os
+import re
 import sys
 import textwrap
 import types
@@ -21,18 +24,30 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from cliplift.launch.commands.command import all_commands
+from cliplift.launch.completion import SHELLS, completion_script
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
     from pydantic.fields import FieldInfo
 
+    from cliplift.configs.sections import ConfigError
+
 WIDTH = 110
 
 
-def describe_fields(schema: type[BaseModel]) -> str:
-    """Every field of a schema, sections included, as aligned lines."""
+def describe_fields(schema: type[BaseModel], section: str | None = None) -> str:
+    """Every field of a schema, or of one of its sections, as aligned lines; in words of YAML.
+
+    Raises:
+        ConfigError: there is no such section or key.
+    """
+    fields = list(field_keys(schema))
+    if section is not None:
+        fields = [(key, info) for key, info in fields if _is_inside(key, section)]
+        if not fields:
+            raise _no_section(section, schema)
     lines = []
-    for key, info in _fields(schema, ""):
+    for key, info in fields:
         default = (
             "required"
             if info.is_required()
@@ -40,8 +55,31 @@ def describe_fields(schema: type[BaseModel]) -> str:
         )
         lines.append(f"  {key}  ({type_name(info.annotation)}, {default})")
         if info.description:
-            lines += textwrap.wrap(info.description, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            text = re.sub(r"\bNone\b", "null", info.description)
+            lines += textwrap.wrap(text, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
+
+
+def _is_inside(key: str, section: str) -> bool:
+    """Whether a dotted key is the section or in it; what tells kinds of a section apart may be left out."""
+    plain = re.sub(r"\[[^\]]*\]", "", key)
+    return any(each == section or each.startswith(f"{section}.") for each in (key, plain))
+
+
+def _no_section(section: str, schema: type[BaseModel]) -> ConfigError:
+    from cliplift.configs.sections import ConfigError
+
+    keys = [re.sub(r"\[[^\]]*\]", "", key) for key, _ in field_keys(schema)]
+    parts = dict.fromkeys(part for key in keys for part in (key.rpartition(".")[0], key) if part)
+    nearest = difflib.get_close_matches(section, parts, n=1)
+    sections = dict.fromkeys(key.partition(".")[0] for key in keys if "." in key)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"the sections are {', '.join(sections)}"
+    return ConfigError(f"there is no section {section!r}", key="--help", hint=hint, file="command line")
+
+
+def field_keys(schema: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """Dotted key and field of all that a schema and its sections take."""
+    return _fields(schema, "")
 
 
 def _fields(schema: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
@@ -83,11 +121,7 @@ def type_name(annotation: object) -> str:
 
 
 def _short(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, tuple):
-        return str(list(value))
-    return str(value)
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False, default=str)
 
 
 # What a file system refuses because of the place the user named or its state, and what to do about it.
@@ -118,6 +152,11 @@ class _Parser(argparse.ArgumentParser):
     """argparse that keeps our promise of one sentence and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"argument STAGE: invalid choice: '([^']*)'", message)
+        if unknown:
+            nearest = difflib.get_close_matches(unknown[1], all_commands(), n=1)
+            hint = f": did you mean {nearest[0]!r}?" if nearest else ""
+            message = f"there is no command {unknown[1]!r}{hint}"
         self.exit(USER_ERROR, f"cliplift: {message}; see `{self.prog} --help`\n")
 
 
@@ -125,16 +164,37 @@ class _StageHelp(argparse.Action):
     """``--help`` of a stage: its usage, then every config field with unit and default."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, *, schema: str | None) -> None:
-        super().__init__(option_strings, dest, nargs=0, help="show this help and every config field")
+        if schema is None:
+            super().__init__(option_strings, dest, nargs=0, help="show this help")
+        else:
+            text = "show this help and every config field, or those of one section such as optim"
+            super().__init__(option_strings, dest, nargs="?", metavar="SECTION", help=text)
         self.schema = schema
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print(parser.format_help())
-        if self.schema is not None:
-            from cliplift.configs.runs import RUNS
-
-            print(f"config fields (stage: {self.schema}):\n{describe_fields(RUNS[self.schema])}")
+    def __call__(
+        self, parser: argparse.ArgumentParser, _: argparse.Namespace, section: object, __: str | None = None
+    ) -> None:
+        wanted = section if isinstance(section, str) else None
+        try:
+            text = self._text(parser, wanted)
+        except ValueError as error:  # a ConfigError: there is no such section
+            parser.exit(USER_ERROR, f"cliplift: {error}\n")
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            _discard_output()
+            parser.exit(BROKEN_PIPE_STATUS)
         parser.exit()
+
+    def _text(self, parser: argparse.ArgumentParser, section: str | None) -> str:
+        if self.schema is None:
+            return parser.format_help()
+        from cliplift.configs.runs import RUNS
+
+        fields = describe_fields(RUNS[self.schema], section)
+        return (
+            fields if section else f"{parser.format_help()}\nconfig fields (stage: {self.schema}):\n{fields}"
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -142,6 +202,12 @@ def build_parser() -> argparse.ArgumentParser:
         prog="cliplift", description="Raw videos to shards to a pretrained, finetuned, evaluated video model."
     )
     parser.add_argument("--version", action="store_true", help="show the version and exit")
+    parser.add_argument(
+        "--completion",
+        choices=SHELLS,
+        metavar="SHELL",
+        help="print what completes words in bash, zsh or fish",
+    )
     _accept_local_rank(parser)
     _accept_plugins(parser, dest="plugins")
     stages = parser.add_subparsers(dest="command", metavar="STAGE", parser_class=_Parser)
@@ -164,6 +230,22 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_options(stage)
         _accept_plugins(stage, dest="more_plugins")
     return parser
+
+
+def completed_words() -> dict[str, list[str]]:
+    """What may follow each command: its options, and ``key=`` of its config."""
+    from cliplift.configs.runs import RUNS
+
+    found: dict[str, list[str]] = {}
+    for name, command in all_commands().items():
+        options = _Parser(add_help=False)
+        command.add_options(options)
+        words = [word for action in options._actions for word in action.option_strings] + ["--help"]
+        if command.schema is not None:
+            keys = [key for key, _ in field_keys(RUNS[command.schema]) if "[" not in key]
+            words += ["--dry-run", *(f"{key}=" for key in keys)]
+        found[name] = [word for word in words if word.startswith("--") or word.endswith("=")]
+    return found
 
 
 def _accept_local_rank(parser: argparse.ArgumentParser) -> None:
@@ -216,6 +298,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from importlib.metadata import version
 
         print(f"cliplift {version('cliplift')}")
+        return 0
+    if arguments.completion is not None:
+        print(completion_script(arguments.completion, completed_words()), end="")
         return 0
     if arguments.command is None:
         parser.print_help()

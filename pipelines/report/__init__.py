@@ -1,6 +1,6 @@
 """The HTML report of one or more runs.
 
 In reading order: ``page`` (the whole page), ``sections`` (curves, confusions, classes, the map of features, lineage),
-``tables`` (results), ``charts`` (SVG), ``clips`` (which clips are shown), ``retrieval`` (what a transfer run's student
-finds, with pictures).
+``tables`` (results), ``campaign`` (experiments beside each other), ``charts`` (SVG), ``clips`` (which clips are shown),
+``retrieval`` (what a transfer run's student finds, with pictures).
 """

@@ -36,6 +36,8 @@ class Line:
     dashed: bool = False
     smoothed: bool = False  # noisy: drawn pale, with its moving mean on top
     overlaid: bool = False  # one of several of its colour: thinner, and of a noisy line only the mean
+    faint: bool = False  # behind the mean of its kind
+    spread: Floats | None = None  # half the height of a band around the line
 
 
 @dataclass(frozen=True)
@@ -140,22 +142,37 @@ def _axes(
 
 def _draw(line: Line, frame: _Frame) -> Markup:
     steps, values = thinned(line.steps, line.values, MAX_POINTS)
-    kind = f"line{' dashed' if line.dashed else ''}{' thin' if line.overlaid else ''}"
+    spread = None if line.spread is None else thinned(line.steps, line.spread, MAX_POINTS)[1]
+    kind = f"line{' dashed' if line.dashed else ''}{' thin' if line.overlaid else ''}{' faint' if line.faint else ''}"
     shown = Markup('<g class="c{}"><title>{}</title>').format(line.colour % COLOURS, line.label)
     finite = int(np.isfinite(values).sum())
     if line.smoothed and finite >= SMOOTHED_FROM:
-        if not line.overlaid:
+        if not line.overlaid and spread is None:
             shown += Markup('<path class="raw" d="{}"/>').format(_path(steps, values, frame))
         values = moving_mean(values, max(3, finite // 20))
+        spread = None if spread is None else moving_mean(spread, max(3, finite // 20))
+    if finite > 1 and spread is not None:
+        shown += Markup('<path class="band" d="{}"/>').format(_band(steps, values, spread, frame))
     if finite > 1:
         shown += Markup('<path class="{}" d="{}"/>').format(kind, _path(steps, values, frame))
-    if finite <= MARKED_POINTS:
+    if finite <= MARKED_POINTS and not line.faint:
         for step, value in zip(steps, values, strict=True):
             if math.isfinite(value):
                 shown += Markup('<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="2.4"/>').format(
                     frame.at_x(step), frame.at_y(value)
                 )
     return shown + Markup("</g>")
+
+
+def _band(steps: Floats, values: Floats, spread: Floats, frame: _Frame) -> str:
+    """SVG path around the band, inside the plot."""
+    known = np.isfinite(values) & np.isfinite(spread)
+    low, high = frame.y
+    over = np.clip(values + spread, low, high)
+    under = np.clip(values - spread, low, high)
+    there = _path(steps[known], over[known], frame)
+    back = _path(steps[known][::-1], under[known][::-1], frame).replace("M", "L", 1)
+    return f"{there}{back}Z"
 
 
 def _path(steps: Floats, values: Floats, frame: _Frame) -> str:

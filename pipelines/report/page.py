@@ -22,6 +22,7 @@ from markupsafe import Markup
 from cliplift.configs.runs import ReportRun
 from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.evaluation.clip_tables import OpenShards, open_shard_dataset
+from cliplift.pipelines.report.campaign import campaign_of
 from cliplift.pipelines.report.charts import value_strip
 from cliplift.pipelines.report.clips import SampleClips, sample_clips
 from cliplift.pipelines.report.retrieval import retrieval_pages
@@ -34,7 +35,7 @@ from cliplift.pipelines.report.sections import (
 )
 from cliplift.pipelines.report.tables import duration, result_tables
 from cliplift.pipelines.runs.folder import RUN, write_text
-from cliplift.pipelines.runs.records import RunGroup, RunRecord, group_runs, read_run
+from cliplift.pipelines.runs.records import RunGroup, RunRecord, group_runs, read_run, runs_inside
 from cliplift.pipelines.runs.results import percent
 
 DEMO = "demo.json"
@@ -92,12 +93,12 @@ def run_report(run: ReportRun) -> Path:
 def find_runs(folder: Path) -> tuple[list[Path], DemoFacts | None]:
     """The run folders meant by a folder: itself, or the runs inside it, with the demo's table where it holds one.
 
+    A folder that ``folds`` or ``seeds`` wrote stands for its runs, and so does a folder of such folders.
+
     Raises:
         ConfigError: there is no run in it.
     """
-    if (folder / RUN).is_file():
-        return [folder], None
-    inside = sorted(path.parent for path in folder.glob(f"*/{RUN}")) if folder.is_dir() else []
+    inside = runs_inside(folder)
     if not inside:
         raise ConfigError(
             f"{str(folder)!r} {'holds no run' if folder.is_dir() else 'is not a folder'}",
@@ -176,12 +177,11 @@ def write_report(
         clips_of=shown,
         retrieval=retrieval_pages(records, pictures=max_clips > 0, open_shards=open_shards),
         embedding=None if shown is None else embedding(shown),
+        campaign=campaign_of(groups),
         lineage=[(group, lineage(group, groups)) for group in groups],
         timing=_timing(records, demo),
         environment=_environment(records),
-        records=[(record, _command(record)) for record in records],
-        now=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        version=version("cliplift"),
+        records=[(record, _command(record), _started(record)) for record in records],
     )
     _write(Path(output), html)
     return Path(output)
@@ -199,7 +199,8 @@ def _render(**context: object) -> str:
     environment.filters |= {"percent": percent, "duration": duration}
     template = environment.from_string(here.joinpath("report.html").read_text(encoding="utf-8"))
     css = Markup(here.joinpath("report.css").read_text(encoding="utf-8"))
-    return template.render(css=css, **context)
+    now = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    return template.render(css=css, now=now, version=version("cliplift"), **context)
 
 
 def _write(output: Path, html: str) -> None:
@@ -263,15 +264,17 @@ def _matching_result(groups: Sequence[RunGroup]) -> str:
     matched = [group for group in groups if group.values("matching_accuracy")]
     if not matched:
         return ""
-    group = matched[0]
+    words = [_matched(group, named=len(matched) > 1) for group in matched[:4]]
+    return f"transfer matches frames to clips of held-out videos with {', '.join(words)}"
+
+
+def _matched(group: RunGroup, *, named: bool) -> str:
     metrics = group.runs[0].metrics
-    sigmas = metrics.get("above_chance_sigmas")
-    verdict = " which is not above chance" if sigmas is not None and sigmas <= 3 else ""
+    sigmas = group.values("above_chance_sigmas")
+    verdict = ", which is not above chance" if sigmas and statistics.fmean(sigmas) <= 3 else ""
     prior = f" against a prior of {percent(metrics['matching_prior'])}" if "matching_prior" in metrics else ""
-    return (
-        f"transfer matches frames to clips of held-out videos with {_spread(group.values('matching_accuracy'))}"
-        f"{prior}{',' if verdict else ''}{verdict}"
-    )
+    name = f"{group.label} " if named else ""
+    return f"{name}{_spread(group.values('matching_accuracy'))}{prior}{verdict}"
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -330,3 +333,11 @@ def _environment(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
 def _command(record: RunRecord) -> str:
     line, command = record.start.get("command_line"), record.start.get("command")
     return str(line) if line else shlex.join(map(str, command if isinstance(command, list) else ()))
+
+
+def _started(record: RunRecord) -> str:
+    """The start that the run's config, command and versions are of: the last one."""
+    starts = record.start.get("starts")
+    if not isinstance(starts, list) or not starts:
+        return ""
+    return str(starts[-1]) + (f", start {len(starts)}" if len(starts) > 1 else "")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ def _curve_set(title: str, groups: Sequence[RunGroup]) -> CurveSet:
     quantities = sorted({_quantity(name) for group in groups for name in _logged(group)} - set(_NOT_CURVES))
     quantities = [q for q in quantities if not q.endswith(("_low", "_high"))]
     main = [_panel(groups, q) for q in _PRIMARY if q in quantities]
-    more = [_panel(groups, q) for q in quantities if q not in _PRIMARY]
+    more = [_panel(groups, q) for q in quantities if q not in _PRIMARY and _is_curve(groups, q)]
     return CurveSet(title, tuple(groups), tuple(p for p in main if p.svg), tuple(p for p in more if p.svg))
 
 
@@ -84,6 +85,18 @@ def _quantity(name: str) -> str:
     return name.partition("/")[2] or name
 
 
+def _is_curve(groups: Sequence[RunGroup], quantity: str) -> bool:
+    """Whether a number changes: a constant, or one that was logged once, is no curve."""
+    found = [
+        series.values[np.isfinite(series.values)]
+        for group in groups
+        for run in group.runs
+        for name, series in run.history.items()
+        if _quantity(name) == quantity
+    ]
+    return any(len(np.unique(values)) > 1 for values in found)
+
+
 def _panel(groups: Sequence[RunGroup], quantity: str) -> Panel:
     title = _TITLES.get(quantity, quantity.replace("_", " ").capitalize())
     lines = [
@@ -93,6 +106,7 @@ def _panel(groups: Sequence[RunGroup], quantity: str) -> Panel:
         for name, series in sorted(run.history.items(), reverse=True)  # training below validation
         if _quantity(name) == quantity
     ]
+    lines += [mean for group in groups for mean in _means(group, quantity)]
     values = np.concatenate([line.values for line in lines])
     finite = values[np.isfinite(values)]
     share = any(word in quantity for word in _SHARES) and bool(((finite >= 0) & (finite <= 1)).all())
@@ -109,7 +123,41 @@ def _line(group: RunGroup, run: RunRecord, name: str, series: Series) -> Line:
         dashed=name.startswith("eval/") and any(n == f"train/{_quantity(name)}" for n in run.history),
         smoothed=training and _quantity(name) != "lr",
         overlaid=len(group.runs) > 1,
+        faint=_shared_steps(group, name) is not None,
     )
+
+
+def _means(group: RunGroup, quantity: str) -> list[Line]:
+    """The mean of a group's runs at the steps that all of them logged, with one standard deviation to each side."""
+    lines = []
+    for name in sorted((n for n in _logged(group) if _quantity(n) == quantity), reverse=True):
+        steps = _shared_steps(group, name)
+        if steps is None:
+            continue
+        series = [run.history[name] for run in group.runs]
+        values = np.stack([one.values[np.searchsorted(one.steps, steps)] for one in series])
+        first = _line(group, group.runs[0], name, series[0])
+        lines.append(
+            replace(
+                first,
+                label=f"{group.label}, mean of {len(series)} runs, {first.label.rpartition(', ')[2]}",
+                steps=steps,
+                values=values.mean(axis=0),
+                spread=values.std(axis=0, ddof=1),
+                overlaid=False,
+                faint=False,
+            )
+        )
+    return lines
+
+
+def _shared_steps(group: RunGroup, name: str) -> npt.NDArray[np.float64] | None:
+    """Steps at which every run of a group of several logged a number; None where there are fewer than two."""
+    series = [run.history[name] for run in group.runs if name in run.history]
+    if len(series) < len(group.runs) or len(series) < 2:
+        return None
+    steps = reduce(np.intersect1d, (one.steps for one in series))
+    return steps if len(steps) > 1 else None
 
 
 @dataclass(frozen=True)

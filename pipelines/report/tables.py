@@ -140,6 +140,9 @@ def _cell(run: RunRecord, column: Column) -> Cell:
     value = run.metrics.get(column.metric)
     if value is None:
         return Cell()
+    spread = run.metrics.get(f"{column.metric}_sd")  # of a folder that sums up runs
+    if spread is not None and column.averaged:
+        return Cell(column.text(value), _plus_minus(column, spread))
     low, high = (run.metrics.get(f"{column.metric}_{end}") for end in ("low", "high"))
     interval = f"{100 * low:.1f}–{100 * high:.1f}" if low is not None and high is not None else ""
     return Cell(column.text(value), interval)
@@ -151,6 +154,8 @@ def _mean_cell(group: RunGroup, column: Column) -> Cell:
         return Cell()
     if not column.averaged:
         return Cell(column.text(values[0])) if len(set(values)) == 1 else Cell()
-    spread = statistics.stdev(values)
-    text = _decimal(spread) if column.text is _decimal else f"{100 * spread:.1f}"
-    return Cell(column.text(statistics.fmean(values)), f"± {text}")
+    return Cell(column.text(statistics.fmean(values)), _plus_minus(column, statistics.stdev(values)))
+
+
+def _plus_minus(column: Column, spread: float) -> str:
+    return f"± {_decimal(spread) if column.text is _decimal else f'{100 * spread:.1f}'}"

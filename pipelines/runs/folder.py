@@ -70,12 +70,13 @@ class RunFolder:
     def write_start(
         self, run: Section, *, stage: str, name: str, command: Sequence[str], world_size: int
     ) -> None:
-        """Resolved config and start record; a restart adds to the list of starts instead of replacing it."""
+        """Resolved config and start record; a restart adds to the list of starts, and its command is the record's."""
         if not self.writes:
             return
         write_text(self.path / CONFIG, dump_run(run))
-        record = self.start_record() or {"stage": stage, "name": name, "command": list(command), "starts": []}
-        record |= _environment() | {"world_size": world_size, "command_line": shlex.join(command)}
+        record = self.start_record() or {"stage": stage, "name": name, "starts": []}
+        record |= {"command": list(command), "command_line": shlex.join(command)}
+        record |= _environment() | {"world_size": world_size}
         before = record.get("starts")
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         starts = [*(before if isinstance(before, list) else []), now]

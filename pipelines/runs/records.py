@@ -1,6 +1,6 @@
 """Reading finished or unfinished runs back from their folders, and putting the runs of one kind together.
 
-A kind is one config up to name, seed, output folder and tracking: the seeds of one experiment.
+A kind is one config up to name, seed, fold, output folder and tracking: the runs of one experiment.
 """
 
 from __future__ import annotations
@@ -35,6 +35,15 @@ from cliplift.pipelines.runs.predictions import PREDICTIONS, Predictions, read_p
 log = logging.getLogger(__name__)
 
 TRANSFER = "transfer"
+OWN_OF_A_RUN = (
+    "name",
+    "seed",
+    "output",
+    "track",
+    "checkpoint",
+)  # what differs between seeds and folds of one config
+PARTS = re.compile(r"(\D*)(\d*)")  # of a name, so that fold10 comes after fold9
+FOLDERS_DOWN = 3  # how far below a folder its runs may be: CAMPAIGN/NAME/fold1/seed0
 
 
 @dataclass(frozen=True)
@@ -134,6 +143,25 @@ def read_run(folder: Path) -> RunRecord:
     )
 
 
+def sums_up(folder: Path) -> bool:
+    """Whether a folder holds the mean of runs of several folds or seeds, and no run of its own."""
+    return isinstance((read_json(folder / RESULT) or {}).get("runs"), list)
+
+
+def runs_inside(folder: Path, *, down: int = FOLDERS_DOWN) -> list[Path]:
+    """The single runs in and below a folder, in order of folds and seeds; nothing inside a run is looked at.
+
+    A folder that sums up runs stands for them, for itself only where they are gone.
+    """
+    is_run = (folder / RUN).is_file()
+    if is_run and not sums_up(folder):
+        return [folder]
+    below = [path for path in folder.iterdir() if path.is_dir()] if down and folder.is_dir() else []
+    below.sort(key=lambda path: [(text, int(number or 0)) for text, number in PARTS.findall(path.name)])
+    found = [run for path in below for run in runs_inside(path, down=down - 1)]
+    return found or ([folder] if is_run else [])
+
+
 def read_history(path: Path) -> dict[str, Series]:
     """Series by name from a metrics.jsonl; empty when the run logged nothing.
 
@@ -209,7 +237,10 @@ def group_runs(records: Sequence[RunRecord], labels: Mapping[Path, str] | None =
 
 def _kind(record: RunRecord, known: Mapping[Path, str]) -> str:
     """What must agree for two runs to be seeds of one experiment, as text."""
-    kept = {k: v for k, v in record.config.items() if k not in ("name", "seed", "output", "track")}
+    kept = {k: v for k, v in record.config.items() if k not in OWN_OF_A_RUN}
+    data = kept.get("data")
+    if isinstance(data, Mapping):
+        kept["data"] = {k: v for k, v in data.items() if k != "fold"}
     for key in ("initialise_from", "run"):  # seeds of a chain each start from their own seed's parent
         source = kept.get(key)
         if isinstance(source, str):
@@ -220,8 +251,9 @@ def _kind(record: RunRecord, known: Mapping[Path, str]) -> str:
 
 
 def _stem(names: Sequence[str]) -> str:
-    """What the names share, without a trailing seed number: ``scratch-seed0``, ``scratch-seed1`` -> ``scratch``."""
-    stems = {re.sub(r"[-_ .]+(seed|run|s)?[-_ .]*\d+$", "", name) or name for name in names}
+    """What the names share, without trailing numbers of fold and seed: ``net-fold1-seed0`` -> ``net``."""
+    ending = r"([-_ .]+fold\d+)?[-_ .]+(seed|run|s)?[-_ .]*\d+$|[-_ .]+fold\d+$"
+    stems = {re.sub(ending, "", name) or name for name in names}
     return stems.pop() if len(stems) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 

@@ -22,7 +22,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.runs.folder import HISTORY, Record, RunFolder, read_json, write_json, write_text
-from cliplift.sharding.build.tracking import wandb_mode
+from cliplift.sharding.build.tracking import wandb_mode, wandb_project
 from cliplift.sharding.read.generations import manifest_file, named_generation
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 ClipTable = tuple[Sequence[str], Sequence[Sequence[object]]]
 
 SECONDS_BETWEEN_LINES = 10.0
+WANDB_RECORD = "wandb.json"  # in a run's folder: id and group of its W&B run
 USERS_DATA_FOLDER = os.environ.get("WANDB_DATA_DIR")
 
 
@@ -205,22 +206,23 @@ class Tracker:
         os.environ["WANDB_DATA_DIR"] = USERS_DATA_FOLDER or str((self.folder / "wandb").absolute())
         import wandb
 
-        known = self.folder / "wandb.json"
+        known = self.folder / WANDB_RECORD
         again = known.is_file() and self.run.checkpoint.resume == "auto"
         before = (read_json(known) or {}).get("id") if again else None
         run_id = before if isinstance(before, str) and before else secrets.token_hex(4)
-        write_json(known, {"id": run_id})
-        track = self.run.track
+        track, group = self.run.track, wandb_group(self.run, os.environ)
+        write_json(known, {"id": run_id, "group": group})
         started = wandb.init(
             id=run_id,
             resume="allow",
             mode=mode,
             dir=str(self.folder),
-            project=track.project,
+            project=wandb_project(track.project, os.environ),
+            entity=track.entity,
             name=self.run.name,
-            group=track.group or self.run.name,
+            group=group,
             job_type=self.stage,
-            tags=list(track.tags),
+            tags=list(track.tags) or None,  # None leaves it to W&B's own variables
             notes=track.notes or None,
             config=self.run.model_dump(mode="json") | {"environment": _environment(self.folder)},
             settings=wandb.Settings(
@@ -234,6 +236,22 @@ class Tracker:
         )
         started.define_metric("*", step_metric="step")
         return started
+
+
+def wandb_group(run: TrainingRun, environment: Mapping[str, str]) -> str:
+    """The campaign a run belongs to: as the config says, as W&B's WANDB_RUN_GROUP says, that of the run it starts from.
+
+    A run that starts from none begins a campaign of its own name.
+    """
+    source = getattr(run, "initialise_from", None)
+    before = read_json(Path(source) / WANDB_RECORD) if source and "://" not in source else None
+    inherited = (before or {}).get("group")
+    return (
+        run.track.group
+        or environment.get("WANDB_RUN_GROUP")
+        or (inherited if isinstance(inherited, str) else None)
+        or run.name
+    )
 
 
 def _environment(folder: Path) -> Record:

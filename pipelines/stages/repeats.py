@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from cliplift.pipelines.engine.faults import caught_signals
 from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.runs.published import PublishedRun
 from cliplift.pipelines.runs.results import commands_after, result_block
+from cliplift.pipelines.runs.tracking import wandb_group
 from cliplift.pipelines.stages.run import StageResult, run_stage, stage_of
 from cliplift.sharding.read.reader import fold_count
 
@@ -46,7 +48,7 @@ def _finetune_runs(run: FinetuneRun) -> list[TrainingRun]:
                 "name": "-".join([run.name, *parts]),
                 "seed": run.seed if seed is None else seed,
                 "data": run.data if fold is None else run.data.model_copy(update={"fold": fold}),
-                "track": run.track.model_copy(update={"group": run.track.group or run.name}),
+                "track": run.track.model_copy(update={"group": wandb_group(run, os.environ)}),
             }
             runs.append(run.model_copy(update=changes))
     return runs
@@ -121,8 +123,12 @@ def run_all(run: TrainingRun, *, command: Sequence[str]) -> StageResult:
 
 
 def summary(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of every metric all runs have, and its sample standard deviation as ``NAME_sd`` (0 for one run)."""
+    """Mean of every metric all runs have, and its sample standard deviation as ``NAME_sd`` (0 for one run).
+
+    The bounds of single runs' intervals are left out: their means are the bounds of nothing.
+    """
     shared = [name for name in runs[0] if all(name in metrics for metrics in runs)]
+    shared = [name for name in shared if not name.endswith(("_low", "_high"))]
     found: dict[str, float] = {"runs": float(len(runs))}
     for name in shared:
         values = [metrics[name] for metrics in runs]

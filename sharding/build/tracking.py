@@ -91,11 +91,12 @@ class BuildTracker:
             resume="allow",
             mode=mode,
             dir=folder,
-            project=track.project,
+            project=wandb_project(track.project, os.environ),
+            entity=track.entity,
             name=self._name,
-            group=track.group or self.run.name,
+            group=track.group or os.environ.get("WANDB_RUN_GROUP") or self.run.name,
             job_type="shard",
-            tags=list(track.tags),
+            tags=list(track.tags) or None,  # None leaves it to W&B's own variables
             notes=track.notes or None,
             config=self.run.model_dump(mode="json"),
             settings=wandb.Settings(
@@ -160,6 +161,11 @@ def summary_numbers(report: BuildReport) -> dict[str, float | str]:
     if report.verified is not None:
         numbers["verified"] = report.verified.ok
     return numbers
+
+
+def wandb_project(asked: str | None, environment: Mapping[str, str]) -> str:
+    """The project that a config asks for; where it is silent W&B's own WANDB_PROJECT, or ours."""
+    return asked or environment.get("WANDB_PROJECT") or "cliplift"
 
 
 def wandb_mode(asked: str, environment: Mapping[str, str]) -> Mode:

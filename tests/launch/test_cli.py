@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cliplift.launch.cli import main
 from cliplift.launch.commands.command import all_commands
@@ -86,6 +87,54 @@ def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     failed(cliplift("transfer", "transfer/demo", "stray", cwd=tmp_path), "stray", "key.path=value")
     failed(in_this_process("predict", "nowhere", "video.mp4", cwd=tmp_path), "nowhere")
     failed(cliplift("shard", "shard/demo_actions", "--part", "4/4", cwd=tmp_path), "4/4")
+
+
+def test_an_unknown_command_names_the_nearest(tmp_path: Path) -> None:
+    failed(
+        in_this_process("tranfer", "x.yaml", cwd=tmp_path), "no command 'tranfer': did you mean 'transfer'?"
+    )
+    failed(in_this_process("zzz", cwd=tmp_path), "no command 'zzz'; see `cliplift --help`")
+
+
+def test_help_of_a_section_is_of_that_section_alone(tmp_path: Path) -> None:
+    text = in_this_process("finetune", "--help", "optim", cwd=tmp_path).stdout
+    keys = re.findall(r"^  (\S+)  \(", text, flags=re.MULTILINE)
+    assert "optim.lr" in keys
+    assert all(key.startswith("optim.") for key in keys)
+    one = in_this_process("finetune", "--help", "optim.lr", cwd=tmp_path).stdout
+    assert re.findall(r"^  (\S+)  \(", one, flags=re.MULTILINE) == ["optim.lr"]
+    kinds = in_this_process("shard", "--help", "source.root", cwd=tmp_path).stdout
+    assert "source[folder].root" in kinds
+    failed(in_this_process("finetune", "--help", "optm", cwd=tmp_path), "did you mean 'optim'?")
+    failed(in_this_process("finetune", "--help", "x.yaml", cwd=tmp_path), "the sections are optim, schedule")
+
+
+def test_help_speaks_yaml(tmp_path: Path) -> None:
+    for stage in ("shard", "pretrain", "finetune", "predict"):
+        text = in_this_process(stage, "--help", cwd=tmp_path).stdout
+        assert not re.findall(r".*\b(?:None|True|False)\b.*", text)
+        for default in re.findall(r", default (\[.*\]|true|false|null)\)$", text, flags=re.MULTILINE):
+            yaml.safe_load(default)
+    assert "default null)" in text
+
+
+def test_a_shell_completes_commands_options_and_keys(tmp_path: Path) -> None:
+    """Asked of bash itself."""
+    (tmp_path / "script").write_text(in_this_process("--completion", "bash", cwd=tmp_path).stdout)
+    ask = (
+        "source ./script; compopt() { :; }\n"
+        'ask() { COMP_WORDS=(cliplift "$@"); COMP_CWORD=$#; _cliplift; echo ${COMPREPLY[@]}; }\n'
+        "ask fine; ask finetune optim.lr; ask finetune --dr; ask verify --fu; ask nothing x"
+    )
+    done = subprocess.run(
+        ["bash", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stdout.splitlines()[:3] == ["finetune", "optim.lr= optim.lr_reference_batch=", "--dry-run"]
+    assert done.stderr == ""
+    for shell in ("zsh", "fish"):
+        text = in_this_process("--completion", shell, cwd=tmp_path).stdout
+        assert all(name in text for name in all_commands())
+    failed(in_this_process("--completion", "cmd", cwd=tmp_path), "cmd")
 
 
 def test_an_unknown_model_names_the_nearest(tmp_path: Path) -> None:

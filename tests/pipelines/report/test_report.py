@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -185,6 +186,106 @@ def test_runs_of_one_kind_are_one_line_with_mean_and_sd(tmp_path: Path) -> None:
     assert "scratch mean of 2" in page.text
     assert "60.0 % ± 14.1" in page.text  # sample standard deviation of 0.5 and 0.7
     assert "66.7 % of 12 predictions, 2 runs together" in page.text  # from the predictions themselves
+
+
+def write_repeats(folder: Path, accuracies: dict[str, float]) -> Path:
+    """What ``folds`` and ``seeds`` leave: runs below, and a folder that sums them up with bounds as it once did."""
+    for place, accuracy in accuracies.items():
+        parts = place.split("/")
+        fold = next((int(part[4:]) for part in parts if part.startswith("fold")), None)
+        data = {"shards": ["runs/shards"], "fold": fold}
+        write_run(folder.joinpath(*parts), name="-".join(["net", *parts]), seed=int(place[-1]), accuracy=accuracy,
+                  config={"data": data, "checkpoint": {"url": f"s3://b/{place}"}},
+                  metrics={"accuracy_low": accuracy - 0.2, "accuracy_high": accuracy + 0.2})  # fmt: skip
+    (folder / "run.json").write_text(json.dumps({"stage": "finetune", "name": "net"}))
+    metrics = {"runs": 2.0, "accuracy": 0.6, "accuracy_sd": 0.1, "accuracy_low": 0.4, "accuracy_high": 0.8}
+    result = {"stage": "finetune", "metrics": metrics, "runs": [f"moved/{place}" for place in accuracies]}
+    (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_a_folder_of_folds_and_seeds_stands_for_its_runs(tmp_path: Path) -> None:
+    accuracies = {"fold1/seed0": 0.5, "fold1/seed1": 0.7, "fold10/seed0": 0.6, "fold2/seed0": 0.6}
+    folder = write_repeats(tmp_path / "campaign" / "net", accuracies)
+    found, _ = find_runs(tmp_path / "campaign")
+    order = ["fold1/seed0", "fold1/seed1", "fold2/seed0", "fold10/seed0"]
+    assert [run.relative_to(folder).as_posix() for run in found] == order
+    page = report(tmp_path, *found)
+    assert "net mean of 4" in page.text
+    assert "60.0 % ± 8.2" in page.text  # sample standard deviation of 0.5, 0.7, 0.6 and 0.6
+    assert "30.0–70.0" in page.text  # a run's own interval
+
+
+def test_a_folder_whose_runs_are_gone_shows_its_spread_and_no_interval(tmp_path: Path) -> None:
+    folder = write_repeats(tmp_path / "net", {"seed0": 0.5, "seed1": 0.7})
+    for seed in (0, 1):
+        shutil.rmtree(folder / f"seed{seed}")
+    page = report(tmp_path, *find_runs(folder)[0])
+    assert "60.0 % ± 10.0" in page.text
+    assert "40.0–80.0" not in page.text
+
+
+def test_runs_of_one_kind_have_a_mean_curve_and_a_band(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"s{k}", name=f"net-seed{k}", seed=k) for k in (0, 1)]
+    for k, values in enumerate(([1.0, 3.0, 5.0], [3.0, 5.0, 7.0])):
+        lines = [{"step": step, "eval/loss": value} for step, value in zip((10, 20, 30), values, strict=True)]
+        (runs[k] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = report(tmp_path, *runs)
+    svg = next(s for s in re.findall(r"<svg.*?</svg>", page.html, re.DOTALL) if 'aria-label="Loss"' in s)
+    assert "net, mean of 2 runs, validation" in svg
+    assert svg.count("faint") == 2
+    (band,) = re.findall(r'class="band" d="M([^"]*)Z"', svg)
+    corners = [tuple(map(float, place.split())) for place in band.split("L")]
+    (mean,) = re.findall(r'class="line" d="M([^"]*)"', svg)
+    middle = [tuple(map(float, place.split())) for place in mean.split("L")]
+    # Means 2, 4, 6 with a standard deviation of sqrt(2) each; on the axis from 0 to 8 a unit is 178 / 8 high.
+    assert [y for _, y in middle] == pytest.approx(
+        [8 + 178 * (1 - value / 8) for value in (2, 4, 6)], abs=0.06
+    )
+    assert corners[0][1] == pytest.approx(middle[0][1] - 2**0.5 * 178 / 8, abs=0.1)
+    assert corners[-1][1] == pytest.approx(middle[0][1] + 2**0.5 * 178 / 8, abs=0.1)
+    assert corners[0][0] == corners[-1][0] == middle[0][0]
+
+
+def test_numbers_that_never_change_have_no_curve(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as lines:
+        for step in (1, 2, 3):
+            row = {"step": step, "speed/memory_gib": 3.0, "speed/clips_per_second": step}
+            lines.write(json.dumps(row | ({"speed/once": 1.0} if step == 1 else {})) + "\n")
+    page = report(tmp_path, run)
+    assert "Clips per second" in page.attributes("svg", "aria-label")
+    assert not {"Memory gib", "Once"} & set(page.attributes("svg", "aria-label"))
+
+
+def test_the_last_start_is_the_one_shown(tmp_path: Path) -> None:
+    """The first may have been aborted; config, command and versions are those of the last."""
+    run = write_run(tmp_path / "run")
+    start = json.loads((run / "run.json").read_text())
+    starts = {
+        "starts": ["2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"],
+        "started_utc": "2026-01-01T00:00:00Z",
+    }
+    (run / "run.json").write_text(json.dumps(start | starts))
+    page = report(tmp_path, run)
+    assert "2026-01-02T00:00:00Z, start 2" in page.text
+    assert "2026-01-01" not in page.text
+
+
+def test_the_headline_has_every_transfer(tmp_path: Path) -> None:
+    runs = []
+    for name, accuracy, sigmas in (("good", 0.8, 9.0), ("bad", 0.51, 0.2)):
+        numbers = {"matching_accuracy": accuracy, "matching_prior": 0.5, "above_chance_sigmas": sigmas}
+        runs.append(write_run(tmp_path / name, stage="transfer", name=name, predicted=None, metrics=numbers,
+                              config={"lr": accuracy}))  # fmt: skip
+        result = json.loads((runs[-1] / "result.json").read_text())
+        del result["metrics"]["accuracy"]
+        (runs[-1] / "result.json").write_text(json.dumps(result))
+    page = report(tmp_path, *runs)
+    assert (
+        "good 80.0 % against a prior of 50.0 %, bad 51.0 % against a prior of 50.0 %, which is not"
+        in page.text
+    )
 
 
 def test_a_missing_number_is_an_empty_cell_and_no_mean(tmp_path: Path) -> None:

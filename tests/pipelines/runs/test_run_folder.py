@@ -31,6 +31,8 @@ def test_a_restart_keeps_the_first_start_and_adds_its_own(tmp_path: Path) -> Non
     assert second["started_utc"] == first["started_utc"]
     assert len(second["starts"]) == 2
     assert second["world_size"] == 2
+    assert second["command"] == ["cliplift", "export", "again"]  # both of the start that the config is of
+    assert second["command_line"] == "cliplift export again"
 
 
 def test_the_config_in_the_folder_loads_to_an_equal_run(tmp_path: Path) -> None:
