@@ -5,7 +5,7 @@
 Writes synthetic datasets of so many clips (no tars: nothing is decoded) and opens them for training, every contender in
 a fresh process of its own. Of more than a few million clips the last two need some gigabytes:
 
-* ``catalog``: cliplift's loader on a dataset with a catalog.
+* ``catalog``: cliplift's loader on a dataset with a catalog; of many shards with a small ``--clips-per-shard``.
 * ``version 1``: cliplift's loader on a dataset that has no catalog yet.
 * ``table``: the yardstick: the whole table in memory as Arrow columns and Python objects, and sent to each worker, as
   cliplift itself read datasets before there were catalogs.
@@ -62,10 +62,10 @@ from cliplift.sharding.manifest import (
     PLAN_FORMAT,
     SAMPLES_FILE,
     Dataset,
-    Sample,
     ShardFacts,
     ShardIndex,
     SplitFacts,
+    canonical,
     check_samples,
     dataset_fingerprint,
     digest,
@@ -158,12 +158,12 @@ def write_table(folder: Path, rows: int) -> None:
     writer.close()
 
 
-def manifest(rows: int, *, samples_sha256: str) -> Dataset:
+def manifest(rows: int, *, samples_sha256: str, per_shard: int = CLIPS_PER_SHARD) -> Dataset:
     """``dataset.json`` of version 1."""
     shards, splits = [], {"train": SplitFacts(samples=0, seconds=0), "val": SplitFacts(samples=0, seconds=0)}
-    for number in range(-(-rows // CLIPS_PER_SHARD)):
+    for number in range(-(-rows // per_shard)):
         split = "train" if number % VAL_SHARE else "val"
-        samples = min(CLIPS_PER_SHARD, rows - number * CLIPS_PER_SHARD)
+        samples = min(per_shard, rows - number * per_shard)
         splits[split]["samples"] += samples
         shards.append(
             ShardFacts(
@@ -179,10 +179,10 @@ def manifest(rows: int, *, samples_sha256: str) -> Dataset:
     )  # fmt: skip
 
 
-def write_catalog_alone(folder: Path, rows: int) -> None:
+def write_catalog_alone(folder: Path, rows: int, *, per_shard: int) -> None:
     """A dataset of version 2 whose table of names is empty: none is read before a name is asked for."""
     folder.mkdir(parents=True)
-    dataset = manifest(rows, samples_sha256=digest(b""))
+    dataset = manifest(rows, samples_sha256=digest(b""), per_shard=per_shard)
     videos = -(-rows // CLIPS_PER_VIDEO)
     codes = [("train", "val").index(shard.split) for shard in dataset.shards]
     head = CatalogHead(
@@ -193,13 +193,13 @@ def write_catalog_alone(folder: Path, rows: int) -> None:
     )  # fmt: skip
     number, rng = np.arange(rows), np.random.default_rng(0)
     data = np.zeros(rows, dtype=row_type(head))
-    data["mp4_offset"] = number % CLIPS_PER_SHARD * 202_000 + 512
+    data["mp4_offset"] = number % per_shard * 202_000 + 512
     data["mp4_bytes"] = MEMBER_BYTES - rng.integers(0, 50_000, rows)
     data["mp4_crc32"] = rng.integers(0, 1 << 32, rows)
     data["label"], data["num_frames"] = rng.integers(0, CLASSES, rows), rng.integers(40, 301, rows)
     data["fps"], data["width"], data["height"] = 25.0, 340, 256
     data["video"] = data["group"] = number // CLIPS_PER_VIDEO
-    data["splits"][:, 0] = np.array(codes)[number // CLIPS_PER_SHARD]
+    data["splits"][:, 0] = np.array(codes)[number // per_shard]
     checksums = checksums_of(head, data, np.zeros(0, dtype=np.int32))
     with (folder / CATALOG_ROWS_FILE).open("wb") as file:
         data.tofile(file)
@@ -366,19 +366,12 @@ def write_indexes(folder: Path, rows: int) -> None:
     for number in range(rows // CLIPS_PER_SHARD):
         split = "train" if number % VAL_SHARE else "val"
         tar = shard_file("n", split, number)
-        table = chunk(number * CLIPS_PER_SHARD, (number + 1) * CLIPS_PER_SHARD).drop_columns("shard")
-        lists = {"labels", "folds", "keyframes"}
-        values = [
-            [tuple(v) if name in lists else v for v in table.column(name).to_pylist()]
-            for name in table.column_names
-        ]
-        samples = tuple(
-            Sample(**dict(zip(table.column_names, row, strict=True))) for row in zip(*values, strict=True)
-        )
-        index = ShardIndex(number, split, tar, TAR_BYTES, f"{number:064d}", "p", samples, ())
+        samples = chunk(number * CLIPS_PER_SHARD, (number + 1) * CLIPS_PER_SHARD).drop_columns("shard")
+        index = ShardIndex(number, split, tar, TAR_BYTES, f"{number:064d}", "p", (), ())
+        tree = json.loads(dump_index(index)) | {"samples": samples.to_pylist()}
         path = folder / index_file(tar)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(dump_index(index))
+        path.write_bytes(canonical(tree) + b"\n")
         with (folder / tar).open("wb") as file:
             file.truncate(TAR_BYTES)
         shards.append(PlannedShard(number, split, tar, number, number + 1))
@@ -464,6 +457,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the datasets are made, and kept")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--stages", nargs="+", choices=STAGES, help="measure these in place of opening")
+    parser.add_argument("--clips-per-shard", type=int, default=CLIPS_PER_SHARD, help="of the catalog")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -483,7 +477,10 @@ def main() -> None:
             for contender in arguments.contenders:
                 place = folder / (f"{rows}-catalog" if contender == "catalog" else f"{rows}")
                 if not (place / DATASET_FILE).is_file():
-                    (write_catalog_alone if contender == "catalog" else write_synthetic)(place, rows)
+                    if contender == "catalog":
+                        write_catalog_alone(place, rows, per_shard=arguments.clips_per_shard)
+                    else:
+                        write_synthetic(place, rows)
                 found = in_a_process(contender, str(place))
                 print(json.dumps({"rows": rows, "contender": contender} | found), flush=True)
 

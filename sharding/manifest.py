@@ -365,47 +365,6 @@ def dataset_fingerprint(
     )
 
 
-def rows_to_parquet(
-    rows: Sequence[R], row_type: type[R], *, extra: Mapping[str, Sequence[int]] | None = None
-) -> bytes:
-    """Dataclass rows as a Parquet file; the same rows give the same bytes."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns: dict[str, pa.Array] = {}
-    for field in dataclasses.fields(row_type):
-        values = [getattr(row, field.name) for row in rows]
-        if field.name in FLOW_COLUMNS and not any(values):
-            continue  # a table without flow is the table it was before there was any
-        columns[field.name] = pa.array(values, type=arrow_type(str(field.type)))
-    for name, numbers in (extra or {}).items():
-        columns[name] = pa.array(numbers, type=pa.int64())
-    out = io.BytesIO()
-    pq.write_table(pa.table(columns), out, compression="zstd", store_schema=False)
-    return out.getvalue()
-
-
-def rows_from_parquet(data: bytes, row_type: type[R], *, file: str) -> list[R]:
-    """Rows written by :func:`rows_to_parquet`; columns that the type lacks are left out.
-
-    Raises:
-        ManifestError: the file is damaged or lacks a column.
-    """
-    table = read_table(data, file=file)
-    absent = FLOW_COLUMNS - set(table.column_names)
-    names = [field.name for field in dataclasses.fields(row_type) if field.name not in absent]
-    missing = set(names) - set(table.column_names)
-    if missing:
-        raise ManifestError(f"{file}: column {min(missing)!r} is missing")
-    columns = [table.column(name).to_pylist() for name in names]
-    lists = {field.name for field in dataclasses.fields(row_type) if "tuple" in str(field.type)}
-    tuples = [
-        [tuple(v) for v in column] if name in lists else column
-        for name, column in zip(names, columns, strict=True)
-    ]
-    return [row_type(**dict(zip(names, values, strict=True))) for values in zip(*tuples, strict=True)]
-
-
 # Beyond these a Parquet file is made to fill the memory: a list has a name in every row, and names differ.
 MIN_ROWS, MAX_ROWS_PER_BYTE = 1_000_000, 16
 MIN_UNPACKED_BYTES, MAX_UNPACKING = 256 << 20, 200

@@ -384,7 +384,7 @@ def without_secrets(url: str) -> str:
     authority, slash, path = rest.partition("/")
     authority = authority.rpartition("@")[2]
     if scheme.rpartition("::")[2].lower() in ("http", "https", "ftp"):
-        authority, path = re.split(r"[?#]", authority)[0], re.split(r"[?#]", path)[0]
+        authority, path = (part.partition("?")[0].partition("#")[0] for part in (authority, path))
     return f"{scheme}://{authority}{slash}{path}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,12 +41,11 @@ def table_of(
     import pyarrow as pa
 
     given = extra or {}
-    columns = [
-        pa.array(given[field.name] if field.name in given else [getattr(row, field.name) for row in rows],
-                 type=field.type)
-        for field in schema
-    ]  # fmt: skip
-    return pa.Table.from_arrays(columns, schema=schema)
+    names = [name for name in schema.names if name not in given]
+    values = zip(*map(attrgetter(*names), rows), strict=True) if rows else [()] * len(names)
+    columns: dict[str, Sequence[object]] = {**dict(zip(names, values, strict=True)), **given}
+    arrays = [pa.array(columns[field.name], type=field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
 
 
 def videos_of(table: pa.Table) -> list[SourceVideo]:

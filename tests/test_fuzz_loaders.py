@@ -39,6 +39,7 @@ from cliplift.pipelines.checkpoints.folder import damage
 from cliplift.pipelines.runs.folder import read_json
 from cliplift.pipelines.runs.records import read_history, read_predictions
 from cliplift.sharding.manifest import (
+    FLOW_COLUMNS,
     Dataset,
     ManifestError,
     Sample,
@@ -49,7 +50,6 @@ from cliplift.sharding.manifest import (
     load_dataset,
     load_index,
     read_table,
-    rows_to_parquet,
 )
 from cliplift.sharding.read.catalog import (
     checksums_of,
@@ -63,6 +63,7 @@ from cliplift.sharding.read.columns import columns_of
 from cliplift.sharding.sources.lists import SourceError, read_rows
 from cliplift.sharding.sources.tars import read_tar
 from cliplift.sharding.sources.tfrecord import RecordError, masked_crc32c, records
+from cliplift.sharding.tables import schema_of, table_of
 from cliplift.sharding.video.decode import VideoDecodeError, decode_frames, probe
 from cliplift.sharding.video.full_decode import check_clip
 
@@ -209,10 +210,15 @@ def table_of_samples(path: Path) -> None:
     check_samples(read_table(path.read_bytes(), file="samples.parquet"), DATASET, file="samples.parquet")
 
 
+def samples_file(samples: list[Sample]) -> bytes:
+    out = io.BytesIO()
+    table = table_of(samples, schema_of(Sample, "shard"), extra={"shard": [0] * len(samples)})
+    pq.write_table(table.drop_columns(sorted(FLOW_COLUMNS)), out, compression="zstd")
+    return out.getvalue()
+
+
 COLUMNS = columns_of(
-    pq.ParquetFile(
-        io.BytesIO(rows_to_parquet([replace(SAMPLE, labels=(0, 1))] * 40, Sample, extra={"shard": [0] * 40}))
-    ),
+    pq.ParquetFile(io.BytesIO(samples_file([replace(SAMPLE, labels=(0, 1))] * 40))),
     replace(DATASET, samples=40, shards=(replace(DATASET.shards[0], samples=40),)),
     samples_bytes=1,
 )
@@ -272,8 +278,7 @@ LOADERS = [
     Loader("dataset.json", lambda _: dump_dataset(DATASET), lambda p: load_dataset(p.read_bytes(), file="d"),
            (ManifestError,)),
     Loader("x.index.json", index, lambda p: load_index(p.read_bytes(), file="i"), (ManifestError,)),
-    Loader("samples.parquet", lambda _: rows_to_parquet([SAMPLE], Sample, extra={"shard": [0]}), table_of_samples,
-           (ManifestError,)),
+    Loader("samples.parquet", lambda _: samples_file([SAMPLE]), table_of_samples, (ManifestError,)),
     Loader("catalog.json", lambda _: dump_head(HEAD), head_of_catalog, (ManifestError,)),
     Loader("catalog.bin", rows_of_catalog, whole_catalog, (ManifestError,)),
     Loader("list.csv", lambda _: b'path,label\n"a, b.mp4",x\nc.mp4,"y ""z"""\n', rows, LISTS),

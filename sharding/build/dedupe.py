@@ -3,15 +3,21 @@
 What is kept depends on the clips alone, not on the order of the work: evaluation splits go before ``train``, then the
 order of the plan. A clip is compared with the kept ones only, so doing it again changes nothing. Windows of one video
 are never each other's duplicates.
+
+Clips are many and duplicates few: a first pass over the indexes, in memory that does not grow with the clips, finds
+those that may be like another video's clip (``likeness``), and only they are held and compared.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import BinaryIO, Literal, cast
+
+import numpy as np
 
 from cliplift.sharding.build.finalize import BuildError, load_indexes
 from cliplift.sharding.build.plan import Plan
@@ -26,8 +32,9 @@ from cliplift.sharding.manifest import (
     canonical,
     index_file,
 )
-from cliplift.sharding.scratch import local_copy
+from cliplift.sharding.scratch import local_copy, scratch_folder
 from cliplift.sharding.storage import Store
+from cliplift.sharding.video.likeness import Ints, SharedKeys, SharedLooks
 from cliplift.sharding.video.picture_hash import alike, bands
 
 Action = Literal["report", "remove_exact", "remove"]
@@ -120,28 +127,86 @@ def settle_duplicates(
     Raises:
         BuildError: a shard is missing, or a member is damaged.
     """
-    indexes = list(load_indexes(plan, store))
-    samples = [sample for index in indexes for sample in index.samples]
-    hashes = [row for index in indexes for row in index.picture_hashes or ((),) * len(index.samples)]
-    found = find_duplicates(samples, hashes)
+    with scratch_folder() as folder:
+        survey = _Survey(folder)
+        for index in load_indexes(plan, store):
+            survey.add(index)
+        numbers = survey.possible()
+    samples, hashes = _taken(plan, store, numbers, survey.ends)
+    found = [
+        replace(d, number=int(numbers[d.number]), of=int(numbers[d.of]))
+        for d in find_duplicates(list(samples.values()), hashes)
+    ]
     gone = [d for d in found if action == "remove" or (action == "remove_exact" and d.kind == "exact")]
-    descriptions = [_describe(samples[d.number], samples[d.of], d.kind) for d in found]
-    # Those removed by an earlier call are in the ledger, in the same words.
-    before = [r.reason for index in indexes for r in index.refused if r.stage == DUPLICATE]
+    words = Counter(_describe(samples[d.number], samples[d.of], d.kind) for d in found)
     removed = set(gone)
     stay = [d for d in found if d not in removed]
     store.write(listing, b"".join(_row(samples[d.number], samples[d.of], d.kind) + b"\n" for d in stay))
-    for index, numbers in _by_shard(indexes, gone):
-        _rewrite(index, numbers, samples, store)
-    words = [*descriptions, *before]
+    for index, mine in _by_shard(plan, store, gone, survey.ends):
+        _rewrite(index, mine, samples, store)
+    words += survey.before
     return DuplicateCounts(
         action=action,
-        exact=sum(w.startswith(REASONS["exact"]) for w in words),
-        look=sum(w.startswith(REASONS["look"]) for w in words),
-        removed=len(gone) + len(before),
-        across_splits=sum(OTHER_SPLIT in w.rpartition(")")[2] for w in words),
-        across_labels=sum(OTHER_LABEL in w.rpartition(")")[2] for w in words),
+        exact=sum(n for w, n in words.items() if w.startswith(REASONS["exact"])),
+        look=sum(n for w, n in words.items() if w.startswith(REASONS["look"])),
+        removed=len(gone) + survey.before.total(),
+        across_splits=sum(n for w, n in words.items() if OTHER_SPLIT in w.rpartition(")")[2]),
+        across_labels=sum(n for w, n in words.items() if OTHER_LABEL in w.rpartition(")")[2]),
     )
+
+
+class _Survey:
+    """All clips of finished shards, of which only those are held that another video's clip may be like."""
+
+    def __init__(self, folder: Path) -> None:
+        self._contents, self._looks = SharedKeys(folder / "contents"), SharedLooks(folder / "looks")
+        self._ends: list[int] = []
+        # Those removed by an earlier call are in the ledger, in the same words.
+        self.before: Counter[str] = Counter()
+
+    def add(self, index: ShardIndex) -> None:
+        number = self._ends[-1] if self._ends else 0
+        for sample, pictures in zip(index.samples, _pictures(index), strict=True):
+            for content in _contents(sample):
+                self._contents.add(number, content, sample.video_id)
+            self._looks.add(number, pictures, sample.video_id)
+            number += 1
+        self._ends.append(number)
+        self.before.update(r.reason for r in index.refused if r.stage == DUPLICATE)
+
+    @property
+    def ends(self) -> Ints:
+        """(shards,) the number after the last clip of each."""
+        return np.array(self._ends, dtype=np.int64)
+
+    def possible(self) -> Ints:
+        """The numbers, rising, of all clips that repeat another video's clip or are repeated by one."""
+        return np.union1d(self._contents.shared(), self._looks.shared())
+
+
+def _pictures(index: ShardIndex) -> Sequence[Sequence[int]]:
+    return index.picture_hashes or ((),) * len(index.samples)
+
+
+def _taken(
+    plan: Plan, store: Store, numbers: Ints, ends: Ints
+) -> tuple[dict[int, Sample], list[Sequence[int]]]:
+    """The clips of these numbers, counted over all shards, and the picture hashes of their key frames."""
+    samples: dict[int, Sample] = {}
+    hashes: list[Sequence[int]] = []
+    for place, index in _holding(plan, store, numbers, ends):
+        pictures = _pictures(index)
+        first = int(ends[place]) - len(index.samples)
+        mine = numbers[slice(*np.searchsorted(numbers, [first, ends[place]]).tolist())].tolist()
+        samples |= {number: index.samples[number - first] for number in mine}
+        hashes += [pictures[number - first] for number in mine]
+    return samples, hashes
+
+
+def _holding(plan: Plan, store: Store, numbers: Ints, ends: Ints) -> Iterator[tuple[int, ShardIndex]]:
+    """The shards that hold clips of these numbers, and their places in the plan."""
+    places = np.unique(np.searchsorted(ends, numbers, side="right")).tolist()
+    return zip(places, load_indexes(plan, store, places), strict=True)
 
 
 def _describe(sample: Sample, of: Sample, kind: Kind) -> str:
@@ -164,20 +229,18 @@ def _row(sample: Sample, of: Sample, kind: Kind) -> bytes:
 
 
 def _by_shard(
-    indexes: Sequence[ShardIndex], found: Sequence[Duplicate]
+    plan: Plan, store: Store, found: Sequence[Duplicate], ends: Ints
 ) -> Iterator[tuple[ShardIndex, dict[int, Duplicate]]]:
     """Shards that lose samples, and which, counted within the shard."""
-    start = 0
     by_number = {duplicate.number: duplicate for duplicate in found}
-    for index in indexes:
-        mine = {i: by_number[start + i] for i in range(len(index.samples)) if start + i in by_number}
-        start += len(index.samples)
-        if mine:
-            yield index, mine
+    for place, index in _holding(plan, store, np.array(sorted(by_number), dtype=np.int64), ends):
+        first = int(ends[place]) - len(index.samples)
+        numbers = range(first, int(ends[place]))
+        yield index, {number - first: by_number[number] for number in numbers if number in by_number}
 
 
 def _rewrite(
-    index: ShardIndex, removed: dict[int, Duplicate], samples: Sequence[Sample], store: Store
+    index: ShardIndex, removed: dict[int, Duplicate], samples: Mapping[int, Sample], store: Store
 ) -> None:
     with local_copy(store, index.tar) as path, path.open("rb") as file:
         # The commit mark goes first: killed in between, the shard is built again from its sources.

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import av
-import numpy as np
 
 from cliplift.configs.sections import ConfigError
 from cliplift.sharding.build.plan import Plan
@@ -40,7 +39,7 @@ from cliplift.sharding.manifest import (
     index_file,
     load_index,
 )
-from cliplift.sharding.read.catalog import CatalogHead, dump_head
+from cliplift.sharding.read.catalog import dump_head
 from cliplift.sharding.read.columns import write_rows
 from cliplift.sharding.read.generations import (
     dump_removed,
@@ -140,15 +139,30 @@ class _Ledger:
         return "; if the cause is gone, add --retry-failed" if self._retried else ""
 
 
-def write_tables(dataset: Dataset, table: Path, store: Store) -> Dataset:
-    """Publish the table of samples, write the catalog made of it and, last, the manifest, which is returned."""
+def write_tables(dataset: Dataset, table: Path, store: Store, *, publish: bool = True) -> Dataset:
+    """Publish the table of samples, write the catalog made of it and, last, the manifest, which is returned.
+
+    Args:
+        dataset: the manifest without a catalog.
+        table: ``samples.parquet`` as a local file.
+        store: where the dataset is.
+        publish: False where the table is there already.
+    """
     with scratch_folder() as folder:
         rows = folder / CATALOG_ROWS_FILE
         head = write_rows(
             open_table(table, file=SAMPLES_FILE), dataset, rows, samples_bytes=table.stat().st_size
         )
-        store.publish(table, dataset.file(SAMPLES_FILE))
-        return _write_catalog(dataset, head, rows, store)
+        if publish:
+            store.publish(table, dataset.file(SAMPLES_FILE))
+        store.publish(rows, dataset.file(CATALOG_ROWS_FILE))
+    data = dump_head(head)
+    store.write(dataset.file(CATALOG_FILE), data)
+    dataset = replace(dataset, catalog_sha256=digest(data))
+    if dataset.generation > 1:
+        store.write(manifest_file(dataset.generation), dump_dataset(dataset))
+    store.write(DATASET_FILE, dump_dataset(dataset))
+    return dataset
 
 
 def add_shards(plan: Plan, store: Store, base: Dataset, *, max_refused_share: float) -> Dataset:
@@ -200,47 +214,74 @@ def _grown(
     base: Dataset, store: Store, table: Path, *, indexes: Iterable[ShardIndex], removed: frozenset[str]
 ) -> Dataset:
     """The next generation: the clips of ``base`` and of further shards, but for those of removed videos."""
-    schema = schema_of(Sample, "shard")
-    samples = TableFile(table, schema)
-    counts: Counter[int] = Counter()
-    splits: dict[str, SplitFacts] = {}
-
-    def add(rows: pa.Table) -> None:
-        kept = without_videos(rows, removed)
-        samples.add(kept)
-        counts.update(kept.column("shard").to_pylist())
-        frames, rates = kept.column("num_frames").to_numpy(), kept.column("fps").to_numpy()
-        names = np.asarray(kept.column("split").to_pylist(), dtype=object)
-        for split in sorted(set(names.tolist())):
-            entry = splits.setdefault(split, {"samples": 0, "seconds": 0.0})
-            mine = names == split
-            entry["samples"] += int(mine.sum())
-            entry["seconds"] = round(entry["seconds"] + float((frames[mine] / rates[mine]).sum()), 3)
-
+    written = _Samples(table, base.shards, removed=removed)
     with read_samples(store, base, store.url) as path:
         for rows in batches(open_table(path, file=SAMPLES_FILE), file=SAMPLES_FILE):
-            add(conformed(rows, schema))
-    shards = list(base.shards)
+            written.add(rows)
     for index in indexes:
-        add(table_of(index.samples, schema, extra={"shard": [index.shard] * len(index.samples)}))
-        shards.append(facts_of(index))
-    samples.close()
-    shards = [replace(shard, samples=counts[shard.shard]) for shard in shards]
-    for shard in shards:
-        if shard.split in splits:
-            splits[shard.split]["shards"] = splits[shard.split].get("shards", 0) + 1
-    samples_sha256 = file_sha256(table)
+        written.add_shard(index)
     return replace(
-        base,
-        shards=tuple(shards),
-        samples=counts.total(),
-        samples_sha256=samples_sha256,
-        splits=dict(sorted(splits.items())),
-        fingerprint=dataset_fingerprint(base.name, base.classes, shards, samples_sha256),
+        written.described(base),
         catalog_sha256="",
         generation=base.generation + 1,
         removed_sha256=digest(dump_removed(removed)) if removed else "",
     )
+
+
+class _Samples:
+    """The table of a dataset's samples while it is written, and what the manifest says of it.
+
+    Args:
+        path: the file of the table.
+        shards: of which rows will be added beside those of :meth:`add_shard`.
+        removed: ids of videos whose clips are left out.
+    """
+
+    def __init__(
+        self, path: Path, shards: Iterable[ShardFacts] = (), *, removed: frozenset[str] = frozenset()
+    ) -> None:
+        self._path, self._removed = path, removed
+        self._schema = schema_of(Sample, "shard")
+        self._file = TableFile(path, self._schema)
+        self._shards = list(shards)
+        self._counts: Counter[int] = Counter()
+        self._splits: dict[str, SplitFacts] = {}
+
+    def add_shard(self, index: ShardIndex) -> None:
+        """Append the clips of one more shard."""
+        self._shards.append(facts_of(index))
+        numbers = [index.shard] * len(index.samples)
+        self.add(table_of(index.samples, self._schema, extra={"shard": numbers}))
+
+    def add(self, rows: pa.Table) -> None:
+        """Append rows of a table of samples."""
+        rows = conformed(rows, self._schema)
+        if self._removed:
+            rows = without_videos(rows, self._removed)
+        self._file.add(rows)
+        self._counts.update(rows.column("shard").to_pylist())
+        lengths = rows.column("num_frames").to_numpy() / rows.column("fps").to_numpy()
+        for split, seconds in zip(rows.column("split").to_pylist(), lengths.tolist(), strict=True):
+            entry = self._splits.setdefault(split, {"samples": 0, "seconds": 0.0})
+            entry["samples"] += 1
+            entry["seconds"] = round(entry["seconds"] + seconds, 3)
+
+    def described(self, dataset: Dataset) -> Dataset:
+        """End the table; the manifest with what it says of shards, splits and samples."""
+        self._file.close()
+        shards = tuple(replace(shard, samples=self._counts[shard.shard]) for shard in self._shards)
+        for shard in shards:
+            if shard.split in self._splits:
+                self._splits[shard.split]["shards"] = self._splits[shard.split].get("shards", 0) + 1
+        samples_sha256 = file_sha256(self._path)
+        return replace(
+            dataset,
+            shards=shards,
+            samples=self._counts.total(),
+            samples_sha256=samples_sha256,
+            splits=dict(sorted(self._splits.items())),
+            fingerprint=dataset_fingerprint(dataset.name, dataset.classes, shards, samples_sha256),
+        )
 
 
 def _write_generation(
@@ -264,32 +305,17 @@ def add_catalog(url: str) -> Dataset:
     """
     store = open_store(url)
     dataset = read_dataset(store)
-    with read_samples(store, dataset, url) as table, scratch_folder() as folder:
-        rows = folder / CATALOG_ROWS_FILE
-        head = write_rows(
-            open_table(table, file=SAMPLES_FILE), dataset, rows, samples_bytes=table.stat().st_size
-        )
-        return _write_catalog(dataset, head, rows, store)
+    with read_samples(store, dataset, url) as table:
+        return write_tables(dataset, table, store, publish=False)
 
 
-def _write_catalog(dataset: Dataset, head: CatalogHead, rows: Path, store: Store) -> Dataset:
-    store.publish(rows, dataset.file(CATALOG_ROWS_FILE))
-    data = dump_head(head)
-    store.write(dataset.file(CATALOG_FILE), data)
-    dataset = replace(dataset, catalog_sha256=digest(data))
-    if dataset.generation > 1:
-        store.write(manifest_file(dataset.generation), dump_dataset(dataset))
-    store.write(DATASET_FILE, dump_dataset(dataset))
-    return dataset
-
-
-def load_indexes(plan: Plan, store: Store) -> Iterator[ShardIndex]:
-    """The indexes of all shards of a plan, one after the other.
+def load_indexes(plan: Plan, store: Store, places: Iterable[int] | None = None) -> Iterator[ShardIndex]:
+    """The indexes of the shards at these places of a plan, or of all, one after the other.
 
     Raises:
         BuildError: a shard is missing or its tar has another size.
     """
-    return (_index(plan, number, store) for number in range(len(plan.shards)))
+    return (_index(plan, place, store) for place in (range(len(plan.shards)) if places is None else places))
 
 
 def _index(plan: Plan, number: int, store: Store) -> ShardIndex:
@@ -322,39 +348,28 @@ def describe(
     settings: Mapping[str, object],
 ) -> Dataset:
     """The manifest of finished shards; their samples are written to ``table``, the file of ``samples.parquet``."""
-    schema = schema_of(Sample, "shard")
-    samples = TableFile(table, schema)
-    shards: list[ShardFacts] = []
-    splits: dict[str, SplitFacts] = {}
+    written = _Samples(table)
     refused: Counter[str] = Counter()
     for index in indexes:
-        samples.add(table_of(index.samples, schema, extra={"shard": [index.shard] * len(index.samples)}))
-        shards.append(facts_of(index))
+        written.add_shard(index)
         refused.update(one.stage for one in index.refused)
-        for row in index.samples:
-            entry = splits.setdefault(row.split, {"samples": 0, "seconds": 0.0})
-            entry["samples"] += 1
-            entry["seconds"] = round(entry["seconds"] + row.num_frames / row.fps, 3)
-    samples.close()
-    for facts in shards:
-        if facts.split in splits:
-            splits[facts.split]["shards"] = splits[facts.split].get("shards", 0) + 1
     cut = settings.get("cut")
-    samples_sha256 = file_sha256(table)
-    return Dataset(
-        name=name,
-        classes=classes,
-        shards=tuple(shards),
-        samples=sum(shard.samples for shard in shards),
-        samples_sha256=samples_sha256,
-        splits=splits,
-        folds=folds,
-        refused=dict(sorted(refused.items())),
-        missing=missing,
-        plan_id=plan_id,
-        settings=settings,
-        versions=versions(shots=isinstance(cut, Mapping) and cut.get("kind") == "shots"),
-        fingerprint=dataset_fingerprint(name, classes, shards, samples_sha256),
+    return written.described(
+        Dataset(
+            name=name,
+            classes=classes,
+            shards=(),
+            samples=0,
+            samples_sha256="",
+            splits={},
+            folds=folds,
+            refused=dict(sorted(refused.items())),
+            missing=missing,
+            plan_id=plan_id,
+            settings=settings,
+            versions=versions(shots=isinstance(cut, Mapping) and cut.get("kind") == "shots"),
+            fingerprint="",
+        )
     )
 
 

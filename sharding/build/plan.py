@@ -33,18 +33,18 @@ from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.sources.dealing import DealtVideos
 from cliplift.sharding.sources.files import LeftOut, LeftOutCount
 from cliplift.sharding.sources.lists import Entry, Stream
-from cliplift.sharding.sources.read import assign_splits, open_source, plan_row
+from cliplift.sharding.sources.read import assign_splits, open_source
 from cliplift.sharding.storage import RangeFile, Store, open_store
 from cliplift.sharding.tables import (
     ROWS_OF_A_BATCH,
     ROWS_OF_A_GROUP,
     TableFile,
     schema_of,
-    table_of,
     videos_of,
 )
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
 PLAN, HEAD = PLAN_FILE.split("/")
@@ -320,8 +320,8 @@ def _write_videos(
     group_rows = ROWS_OF_A_GROUP if sum(counts.values()) <= ROWS_OF_A_GROUP else ROWS_OF_A_BATCH
     schema = schema_of(SourceVideo)
     table = TableFile(folder / VIDEOS, schema, group_rows=group_rows)
-    rows = hashlib.sha256()
-    separator = b"["
+    rows = hashlib.sha256(b"[")
+    separator = b""
     shards: list[PlannedShard] = []
     for split, count in counts.items():
         begin = shards[-1].stop if shards else 0
@@ -332,13 +332,19 @@ def _write_videos(
                 PlannedShard(shard=first + len(shards), split=split, tar=tar, start=start, stop=stop)
             )
         for videos in dealt.of_split(split, numbers):
-            table.add(table_of(videos, schema))
-            for video in videos:
-                rows.update(separator + plan_row(video))
+            table.add(videos)
+            for part in videos.to_batches(VIDEOS_READ):
+                rows.update(separator + _as_json(part))
                 separator = b","
     table.close()
     rows.update(b"]")
     return tuple(shards), rows.hexdigest()
+
+
+def _as_json(videos: pa.RecordBatch) -> bytes:
+    """Rows as the identity of a plan takes them in: lists of their values, with commas between them."""
+    rows = zip(*(column.to_pylist() for column in videos.columns), strict=True)
+    return canonical(list(rows))[1:-1]
 
 
 def save_plan(plan: Plan, folder: Path, store: Store, *, place: str = PLAN) -> None:

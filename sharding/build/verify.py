@@ -1,6 +1,6 @@
-"""Verify a shard dataset: every byte against its checksum, index against tar, clips against a full decode.
+"""Verify a shard dataset: every byte against its checksum, index against tar, table against indexes.
 
-The closing check of ``verify``: stored clips decoded in full once more, and clips that look alike.
+Memory does not grow with the clips: what is looked for among all of them is first narrowed down on disk (``likeness``).
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ import os
 import tarfile
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from cliplift.sharding.build.pool import Job, VideoResult, WorkerPool
 from cliplift.sharding.build.worker import decoding_settings, decoding_task
@@ -28,17 +29,24 @@ from cliplift.sharding.manifest import (
     Sample,
     ShardFacts,
     ShardIndex,
+    check_columns,
     index_file,
     load_index,
-    rows_from_parquet,
+    whole_parquet,
 )
 from cliplift.sharding.read.catalog import load_head, open_catalog
 from cliplift.sharding.read.columns import write_rows
 from cliplift.sharding.read.generations import open_dataset, read_removed, read_samples
 from cliplift.sharding.scratch import local_copy, scratch_folder
 from cliplift.sharding.storage import TEMPORARY_SUFFIX, StorageError, Store, file_sha256, join
-from cliplift.sharding.tables import open_table
+from cliplift.sharding.tables import batches, conformed, open_table, schema_of, table_of
+from cliplift.sharding.video.likeness import HashLists, Ints, SharedKeys, SharedLooks
 from cliplift.sharding.video.picture_hash import near_duplicates
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
 
 DecodeExtent = Literal["none", "sample", "full"]
 SAMPLE_EVERY = 50  # "sample" decodes the first clip of every shard and one in fifty of the others
@@ -56,8 +64,8 @@ class Problem:
 
 def decode_clips(
     dataset: Dataset,
-    samples: Sequence[Sample],
-    url: str,
+    store: Store,
+    removed: frozenset[str],
     *,
     extent: DecodeExtent,
     workers: int,
@@ -67,35 +75,62 @@ def decode_clips(
 
     Args:
         dataset: the manifest.
-        samples: all samples, in the order of the shards.
-        url: folder or URL of the dataset.
+        store: where the dataset is; shards whose index cannot be read are passed over.
+        removed: ids of videos whose clips are no longer part of it.
         extent: all clips, or one in :data:`SAMPLE_EVERY` of every shard.
         workers: processes; 0 is one per core.
         timeout: a clip not decoded in this time is an error, seconds.
     """
-    jobs = list(_jobs(dataset, samples, url, extent))
+    every = 1 if extent == "full" else SAMPLE_EVERY
+    most = sum(-(-shard.samples // every) for shard in dataset.shards)
+    count = min(workers or len(os.sched_getaffinity(0)), max(1, most))
     problems: list[Problem] = []
-    hashes: list[list[int]] = []
-    count = min(workers or len(os.sched_getaffinity(0)), max(1, len(jobs)))
-    with WorkerPool[tuple[ShardFacts, Sample]](
-        workers=count, settings=decoding_settings(), clip_timeout_seconds=timeout, attempts=1
-    ) as pool:
-        for job, result in pool.run(jobs):
-            hashes.append(result.clips[0][0]["picture_hashes"] if result.clips else [])
-            problems += _wrong(*job.context, result)
-    problems += _look_alikes([job.context[1] for job in jobs], hashes)
-    return problems, len(jobs)
+    decoded = 0
+    with scratch_folder() as folder:
+        looks = SharedLooks(folder / "looks")
+        with HashLists(folder / "hashes") as hashes:
+            with WorkerPool[tuple[ShardFacts, Sample]](
+                workers=count, settings=decoding_settings(), clip_timeout_seconds=timeout, attempts=1
+            ) as pool:
+                for job, result in pool.run(_jobs(dataset, store, removed, every)):
+                    seen = result.clips[0][0]["picture_hashes"] if result.clips else []
+                    looks.add(decoded, seen, job.context[1].video_id)
+                    hashes.add(seen)
+                    problems += _wrong(*job.context, result)
+                    decoded += 1
+            alike = looks.shared().tolist()
+            samples = _numbered((job.context[1] for job in _jobs(dataset, store, removed, every)), alike)
+            problems += _look_alikes(samples, [hashes.of(number) for number in alike])
+    return problems, decoded
 
 
 def _jobs(
-    dataset: Dataset, samples: Sequence[Sample], url: str, extent: DecodeExtent
+    dataset: Dataset, store: Store, removed: frozenset[str], every: int
 ) -> Iterator[Job[tuple[ShardFacts, Sample]]]:
-    number = 0
     for shard in dataset.shards:
-        for i, sample in enumerate(samples[number : number + shard.samples]):
-            if extent == "full" or i % SAMPLE_EVERY == 0:
-                yield Job(decoding_task(sample, join(url, shard.file)), (shard, sample))
-        number += shard.samples
+        try:
+            index = _index(shard, store)
+        except (FileNotFoundError, ManifestError):
+            continue
+        for sample in _left(index, removed)[::every]:
+            yield Job(decoding_task(sample, join(store.url, shard.file)), (shard, sample))
+
+
+def _index(shard: ShardFacts, store: Store) -> ShardIndex:
+    """The index of a shard. Raises FileNotFoundError, or ManifestError where it is damaged."""
+    name = index_file(shard.file)
+    return load_index(store.read(name), file=name)
+
+
+def _left(index: ShardIndex, removed: frozenset[str]) -> list[Sample]:
+    """The clips of a shard that are part of the dataset."""
+    return [sample for sample in index.samples if sample.video_id not in removed]
+
+
+def _numbered(samples: Iterable[Sample], numbers: Sequence[int]) -> list[Sample]:
+    """Those of the samples that have these numbers, which rise."""
+    wanted = set(numbers)
+    return [sample for number, sample in enumerate(samples) if number in wanted] if wanted else []
 
 
 def _wrong(shard: ShardFacts, sample: Sample, result: VideoResult) -> Iterator[Problem]:
@@ -165,20 +200,24 @@ def verify(
     store, dataset = open_dataset(url)
     removed = read_removed(store, dataset)
     problems: list[Problem] = []
-    rows = _table(dataset, store, problems)
-    indexed: list[Sample] = []
-    for shard in dataset.shards:
-        index, found = _shard(dataset, shard, store, removed)
-        problems += found
-        indexed += [sample for sample in index.samples if sample.video_id not in removed] if index else ()
-    if rows is not None and rows != indexed:
-        problems.append(Problem("table", SAMPLES_FILE, "differs from the shards' indexes: finalize again"))
-    problems += _orphans(dataset, store)
-    problems += _duplicates(indexed)
+    with scratch_folder() as folder, _table(dataset, store, problems) as table:
+        content = _Content(dataset, folder)
+        for shard in dataset.shards:
+            index, found = _shard(dataset, shard, store, removed)
+            problems += found
+            samples = _left(index, removed) if index else []
+            content.add(samples)
+            if table is not None:
+                table.compare(samples)
+        if table is not None:
+            problems += table.found()
+        problems += _orphans(dataset, store)
+        problems += _duplicates(_numbered(_indexed(dataset, store, removed), content.repeated().tolist()))
+        problems += _cut_groups(_numbered(_indexed(dataset, store, removed), content.cut().tolist()))
     decoded = 0
     if decode != "none":
         damaged, decoded = decode_clips(
-            dataset, indexed, store.url, extent=decode, workers=workers, timeout=clip_timeout_seconds
+            dataset, store, removed, extent=decode, workers=workers, timeout=clip_timeout_seconds
         )
         problems += damaged
     return VerifyReport(
@@ -187,23 +226,107 @@ def verify(
         shards=len(dataset.shards),
         samples=dataset.samples,
         decoded=decoded,
-        labels=_balance(dataset, indexed),
+        labels=content.balance(),
     )
 
 
-def _table(dataset: Dataset, store: Store, problems: list[Problem]) -> list[Sample] | None:
-    """The rows of the table of samples; the catalog is compared with it. What is wrong is added to the problems."""
-    try:
-        with read_samples(store, dataset, store.url) as path:
+def _indexed(dataset: Dataset, store: Store, removed: frozenset[str]) -> Iterator[Sample]:
+    """All clips by the indexes; shards whose index cannot be read are passed over."""
+    for shard in dataset.shards:
+        with suppress(FileNotFoundError, ManifestError):
+            yield from _left(_index(shard, store), removed)
+
+
+class _Content:
+    """What the clips show, while they pass: in memory that does not grow with them."""
+
+    def __init__(self, dataset: Dataset, folder: Path) -> None:
+        self._classes, self._number = dataset.classes, 0
+        self._repeated, self._cut = SharedKeys(folder / "repeated"), SharedKeys(folder / "cut")
+        self._labels: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def add(self, samples: Iterable[Sample]) -> None:
+        for sample in samples:
+            self._repeated.add(self._number, _content(sample), sample.source)
+            if sample.group is not None:
+                self._cut.add(self._number, sample.group, _where(sample))
+            for label in sample.labels or ((sample.label,) if sample.label >= 0 else ()):
+                self._labels[sample.split][self._classes[label]] += 1
+            self._number += 1
+
+    def repeated(self) -> Ints:
+        """The numbers of clips whose content another source gives too, rising."""
+        return self._repeated.shared()
+
+    def cut(self) -> Ints:
+        """The numbers of clips whose group stands in several splits, rising."""
+        return self._cut.shared()
+
+    def balance(self) -> dict[str, dict[str, int]]:
+        """How many clips of each class every split has."""
+        return {split: dict(sorted(counter.items())) for split, counter in sorted(self._labels.items())}
+
+
+class _Table:
+    """The table of samples, compared with the clips of the indexes as they pass."""
+
+    def __init__(self, opened: pq.ParquetFile) -> None:
+        self._schema = schema_of(Sample)
+        self._batches = batches(opened, file=SAMPLES_FILE)
+        self._rest = self._schema.empty_table()
+        self._problem: Problem | None = None
+
+    def compare(self, samples: Sequence[Sample]) -> None:
+        """The next rows must be these clips."""
+        if self._problem is not None:
+            return
+        try:
+            rows = self._next(len(samples))
+        except ManifestError as error:
+            self._problem = Problem("damaged", SAMPLES_FILE, str(error))
+            return
+        if not rows.equals(table_of(samples, self._schema)):
+            self._problem = _DIFFERENT
+
+    def found(self) -> list[Problem]:
+        """What is wrong; there must be no further rows."""
+        if self._problem is None and self._next(1).num_rows:
+            self._problem = _DIFFERENT
+        return [] if self._problem is None else [self._problem]
+
+    def _next(self, count: int) -> pa.Table:
+        import pyarrow as pa
+
+        while self._rest.num_rows < count and (batch := next(self._batches, None)) is not None:
+            with whole_parquet(SAMPLES_FILE):
+                self._rest = pa.concat_tables([self._rest, conformed(batch, self._schema)])
+        rows = self._rest.slice(0, count)
+        self._rest = self._rest.slice(count)
+        return rows
+
+
+_DIFFERENT = Problem("table", SAMPLES_FILE, "differs from the shards' indexes: finalize again")
+
+
+@contextmanager
+def _table(dataset: Dataset, store: Store, problems: list[Problem]) -> Iterator[_Table | None]:
+    """The table of samples; the catalog is compared with it. What is wrong is added to the problems."""
+    table: _Table | None = None
+    with ExitStack() as held:
+        try:
+            path = held.enter_context(read_samples(store, dataset, store.url))
+        except ManifestError as error:
+            kind = "missing" if store.size(dataset.file(SAMPLES_FILE)) is None else "checksum"
+            problems += [Problem(kind, SAMPLES_FILE, str(error)), *_catalog(dataset, store, None)]
+        else:
             try:
                 problems += _catalog(dataset, store, path)
-                return rows_from_parquet(path.read_bytes(), Sample, file=SAMPLES_FILE)
+                opened = open_table(path, file=SAMPLES_FILE)
+                check_columns(opened.schema_arrow, file=SAMPLES_FILE)
+                table = _Table(opened)
             except ManifestError as error:
                 problems.append(Problem("damaged", SAMPLES_FILE, str(error)))
-    except ManifestError as error:
-        kind = "missing" if store.size(dataset.file(SAMPLES_FILE)) is None else "checksum"
-        problems += [Problem(kind, SAMPLES_FILE, str(error)), *_catalog(dataset, store, None)]
-    return None
+        yield table
 
 
 def _catalog(dataset: Dataset, store: Store, table: Path | None) -> Iterator[Problem]:
@@ -235,7 +358,7 @@ def _shard(
     """Check one shard: index, size, checksum, and every member the index names."""
     name = index_file(shard.file)
     try:
-        index = load_index(store.read(name), file=name)
+        index = _index(shard, store)
     except FileNotFoundError:
         return None, [Problem("missing", name, "the shard has no index: it was never finished")]
     except ManifestError as error:
@@ -244,7 +367,7 @@ def _shard(
     if (
         # Shards of several generations are of several plans.
         (dataset.generation == 1 and index.plan_id != dataset.plan_id)
-        or sum(sample.video_id not in removed for sample in index.samples) != shard.samples
+        or len(_left(index, removed)) != shard.samples
         or index.tar_sha256 != shard.sha256
     ):
         problems.append(Problem("mismatch", name, f"does not describe the shard that {DATASET_FILE} lists"))
@@ -332,11 +455,20 @@ def _orphans(dataset: Dataset, store: Store) -> Iterator[Problem]:
             yield Problem("orphan", name, f"is not in {DATASET_FILE}", error=False)
 
 
+def _content(sample: Sample) -> tuple[str, float]:
+    return sample.source_sha256, sample.start_seconds
+
+
+def _where(sample: Sample) -> str:
+    """The split of a clip, or its splits in all folds."""
+    return "/".join(sample.folds) or sample.split
+
+
 def _duplicates(samples: Sequence[Sample]) -> Iterator[Problem]:
     """The same bytes of source video under several names; across splits or groups it spoils every number measured."""
     seen: dict[tuple[str, float], list[Sample]] = defaultdict(list)
     for sample in samples:
-        seen[sample.source_sha256, sample.start_seconds].append(sample)
+        seen[_content(sample)].append(sample)
     for same in seen.values():
         names = sorted({s.source for s in same})
         if len(names) < 2:
@@ -348,18 +480,14 @@ def _duplicates(samples: Sequence[Sample]) -> Iterator[Problem]:
             yield Problem("duplicate", names[0], f"{detail}, under another label", error=False)
         else:
             yield Problem("duplicate", names[0], detail, error=False)
+
+
+def _cut_groups(samples: Sequence[Sample]) -> Iterator[Problem]:
+    """Groups that stand in several splits."""
     groups: dict[str, set[str]] = defaultdict(set)
     for sample in samples:
         if sample.group is not None:
-            groups[sample.group].add("/".join(sample.folds) or sample.split)
+            groups[sample.group].add(_where(sample))
     for group, splits in sorted(groups.items()):
         if len(splits) > 1:
             yield Problem("leak", f"group {group}", f"stands in the splits {', '.join(sorted(splits))}")
-
-
-def _balance(dataset: Dataset, samples: Sequence[Sample]) -> dict[str, dict[str, int]]:
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for sample in samples:
-        for label in sample.labels or ((sample.label,) if sample.label >= 0 else ()):
-            counts[sample.split][dataset.classes[label]] += 1
-    return {split: dict(sorted(counter.items())) for split, counter in sorted(counts.items())}

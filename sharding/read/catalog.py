@@ -172,6 +172,7 @@ class Catalog:
         labels: label numbers of samples that have several, one sample after the other.
         dataset: the manifest, for the shards' sizes and the classes.
         checksums: of the blocks; None where the rows were just made of a table that was checked.
+        mapped: the file that the arrays lie in.
         file: for messages.
     """
 
@@ -183,9 +184,11 @@ class Catalog:
         dataset: Dataset,
         *,
         checksums: npt.NDArray[np.uint32] | None = None,
+        mapped: mmap.mmap | None = None,
         file: str = "",
     ) -> None:
         self.head, self.rows, self.labels, self._file = head, rows, labels, file
+        self._mapped = mapped
         self.shard_ends: Ints = np.cumsum([shard.samples for shard in dataset.shards], dtype=np.int64)
         self._shard_bytes = np.array([shard.bytes for shard in dataset.shards], dtype=np.int64)
         self._classes = max(1, len(dataset.classes))
@@ -300,6 +303,11 @@ class Catalog:
 
     def _check_sum(self, block: int, part: npt.NDArray[np.generic], what: str) -> None:
         assert self._checksums is not None
+        # Touching what a mapped file no longer has would end the process with a signal and without a word.
+        if self._mapped is not None and self._mapped.size() < len(self._mapped):
+            raise ManifestError(
+                f"{self._file}: was cut short while it was read; copy it again, and start the run again"
+            )
         if zlib.crc32(part.view(np.uint8).data) != self._checksums[block]:
             raise ManifestError(f"{self._file}: {what}: crc32 differs: the bytes are damaged")
 
@@ -334,4 +342,4 @@ def open_catalog(path: Path, head: CatalogHead, dataset: Dataset, *, file: str) 
         raise ManifestError(
             f"{file}: its checksums differ from those of {CATALOG_FILE}: the bytes are damaged"
         )
-    return Catalog(head, rows, labels, dataset, checksums=checksums, file=file)
+    return Catalog(head, rows, labels, dataset, checksums=checksums, mapped=data, file=file)

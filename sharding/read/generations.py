@@ -35,9 +35,34 @@ NAMED = re.compile(r"(?P<url>.+)@(?P<generation>[1-9][0-9]{0,5})")
 
 
 def named_generation(url: str) -> tuple[str, int | None]:
-    """The dataset and the generation that ``URL@N`` names; None where it names none."""
+    """The dataset and the generation that ``URL@N`` names; None where it names none.
+
+    A local folder whose own name ends in ``@N`` and that holds a dataset is that dataset. Of remote places nothing is
+    asked: there ``@N`` always names a generation.
+
+    Raises:
+        ConfigError: there is such a folder and such a generation of another one.
+    """
     match = NAMED.fullmatch(url)
-    return (match["url"], int(match["generation"])) if match else (url, None)
+    if match is None:
+        return url, None
+    root, generation = match["url"], int(match["generation"])
+    if not _is_local_dataset(url):
+        return root, generation
+    numbered = generation == 1 or open_store(root).size(manifest_file(generation)) is not None
+    if numbered and _is_local_dataset(root):
+        raise ConfigError(
+            f"is a folder of that name and generation {generation} of {root}",
+            key="url",
+            value=url,
+            hint=f"rename the folder, or name a generation of its own as {url}@1",
+        )
+    return url, None
+
+
+def _is_local_dataset(url: str) -> bool:
+    store = open_store(url)
+    return store.local_path("") is not None and store.size(DATASET_FILE) is not None
 
 
 def generation_url(url: str, generation: int) -> str:

@@ -128,7 +128,7 @@ def _held_out(labels: Ints, groups: Ints, draws: Draws, *, share: float) -> Mask
     left, taken = list(totals), [0] * K
     chosen = np.zeros(len(draws), dtype=bool)
     start = 0
-    for end in ends.tolist():
+    for end in map(int, ends):
         members = list(zip((pairs[start:end] % K).tolist(), counts[start:end].tolist(), strict=True))
         # A class still lacks this group if taking it brings the class nearer its share than leaving it.
         lacking = sum(n for label, n in members if taken[label] + n / 2 <= share * totals[label])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,7 @@ import numpy.typing as npt
 
 from cliplift.sharding.manifest import NO_LABEL, SourceVideo
 from cliplift.sharding.sources.lists import SourceError
-from cliplift.sharding.sources.read import numbered
-from cliplift.sharding.tables import Parts, schema_of, videos_of
+from cliplift.sharding.tables import Parts, schema_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,7 +39,7 @@ class DealtVideos:
 
         self._seed = seed
         self._parts, self._splits = Parts(folder), Parts(folder)
-        self._fields = [field.name for field in schema_of(SourceVideo)]
+        self._values = attrgetter(*(field.name for field in schema_of(SourceVideo)))
         added = [
             ("name", pa.string()),
             ("place", pa.string()),
@@ -56,7 +56,7 @@ class DealtVideos:
     ) -> None:
         """Take a video; ``known`` marks one that is not wanted again and keeps others like it out."""
         drawn = hashlib.sha256(f"{self._seed}:{video.source}:{video.start_seconds}".encode()).digest()
-        self._buffer.append((*(getattr(video, field) for field in self._fields), name, place, known, drawn))
+        self._buffer.append((*self._values(video), name, place, known, drawn))
         if len(self._buffer) >= BUFFERED_VIDEOS:
             self._put_aside()
 
@@ -78,14 +78,12 @@ class DealtVideos:
                 self._splits.add(f"split-{number}", wanted.take(rows))
         return dict(sorted(counts.items()))
 
-    def of_split(self, split: str, numbers: Mapping[str, int]) -> Iterator[list[SourceVideo]]:
+    def of_split(self, split: str, numbers: Mapping[str, int]) -> Iterator[pa.Table]:
         """The videos of a split in order, some thousand at a time, labelled by the number of their class's name."""
+        schema = schema_of(SourceVideo)
         for table in self._splits.read(f"split-{self._number[split]}"):
-            names = table.column("name").to_pylist()
-            yield [
-                numbered(video, name, numbers.get(name, NO_LABEL))
-                for video, name in zip(videos_of(table), names, strict=True)
-            ]
+            place = schema.get_field_index("label")
+            yield table.select(schema.names).set_column(place, "label", _labels(table, numbers))
 
     def _table(self) -> pa.Table:
         import pyarrow as pa
@@ -129,6 +127,16 @@ def _hashes(table: pa.Table) -> npt.NDArray[np.uint64]:
     """(N, 4) the hashes of a table's videos, most significant first."""
     data = b"".join(table.column("hash").to_pylist())
     return np.frombuffer(data, dtype=">u8").reshape(-1, 4).astype(np.uint64)
+
+
+def _labels(table: pa.Table, numbers: Mapping[str, int]) -> pa.Array:
+    """The number of each video's class; one without a class's name keeps the label it has."""
+    import pyarrow as pa
+
+    names = table.column("name").combine_chunks().dictionary_encode()
+    known = np.array([numbers.get(name, NO_LABEL) for name in names.dictionary.to_pylist()] + [NO_LABEL])
+    place = names.indices.fill_null(-1).to_numpy()
+    return pa.array(np.where(place < 0, table.column("label").to_numpy(), known[place]), type=pa.int64())
 
 
 def _by_hash(table: pa.Table) -> pa.Table:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sources import VIDEO_SUFFIXES
@@ -18,6 +18,9 @@ from cliplift.sharding.scratch import local_copy
 from cliplift.sharding.sources.files import LeftOut
 from cliplift.sharding.storage import open_store
 from cliplift.sharding.tables import batches, open_table
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 UNASSIGNED = ""
 CHUNK_BYTES = 1 << 20
@@ -93,8 +96,7 @@ def stream_of(listing: Listing) -> Stream:
     )
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One row of a list and where it stands: an error names file, line and column."""
 
     file: str
@@ -108,9 +110,10 @@ class Row:
     def text(self, column: str) -> str:
         """A cell that must not be empty."""
         value = self.cells.get(column)
-        if value is None or not str(value).strip():
+        text = "" if value is None else str(value).strip()
+        if not text:
             raise SourceError(f"{self.place(column)}: is empty")
-        return str(value).strip()
+        return text
 
     def seconds(self, column: str | None) -> float | None:
         """A cell with a time in seconds; None where it is empty."""
@@ -174,16 +177,16 @@ def _parquet_rows(path: Path, url: str) -> tuple[list[str], Iterator[tuple[int, 
     def rows() -> Iterator[Sequence[object]]:
         try:
             for batch in batches(table, file=url):
-                columns = [[_cell(value) for value in column.to_pylist()] for column in batch.columns]
-                yield from (list(row) for row in zip(*columns, strict=True))
+                yield from zip(*map(_cells, batch.columns), strict=True)
         except UnicodeDecodeError as error:
             raise SourceError(f"{url}: a cell is not UTF-8") from error
 
     return list(table.schema_arrow.names), enumerate(rows(), start=1)
 
 
-def _cell(value: object) -> object:
-    return value.decode() if isinstance(value, bytes) else value
+def _cells(column: pa.ChunkedArray) -> list[object]:
+    values: list[object] = column.to_pylist()
+    return [value.decode() if isinstance(value, bytes) else value for value in values]
 
 
 def _check_header(header: Sequence[str], needed: Sequence[str], name: str) -> None:

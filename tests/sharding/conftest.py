@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
+from cliplift.sharding.manifest import FLOW_COLUMNS, arrow_type
 from cliplift.sharding.storage import LocalStore
 
 
@@ -88,3 +93,25 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], AbstractConte
             yield
 
     return within
+
+
+@pytest.fixture(scope="session")
+def rows_to_parquet() -> Callable[..., bytes]:
+    """Writes rows of a dataclass as one Parquet file at once: what a table that is made in parts must be."""
+
+    def write(
+        rows: Sequence[object], row_type: Any, *, extra: Mapping[str, Sequence[int]] | None = None
+    ) -> bytes:
+        columns: dict[str, pa.Array] = {}
+        for field in dataclasses.fields(row_type):
+            values = [getattr(row, field.name) for row in rows]
+            if field.name in FLOW_COLUMNS and not any(values):
+                continue  # a table without flow is the table it was before there was any
+            columns[field.name] = pa.array(values, type=arrow_type(str(field.type)))
+        for name, numbers in (extra or {}).items():
+            columns[name] = pa.array(numbers, type=pa.int64())
+        out = io.BytesIO()
+        pq.write_table(pa.table(columns), out, compression="zstd", store_schema=False)
+        return out.getvalue()
+
+    return write

@@ -23,7 +23,7 @@ from cliplift.sharding.build import plan as planning
 from cliplift.sharding.build.finalize import add_catalog
 from cliplift.sharding.build.plan import load_plan, plan_once, settings_of
 from cliplift.sharding.build.run import run_shard
-from cliplift.sharding.manifest import DATASET_FILE, SourceVideo, rows_to_parquet
+from cliplift.sharding.manifest import DATASET_FILE, SourceVideo
 from cliplift.sharding.sources import dealing
 from cliplift.sharding.sources.lists import SourceError
 from cliplift.sharding.storage import RangeFile, open_store
@@ -93,7 +93,9 @@ def planned_at_once(listed: list[dict[str, Any]], run: ShardRun) -> tuple[list[S
 
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 10**6), rows=st.integers(3, 120), buffered=st.sampled_from([1, 7, 50, 1000]))
-def test_a_plan_made_in_parts_is_the_one_made_at_once(seed: int, rows: int, buffered: int) -> None:
+def test_a_plan_made_in_parts_is_the_one_made_at_once(
+    rows_to_parquet: Callable[..., bytes], seed: int, rows: int, buffered: int
+) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
@@ -261,3 +263,72 @@ def test_killed_at_any_write_it_leaves_the_same_bytes(
     prepare()
     subject = str(folder) if phase == "upgrade" else str(config)
     assert kill_at_every_step([phase, subject], again) >= 3
+
+
+MEASURED = """
+import sys
+from functools import partial
+from pathlib import Path
+from cliplift.configs.sharding import ShardRun
+from cliplift.sharding import tables
+from cliplift.sharding.build import dedupe, finalize, plan
+from cliplift.sharding.manifest import Sample, ShardIndex
+from cliplift.sharding.read import columns
+from cliplift.sharding.sources import dealing
+from cliplift.sharding.storage import open_store
+from cliplift.sharding.video import likeness
+
+stage, rows, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+dealing.BUFFERED_VIDEOS = likeness.BUFFERED = columns.PART_ROWS = 2048
+plan.ROWS_OF_A_GROUP = plan.ROWS_OF_A_BATCH = 4096
+finalize.TableFile = partial(tables.TableFile, group_rows=4096)
+columns.batches = partial(tables.batches, rows=4096)
+
+def indexes():
+    for shard in range(rows // 500):
+        samples, looks = [], []
+        for n in range(shard * 500, shard * 500 + 500):
+            look = n * 0x9E3779B97F4A7C15 % 2**64  # spread over all buckets
+            looks.append((look, look))
+            samples.append(Sample(
+                key=f"{n:08d}", mp4_offset=512, mp4_bytes=90, mp4_crc32=n, json_offset=0, json_bytes=2, json_crc32=7,
+                video_id=f"video-{n}", source=f"{n}.mp4", split="train", label=n % 5, labels=(), folds=(), group=None,
+                start_seconds=0.0, end_seconds=1.5, num_frames=10, fps=12.5, width=340, height=256, keyframes=(0, 8),
+                source_sha256=f"{n:064d}"))
+        yield ShardIndex(shard, "train", f"{shard}.tar", 10**6, "0", "p", tuple(samples), (), tuple(looks))
+
+if stage == "plan":
+    list_file = folder / "list.csv"
+    with list_file.open("w") as file:
+        file.write("path,label\\n")
+        file.writelines(f"https://example.org/{n}.mp4,class {n % 7}\\n" for n in range(rows))
+    source = {"kind": "csv", "file": str(list_file)}
+    run = ShardRun.model_validate({"name": "n", "output": str(folder), "source": source})
+    assert len(plan.plan_once(run, open_store(str(folder))).videos) == rows
+elif stage == "finalize":
+    table = folder / "samples.parquet"
+    dataset = finalize.describe(indexes(), table=table, name="n", classes=tuple("abcde"), folds=0, missing=0,
+                                plan_id="p", settings={})
+    finalize.write_tables(dataset, table, open_store(str(folder / "out")))
+else:
+    survey = dedupe._Survey(folder)
+    for index in indexes():
+        survey.add(index)
+    assert len(survey.possible()) < rows / 100
+facts = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+print(int(facts["VmHWM"].split()[0]) / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["plan", "finalize", "duplicates"])
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, stage: str) -> None:
+    """Ten times the rows, with small buffers: an object a row would be tens of megabytes more."""
+    peaks_mib = []
+    for rows in (10_000, 100_000):
+        folder = tmp_path / f"{rows}"
+        folder.mkdir()
+        words = [sys.executable, "-c", MEASURED, stage, str(rows), str(folder)]
+        done = subprocess.run(words, check=True, timeout=280, stdout=subprocess.PIPE, text=True)
+        peaks_mib.append(float(done.stdout))
+    assert peaks_mib[1] - peaks_mib[0] < 12, peaks_mib

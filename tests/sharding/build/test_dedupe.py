@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -11,15 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cliplift.configs.sharding import ShardRun, TranscodeConfig
 from cliplift.sharding.build import dedupe
 from cliplift.sharding.build.dedupe import find_duplicates
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.build.verify import verify
-from cliplift.sharding.manifest import BUILD_FILE, DUPLICATES_FILE, NO_LABEL, REFUSED_FILE, Sample
+from cliplift.sharding.manifest import BUILD_FILE, DUPLICATES_FILE, NO_LABEL, REFUSED_FILE, Sample, ShardIndex
 from cliplift.sharding.read.reader import ShardDataset
 from cliplift.sharding.storage import LocalStore, StorageError
+from cliplift.sharding.video import likeness
+from cliplift.sharding.video.picture_hash import ALIKE_BITS
 from cliplift.sharding.video.transcode import encode_array
 
 MakeRun = Callable[..., ShardRun]
@@ -239,3 +244,45 @@ def test_a_damaged_member_is_not_copied(run_of: MakeRun, tmp_path: Path) -> None
     with pytest.raises(dedupe.BuildError, match=r"\.tar, .*\.mp4: crc32 differs; build again"):
         run_shard(run, phases=["finalize"])
     assert run_shard(run).dataset is not None
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 10**6), clips=st.integers(1, 60), buffered=st.sampled_from([1, 9, 1000]))
+def test_clips_that_are_held_are_those_that_matter(seed: int, clips: int, buffered: int) -> None:
+    """The duplicates among the clips that are held are those among all, and strangers are not held."""
+    draw = np.random.default_rng(seed)
+    looks = [int(draw.integers(1, 2**63)) for _ in range(4)]
+    made, pictures = [], []
+    for number in range(clips):
+        name, split = f"{draw.integers(0, 40)}", ("train", "val")[draw.integers(0, 2)]
+        content = f"c{draw.integers(0, 30)}" if draw.random() < 0.4 else f"own{number}"
+        made.append(replace(sample(name, content=content, split=split), mp4_crc32=number))
+        look = looks[draw.integers(0, 4)] if draw.random() < 0.5 else int(draw.integers(1, 2**63))
+        for bit in draw.integers(0, 63, draw.integers(0, 5)).tolist():
+            look ^= 1 << bit
+        pictures.append((look, *looks[: draw.integers(0, 2)])[: draw.integers(0, 3)])
+    per_shard = int(draw.integers(1, 9))
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(likeness, "BUFFERED", buffered)
+        patch.setattr(likeness, "PAIRS", 7)
+        survey = dedupe._Survey(Path(folder))
+        for first in range(0, clips, per_shard):
+            mine = slice(first, first + per_shard)
+            survey.add(ShardIndex(0, "s", "t", 0, "", "p", tuple(made[mine]), (), tuple(pictures[mine])))
+        held = survey.possible().tolist()
+    assert survey.ends.tolist() == [min(clips, n + per_shard) for n in range(0, clips, per_shard)]
+    found = find_duplicates([made[n] for n in held], [pictures[n] for n in held])
+    assert [(held[d.number], held[d.of], d.kind) for d in found] == [
+        (d.number, d.of, d.kind) for d in find_duplicates(made, pictures)
+    ]
+    for number in held:
+        mine = made[number], pictures[number]
+        others = [n for n in range(clips) if made[n].video_id != mine[0].video_id]
+        assert any(
+            made[n].source_sha256 == mine[0].source_sha256
+            or (
+                len(pictures[n]) == len(mine[1]) > 0
+                and (pictures[n][0] ^ mine[1][0]).bit_count() <= ALIKE_BITS
+            )
+            for n in others
+        )

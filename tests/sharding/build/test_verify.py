@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cliplift.configs.sharding import ShardRun
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.build.verify import verify
 from cliplift.sharding.demo.motions import CLASSES
+from cliplift.sharding.manifest import DATASET_FILE, SAMPLES_FILE, digest, dump_dataset, load_dataset
 from cliplift.sharding.video.picture_hash import near_duplicates
 
 
@@ -121,3 +125,61 @@ def test_alike_pictures_are_found_whichever_bits_differ(flipped: int, found: boo
 
 def test_pictures_without_contrast_are_not_compared() -> None:
     assert list(near_duplicates([[0], [0], [(1 << 64) - 1], [(1 << 64) - 1], []])) == []
+
+
+def _with_table(dataset: Path, change: Callable[[pa.Table], pa.Table]) -> Path:
+    """The dataset with another table of samples, as one without a catalog."""
+    pq.write_table(change(pq.read_table(dataset / SAMPLES_FILE)), dataset / SAMPLES_FILE)
+    facts = load_dataset((dataset / DATASET_FILE).read_bytes(), file="d")
+    changed = replace(facts, samples_sha256=digest((dataset / SAMPLES_FILE).read_bytes()), catalog_sha256="")
+    (dataset / DATASET_FILE).write_bytes(dump_dataset(changed))
+    return dataset
+
+
+def _renamed(table: pa.Table, row: int) -> pa.Table:
+    names = table.column("source").to_pylist()
+    names[row] += "x"
+    return table.set_column(table.column_names.index("source"), "source", pa.array(names))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda table: _renamed(table, 0),
+        lambda table: _renamed(table, 39),
+        lambda table: table.slice(0, 39),
+        lambda table: pa.concat_tables([table, table.slice(39)]),
+        lambda table: table.slice(0, 0),
+    ],
+    ids=["first row", "last row", "shorter", "longer", "empty"],
+)
+def test_a_table_that_the_indexes_contradict_is_an_error(
+    dataset: Path, change: Callable[[pa.Table], pa.Table]
+) -> None:
+    report = verify(str(_with_table(dataset, change)), decode="none")
+    assert [(p.kind, p.file, p.error) for p in report.problems] == [("table", SAMPLES_FILE, True)]
+
+
+def test_a_table_of_the_same_rows_in_another_file_is_the_same(dataset: Path) -> None:
+    assert verify(str(_with_table(dataset, lambda table: table)), decode="none").problems == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda table: table.drop_columns("video_id"), "no column 'video_id'"),
+        (
+            lambda table: table.set_column(
+                table.column_names.index("folds"), "folds", pa.array([[[1]]] * 40, pa.list_(pa.list_(pa.int64())))
+            ),
+            "not a whole Parquet file",
+        ),
+    ],
+    ids=["column gone", "other lists"],
+)  # fmt: skip
+def test_a_table_of_other_columns_is_damage(
+    dataset: Path, change: Callable[[pa.Table], pa.Table], words: str
+) -> None:
+    (problem,) = verify(str(_with_table(dataset, change)), decode="none").problems
+    assert (problem.kind, problem.file, problem.error) == ("damaged", SAMPLES_FILE, True)
+    assert words in problem.detail

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -296,6 +297,16 @@ def test_files_that_are_not_whole_are_refused_at_once(copy: Path, harm: str) -> 
         {"gone": rows, "head gone": head, "table gone": copy / SAMPLES_FILE}[harm].unlink()
     with pytest.raises(ManifestError, match="finalize"):
         ShardDataset(str(copy))
+
+
+def test_a_file_cut_short_while_it_is_read_is_noticed_at_the_next_block(copy: Path) -> None:
+    dataset = ShardDataset(str(copy))
+    dataset.shape(0)
+    os.truncate(copy / CATALOG_ROWS_FILE, 4096)
+    with pytest.raises(ManifestError, match=f"{CATALOG_ROWS_FILE}: was cut short while it was read"):
+        dataset.shape(BLOCK_ROWS)
+    with pytest.raises(ManifestError, match="was cut short"):
+        dataset.label_set(BLOCK_ROWS + 3)
 
 
 def rewritten(folder: Path, change: Callable[[Any, Any], None], **head_values: Any) -> None:

@@ -24,7 +24,6 @@ from cliplift.sharding.manifest import (
     SourceVideo,
     digest,
     read_table,
-    rows_to_parquet,
 )
 from cliplift.sharding.read import columns
 from cliplift.sharding.read.catalog import NO_SPLIT, SEVERAL_SPLITS
@@ -132,7 +131,7 @@ def expected_columns(samples: list[Sample], indexes: list[ShardIndex], folds: in
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 90), part=st.integers(1, 40))
 def test_a_catalog_made_in_parts_is_the_one_in_plain_python(
-    folds: int, seed: int, rows: int, part: int
+    rows_to_parquet: Callable[..., bytes], folds: int, seed: int, rows: int, part: int
 ) -> None:
     import tempfile
 
@@ -237,7 +236,9 @@ def test_parts_give_back_what_they_got_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change", [lambda data: data[:-9], lambda data: b"", lambda data: b"PAR1" + data[4:40]]
 )
-def test_a_table_that_is_not_whole_is_refused(tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
+def test_a_table_that_is_not_whole_is_refused(
+    tmp_path: Path, rows_to_parquet: Callable[..., bytes], change: Callable[[bytes], bytes]
+) -> None:
     path = tmp_path / "t"
     path.write_bytes(change(rows_to_parquet(random_samples(0, 6, folds=0, flow=False), Sample)))
     with pytest.raises(ManifestError, match="t: not a whole Parquet file"):

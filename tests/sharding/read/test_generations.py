@@ -176,6 +176,26 @@ def test_names_of_generations(url: str) -> None:
     assert "it has 1 to 1" in str(caught.value)
 
 
+def test_a_folder_whose_own_name_ends_like_a_generation_is_itself(url: str) -> None:
+    remove_videos(url, ["v2"])
+    for generation in (1, 2):
+        shutil.copytree(url, f"{url}@{generation}")
+        with pytest.raises(
+            ConfigError, match=f"is a folder of that name and generation {generation} of"
+        ) as caught:
+            ShardDataset(f"{url}@{generation}")
+        assert f"name a generation of its own as {url}@{generation}@1" in str(caught.value)
+        assert named_generation(f"{url}@{generation}@1") == (f"{url}@{generation}", 1)
+    shutil.copytree(url, f"{url}@3")
+    remove_videos(f"{url}@3", ["v0"])
+    assert named_generation(f"{url}@3") == (f"{url}@3", None)
+    assert named_generation(f"{url}@3@2") == (f"{url}@3", 2)
+    assert numbers(ShardDataset(f"{url}@3")) == of(None, (0, 2))
+    assert open_dataset(f"{url}@3@2")[1].samples == CLIPS - 3
+    Path(f"{url}@4").mkdir()  # a folder without a dataset is none
+    assert named_generation(f"{url}@4") == (url, 4)
+
+
 @pytest.mark.parametrize("harm", ["gone", "changed", "manifest", "number"])
 def test_damaged_lists_of_removed_videos_are_refused(url: str, harm: str) -> None:
     remove_videos(url, ["v2"])

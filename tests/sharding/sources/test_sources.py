@@ -6,11 +6,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
@@ -18,7 +20,7 @@ from cliplift.configs.sources import SplitConfig
 from cliplift.sharding.build.plan import Plan, make_plan
 from cliplift.sharding.manifest import SourceVideo
 from cliplift.sharding.sources.lists import SourceError
-from cliplift.sharding.sources.read import assign_splits, read_source
+from cliplift.sharding.sources.read import assign_splits, read_source, without_suffix
 from cliplift.sharding.sources.tfrecord import RecordError, crc32c, records
 
 LOSSES = {"limits": {"max_missing_share": 1.0}}
@@ -462,3 +464,12 @@ def test_a_damaged_record_is_named(tf_records: ModuleType, at: int) -> None:
         list(records(bytes(data), file="x.tfrecord"))
     with pytest.raises(RecordError, match="ends inside"):
         list(records(bytes(tf_records.record(b"abc"))[:-1], file="x.tfrecord"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="a/.\\é", max_size=12) | st.text(max_size=20))
+def test_a_path_without_its_ending_is_pathlib_s(path: str) -> None:
+    plain = PurePosixPath(path)
+    # From Python 3.14 on, a name that ends in a dot has that for an ending.
+    ended = plain.with_suffix("") if plain.name and not plain.name.endswith(".") else plain
+    assert without_suffix(path) == str(ended)
