@@ -9,7 +9,8 @@ the rank with most:
 
 * ``share``: bytes of state the rank keeps (masters and moments), and ``whole``: of all ranks
 * ``peak``: anonymous memory (``RssAnon``) above that before the save, read every millisecond by a thread
-* ``written``: bytes of files, ``stall``: seconds in ``save`` while the training waits
+* ``written``: bytes of files, ``stall``: seconds in ``save`` while the training waits, beside a bare ``copy``
+  of what is saved; of both the median of three, and of the ranks the largest
 * ``read``: bytes of values read to continue, from the reader's own count
 
 Memory that maps files is not counted: the kernel takes it back at need. Times are of this machine's disk and cores.
@@ -22,6 +23,7 @@ import ctypes
 import gc
 import json
 import shutil
+import statistics
 import tempfile
 import threading
 import time
@@ -37,6 +39,7 @@ from torch import Tensor, nn
 
 from cliplift.configs.training import EngineConfig
 from cliplift.models import create_model
+from cliplift.pipelines.checkpoints.folder import checkpoint_path
 from cliplift.pipelines.checkpoints.saved import open_checkpoint
 from cliplift.pipelines.checkpoints.saver import Saver, Snapshot
 from cliplift.pipelines.distributed.collectives import Topology, gather_objects, leave, start
@@ -51,6 +54,8 @@ from cliplift.pipelines.engine.zero_state import (
 )
 
 WAYS = ("gathering", "slices", "asynchronous")
+REPEATS = 3  # saves of which the median stall is told
+M_MMAP_THRESHOLD = -3  # of mallopt
 BUCKET = 10_000_000  # elements that DeepSpeed reduces or gathers at once
 
 
@@ -93,21 +98,23 @@ def build(stage: int, options: argparse.Namespace, topology: Topology) -> Any:
         return create_model("video_vit_small_16", num_classes=10, in_frames=4, crop=32, **sizes)
 
     module = built_in_parts(network, EngineConfig(device="cpu", zero_stage=stage), topology)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)  # without tensors between
     config = {
         "train_batch_size": dist.get_world_size(),
         "train_micro_batch_size_per_gpu": 1,
-        # Buckets as large as their defaults would be most of the memory here.
+        # Buckets as large as their defaults would be most of the memory here, and so would the parameters that stage 3
+        # keeps whole between their uses.
         "zero_optimization": {"stage": stage, "overlap_comm": False, "reduce_bucket_size": BUCKET,
-                              "allgather_bucket_size": BUCKET},
+                              "allgather_bucket_size": BUCKET, "stage3_max_live_parameters": BUCKET,
+                              "stage3_max_reuse_distance": BUCKET, "stage3_prefetch_bucket_size": BUCKET,
+                              "sub_group_size": 2 * BUCKET},
         "steps_per_print": 10**9,
     }  # fmt: skip
     hand_over(module, config, dtype=None)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False
     )
-    for _ in range(2):
-        step(engine)
+    step(engine)
     return engine
 
 
@@ -185,6 +192,16 @@ def share_bytes(engine: Any) -> int:
     return 3 * 4 * sum(part.length for part in fragments(engine))
 
 
+def save(engine: Any, folder: Path, saver: Saver) -> dict[str, Any]:
+    """One save, and a bare copy of what it saves."""
+    copy_seconds = measured(lambda: snapshot(engine).copied())[1]
+    peak, stall, _ = measured(lambda: saver.save(folder, snapshot(engine), keep_last=1))
+    write_peak, write_seconds, _ = measured(saver.wait)
+    if saver.asynchronous:
+        write_peak += share_bytes(engine)
+    return {"copy": copy_seconds, "stall": stall, "finish": write_seconds, "peak": max(peak, write_peak)}
+
+
 def measure(
     stage: int, way: str, options: argparse.Namespace, topology: Topology, place: Path
 ) -> dict[str, Any]:
@@ -199,10 +216,12 @@ def measure(
         copy_seconds = write_seconds = 0.0
     else:
         saver = Saver(topology, asynchronous=way == "asynchronous")
-        peak, stall, path = measured(lambda: saver.save(folder, snapshot(engine), keep_last=1))
-        write_peak, write_seconds, _ = measured(saver.wait)
-        peak = max(peak, write_peak + (share_bytes(engine) if way == "asynchronous" else 0))
-        copy_seconds = measured(lambda: snapshot(engine).copied())[1]
+        saves = [save(engine, folder, saver) for _ in range(REPEATS)]
+        peak = max(each["peak"] for each in saves)
+        stall, copy_seconds, write_seconds = (
+            statistics.median(each[key] for each in saves) for key in ("stall", "copy", "finish")
+        )
+        path = checkpoint_path(folder, 1)
         written = sum(f.stat().st_size for f in path.glob(f"*-rank{topology.rank}.safetensors"))
         load_peak, load_seconds, read = measured(lambda: load_slices(engine, path, topology))
     row = {
@@ -228,6 +247,8 @@ def main() -> None:
     parser.add_argument("--folder", default=None, help="where checkpoints are written; default: temporary")
     parser.add_argument("--json", default=None, help="file for the rows")
     options = parser.parse_args()
+    # Large tensors are mapped each for itself and given back when freed, so that what is measured is what is held.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     topology = start(EngineConfig(device="cpu"))
     place = [tempfile.mkdtemp(dir=options.folder)]
     dist.broadcast_object_list(place, src=0)
