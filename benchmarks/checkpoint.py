@@ -181,10 +181,11 @@ def measured(act: Callable[[], Any]) -> tuple[int, float, Any]:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else what was freed before is taken again and not seen
     dist.barrier()
-    began = time.monotonic()
     with PeakMemory() as peak:
+        began = time.monotonic()
         found = act()
-    return peak.above, time.monotonic() - began, found
+        seconds = time.monotonic() - began  # before the thread that samples is waited for
+    return peak.above, seconds, found
 
 
 def share_bytes(engine: Any) -> int:
