@@ -14,6 +14,9 @@ PYTEST := $(BIN)/python -m pytest --dist loadgroup --no-loadscope-reorder -n
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 DEMO ?=
 
+# Tests start hundreds of processes: what Python compiles for one is kept for the next.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test extras test-slow test-exhaustive test-cluster mutants gpu lint types check wheel clean
 

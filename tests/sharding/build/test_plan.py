@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import tempfile
+from collections.abc import Sequence
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
-from cliplift.sharding.build.plan import Plan, load_plan, make_plan, plan_once, save_plan, settings_of
-from cliplift.sharding.manifest import ManifestError, SourceVideo
+from cliplift.sharding.build import plan as plan_module
+from cliplift.sharding.build.plan import (
+    Addition,
+    Plan,
+    PlannedVideos,
+    load_plan,
+    make_plan,
+    plan_addition,
+    plan_once,
+    save_plan,
+    settings_of,
+)
+from cliplift.sharding.manifest import Dataset, ManifestError, ShardFacts, SourceVideo
 from cliplift.sharding.storage import LocalStore
 
 COUNTS = {"train": 11, "val": 4, "test": 1}
@@ -96,9 +111,9 @@ def test_shards_are_full_but_for_the_last_of_a_split_and_hold_one_split(videos: 
 
 def test_a_plan_cannot_be_changed(videos: Path) -> None:
     plan, _, _ = made(run_of(videos))
-    for part in (plan, plan.shards[0]):
+    for part in (plan, plan.shards[0], Addition((), 1, (), frozenset())):
         with pytest.raises(FrozenInstanceError):
-            part.start = 3  # type: ignore[union-attr]
+            part.first = 3  # type: ignore[union-attr]
 
 
 def test_windows_of_one_video_are_dealt_apart_and_in_order_of_their_start(tmp_path: Path) -> None:
@@ -240,3 +255,139 @@ def test_flow_is_a_setting_only_where_it_is_asked_for(videos: Path) -> None:
         "name", "source", "splits", "cut", "transcode", "shards", "duplicates"
     }  # fmt: skip
     assert settings_of(run_of(videos, flow={}))["flow"]["method"] == "dis"
+
+
+def test_a_setting_that_becomes_nothing_is_another_one_too(videos: Path, tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path / "out"))
+    plan_once(run_of(videos, tmp_path / "out", shards={"seed": 1}), store)
+    with pytest.raises(ConfigError, match=r"0 here, .* were planned with 1") as caught:
+        plan_once(run_of(videos, tmp_path / "out", shards={"seed": 0}), store)
+    assert (caught.value.key, caught.value.value) == ("shards.seed", 0)
+
+
+@pytest.fixture
+def twenty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[PlannedVideos, list[int]]:
+    """Videos 0 to 19 of a table in row groups of 7, read by 3; and the number of each that was read."""
+    names = [f"{number}" for number in range(20)]
+    rows = {"video_id": names, "source": names, "split": ["train"] * 20, "label": [0] * 20}
+    pq.write_table(pa.table(rows), tmp_path / "videos.parquet", row_group_size=7)
+    read: list[int] = []
+
+    def noted(table: pa.Table) -> list[int]:
+        numbers = [int(name) for name in table.column("video_id").to_pylist()]
+        read.extend(numbers)
+        return numbers
+
+    monkeypatch.setattr(plan_module, "VIDEOS_READ", 3)
+    monkeypatch.setattr(plan_module, "videos_of", noted)
+    return PlannedVideos(LocalStore(str(tmp_path)), "videos.parquet"), read
+
+
+def test_planned_videos_are_those_of_their_rows_wherever_one_goes(
+    twenty: tuple[Sequence[Any], list[int]],
+) -> None:
+    videos, _ = twenty
+    draw = random.Random(0)
+    for _ in range(300):
+        start = draw.randrange(20)
+        stop = draw.randrange(start, 21)
+        assert videos[start:stop] == tuple(range(start, stop))
+        assert videos[start] == start
+    for place in (-1, 20):
+        with pytest.raises(IndexError, match=f"video {place} of 20"):
+            videos[place]
+    assert len(videos) == 20
+
+
+def test_planned_videos_in_order_are_read_once(twenty: tuple[Sequence[Any], list[int]]) -> None:
+    videos, read = twenty
+    assert list(videos) == list(range(20))
+    assert [videos[n] for n in (18, 19)] == [18, 19]
+    assert read == list(range(20)), "none twice"
+
+
+def test_planned_videos_of_a_later_part_are_reached_over_groups(
+    twenty: tuple[Sequence[Any], list[int]],
+) -> None:
+    """Group 7 to 13 is passed over, and going back costs one group."""
+    videos, read = twenty
+    assert videos[1] == 1
+    assert read == [0, 1, 2]
+    assert videos[15] == 15
+    assert read[3:] == [14, 15, 16]
+    assert videos[9:11] == (9, 10)
+    assert read[6:] == [7, 8, 9, 10, 11, 12]
+    assert videos[13] == 13
+    assert read[12] == 13, "the next of the same group goes on"
+
+
+def dataset_of(plan: Plan) -> Dataset:
+    """A finished build of a plan, as far as an addition looks at it."""
+    shards = tuple(
+        ShardFacts(shard=s.shard, file=s.tar, split=s.split, samples=1, bytes=1, sha256="")
+        for s in plan.shards
+    )
+    return Dataset(
+        name=plan.name, classes=plan.classes, shards=shards, samples=1, samples_sha256="", splits={}, folds=0,
+        refused={}, missing=0, plan_id=plan.plan_id, settings=plan.settings, versions={}, fingerprint="",
+    )  # fmt: skip
+
+
+def test_an_addition_plans_what_is_new_after_the_shards_that_are_there(videos: Path, tmp_path: Path) -> None:
+    """Its missing videos are listed beside it; the list of the first plan stays. It is made once too."""
+    output = tmp_path / "out"
+    store = LocalStore(str(output))
+    first = plan_once(run_of(videos, output), store)
+    (videos / "train" / "b" / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    for name in ("train/a/new.mp4", "train/b/newer.mp4", "val/a/taken_down.mp4"):
+        (videos / name).touch()
+    run = run_of(videos, output, limits={"max_missing_share": 0.1})
+    plan = plan_addition(run, dataset_of(first), frozenset({"val/a/taken_down"}), store)
+    assert [video.source for video in plan.videos] == by_hash(["train/a/new.mp4", "train/b/newer.mp4"], 0)
+    assert [(s.shard, s.tar, s.start, s.stop) for s in plan.shards] == [
+        (5, "train/set-train-000005.tar", 0, 2)
+    ]
+    assert store.read("missing.jsonl") == b""
+    assert json.loads(store.read("plan/000005/missing.jsonl"))["source"] == "train/b/gone.mp4"
+    (videos / "train" / "a" / "later.mp4").touch()
+    assert plan_addition(run, dataset_of(first), frozenset(), store) == plan, "the one under way"
+    with pytest.raises(ConfigError, match="were planned with 4") as caught:
+        plan_addition(
+            run_of(videos, output, shards={"videos_per_shard": 9}), dataset_of(first), frozenset(), store
+        )
+    assert caught.value.key == "shards.videos_per_shard"
+
+
+def test_nothing_new_makes_no_plan(videos: Path, tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path / "out"))
+    first = plan_once(run_of(videos, tmp_path / "out"), store)
+    before = store.list()
+    plan = plan_addition(run_of(videos, tmp_path / "out"), dataset_of(first), frozenset(), store)
+    assert (plan.shards, list(plan.videos)) == ((), [])
+    assert store.list() == before
+
+
+def test_videos_are_added_only_where_the_dataset_was_built(videos: Path, tmp_path: Path) -> None:
+    plan, _, _ = made(run_of(videos))
+    elsewhere = LocalStore(str(tmp_path / "elsewhere"))
+    with pytest.raises(ConfigError, match=r"holds no plan/plan\.json") as caught:
+        plan_addition(run_of(videos, "elsewhere"), dataset_of(plan), frozenset(), elsewhere)
+    assert (caught.value.key, caught.value.value) == ("output", "elsewhere")
+
+
+def test_an_addition_is_cut_as_the_dataset_was(videos: Path, tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path / "out"))
+    first = plan_once(run_of(videos, tmp_path / "out"), store)
+    other = run_of(videos, tmp_path / "out", cut={"kind": "windows", "length_seconds": 4})
+    with pytest.raises(ConfigError) as caught:
+        plan_addition(other, dataset_of(first), frozenset(), store)
+    assert str(caught.value.key).startswith("cut.")
+
+
+def test_the_classes_of_an_addition_have_the_numbers_of_the_dataset() -> None:
+    """What a source numbers a, c is 2, 0 in a dataset of c, b, a; no label stays none."""
+    addition = Addition(("c", "b", "a"), 4, (), frozenset())
+    assert addition.labels(("a", "c"), [0, 1, -1, 0]) == [2, 0, -1, 2]
+    with pytest.raises(ConfigError, match="names the class 'd', which the dataset does not have") as caught:
+        addition.labels(("a", "d"), [0, 1])
+    assert (caught.value.key, caught.value.value) == ("source", "d")
