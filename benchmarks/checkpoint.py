@@ -29,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -177,15 +177,25 @@ def load_slices(engine: Any, path: Path, topology: Topology) -> int:
     return saved.bytes_read
 
 
-def measured(act: Callable[[], Any]) -> tuple[int, float, Any]:
+class Measured(NamedTuple):
+    """Of one act: the memory above that before it, seconds of wall clock and of this thread's processor time."""
+
+    peak: int
+    seconds: float
+    processor_seconds: float
+    found: Any
+
+
+def measured(act: Callable[[], Any]) -> Measured:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else what was freed before is taken again and not seen
     dist.barrier()
     with PeakMemory() as peak:
-        began = time.monotonic()
+        began, processor = time.monotonic(), time.thread_time()
         found = act()
-        seconds = time.monotonic() - began  # before the thread that samples is waited for
-    return peak.above, seconds, found
+        # Before the thread that samples is waited for.
+        seconds, processor = time.monotonic() - began, time.thread_time() - processor
+    return Measured(peak.above, seconds, processor, found)
 
 
 def share_bytes(engine: Any) -> int:
@@ -195,12 +205,15 @@ def share_bytes(engine: Any) -> int:
 
 def save(engine: Any, folder: Path, saver: Saver) -> dict[str, Any]:
     """One save, and a bare copy of what it saves."""
-    copy_seconds = measured(lambda: snapshot(engine).copied())[1]
-    peak, stall, _ = measured(lambda: saver.save(folder, snapshot(engine), keep_last=1))
-    write_peak, write_seconds, _ = measured(saver.wait)
-    if saver.asynchronous:
-        write_peak += share_bytes(engine)
-    return {"copy": copy_seconds, "stall": stall, "finish": write_seconds, "peak": max(peak, write_peak)}
+    copy = measured(lambda: snapshot(engine).copied())._replace(found=None)
+    stall = measured(lambda: saver.save(folder, snapshot(engine), keep_last=1))
+    finish = measured(saver.wait)
+    held = share_bytes(engine) if saver.asynchronous else 0
+    return {
+        "copy": copy.seconds, "copy_processor": copy.processor_seconds,
+        "stall": stall.seconds, "stall_processor": stall.processor_seconds,
+        "finish": finish.seconds, "peak": max(stall.peak, finish.peak + held),
+    }  # fmt: skip
 
 
 def measure(
@@ -211,23 +224,22 @@ def measure(
     folder = place / f"{way}{stage}"
     folder.mkdir(parents=True, exist_ok=True)
     if way == "gathering":
-        peak, stall, _ = measured(lambda: save_gathered(engine, folder))
+        gathering = measured(lambda: save_gathered(engine, folder))
+        saved = {"copy": 0.0, "copy_processor": 0.0, "stall": gathering.seconds,
+                 "stall_processor": gathering.processor_seconds, "finish": 0.0, "peak": gathering.peak}  # fmt: skip
         written = sum(f.stat().st_size for f in folder.iterdir()) if topology.is_main else 0
-        load_peak, load_seconds, read = measured(lambda: load_gathered(engine, folder))
-        copy_seconds = write_seconds = 0.0
+        load = measured(lambda: load_gathered(engine, folder))
     else:
         saver = Saver(topology, asynchronous=way == "asynchronous")
         saves = [save(engine, folder, saver) for _ in range(REPEATS)]
-        peak = max(each["peak"] for each in saves)
-        stall, copy_seconds, write_seconds = (
-            statistics.median(each[key] for each in saves) for key in ("stall", "copy", "finish")
-        )
+        saved = {key: statistics.median(each[key] for each in saves) for key in saves[0]}
+        saved["peak"] = max(each["peak"] for each in saves)
         path = checkpoint_path(folder, 1)
         written = sum(f.stat().st_size for f in path.glob(f"*-rank{topology.rank}.safetensors"))
-        load_peak, load_seconds, read = measured(lambda: load_slices(engine, path, topology))
+        load = measured(lambda: load_slices(engine, path, topology))
     row = {
-        "share": share_bytes(engine), "peak": peak, "written": written, "stall": stall, "copy": copy_seconds,
-        "finish": write_seconds, "read": read, "load_peak": load_peak, "load_seconds": load_seconds,
+        "share": share_bytes(engine), "written": written, **saved,
+        "read": load.found, "load_peak": load.peak, "load_seconds": load.seconds,
     }  # fmt: skip
     ranks = gather_objects([row], topology)
     step(engine)
@@ -274,7 +286,8 @@ def said(row: dict[str, Any]) -> str:
     return (
         f"ZeRO-{row['stage']} {row['way']:12s} whole {mb['whole']:.0f} MB, share {mb['share']:.0f}; "
         f"save: peak +{mb['peak']:.0f} MB ({row['peak'] / row['share']:.2f} of the share), written {written} MB, "
-        f"stall {row['stall']:.2f} s (a copy of the share {row['copy']:.2f} s), then {row['finish']:.2f} s; "
+        f"stall {row['stall']:.2f} s, {row['stall_processor']:.2f} s of processor (a copy of the share "
+        f"{row['copy']:.2f} s, {row['copy_processor']:.2f}), then {row['finish']:.2f} s; "
         f"load: {mb['read']:.0f} MB read ({row['read'] / row['share']:.2f}), peak +{mb['load_peak']:.0f} MB, "
         f"{row['load_seconds']:.2f} s"
     )

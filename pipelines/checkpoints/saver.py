@@ -116,6 +116,8 @@ class Saver:
     ) -> None:
         self.topology, self._records = topology, records
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        if self._thread is not None:
+            self._thread.submit(int)  # it starts here, so that the first save does not wait for it
         self._group: dist.ProcessGroup | None = None
         if asynchronous and topology.world_size > 1:
             # The threads agree in a group of their own: collectives of the training must not mix with theirs.

@@ -34,7 +34,9 @@ def fork_rank(rank: int, port: int, group: dict[str, Any]) -> int:
     code = 1
     try:
         said = os.open(
-            Path(group["results"]).with_suffix(f".rank{rank}.txt"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC
+            Path(group["results"]).with_suffix(f".rank{rank}.txt"),
+            os.O_CREAT | os.O_WRONLY | os.O_TRUNC,
+            0o644,
         )
         for stream in (1, 2):
             os.dup2(said, stream)
