@@ -9,7 +9,8 @@ the rank with most:
 
 * ``share``: bytes of state the rank keeps (masters and moments), and ``whole``: of all ranks
 * ``peak``: anonymous memory (``RssAnon``) above that before the save, read every millisecond by a thread
-* ``written``: bytes of files, ``stall``: seconds in ``save`` while the training waits
+* ``written``: bytes of files, ``stall``: seconds in ``save`` while the training waits, beside a bare ``copy``
+  of what is saved; of both the median of three, and of the ranks the largest
 * ``read``: bytes of values read to continue, from the reader's own count
 
 Memory that maps files is not counted: the kernel takes it back at need. Times are of this machine's disk and cores.
@@ -22,12 +23,13 @@ import ctypes
 import gc
 import json
 import shutil
+import statistics
 import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -37,6 +39,7 @@ from torch import Tensor, nn
 
 from cliplift.configs.training import EngineConfig
 from cliplift.models import create_model
+from cliplift.pipelines.checkpoints.folder import checkpoint_path
 from cliplift.pipelines.checkpoints.saved import open_checkpoint
 from cliplift.pipelines.checkpoints.saver import Saver, Snapshot
 from cliplift.pipelines.distributed.collectives import Topology, gather_objects, leave, start
@@ -51,6 +54,8 @@ from cliplift.pipelines.engine.zero_state import (
 )
 
 WAYS = ("gathering", "slices", "asynchronous")
+REPEATS = 3  # saves of which the median stall is told
+M_MMAP_THRESHOLD = -3  # of mallopt
 BUCKET = 10_000_000  # elements that DeepSpeed reduces or gathers at once
 
 
@@ -93,21 +98,23 @@ def build(stage: int, options: argparse.Namespace, topology: Topology) -> Any:
         return create_model("video_vit_small_16", num_classes=10, in_frames=4, crop=32, **sizes)
 
     module = built_in_parts(network, EngineConfig(device="cpu", zero_stage=stage), topology)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)  # without tensors between
     config = {
         "train_batch_size": dist.get_world_size(),
         "train_micro_batch_size_per_gpu": 1,
-        # Buckets as large as their defaults would be most of the memory here.
+        # Buckets as large as their defaults would be most of the memory here, and so would the parameters that stage 3
+        # keeps whole between their uses.
         "zero_optimization": {"stage": stage, "overlap_comm": False, "reduce_bucket_size": BUCKET,
-                              "allgather_bucket_size": BUCKET},
+                              "allgather_bucket_size": BUCKET, "stage3_max_live_parameters": BUCKET,
+                              "stage3_max_reuse_distance": BUCKET, "stage3_prefetch_bucket_size": BUCKET,
+                              "sub_group_size": 2 * BUCKET},
         "steps_per_print": 10**9,
     }  # fmt: skip
     hand_over(module, config, dtype=None)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False
     )
-    for _ in range(2):
-        step(engine)
+    step(engine)
     return engine
 
 
@@ -170,19 +177,43 @@ def load_slices(engine: Any, path: Path, topology: Topology) -> int:
     return saved.bytes_read
 
 
-def measured(act: Callable[[], Any]) -> tuple[int, float, Any]:
+class Measured(NamedTuple):
+    """Of one act: the memory above that before it, seconds of wall clock and of this thread's processor time."""
+
+    peak: int
+    seconds: float
+    processor_seconds: float
+    found: Any
+
+
+def measured(act: Callable[[], Any]) -> Measured:
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # else what was freed before is taken again and not seen
     dist.barrier()
-    began = time.monotonic()
     with PeakMemory() as peak:
+        began, processor = time.monotonic(), time.thread_time()
         found = act()
-    return peak.above, time.monotonic() - began, found
+        # Before the thread that samples is waited for.
+        seconds, processor = time.monotonic() - began, time.thread_time() - processor
+    return Measured(peak.above, seconds, processor, found)
 
 
 def share_bytes(engine: Any) -> int:
     """fp32 masters and both moments of this rank's elements."""
     return 3 * 4 * sum(part.length for part in fragments(engine))
+
+
+def save(engine: Any, folder: Path, saver: Saver) -> dict[str, Any]:
+    """One save, and a bare copy of what it saves."""
+    copy = measured(lambda: snapshot(engine).copied())._replace(found=None)
+    stall = measured(lambda: saver.save(folder, snapshot(engine), keep_last=1))
+    finish = measured(saver.wait)
+    held = share_bytes(engine) if saver.asynchronous else 0
+    return {
+        "copy": copy.seconds, "copy_processor": copy.processor_seconds,
+        "stall": stall.seconds, "stall_processor": stall.processor_seconds,
+        "finish": finish.seconds, "peak": max(stall.peak, finish.peak + held),
+    }  # fmt: skip
 
 
 def measure(
@@ -193,21 +224,22 @@ def measure(
     folder = place / f"{way}{stage}"
     folder.mkdir(parents=True, exist_ok=True)
     if way == "gathering":
-        peak, stall, _ = measured(lambda: save_gathered(engine, folder))
+        gathering = measured(lambda: save_gathered(engine, folder))
+        saved = {"copy": 0.0, "copy_processor": 0.0, "stall": gathering.seconds,
+                 "stall_processor": gathering.processor_seconds, "finish": 0.0, "peak": gathering.peak}  # fmt: skip
         written = sum(f.stat().st_size for f in folder.iterdir()) if topology.is_main else 0
-        load_peak, load_seconds, read = measured(lambda: load_gathered(engine, folder))
-        copy_seconds = write_seconds = 0.0
+        load = measured(lambda: load_gathered(engine, folder))
     else:
         saver = Saver(topology, asynchronous=way == "asynchronous")
-        peak, stall, path = measured(lambda: saver.save(folder, snapshot(engine), keep_last=1))
-        write_peak, write_seconds, _ = measured(saver.wait)
-        peak = max(peak, write_peak + (share_bytes(engine) if way == "asynchronous" else 0))
-        copy_seconds = measured(lambda: snapshot(engine).copied())[1]
+        saves = [save(engine, folder, saver) for _ in range(REPEATS)]
+        saved = {key: statistics.median(each[key] for each in saves) for key in saves[0]}
+        saved["peak"] = max(each["peak"] for each in saves)
+        path = checkpoint_path(folder, 1)
         written = sum(f.stat().st_size for f in path.glob(f"*-rank{topology.rank}.safetensors"))
-        load_peak, load_seconds, read = measured(lambda: load_slices(engine, path, topology))
+        load = measured(lambda: load_slices(engine, path, topology))
     row = {
-        "share": share_bytes(engine), "peak": peak, "written": written, "stall": stall, "copy": copy_seconds,
-        "finish": write_seconds, "read": read, "load_peak": load_peak, "load_seconds": load_seconds,
+        "share": share_bytes(engine), "written": written, **saved,
+        "read": load.found, "load_peak": load.peak, "load_seconds": load.seconds,
     }  # fmt: skip
     ranks = gather_objects([row], topology)
     step(engine)
@@ -228,6 +260,8 @@ def main() -> None:
     parser.add_argument("--folder", default=None, help="where checkpoints are written; default: temporary")
     parser.add_argument("--json", default=None, help="file for the rows")
     options = parser.parse_args()
+    # Large tensors are mapped each for itself and given back when freed, so that what is measured is what is held.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
     topology = start(EngineConfig(device="cpu"))
     place = [tempfile.mkdtemp(dir=options.folder)]
     dist.broadcast_object_list(place, src=0)
@@ -252,7 +286,8 @@ def said(row: dict[str, Any]) -> str:
     return (
         f"ZeRO-{row['stage']} {row['way']:12s} whole {mb['whole']:.0f} MB, share {mb['share']:.0f}; "
         f"save: peak +{mb['peak']:.0f} MB ({row['peak'] / row['share']:.2f} of the share), written {written} MB, "
-        f"stall {row['stall']:.2f} s (a copy of the share {row['copy']:.2f} s), then {row['finish']:.2f} s; "
+        f"stall {row['stall']:.2f} s, {row['stall_processor']:.2f} s of processor (a copy of the share "
+        f"{row['copy']:.2f} s, {row['copy_processor']:.2f}), then {row['finish']:.2f} s; "
         f"load: {mb['read']:.0f} MB read ({row['read'] / row['share']:.2f}), peak +{mb['load_peak']:.0f} MB, "
         f"{row['load_seconds']:.2f} s"
     )

@@ -74,7 +74,8 @@ def read_state(model: nn.Module, source: str | Path) -> dict[str, Tensor]:
     try:
         # public files keep the arguments of their training beside the weights: a Namespace of plain values
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(path)  # older files cannot be
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception:  # pickle, zip and torch raise their own each; torch's text advises unpickling anyway
         raise ModelError(
             f"{path}: damaged, or it holds pickled objects beside tensors, which are never loaded because they can "

@@ -116,79 +116,96 @@ class Saver:
     ) -> None:
         self.topology, self._records = topology, records
         self._thread = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        if self._thread is not None:
+            self._thread.submit(int)  # it starts here, so that the first save does not wait for it
         self._group: dist.ProcessGroup | None = None
         if asynchronous and topology.world_size > 1:
             # The threads agree in a group of their own: collectives of the training must not mix with theirs.
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         self._unfinished: tuple[Target, Future[None]] | None = None
 
-    def save(self, folder: Folder, snapshot: Snapshot, *, keep_last: int) -> Folder:
+    @property
+    def asynchronous(self) -> bool:
+        """Whether a thread writes."""
+        return self._thread is not None
+
+    def save(self, folder: Folder, snapshot: Snapshot, *, keep_last: int) -> Target:
         """Write one checkpoint; older ones beyond ``keep_last`` are removed after it is complete. Collective.
 
+        With ``asynchronous`` the training stands still for the copy of this rank's part and for nothing else: folders,
+        names and what the ranks must agree on are the thread's business too.
+
         Returns:
-            where it is, or with ``asynchronous`` will be.
+            whose ``place`` says where it is, or with ``asynchronous`` will be after :meth:`wait`.
 
         Raises:
             CheckpointError: this one or, with ``asynchronous``, the one before could not be written.
         """
         self.wait()
-        topology = self.topology
-        target = target_of(folder, step=int(snapshot.state["step"]), topology=topology, records=self._records)
-        with _agreed_failure(target, topology):
+        target = target_of(
+            folder, step=int(snapshot.state["step"]), topology=self.topology, records=self._records
+        )
+        if self._thread is None:
+            self._write(target, snapshot, keep_last)
+        else:
+            writing = self._thread.submit(self._write, target, snapshot.copied(), keep_last)
+            self._unfinished = target, writing
+        return target
+
+    def _write(self, target: Target, snapshot: Snapshot, keep_last: int) -> None:
+        """Make room, write this rank's files, hear of the others', and seal. Collective, in the threads' own group."""
+        with self._agreed_failure(target):
             target.clear()
-        target.agree()
-        with _agreed_failure(target, topology):
+        target.agree(self._group)
+        with self._agreed_failure(target):
             target.partial.mkdir(parents=True, exist_ok=True)  # a rank on a host without a common disk
-
-        def seal(files: Mapping[str, WrittenFile]) -> None:
-            target.seal(files, {"world_size": topology.world_size, **snapshot.state})
-            target.prune(keep_last=keep_last)
-
-        if self._thread is not None:
-            kept = snapshot.copied()
-            self._unfinished = target, self._thread.submit(self._write_in_thread, target, kept, seal)
-            return target.place
         written: dict[str, WrittenFile] = {}
-        with _agreed_failure(target, topology):
-            written = _write_own(target, snapshot, rank=topology.rank)
-        files = dict(gather_objects(list(written.items()), topology))
-        with _agreed_failure(target, topology):
-            if topology.is_main:
-                seal(files)
-        return target.place
-
-    def _write_in_thread(
-        self, target: Target, snapshot: Snapshot, seal: Callable[[Mapping[str, WrittenFile]], None]
-    ) -> None:
-        """Write this rank's files, hear of the others', and seal; a rank that failed is seen by all in ``wait``."""
-        problem: Exception | None = None
-        written: dict[str, WrittenFile] = {}
-        try:
+        with self._agreed_failure(target):
             written = _write_own(target, snapshot, rank=self.topology.rank)
-        except Exception as error:  # whatever it is, the other threads must hear of it before it is raised
-            problem = error
-        parts: list[Any] = [written if problem is None else None]
-        if self._group is not None:
-            parts = [None] * self.topology.world_size
-            dist.all_gather_object(parts, written if problem is None else None, group=self._group)
-        if problem is not None:
-            raise problem
-        if self.topology.is_main and None not in parts:
-            seal({name: facts for part in parts for name, facts in part.items()})
+        files = dict(gather_objects(list(written.items()), self.topology, group=self._group))
+        with self._agreed_failure(target):
+            if self.topology.is_main:
+                target.seal(files, {"world_size": self.topology.world_size, **snapshot.state})
+                target.prune(keep_last=keep_last)
+
+    @contextlib.contextmanager
+    def _agreed_failure(self, target: Target) -> Iterator[None]:
+        """All ranks wait for each other at the end; where one could not write, all raise, and none waits in vain."""
+        problem: list[str] = []
+        try:
+            yield
+        except FAILURES as error:
+            problem.append(f"rank {self.topology.rank}: {error}")
+        except Exception as error:
+            if self._thread is None:
+                raise
+            # A fault of ours in a thread: the others' threads must hear of it, and nobody else would log its trace.
+            log.exception("the thread that writes %s failed", target.partial.stem)
+            problem.append(f"rank {self.topology.rank}: {type(error).__name__}: {error}")
+        problems = gather_objects(problem, self.topology, group=self._group)
+        if problems:
+            target.discard()
+            raise _not_written(target, problems[0])
 
     def wait(self) -> None:
         """Until the last checkpoint is complete. Collective; raises CheckpointError where it could not be written."""
         if self._unfinished is None:
             return
         (target, writing), self._unfinished = self._unfinished, None
-        with _agreed_failure(target, self.topology):
-            try:
-                writing.result()
-            except FAILURES:
-                raise
-            except Exception as error:  # a fault of ours: its trace is logged here, and all ranks stop
-                log.exception("the thread that writes %s failed", target.partial.stem)
-                raise OSError(f"{type(error).__name__}: {error}") from error
+        problem: list[CheckpointError] = []
+        try:
+            writing.result()
+        except CheckpointError as error:  # the threads have agreed on it
+            problem.append(error)
+        except Exception as error:  # they could not speak to each other
+            target.discard()
+            log.exception("the thread that writes %s failed", target.partial.stem)
+            problem.append(
+                _not_written(target, f"rank {self.topology.rank}: {type(error).__name__}: {error}")
+            )
+        problems = gather_objects(problem, self.topology)
+        if problems:
+            raise problems[0]
 
 
 def _write_own(target: Target, snapshot: Snapshot, *, rank: int) -> dict[str, WrittenFile]:
@@ -201,18 +218,8 @@ def _write_own(target: Target, snapshot: Snapshot, *, rank: int) -> dict[str, Wr
     return written
 
 
-@contextlib.contextmanager
-def _agreed_failure(target: Target, topology: Topology) -> Iterator[None]:
-    """All ranks wait for each other at the end; where one could not write, all raise, and none waits in vain."""
-    problem: list[str] = []
-    try:
-        yield
-    except FAILURES as error:
-        problem.append(f"rank {topology.rank}: {error}")
-    problems = gather_objects(problem, topology)
-    if problems:
-        target.discard()
-        raise CheckpointError(
-            f"{target.where}: the checkpoint {target.partial.stem} could not be written ({problems[0]}); "
-            f"the ones before it are untouched: {target.advice}"
-        )
+def _not_written(target: Target, problem: str) -> CheckpointError:
+    return CheckpointError(
+        f"{target.where}: the checkpoint {target.partial.stem} could not be written ({problem}); "
+        f"the ones before it are untouched: {target.advice}"
+    )

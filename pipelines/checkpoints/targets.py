@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import torch.distributed as dist
+
 from cliplift.models.weight_files import WrittenFile
 from cliplift.pipelines.checkpoints.folder import (
     FORMAT,
@@ -49,8 +51,8 @@ class Target(Protocol):
         """Remove what saves left that did not come to their end, before anything is written."""
         ...
 
-    def agree(self) -> None:
-        """Have all ranks know the checkpoint's name. Collective."""
+    def agree(self, group: dist.ProcessGroup | None) -> None:
+        """Have all ranks know the checkpoint's name. Collective in ``group``, where None is that of the training."""
         ...
 
     def take(self, file: Path) -> None:
@@ -99,7 +101,7 @@ class _OnDisk:
                 shutil.rmtree(left)
             self.partial.mkdir(parents=True)
 
-    def agree(self) -> None:
+    def agree(self, group: dist.ProcessGroup | None) -> None:
         """All ranks know the name."""
 
     def take(self, file: Path) -> None:
@@ -153,8 +155,8 @@ class _InStore:
                 left.remove()
             self._name = self._folder.new_name(self._step)
 
-    def agree(self) -> None:
-        self._name = broadcast_object(self._name, self._topology)
+    def agree(self, group: dist.ProcessGroup | None) -> None:
+        self._name = broadcast_object(self._name, self._topology, group=group)
 
     def take(self, file: Path) -> None:
         self.place.store.publish(file, file.name)

@@ -177,21 +177,26 @@ def barrier(topology: Topology) -> None:
         dist.barrier()
 
 
-def broadcast_object(value: V, topology: Topology) -> V:
-    """Rank 0's value, on every rank."""
+def broadcast_object(value: V, topology: Topology, *, group: dist.ProcessGroup | None = None) -> V:
+    """Rank 0's value, on every rank. ``group``: of all ranks, another than that of the training."""
     if topology.world_size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 
-def gather_objects(items: Sequence[V], topology: Topology) -> list[V]:
-    """The items of all ranks, in rank order, on every rank. Ranks may have different numbers of them."""
+def gather_objects(
+    items: Sequence[V], topology: Topology, *, group: dist.ProcessGroup | None = None
+) -> list[V]:
+    """The items of all ranks, in rank order, on every rank. Ranks may have different numbers of them.
+
+    ``group``: of all ranks, another than that of the training.
+    """
     if topology.world_size == 1:
         return list(items)
     parts: list[list[V]] = [[] for _ in range(topology.world_size)]
-    dist.all_gather_object(parts, list(items))
+    dist.all_gather_object(parts, list(items), group=group)
     return [item for part in parts for item in part]
 
 

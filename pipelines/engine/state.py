@@ -22,6 +22,7 @@ from cliplift.pipelines.checkpoints.saved import (
 )
 from cliplift.pipelines.checkpoints.saver import Saver, Snapshot
 from cliplift.pipelines.checkpoints.stored import StoredFolder
+from cliplift.pipelines.checkpoints.targets import Target
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.deepspeed_setup import build_engine, resumable
 from cliplift.pipelines.engine.ema import WeightAverage
@@ -59,7 +60,8 @@ class RunState:
         self.run, self.schedule, self.identity = run, schedule, identity
         self.topology, self.say = topology, say
         self.folder = checkpoint_folder(run, rank=topology.rank)
-        self.place: Folder | None = None  # of the checkpoint of this step, or of an earlier one
+        self._saved: Target | None = None  # the last checkpoint that this process wrote or is writing
+        self._continued: Folder | None = None  # the one it went on from after that
         self.step, self.data_offset, self.skipped, self.rewinds = 0, 0, 0, 0
         self.best: float | None = None
         self.metrics: dict[str, float] = {}
@@ -111,11 +113,11 @@ class RunState:
         if best:
             self.saver.save(self.folder / BEST, snapshot, keep_last=1)
         else:
-            self.place = self.saver.save(self.folder, snapshot, keep_last=self.run.checkpoint.keep_last)
+            self._saved = self.saver.save(self.folder, snapshot, keep_last=self.run.checkpoint.keep_last)
 
     def _continue(self, saved: SavedState) -> None:
         """Everything of a checkpoint but weights and optimizer state."""
-        self.place = saved.path
+        self._saved, self._continued = None, saved.path
         set_random_state(saved.random_state, self.topology.device)
         state = saved.state
         self.schedule.load(state["schedule"])
@@ -161,8 +163,9 @@ class RunState:
             self.metrics = dict(best.state["metrics"])
             saved, averaged = best, True
         else:
-            assert self.place is not None, "the last step is saved"
-            saved = open_checkpoint(self.place, topology=self.topology)
+            place = self._continued if self._saved is None else self._saved.place
+            assert place is not None, "the last step is saved"
+            saved = open_checkpoint(place, topology=self.topology)
             averaged = self.average is not None
             if self.average is not None:
                 self.average.replace_weights()

@@ -15,7 +15,7 @@ from torch import nn
 
 from cliplift.models import ModelError, create_model
 from cliplift.models.factory import from_pretrained, load_pretrained, push, read_config, save_pretrained
-from cliplift.models.state_dicts import head_prefix
+from cliplift.models.state_dicts import head_prefix, read_state
 
 
 def tiny(num_classes: int = 5, **options: object) -> nn.Module:
@@ -162,6 +162,29 @@ def test_a_small_file_cannot_expand_to_a_large_one(tmp_path: Path) -> None:
         load_pretrained(tiny(), tmp_path / "bomb.pt")
     with pytest.raises(ModelError, match="stored"):
         load_pretrained(tiny(), tmp_path / "stored.pt")
+
+
+def test_a_torch_file_is_mapped_and_not_read_whole(tmp_path: Path) -> None:
+    """A rank of many needs its part of it alone, and the network is in memory already."""
+    source = tiny()
+    torch.save({"model": source.state_dict()}, tmp_path / "w.pt")
+    before = (tmp_path / "w.pt").read_bytes()
+    state = read_state(source, tmp_path / "w.pt")
+    places = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    mapped = [
+        [int(end, 16) for end in place[0].split("-")] for place in places if place[-1].endswith("/w.pt")
+    ]
+    assert all(any(a <= v.data_ptr() < b for a, b in mapped) for v in state.values() if v.numel())
+    next(iter(state.values())).zero_()
+    assert (tmp_path / "w.pt").read_bytes() == before, "the file is another's"
+
+
+def test_a_torch_file_of_the_old_kind_is_read(tmp_path: Path) -> None:
+    """Before torch 1.6: no archive, so that it cannot be mapped."""
+    source, target = tiny(), tiny()
+    torch.save(source.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    load_pretrained(target, tmp_path / "old.pth")
+    assert same(source, target)
 
 
 def test_an_archive_that_cannot_be_listed_is_not_passed_on(tmp_path: Path) -> None:

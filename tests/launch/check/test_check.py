@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from collections.abc import Iterable
@@ -89,9 +90,11 @@ def test_the_command_exits_1_with_the_number_to_change(
     assert "engine.global_batch=20 or less" in capsys.readouterr().out
     assert main([*words, "--nodes", "3"]) == 1
     assert "multiple of 3" in capsys.readouterr().out
-    assert main([*words, "--gpu", "h200", "--gpus", "2", "--nodes", "4"]) == 0
+    assert main([*words, "--gpu", "h200", "--gpus", "2", "--nodes", "4", "--write-speed", "2"]) == 0
     text = capsys.readouterr().out
     assert "4 node(s) of 2 x h200" in text
+    assert re.search(r"per checkpoint, \d+\.\d\d written by each rank", text)
+    assert re.search(r"saving.* of each node in \d+\.\d s at 2 GB/s, while training goes on", text)
     assert "25 % MFU of 494 TFLOPS, assumed" in text
     assert not (tmp_path / "run").exists(), "a check leaves nothing behind"
 

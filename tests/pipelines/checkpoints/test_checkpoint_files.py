@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cliplift.configs.sections import ConfigError
-from cliplift.models.weight_files import WrittenFile
 from cliplift.pipelines.checkpoints import folder as folders
 from cliplift.pipelines.checkpoints import saved as opened
 from cliplift.pipelines.checkpoints import saver as saving
@@ -61,7 +60,7 @@ def assert_same(found: Any, expected: Any) -> None:
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_every_file_is_there_with_its_size_and_sum(tmp_path: Path, asynchronous: bool) -> None:
     saver, saved = Saver(ALONE, asynchronous=asynchronous), snapshot(7)
-    path = saver.save(tmp_path, saved, keep_last=2)
+    path = saver.save(tmp_path, saved, keep_last=2).place
     saver.wait()
     saver.wait()  # there is nothing left to wait for
     assert path == tmp_path / "step_00000007"
@@ -84,7 +83,7 @@ def test_every_file_is_there_with_its_size_and_sum(tmp_path: Path, asynchronous:
 
 def test_the_moving_average_is_a_file_of_its_own(tmp_path: Path) -> None:
     average = cut({"w": torch.full((2, 3), 0.25)})
-    path = Saver(ALONE, asynchronous=False).save(tmp_path, snapshot(1, average=average), keep_last=1)
+    path = Saver(ALONE, asynchronous=False).save(tmp_path, snapshot(1, average=average), keep_last=1).place
     assert_same(read(path / "average-rank0.safetensors"), average)
     assert_same(opened.open_checkpoint(path, topology=ALONE).average, average)
 
@@ -119,7 +118,7 @@ def test_what_a_killed_save_left_is_replaced(tmp_path: Path) -> None:
     for name in ("step_00000002.partial", "step_00000002"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "old.safetensors").write_bytes(b"old")
-    path = Saver(ALONE, asynchronous=False).save(tmp_path, snapshot(2), keep_last=1)
+    path = Saver(ALONE, asynchronous=False).save(tmp_path, snapshot(2), keep_last=1).place
     assert not (path / "old.safetensors").exists()
     assert not path.with_name("step_00000002.partial").exists()
     assert folders.damage(path) is None
@@ -147,7 +146,7 @@ def test_a_full_disk_is_told_and_the_checkpoints_before_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
     saver = Saver(ALONE, asynchronous=asynchronous)
-    first = saver.save(tmp_path, snapshot(1), keep_last=1)
+    first = saver.save(tmp_path, snapshot(1), keep_last=1).place
     saver.wait()
     real = saving.write_slices
 
@@ -169,59 +168,14 @@ def test_a_full_disk_is_told_and_the_checkpoints_before_stay(
     assert [p.name for p in tmp_path.iterdir()] == ["step_00000003"]
 
 
-def test_an_asynchronous_failure_is_raised_by_the_next_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(tensors: dict[str, Tensor], path: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    saver = Saver(ALONE, asynchronous=True)
-    with monkeypatch.context() as patched:
-        patched.setattr(saving, "_write_own", lambda *_, **__: full({}, tmp_path))
-        saver.save(tmp_path, snapshot(1), keep_last=1)
-        with pytest.raises(CheckpointError, match="step_00000001"):
-            saver.save(tmp_path, snapshot(2), keep_last=1)
-    saver.save(tmp_path, snapshot(2), keep_last=1)
-    saver.wait()
-    assert folders.newest_usable(tmp_path, topology=ALONE, say=print) == tmp_path / "step_00000002"
-
-
-def test_any_fault_of_the_thread_is_told_by_the_next_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Raised by one rank alone it would leave the others waiting; the trace is in the log."""
-
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("CUDA error")
-
-    saver = Saver(ALONE, asynchronous=True)
-    monkeypatch.setattr(saving, "_write_own", broken)
-    saver.save(tmp_path, snapshot(1), keep_last=1)
-    with pytest.raises(
-        CheckpointError, match=r"step_00000001 could not be written \(rank 0: RuntimeError: CUDA"
-    ):
-        saver.save(tmp_path, snapshot(2), keep_last=1)
-    assert "Traceback" in caplog.text
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_thread_writes_does_not_change_with_the_training(tmp_path: Path) -> None:
-    """The snapshot is a view of the living state; the copy is not."""
-    living = {"w": torch.zeros(1000), "b": torch.zeros(3, 4).t()}
-    copy = snapshot(1, parameters=cut(living), buffers=living, average=cut(living)).copied()
-    for tensor in living.values():
-        tensor.fill_(9)
-    copies = [part.values for part in (*copy.parameters.values(), *copy.average.values())]
-    assert all(bool((values == 0).all()) for values in [*copies, *copy.buffers.values()])
-
-
 def test_another_rank_writes_its_own_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0 makes the folder, seals it and gives the name; the others wait, tell what they wrote, hear of failures."""
     second = Topology(rank=1, world_size=2, local_rank=1, device=CPU)
     heard: list[list[Any]] = []
 
-    def gathered(items: list[Any], topology: Topology) -> list[Any]:
+    def gathered(items: list[Any], topology: Topology, *, group: Any) -> list[Any]:
         assert topology is second
+        assert group is None, "that of the training"
         heard.append(items)
         return items
 
@@ -236,41 +190,15 @@ def test_another_rank_writes_its_own_files_alone(tmp_path: Path, monkeypatch: py
     folder_made, own_folder, files_written, facts, sealed = heard
     assert folder_made == own_folder == files_written == sealed == [], "no failure at any of the four"
     assert sorted(name for name, _ in facts) == names
-    monkeypatch.setattr(saving, "gather_objects", lambda *_: ["rank 0: No space left"])
+    monkeypatch.setattr(saving, "gather_objects", lambda *_, **__: ["rank 0: No space left"])
     with pytest.raises(CheckpointError, match="rank 0: No space left"):
         saver.save(tmp_path, snapshot(4), keep_last=1)
     assert partial.exists(), "rank 0 removes it"
 
 
-@pytest.mark.parametrize("second_wrote", [True, False])
-def test_the_threads_of_two_ranks_seal_what_both_wrote(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, second_wrote: bool
-) -> None:
-    """Rank 0, and a second rank that is played: its thread sends what it wrote, or that it wrote nothing."""
-    second = {"parameters-rank1.safetensors": WrittenFile(size_bytes=8, crc32=9)}
-
-    def all_gather(parts: list[Any], own: Any, *, group: Any) -> None:
-        assert group == "the threads'"
-        assert len(parts) == 2
-        parts[:] = [own, second if second_wrote else None]
-
-    monkeypatch.setattr(saving.dist, "new_group", lambda **_: "the threads'")
-    monkeypatch.setattr(saving.dist, "all_gather_object", all_gather)
-    monkeypatch.setattr(saving, "gather_objects", lambda items, _: items)
-    saver = Saver(Topology(rank=0, world_size=2, local_rank=0, device=CPU), asynchronous=True)
-    path = saver.save(tmp_path, snapshot(5), keep_last=1)
-    saver.wait()
-    assert isinstance(path, Path)
-    assert path.exists() == second_wrote
-    if second_wrote:
-        listed = json.loads((path / "COMPLETE.json").read_text())["files"]
-        own = {f"{kind}-rank0.safetensors" for kind in ("buffers", "optimizer", "parameters", "random")}
-        assert set(listed) == {*own, *second, "state.json"}
-
-
 def test_of_several_failures_the_first_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = ["rank 1: No space left", "rank 3: Input/output error"]
-    monkeypatch.setattr(saving, "gather_objects", lambda *_: failures)
+    monkeypatch.setattr(saving, "gather_objects", lambda *_, **__: failures)
     with pytest.raises(CheckpointError, match=r"could not be written \(rank 1: No space left\)"):
         Saver(ALONE, asynchronous=False).save(tmp_path, snapshot(1), keep_last=1)
 
@@ -278,7 +206,7 @@ def test_of_several_failures_the_first_rank_is_named(tmp_path: Path, monkeypatch
 def test_flipped_cut_and_missing_files_are_damage(tmp_path: Path) -> None:
     """Larger than the blocks that are read at once: a flip in the last byte counts as one in the first."""
     large = snapshot(1, parameters=cut({"w": torch.arange(600_000, dtype=torch.float32)}))
-    path = Saver(ALONE, asynchronous=False).save(tmp_path, large, keep_last=1)
+    path = Saver(ALONE, asynchronous=False).save(tmp_path, large, keep_last=1).place
     file = path / "parameters-rank0.safetensors"
     whole = file.read_bytes()
     assert len(whole) > 2 * 2**20
@@ -322,7 +250,7 @@ def test_the_newest_whole_one_is_used_and_each_passed_over_is_named(tmp_path: Pa
 def test_random_state_is_taken_up_by_as_many_ranks_as_wrote_it(
     tmp_path: Path, rank: int, world: int, own: bool
 ) -> None:
-    path = Saver(ALONE, asynchronous=False).save(tmp_path, snapshot(1), keep_last=1)
+    path = Saver(ALONE, asynchronous=False).save(tmp_path, snapshot(1), keep_last=1).place
     found = opened.open_checkpoint(
         path, topology=Topology(rank=rank, world_size=world, local_rank=0, device=CPU)
     )
@@ -334,7 +262,7 @@ def test_random_state_is_taken_up_by_as_many_ranks_as_wrote_it(
 
 
 def test_each_rank_of_a_world_takes_its_own_files(tmp_path: Path) -> None:
-    path = Saver(ALONE, asynchronous=False).save(tmp_path, snapshot(1), keep_last=1)
+    path = Saver(ALONE, asynchronous=False).save(tmp_path, snapshot(1), keep_last=1).place
     for kind in ("buffers", "random"):
         shutil.copy(path / f"{kind}-rank0.safetensors", path / f"{kind}-rank1.safetensors")
     from safetensors.torch import save_file
@@ -356,11 +284,11 @@ def test_each_rank_of_a_world_takes_its_own_files(tmp_path: Path) -> None:
 def test_what_an_older_format_lacks_is_nothing(tmp_path: Path) -> None:
     """And what a checkpoint does say of it counts."""
     saver = Saver(ALONE, asynchronous=False)
-    found = opened.open_checkpoint(saver.save(tmp_path, snapshot(1), keep_last=1), topology=ALONE).state
+    found = opened.open_checkpoint(saver.save(tmp_path, snapshot(1), keep_last=1).place, topology=ALONE).state
     assert (found["data_offset"], found["rewinds"], found["average_updates"]) == (0, 0, 0)
     later = {"step": 2, "data_offset": 3, "rewinds": 1, "average_updates": 2}
     found = opened.open_checkpoint(
-        saver.save(tmp_path, snapshot(2, state=later), keep_last=1), topology=ALONE
+        saver.save(tmp_path, snapshot(2, state=later), keep_last=1).place, topology=ALONE
     ).state
     assert {key: found[key] for key in later} == later
 
@@ -402,7 +330,7 @@ def test_the_weights_of_another_network_are_refused(tmp_path: Path) -> None:
          (narrow, "2 differences, first 0.weight"), (own, None))
     ):  # fmt: skip
         saved = snapshot(step, parameters=cut(parameters), buffers=buffers)
-        path = Saver(ALONE, asynchronous=False).save(tmp_path, saved, keep_last=1)
+        path = Saver(ALONE, asynchronous=False).save(tmp_path, saved, keep_last=1).place
         found = opened.open_checkpoint(path, topology=ALONE)
         if said is None:
             opened.check_fits(module, found)

@@ -123,7 +123,7 @@ def test_a_step_that_is_saved_again_leaves_the_first_until_it_is_whole(
         with pytest.raises(CheckpointError, match=r"no answer.*start again when the store can be written"):
             saver.save(folder, again, keep_last=1)
     assert saved_value(folder) == 4
-    place = saver.save(folder, again, keep_last=1)
+    place = saver.save(folder, again, keep_last=1).place
     assert place.name == "step_00000004.1"
     assert [found.name for found in folder.checkpoints()[0]] == ["step_00000004.1"]
     assert saved_value(folder) == 9

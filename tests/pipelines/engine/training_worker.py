@@ -186,15 +186,19 @@ def losses(folder: Path) -> list[float]:
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
-if __name__ == "__main__":
-    # argv: results file, then one JSON object of config changes per case; an output may name the {rank}.
-    cases = [json.loads(case) for case in sys.argv[2:]]
+def main(results: Path, cases: list[dict[str, Any]]) -> None:
+    """Train the cases one after the other, on every rank; rank 0 writes what they gave. Ends a process among others."""
     for case in cases:
         case["output"] = case["output"].replace("{rank}", os.environ.get("RANK", "0"))
     FixedLoader.slow_seconds = max(case.pop("slow_seconds", 0.0) for case in cases)
-    results = [train(run_config(**case)) for case in cases]
+    found = [train(run_config(**case)) for case in cases]
     import torch.distributed as dist
 
     if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(results))
+        results.write_text(json.dumps(found))
     leave(0)
+
+
+if __name__ == "__main__":
+    # argv: results file, then one JSON object of config changes per case; an output may name the {rank}.
+    main(Path(sys.argv[1]), [json.loads(case) for case in sys.argv[2:]])
