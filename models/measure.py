@@ -55,6 +55,7 @@ def measure_model(
     entry = model_entry(name)
     with torch.device("meta"):
         model = create_model(name, num_classes=num_classes, in_frames=in_frames, **options).eval()
+        model.requires_grad_(False)  # the counter wants the gradient function of whatever asks for one
         shape = input_shape(model, dims=entry.dims, crop=crop)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(torch.empty(shape))

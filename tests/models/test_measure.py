@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from cliplift.models import ModelError
+from cliplift.models import ModelError, create_model
 from cliplift.models.measure import input_shape, measure_model
 from cliplift.models.protocol import InputSpec
 
@@ -44,3 +44,12 @@ def test_image_models_are_measured_on_images() -> None:
     assert input_shape(Spec(), dims="2d") == (1, 3, 10, 12)
     assert input_shape(Spec(), dims="3d", batch=2) == (2, 3, 8, 10, 12)
     assert input_shape(Spec(), dims="3d", crop=5) == (1, 3, 8, 5, 5)
+
+
+def test_a_head_with_a_learned_query_is_counted() -> None:
+    """A view of a parameter goes into a block of its own; torch's counter asked it for a gradient function."""
+    options = {"head": "attentive", "final_norm": "tokens", "probe_heads": 3}
+    measure = measure_model("video_vit_tiny_8", num_classes=5, in_frames=4, crop=32, **options)
+    network = create_model("video_vit_tiny_8", num_classes=5, in_frames=4, **options)
+    assert measure.parameters == sum(p.numel() for p in network.parameters())
+    assert measure.gmacs > 0
