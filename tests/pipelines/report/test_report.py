@@ -96,23 +96,12 @@ def write_run(
     """A run folder as the stages leave it; ``accuracy=None`` is a run that has not finished."""
     folder.mkdir(parents=True)
     tree: dict[str, Any] = {
-        "stage": stage,
-        "name": name,
-        "output": str(folder),
-        "seed": seed,
-        "test_split": "test",
-    }
-    tree |= {
-        "model": {"name": "t3d_tiny", "pretrained": None},
-        "data": {"shards": [{"url": shards, "weight": 1.0}]},
-    }
+        "stage": stage, "name": name, "output": str(folder), "seed": seed, "test_split": "test",
+        "model": {"name": "t3d_tiny", "pretrained": None}, "data": {"shards": [{"url": shards, "weight": 1.0}]},
+    }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(tree | (config or {})))
-    start = {
-        "stage": stage,
-        "name": name,
-        "command": ["cliplift", stage, "a b.yaml"],
-        "torch_version": "2.13.0",
-    }
+    command = ["cliplift", stage, "a b.yaml"]
+    start = {"stage": stage, "name": name, "command": command, "torch_version": "2.13.0"}
     (folder / "run.json").write_text(json.dumps(start | {"seconds": 75.0, "git_commit": None}))
     lines = [
         {"step": s, "time": s / 2, "train/loss": 2 - s / 40, "train/lr": 0.1} for s in range(1, steps + 1)
@@ -122,12 +111,8 @@ def write_run(
     if accuracy is None:
         return folder
     numbers = {"accuracy": accuracy, "chance": 1 / len(classes), "samples": 6.0} | (metrics or {})
-    result = {
-        "stage": stage,
-        "metrics": numbers,
-        "classes": list(classes),
-        "data_fingerprint": "f00dcafe12345678",
-    }
+    result = {"stage": stage, "metrics": numbers, "classes": list(classes)}
+    result["data_fingerprint"] = "f00dcafe12345678"
     (folder / "result.json").write_text(json.dumps(result))
     if predicted is not None:
         pq.write_table(_predictions(predicted, len(classes), shards), folder / "predictions.parquet")
@@ -155,14 +140,10 @@ def report(
     output: Path, *runs: Path, max_clips: int = 6, clips: _Clips | None = None, **options: Any
 ) -> _Page:
     source = clips or _Clips([f"{i:08d}" for i in range(6)])
+    options = {"title": None} | options
     path = write_report(
-        runs=runs,
-        output=output / "report.html",
-        title=options.pop("title", None),
-        max_clips=max_clips,
-        open_shards=lambda url, **_: source,
-        **options,
-    )
+        runs=runs, output=output / "report.html", max_clips=max_clips, open_shards=lambda url, **_: source, **options
+    )  # fmt: skip
     return _Page(path)
 
 
@@ -262,13 +243,11 @@ def test_the_last_start_is_the_one_shown(tmp_path: Path) -> None:
     """The first may have been aborted; config, command and versions are those of the last."""
     run = write_run(tmp_path / "run")
     start = json.loads((run / "run.json").read_text())
-    starts = {
-        "starts": ["2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"],
-        "started_utc": "2026-01-01T00:00:00Z",
-    }
-    (run / "run.json").write_text(json.dumps(start | starts))
+    first, last = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
+    start |= {"starts": [first, last], "started_utc": first}
+    (run / "run.json").write_text(json.dumps(start))
     page = report(tmp_path, run)
-    assert "2026-01-02T00:00:00Z, start 2" in page.text
+    assert f"{last}, start 2" in page.text
     assert "2026-01-01" not in page.text
 
 
