@@ -198,11 +198,9 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
     def option(value: object) -> bool:
         if isinstance(value, (list, dict)):
             return all(map(option, value.values() if isinstance(value, dict) else value))
-        return (
-            value is None
-            or isinstance(value, (bool, str, float))
-            or (isinstance(value, int) and abs(value) <= most)
-        )
+        if isinstance(value, int):
+            return abs(value) <= most
+        return value is None or isinstance(value, (str, float))
 
     options, extra, classes = config.get("options", {}), config.get("extra", {}), config.get("num_classes")
     clip = config.get("input", {})
