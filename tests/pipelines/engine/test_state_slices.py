@@ -202,6 +202,7 @@ print(json.dumps({"count": count, "found": found}))
 """
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("stage", "moments"),
     [
@@ -218,7 +219,7 @@ def test_kill_9_at_any_moment_inside_a_save_costs_nothing_but_time(
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=1700,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
