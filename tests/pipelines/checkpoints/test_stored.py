@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -38,12 +39,12 @@ def s3(failing_s3: ModuleType) -> Iterator[Any]:
 @pytest.fixture
 def folder(tmp_path: Path) -> StoredFolder:
     """In fsspec's memory, which answers at once and never fails."""
-    return StoredFolder(f"memory://{tmp_path.name}/checkpoints", tmp_path / "rank0")
+    return StoredFolder(f"memory://{uuid4().hex}/checkpoints", tmp_path / "rank0")
 
 
 @pytest.fixture
 def on_s3(s3: Any, tmp_path: Path) -> Iterator[StoredFolder]:
-    yield StoredFolder(f"s3://bucket/{tmp_path.name}/checkpoints", tmp_path / "rank0")
+    yield StoredFolder(f"s3://bucket/{uuid4().hex}/checkpoints", tmp_path / "rank0")
     s3.calm()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -40,7 +41,7 @@ def test_a_run_goes_on_from_a_store_in_an_empty_folder(
     """Losses, weights and best metric are those of a run on a disk, to the last bit."""
     changes = CHANGES | {"engine__zero_stage": stage}
     whole = worker.train(worker.run_config(str(tmp_path / "disk"), **changes))
-    url = f"memory://{tmp_path.name}"
+    url = f"memory://{uuid4().hex}"
     stored = worker.train(worker.run_config(str(tmp_path / "first"), checkpoint__url=url, **changes))
     assert stored == whole
     store = open_store(url)
@@ -94,7 +95,7 @@ def test_two_hosts_without_a_common_folder_killed_in_an_upload_go_on(
     tmp_path: Path, s3: Any, stage: int, asynchronous: bool
 ) -> None:
     """``kill -9`` in the middle of rank 1's upload of step 8; the start after it has new folders and one rank more."""
-    url = f"s3://bucket/{tmp_path.name}"
+    url = f"s3://bucket/{uuid4().hex}"
     case = CHANGES | {"engine__zero_stage": stage, "schedule": {"steps": 12, "name": "cosine"}}
     case |= {"checkpoint": {"every_steps": 4, "asynchronous": asynchronous}}
     whole = finish(
@@ -128,7 +129,7 @@ def test_a_run_through_faults_is_the_same_run(tmp_path: Path, s3: Any) -> None:
     s3.share = 0.1
     stored = case | {
         "output": str(tmp_path / "host{rank}"),
-        "checkpoint__url": f"s3://bucket/{tmp_path.name}",
+        "checkpoint__url": f"s3://bucket/{uuid4().hex}",
     }
     found = finish(launch(tmp_path / "stored.json", stored), tmp_path / "stored.json")
     s3.calm()
@@ -148,7 +149,7 @@ def test_a_run_through_faults_is_the_same_run(tmp_path: Path, s3: Any) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_another_number_of_hosts_goes_on_by_ranges(tmp_path: Path, s3: Any, ranks: int) -> None:
-    url = f"s3://bucket/{tmp_path.name}"
+    url = f"s3://bucket/{uuid4().hex}"
     case = CHANGES | {"engine__zero_stage": 3, "checkpoint__url": url}
     whole = finish(
         launch(tmp_path / "2.json", case | {"output": str(tmp_path / "two{rank}")}), tmp_path / "2.json"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -119,7 +120,7 @@ def test_an_upload_of_the_result_that_failed_is_made_up_for(
 
 
 def test_records_are_taken_up_from_the_url_over_older_ones(tmp_path: Path) -> None:
-    url, here, there = f"memory://{tmp_path.name}", tmp_path / "here", tmp_path / "there"
+    url, here, there = f"memory://{uuid4().hex}", tmp_path / "here", tmp_path / "there"
     for folder, text in ((here, "new"), (there, "old")):
         folder.mkdir()
         (folder / "metrics.jsonl").write_text(text)
