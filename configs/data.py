@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from cliplift.configs.plugins import AugmentationOptions
 from cliplift.configs.sections import ConfigError, Location, Section
+from cliplift.configs.where_reader import parse
 
 SMALLEST_SHARE = 0.001  # the loader deals positions in blocks of a thousand
 
@@ -222,6 +223,11 @@ class DataConfig(Section):
         "rgb",
         description="what the network sees: the clips, or the optical flow stored beside them (2 channels, x and y)",
     )
+    where: str | None = Field(
+        None,
+        description="which clips of `split` are trained on, such as `motion > 0.001 and not duplicate`; None trains on "
+        "all, and evaluation always takes all of its clips",
+    )
     split: str = Field("train", description="split trained on, as recorded in the shards")
     val_split: str = Field("val", description="split used for evaluation during training")
     class_balanced: bool = Field(
@@ -326,6 +332,7 @@ class DataConfig(Section):
                 value=list(jitter),
                 hint="the crop must fit into the resized frame",
             )
+        self._check_where()
         self._check_weights()
         self._check_augmentation()
         self._check_modality()
@@ -337,6 +344,21 @@ class DataConfig(Section):
                 hint="the crop must fit into the resized frame",
             )
         return self
+
+    def _check_where(self) -> None:
+        if self.where is None:
+            return
+        try:
+            parse(self.where)
+        except ConfigError as error:
+            raise ConfigError(error.reason, key="where", value=self.where, hint=error.hint) from None
+        if self.sequential is not None:
+            raise ConfigError(
+                "chooses clips by what is known of them, and a stream is read without an index",
+                key="where",
+                value=self.where,
+                hint="train on indexed shards",
+            )
 
     def _check_augmentation(self) -> None:
         if self.views.crops == 10 and self.augment.flip_label_pairs:

@@ -29,12 +29,15 @@ R = TypeVar("R", bound="DataclassInstance")
 FORMAT = "cliplift-shards/1"
 FORMAT_WITH_CATALOG = "cliplift-shards/2"
 FORMAT_WITH_GENERATIONS = "cliplift-shards/3"
+FORMAT_WITH_SCORES = "cliplift-shards/4"
 INDEX_FORMAT = "cliplift-index/1"
 PLAN_FORMAT = "cliplift-plan/1"
 DATASET_FILE = "dataset.json"
 SAMPLES_FILE = "samples.parquet"
 CATALOG_FILE = "catalog.json"
 CATALOG_ROWS_FILE = "catalog.bin"
+SCORES_FILE = "scores.json"
+SCORES_VALUES_FILE = "scores.bin"
 REFUSED_FILE = "refused.jsonl"
 MISSING_FILE = "missing.jsonl"
 LEFT_OUT_FILE = "left_out.jsonl"
@@ -192,6 +195,7 @@ class Dataset:
     catalog_sha256: str = ""  # of catalog.json; "" where there is no catalog
     generation: int = 1  # from the second on, its files stand in a folder of their own
     removed_sha256: str = ""  # of the list of all videos removed so far; "" where none was
+    scores_sha256: str = ""  # of scores.json; "" where this generation has no columns of scores
 
     def file(self, name: str) -> str:
         """Where a file of this generation stands below the root."""
@@ -263,7 +267,9 @@ def dump_dataset(dataset: Dataset) -> bytes:
     if dataset.generation == 1:  # the manifest it was before there were generations
         del tree["generation"], tree["removed_sha256"]
     else:  # an earlier version would return what was removed
-        tree["format"] = FORMAT_WITH_GENERATIONS
+        tree["format"] = FORMAT_WITH_SCORES if dataset.scores_sha256 else FORMAT_WITH_GENERATIONS
+    if not dataset.scores_sha256:
+        del tree["scores_sha256"]
     return (json.dumps(tree, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
@@ -273,7 +279,7 @@ def load_dataset(data: bytes, *, file: str) -> Dataset:
     Raises:
         ManifestError: it is damaged or of another format.
     """
-    formats = (FORMAT, FORMAT_WITH_CATALOG, FORMAT_WITH_GENERATIONS)
+    formats = (FORMAT, FORMAT_WITH_CATALOG, FORMAT_WITH_GENERATIONS, FORMAT_WITH_SCORES)
     dataset = typed(Dataset, parsed_json(data, file, *formats), file, "a dataset")
     if not 1 <= dataset.generation < 10**6:
         raise ManifestError(f"{file}: generation {dataset.generation} cannot be")

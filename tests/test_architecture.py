@@ -33,8 +33,8 @@ BANNED_NAMES = {"utils", "util", "helper", "helpers", "common", "misc", "base"}
 ROOMS: dict[str, list[set[str]]] = {
     "configs": [
         {"sections", "discovery", "yaml_text"},
-        {"load"},
-        {"plugins"},
+        {"load", "where"},
+        {"plugins", "where_reader"},
         {"sources", "data"},
         {"training"},
         {"sharding", "supervision", "objectives"},
@@ -56,8 +56,10 @@ ROOMS: dict[str, list[set[str]]] = {
         {"manifest", "scratch"},
         {"tables"},
         {"video", "sources"},
+        {"scores"},
         {"read", "demo"},
         {"build"},
+        {"scoring"},
     ],
     "pipelines": [
         {"distributed"},

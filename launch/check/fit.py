@@ -25,6 +25,7 @@ from cliplift.pipelines.engine.deepspeed_setup import batch_split
 from cliplift.pipelines.stages.run import check_model, stage_of
 from cliplift.sharding.manifest import Dataset, ManifestError, dataset_fingerprint
 from cliplift.sharding.read.generations import open_dataset
+from cliplift.sharding.scoring.census import census
 from cliplift.sharding.storage import StorageError, Store
 
 UNREADABLE = (ConfigError, ManifestError, StorageError, OSError)
@@ -53,6 +54,7 @@ def check_fit(run: TrainingRun, machine: Machine, known: Known) -> list[Finding]
     findings = [Finding("ok", "run", f"{run.stage} {run.name} on {machine.text}")]
     looks: tuple[Callable[[TrainingRun, Machine, Known], Iterator[Finding]], ...] = (
         _training_data,
+        _filter,
         _other_splits,
         _labels,
         _batches,
@@ -92,6 +94,25 @@ def _training_data(run: TrainingRun, _: Machine, known: Known) -> Iterator[Findi
         return
     known.classes = tuple(known.train.classes)
     yield Finding("ok", f"data, {run.data.split}", f"{len(known.train)} clips")
+
+
+def _filter(run: TrainingRun, _: Machine, known: Known) -> Iterator[Finding]:
+    """What ``data.where`` leaves of each dataset; of other splits than training's it is told and not used."""
+    where = run.data.where
+    if where is None or known.train is None:
+        return
+    for url in run.data.urls:
+        for split in census(url, where, fold=run.data.fold):
+            used = split.split == run.data.split
+            text = f"{url}, {split.split}: {split.left} of {split.clips} clips"
+            worst = sorted(split.classes.items(), key=lambda item: (item[1][0] / item[1][1], item[0]))[:3]
+            text += "; " + ", ".join(f"{name} {left} of {clips}" for name, (left, clips) in worst)
+            remedy = "" if used else "evaluation takes all of them"
+            if used and split.lost:
+                remedy = (
+                    f"nothing is left of {len(split.lost)} classes, such as {split.lost[0]}: relax data.where"
+                )
+            yield Finding("note" if remedy else "ok", "data.where", text, remedy)
 
 
 def _missing_shards(store: Store, dataset: Dataset) -> Iterator[Finding]:

@@ -1,10 +1,31 @@
-"""``cliplift remove`` and ``diff``: videos taken out of a dataset, and what changed between two datasets."""
+"""``cliplift score``, ``remove`` and ``diff``: columns of scores, videos taken out, what two datasets differ in."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from cliplift.launch.commands.command import Command
+from cliplift.launch.commands.shard import SECONDS_BETWEEN_LINES
+
+if TYPE_CHECKING:
+    from cliplift.sharding.scoring.run import ScoreProgress, ScoreReport
+
+
+def add_score_options(score: argparse.ArgumentParser) -> None:
+    score.add_argument("--workers", type=int, default=0, help="decoding processes; 0 is one per core")
+    score.add_argument(
+        "--part",
+        metavar="I/N",
+        help="score part I of N, from 0, for array jobs; auto reads the scheduler's index; a call without it then makes"
+        " the generation",
+    )
+    score.add_argument(
+        "--clip-timeout", type=float, default=60.0, metavar="SECONDS", help="time a clip may take, seconds"
+    )
 
 
 def add_remove_options(remove: argparse.ArgumentParser) -> None:
@@ -14,6 +35,70 @@ def add_remove_options(remove: argparse.ArgumentParser) -> None:
 
 def add_diff_options(diff: argparse.ArgumentParser) -> None:
     diff.add_argument("second", metavar="URL", help="the dataset it is compared with, or URL@N")
+
+
+def run_score(arguments: argparse.Namespace) -> int:
+    import os
+
+    from cliplift.configs.sections import ConfigError
+    from cliplift.launch.commands.shard import which_part
+    from cliplift.sharding.scoring.run import score_dataset
+
+    if arguments.workers < 0 or not arguments.clip_timeout > 0:
+        hint = "give --workers 0 or more, and --clip-timeout above 0"
+        raise ConfigError("asks for what cannot be", file="command line", hint=hint)
+    part = which_part(arguments.part, os.environ)
+    report = score_dataset(
+        arguments.subject,
+        arguments.rest,
+        workers=arguments.workers,
+        part=part,
+        clip_timeout_seconds=arguments.clip_timeout,
+        on_progress=score_printer(),
+    )
+    print(score_summary(arguments.subject, report, part=part))
+    return 0
+
+
+def score_printer() -> Callable[[ScoreProgress], None]:
+    """Progress on one line that is rewritten on a terminal, or a line every ten seconds in a log."""
+    terminal = sys.stderr.isatty()
+    last = 0.0 if terminal else time.monotonic()
+
+    def show(progress: ScoreProgress) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < (0.2 if terminal else SECONDS_BETWEEN_LINES):
+            return
+        last = now
+        pace = progress.clips_done / progress.seconds if progress.seconds else 0.0
+        left = f"{(progress.clips_total - progress.clips_done) / pace:.0f} s" if pace else "?"
+        line = (
+            f"shards {progress.shards_done}/{progress.shards_total}  clips {progress.clips_done}/"
+            f"{progress.clips_total}  {pace:.1f} clips/s  left: {left}"
+        )
+        print(line, end="\r" if terminal else "\n", file=sys.stderr, flush=True)
+
+    return show
+
+
+def score_summary(url: str, report: ScoreReport, *, part: tuple[int, int] | None) -> str:
+    """The closing lines of ``cliplift score``."""
+    names = ", ".join(column.name for column in report.columns) or "none"
+    if part is not None:
+        lines = [
+            f"{url}: part {part[0]} of {part[1]}: {report.scored} clips scored; without --part they become columns"
+        ]
+    elif report.new:
+        lines = [
+            f"{url}: generation {report.dataset.generation} has the columns {names}; {report.scored} clips scored"
+        ]
+    else:
+        lines = [f"{url}: scored before; generation {report.dataset.generation} stays, with {names}"]
+    failed = max((column.failed for column in report.columns), default=0)
+    if failed:
+        lines.append(f"  {failed} clips do not decode and have no scores; no filter takes them")
+    return "\n".join([*lines, *(f"  {reason}" for reason in report.reasons)])
 
 
 def run_remove(arguments: argparse.Namespace) -> int:
@@ -45,6 +130,16 @@ def run_diff(arguments: argparse.Namespace) -> int:
 
 
 COMMANDS = (
+    Command(
+        name="score",
+        summary="measure the clips of a shard dataset: columns for data.where, in a generation of their own",
+        subject="URL",
+        subject_help="folder or URL of a shard dataset",
+        rest="SCORE",
+        rest_help="motion, patch_motion, brightness, sharpness, borders, shots, duplicate",
+        add_options=add_score_options,
+        run=run_score,
+    ),
     Command(
         name="remove",
         summary="take videos out of a shard dataset: a generation that no longer returns them",

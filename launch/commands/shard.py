@@ -49,6 +49,12 @@ def add_verify_options(verify: argparse.ArgumentParser) -> None:
 
 def add_show_options(show: argparse.ArgumentParser) -> None:
     show.add_argument("--output", default="contact-sheet.html", help="HTML file to write")
+    show.add_argument(
+        "--where",
+        metavar="EXPRESSION",
+        help="say how many clips an expression of data.where leaves, by split and class, and write no page",
+    )
+    show.add_argument("--fold", type=int, default=None, help="official split that --where counts, from 1")
     show.add_argument("--clips", type=int, default=24, help="clips shown of each split")
 
 
@@ -91,6 +97,11 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 
 def run_show(arguments: argparse.Namespace) -> int:
+    if arguments.where is not None:
+        from cliplift.sharding.scoring.census import census, census_table
+
+        print(census_table(census(arguments.subject, arguments.where, fold=arguments.fold)))
+        return 0
     from cliplift.sharding.read.contact_sheet import write_contact_sheet
 
     print(write_contact_sheet(arguments.subject, arguments.output, clips_per_split=arguments.clips))

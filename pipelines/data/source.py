@@ -91,6 +91,7 @@ class ClipSource:
                 cache_folder=data.cache_folder,
                 cache_gib=data.cache_gib,
                 keep_numbers=keep_numbers,
+                where=data.where if split == data.split else None,
             )
             for url in data.urls
         ]

@@ -24,6 +24,7 @@ from cliplift.sharding.manifest import (
     FOREIGN,
     MEMBERS,
     SAMPLES_FILE,
+    SCORES_FILE,
     Dataset,
     ManifestError,
     Sample,
@@ -37,6 +38,7 @@ from cliplift.sharding.manifest import (
 from cliplift.sharding.read.catalog import load_head, open_catalog
 from cliplift.sharding.read.columns import write_rows
 from cliplift.sharding.read.generations import open_dataset, read_removed, read_samples
+from cliplift.sharding.scores.carried import damage_of_scores
 from cliplift.sharding.scratch import local_copy, scratch_folder
 from cliplift.sharding.storage import TEMPORARY_SUFFIX, StorageError, Store, file_sha256, join
 from cliplift.sharding.tables import batches, conformed, open_table, schema_of, table_of
@@ -211,6 +213,8 @@ def verify(
                 table.compare(samples)
         if table is not None:
             problems += table.found()
+        if damage := damage_of_scores(store, dataset):
+            problems.append(Problem("damaged", SCORES_FILE, damage))
         problems += _orphans(dataset, store)
         problems += _duplicates(_numbered(_indexed(dataset, store, removed), content.repeated().tolist()))
         problems += _cut_groups(_numbered(_indexed(dataset, store, removed), content.cut().tolist()))

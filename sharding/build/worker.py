@@ -5,7 +5,8 @@ memory; its parent (:mod:`cliplift.sharding.build.pool`) replaces it. Messages i
 
 * first ``{"cut", "transcode", "flow", "memory_mib"}``: the settings,
 * then tasks: ``{"url", "listed", "start", "end", "first_clip"}`` to cut a video (listed: the URL is one of the
-  list's), or ``{"check", "url", "offset", "bytes"}`` to decode a stored clip in full.
+  list's), ``{"check", "url", "offset", "bytes"}`` to decode a stored clip in full, or ``{"score", "url", "offset",
+  "bytes", "crc32"}`` to score one.
 
 Messages out, per task: ``{"clips": n, "sha256"}``, then for every clip ``{"clip": i, ...facts}`` with the mp4 as
 payload (its last ``flow_bytes`` are the clip's optical flow) or ``{"refused": i, "stage", "reason"}``, then
@@ -26,6 +27,7 @@ import struct
 import sys
 import tempfile
 import traceback
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ from pydantic import TypeAdapter
 from cliplift.configs.sharding import Cut, FlowConfig, TranscodeConfig, WholeCut
 from cliplift.sharding.manifest import Sample
 from cliplift.sharding.redirects import allow_private_redirects
+from cliplift.sharding.scores.measures import score_clip
 from cliplift.sharding.sources.tars import inside_tar
 from cliplift.sharding.storage import StorageError, open_store, require_plain_url
 from cliplift.sharding.video.cuts import spans
@@ -76,6 +79,7 @@ class ClipFacts(TypedDict, total=False):
     source_facts: SourceFacts
     not_copied: str | None
     flow_bytes: int
+    scores: dict[str, float]  # of a stored clip that was only scored, and nothing else
 
 
 def decoding_settings(*, memory_mib: int | None = None) -> WorkerSettings:
@@ -143,6 +147,8 @@ def _serve(link: socket.socket) -> None:
             return
         if "check" in task:
             _decode_clip(link, task)
+        elif "score" in task:
+            _score_clip(link, task)
         else:
             _cut_video(link, task, cut, Stored(transcode, flow), scratch)
         send(link, {"done": True})
@@ -227,6 +233,20 @@ def _decode_clip(link: socket.socket, task: Message) -> None:
         "keyframes": list(checked.keyframes),
         "picture_hashes": list(checked.picture_hashes),
     }
+    send(link, facts)
+
+
+def _score_clip(link: socket.socket, task: Message) -> None:
+    folder, _, name = task["url"].rpartition("/")
+    try:
+        data = open_store(folder).read_range(name, task["offset"], task["bytes"])
+        if zlib.crc32(data) != task["crc32"]:
+            raise StorageError("crc32 differs: the bytes are damaged")
+        facts: ClipFacts = {"clip": 0, "scores": score_clip(data, task["score"])}
+    except (VideoDecodeError, OSError, StorageError, MemoryError) as error:
+        stage = "decode" if isinstance(error, VideoDecodeError) else "read"
+        send(link, {"refused": 0, "stage": stage, "reason": _reason(error)})
+        return
     send(link, facts)
 
 

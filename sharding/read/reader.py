@@ -20,6 +20,8 @@ from cliplift.sharding.manifest import (
     MEMBERS,
     NO_LABEL,
     SAMPLES_FILE,
+    SCORES_FILE,
+    SCORES_VALUES_FILE,
     Dataset,
     ManifestError,
     ShardFacts,
@@ -37,9 +39,10 @@ from cliplift.sharding.read.generations import (
     rows_of_videos,
 )
 from cliplift.sharding.read.sample_table import SampleTable
-from cliplift.sharding.read.selection import ALL, Rows, rows_of_split, split_names, subset_mask
+from cliplift.sharding.read.selection import ALL, Rows, rows_of_split, rows_where, split_names, subset_mask
 from cliplift.sharding.read.shared import SharedArray
 from cliplift.sharding.read.subsets import Subset
+from cliplift.sharding.scores.stored import ScoreColumns, load_scores_head, open_columns, scores_bytes
 from cliplift.sharding.storage import StorageError, Store
 from cliplift.sharding.tables import open_table
 
@@ -107,11 +110,12 @@ class ShardDataset:
         subset: which samples of the split; None takes all.
         cache_folder: local folder that keeps whole remote shards; None reads byte ranges.
         cache_gib: upper bound of that folder, GiB.
+        where: what samples of ``subset`` must meet, such as ``motion > 0.02``; None takes all.
         keep_numbers: of an earlier generation, number the samples as they were, so that a run goes on with its
             sequence: those of videos that were removed since are not read. Otherwise they are not among the samples.
 
     Raises:
-        ConfigError: no such dataset, split or fold.
+        ConfigError: no such dataset, split, fold or column.
         ManifestError: the dataset's own files are damaged.
     """
 
@@ -130,8 +134,10 @@ class ShardDataset:
         cache_folder: str | None = None,
         cache_gib: float = 50.0,
         keep_numbers: bool = False,
+        where: str | None = None,
     ) -> None:
         self.url, self.split, self.fold, self.subset = url, split, fold, subset
+        self.where, self._left_by = where, ""
         self.keep_numbers = keep_numbers
         self.cache_folder, self.cache_gib = cache_folder, cache_gib
         dataset = self._open_files()
@@ -148,11 +154,16 @@ class ShardDataset:
         rows = rows_of_split(self._catalog, dataset, fold, split)
         if subset is not None:
             rows = rows.taken(subset_mask(subset, rows, self._catalog, self._table))
+        if where is not None:
+            found = self._scores(dataset)
+            rows, self._left_by = rows_where(
+                where, rows, self._catalog, found, classes=dataset.classes, url=url
+            )
         self._choose(dataset, self._without_removed(rows, dataset))
 
     def __getstate__(self) -> dict[str, object]:
-        arguments = ("url", "split", "fold", "subset", "cache_folder", "cache_gib", "keep_numbers")
-        kept = ("splits", "_rows", "_made", "_identity", "_removed", "_left_out")
+        arguments = ("url", "split", "fold", "subset", "cache_folder", "cache_gib", "keep_numbers", "where")
+        kept = ("splits", "_rows", "_made", "_identity", "_removed", "_left_out", "_left_by")
         return {name: self.__dict__[name] for name in (*arguments, *kept)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -204,6 +215,23 @@ class ShardDataset:
         self._left_out = digest(dump_removed(ids))  # the samples have other numbers
         return rows.taken(~np.isin(rows.array(), removed))
 
+    def _scores(self, dataset: Dataset) -> ScoreColumns | None:
+        """The columns of scores of this generation, mapped; None where it has none."""
+        if not dataset.scores_sha256:
+            return None
+        file, values = (f"{self.url}/{name}" for name in (SCORES_FILE, SCORES_VALUES_FILE))
+        try:
+            head = load_scores_head(self._store.read(dataset.file(SCORES_FILE)), dataset, file=file)
+            path = self._host_files.path(
+                self._store,
+                dataset.file(SCORES_VALUES_FILE),
+                identity=dataset.scores_sha256,
+                size=scores_bytes(head),
+            )
+        except FileNotFoundError:
+            raise ManifestError(f"{file}: it, or its values, do not exist; copy them too") from None
+        return open_columns(path, head, file=values)
+
     def _mapped_catalog(self, dataset: Dataset) -> Catalog:
         file = f"{self.url}/{CATALOG_FILE}"
         try:
@@ -240,6 +268,7 @@ class ShardDataset:
         part_of: list[object] = [self.split, self.fold]
         part_of += [] if self.subset is None else [asdict(self.subset)]
         part_of += ["without", self._left_out] if self._left_out else []
+        part_of += ["where", self._left_by] if self._left_by else []
         self.fingerprint = digest(canonical([dataset.fingerprint, *part_of]))
 
     def __len__(self) -> int:

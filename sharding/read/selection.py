@@ -8,12 +8,23 @@ import numpy as np
 import numpy.typing as npt
 
 from cliplift.configs.sections import ConfigError
-from cliplift.sharding.manifest import CATALOG_ROWS_FILE, Dataset, ManifestError
+from cliplift.configs.where import KEY, canonical_text, check_kinds, columns_of
+from cliplift.configs.where_reader import parse
+from cliplift.sharding.manifest import CATALOG_ROWS_FILE, Dataset, ManifestError, canonical, digest
 from cliplift.sharding.read.catalog import NO_SPLIT, SEVERAL_SPLITS, Catalog, CatalogHead, Ints
 from cliplift.sharding.read.columns import named_groups
+from cliplift.sharding.read.generations import named_generation
 from cliplift.sharding.read.sample_table import SampleTable
 from cliplift.sharding.read.shared import SharedArray
 from cliplift.sharding.read.subsets import Draws, Mask, Subset, draws
+from cliplift.sharding.scores.chosen import (
+    catalog_columns,
+    check_texts,
+    chosen_rows,
+    not_scored,
+    score_columns,
+)
+from cliplift.sharding.scores.stored import ScoreColumns
 
 MANY_RUNS = 1000  # above it one gather is faster than as many slices
 ALL = "all"  # the one split of a dataset with folds of which none is chosen
@@ -143,6 +154,52 @@ def rows_of_split(catalog: Catalog, dataset: Dataset, fold: int | None, split: s
             firsts.append(np.array([first]))
             lengths.append(np.array([stop - first]))
     return Rows(np.concatenate(firsts), np.concatenate(lengths))
+
+
+class NothingLeftError(ConfigError):
+    """An expression of ``data.where`` leaves no clip."""
+
+
+def rows_where(
+    where: str,
+    rows: Rows,
+    catalog: Catalog,
+    scores: ScoreColumns | None,
+    *,
+    classes: tuple[str, ...],
+    url: str,
+) -> tuple[Rows, str]:
+    """The rows that an expression leaves, and a digest that changes with the expression or with these rows.
+
+    Args:
+        where: the expression.
+        rows: those it chooses from.
+        catalog: whose columns it may use.
+        scores: further columns; None where the dataset has none.
+        classes: names of the labels.
+        url: the dataset, for messages.
+
+    Raises:
+        ConfigError: it is none, uses what the dataset has not, or leaves no sample.
+    """
+    expression = parse(where)
+    columns = catalog_columns(catalog.column_of, classes)
+    columns |= score_columns(scores)
+    check_kinds(expression, {name: one.kind for name, one in columns.items()}, hints=not_scored(url, columns))
+    check_texts(expression, columns)
+    for name in columns_of(expression):
+        if (unscored := columns[name].unscored) > 0:
+            hint = f"run `cliplift score {named_generation(url)[0]} {name}`"
+            raise ConfigError(
+                f"{name}: {unscored} clips of {url} are not scored", key=KEY, value=where, hint=hint
+            )
+    firsts, lengths = chosen_rows(expression, columns, *rows.runs())
+    if not len(firsts):
+        raise NothingLeftError(
+            f"{where!r} leaves none of the {len(rows)} clips", key=KEY, value=where, hint="relax it"
+        )
+    chosen = digest(np.stack([firsts, lengths]).astype("<i8").tobytes())
+    return Rows(firsts, lengths), digest(canonical([canonical_text(expression), chosen]))
 
 
 def subset_mask(subset: Subset, rows: Rows, catalog: Catalog, table: SampleTable) -> Mask:
