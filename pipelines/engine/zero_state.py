@@ -172,7 +172,7 @@ def optimizer_slices(engine: Any) -> dict[str, Slice]:
             flat = values[key].detach().view(-1)
             # At stage 0 every rank keeps the whole state and writes a run of it, which begins inside its fragment.
             at = part.offset + written.start - part.start
-            found[name] = Slice(flat.narrow(0, at, written.values.numel()), written.start, part.shape)
+            found[name] = Slice(flat[at : at + written.values.numel()], written.start, part.shape)
     return found
 
 
@@ -198,7 +198,6 @@ def _state_keys(engine: Any) -> set[str]:
     return {key for values in states for key, value in values.items() if isinstance(value, Tensor)}
 
 
-@torch.no_grad()
 def restore_optimizer(engine: Any, saved: Slices) -> None:
     """Put saved optimizer state back: of every tensor the elements that this rank keeps, and no others are read."""
     by_parameter: dict[str, list[str]] = {}

@@ -6,6 +6,7 @@ One process; what two ranks share is in test_engine_state.py, and here the arith
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import deepspeed
@@ -204,3 +205,76 @@ def test_half_precision_weights_keep_whole_masters(stage: int) -> None:
     weight = engine.module[0].weight
     with GatheredParameters([weight], enabled=stage == 3):
         assert weight.detach().float().unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_engine_that_has_trained_computes_with_what_it_loads(stage: int) -> None:
+    """At stage 3 small parameters stay gathered after a step; they must not be used again."""
+    engine = make_engine(stage)
+    take_steps(engine, 0, 2)
+    other = {name: tensor * 3 + 1 for name, tensor in plain(0)[0].items()}
+    zero_state.load_parameters(engine, Held(other))
+    expected = net()
+    expected.load_state_dict(other)
+    with torch.no_grad():
+        found = engine(batch(9))
+    torch.testing.assert_close(found, expected(batch(9)).detach(), atol=ROUNDING, rtol=0)
+
+
+def as_rank(monkeypatch: pytest.MonkeyPatch, rank: int, ranks: int) -> None:
+    """Let the arithmetic believe that it is one of several ranks."""
+    group = SimpleNamespace(get_rank=lambda: rank, get_world_size=lambda: ranks)
+    monkeypatch.setattr(zero_state, "dist", group)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 40])
+def test_ranks_write_an_equal_share_and_every_element_once(
+    monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    sizes = {"a": 7, "none": 0, "b": 1, "c": 12, "d": 4}
+    tensors = {name: torch.randn(size) for name, size in sizes.items()}
+    slices = {name: Slice.whole(tensor) for name, tensor in tensors.items()}
+    written: dict[str, list[Slice]] = {name: [] for name in sizes}
+    counts = []
+    for rank in range(ranks):
+        as_rank(monkeypatch, rank, ranks)
+        share = zero_state._share(slices)
+        counts.append(sum(part.values.numel() for part in share.values()))
+        for name, part in share.items():
+            assert part.shape == (sizes[name],)
+            assert part.start == sum(before.values.numel() for before in written[name])
+            written[name].append(part)
+    assert sum(counts) == 24
+    assert max(counts) - min(counts) <= 1
+    for name, parts in written.items():
+        assert torch.equal(torch.cat([part.values for part in parts]), tensors[name])
+    assert len(written["none"]) == 1, "a tensor of no elements is written too"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "parts"),
+    [(1, [(0, 10)]), (3, [(0, 4), (4, 4), (8, 2)]), (6, [(0, 2), (2, 2), (4, 2), (6, 2), (8, 2), (10, 0)])],
+)
+def test_parts_of_stage_3_are_equal_but_for_the_last(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, parts: list[tuple[int, int]]
+) -> None:
+    """Ten elements cut as DeepSpeed does: each part of the smallest size that suffices, the rest is padding."""
+    size = -(-10 // ranks)
+    parameter: Any = SimpleNamespace(ds_tensor=SimpleNamespace(ds_numel=size), ds_numel=10)
+    for rank, expected in enumerate(parts):
+        as_rank(monkeypatch, rank, ranks)
+        assert zero_state._stage3_part(parameter) == expected
+
+
+@pytest.mark.parametrize("elements", [1, 4, 1 << 22])
+def test_tensors_are_exchanged_in_place(elements: int) -> None:
+    shapes = ((2, 5), (), (3,))
+    first, second = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    first[0].requires_grad_()
+    before = [[tensor.detach().clone() for tensor in tensors] for tensors in (first, second)]
+    places = [tensor.data_ptr() for tensor in (*first, *second)]
+    zero_state.exchange(first, second, elements=elements)
+    for found, expected in zip((first, second), reversed(before), strict=True):
+        for tensor, wanted in zip(found, expected, strict=True):
+            assert torch.equal(tensor.detach(), wanted)
+    assert [tensor.data_ptr() for tensor in (*first, *second)] == places
