@@ -78,6 +78,7 @@ def cliplift(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Clipl
     return run
 
 
+@pytest.mark.slow
 def test_models_lists_the_plugin(cliplift: Cliplift) -> None:
     done = cliplift("models", "colour*")
     assert done.returncode == 0, done.stderr

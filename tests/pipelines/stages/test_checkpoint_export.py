@@ -31,10 +31,10 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("run", ["finetuned", "transferred"])
 def test_the_checkpoint_of_the_result_gives_the_result(
-    run: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: str, finetuned: Path, transferred: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the data, since the run's record has the classes, and through the command line."""
-    folder: Path = request.getfixturevalue(run)
+    folder = {"finetuned": finetuned, "transferred": transferred}[run]
     monkeypatch.setattr(checkpoint_export, "read_classes", None)
     best = [*folder.glob("checkpoints/best/step_*")] or sorted(folder.glob("checkpoints/step_*"))
     assert is_checkpoint(best[-1])

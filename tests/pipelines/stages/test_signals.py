@@ -248,7 +248,7 @@ def test_an_evaluation_ends_at_once_with_a_clear_word(tmp_path: Path, repository
     assert not (tmp_path / "evaluated/result.json").exists()
 
 
-@pytest.mark.parametrize("phase", ["videos", "shards"])
+@pytest.mark.parametrize("phase", ["videos", pytest.param("shards", marks=pytest.mark.slow)])
 def test_the_demo_stops_while_it_makes_videos_or_shards(tmp_path: Path, phase: str) -> None:
     """SIGTERM ends it with the hint to start it again, and leaves no process behind that still writes."""
     ready = {

@@ -78,7 +78,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("objective", OPTIONS)
+@pytest.mark.parametrize(
+    "objective", [pytest.param(name, marks=() if name == "bank" else pytest.mark.slow) for name in OPTIONS]
+)
 def test_a_restart_goes_on_to_the_last_bit(
     objective: str, shards: Path, repository: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
