@@ -25,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 # The rest follows in order of the files. What takes longest starts first, so that the processes end together.
 LONGEST_FIRST = (
+    "tests/pipelines/stages/test_recipes.py",
     "tests/pipelines/stages/conftest.py",
     "tests/pipelines/engine/",
     "tests/pipelines/stages/",
