@@ -34,7 +34,7 @@ from cliplift.sharding.read.subsets import Subset
 from cliplift.sharding.video.decode import Frames, decode_frames
 from cliplift.sharding.video.flow import decode_flow
 
-VideoKey = tuple[str, int, str]  # dataset, row in its catalog, member
+VideoKey = tuple[str, int, str]  # dataset's fingerprint, row in its catalog, member
 
 
 class DecodedVideos:
@@ -263,7 +263,8 @@ class ClipSource:
 
     def _cache_key(self, index: int) -> VideoKey:
         one, inside = self._place(index)
-        return one.url, one.row(inside), self._member
+        # A place may hold another dataset, or another generation, than it did when this process last looked.
+        return one.dataset_fingerprint, one.row(inside), self._member
 
     def _batch(
         self,

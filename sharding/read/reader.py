@@ -120,7 +120,8 @@ class ShardDataset:
     """
 
     classes: tuple[str, ...]
-    fingerprint: str
+    dataset_fingerprint: str  # of all that the dataset holds
+    fingerprint: str  # of the samples that are taken of it
     shards: tuple[ShardFacts, ...]
     splits: tuple[str, ...]
 
@@ -163,13 +164,13 @@ class ShardDataset:
 
     def __getstate__(self) -> dict[str, object]:
         arguments = ("url", "split", "fold", "subset", "cache_folder", "cache_gib", "keep_numbers", "where")
-        kept = ("splits", "_rows", "_made", "_identity", "_removed", "_left_out", "_left_by")
+        kept = ("splits", "_rows", "_made", "dataset_fingerprint", "_removed", "_left_out", "_left_by")
         return {name: self.__dict__[name] for name in (*arguments, *kept)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         dataset = self._open_files()
-        if dataset.fingerprint != self._identity:
+        if dataset.fingerprint != self.dataset_fingerprint:
             raise ManifestError(
                 f"{self.url}/{DATASET_FILE}: was written anew since the run began; start it again"
             )
@@ -187,7 +188,7 @@ class ShardDataset:
 
     def _open_rows(self, dataset: Dataset, made: _MadeRows | None) -> None:
         """Map the catalog, or make its rows, or take those that another process made."""
-        self._made, self._identity = made, dataset.fingerprint
+        self._made, self.dataset_fingerprint = made, dataset.fingerprint
         if made is None and dataset.catalog_sha256:
             self._catalog = self._mapped_catalog(dataset)
         else:

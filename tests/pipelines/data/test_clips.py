@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from cliplift.pipelines.data.clip_plan import Box, cut, training_box, view_boxes
 from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.data.failures import TooManyFailuresError
 from cliplift.pipelines.data.loader import ClipLoader
+from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.data.video_files import clips_of_video
+from cliplift.sharding.build.finalize import remove_videos
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
 from cliplift.sharding.read.reader import ShardDataset, ShardReadError
@@ -128,6 +131,23 @@ def test_cache_and_decoder_change_nothing(
 ) -> None:
     """1 MiB holds a few videos only: the others are decoded again."""
     assert steps(config(shards, **changes), 0, 4) == reference[:4]
+
+
+def test_the_cache_tells_what_stood_at_a_place_from_what_stands_there_now(
+    shards: str, tmp_path: Path
+) -> None:
+    """A dataset that changes while a process lives has other clips under the same numbers."""
+    place = str(shutil.copytree(shards, tmp_path / "s"))
+    kept = config(place, cache_decoded_mib=500)
+    before = ClipSource(kept, split="train")
+    for index in range(len(before)):
+        before.test_views(index)
+    remove_videos(place, [before.facts(0).video_id])
+    now, plain = ClipSource(kept, split="train"), ClipSource(config(place), split="train")
+    assert len(now) == len(before) - 1
+    for index in range(len(now)):
+        for found, expected in zip(now.test_views(index).clips, plain.test_views(index).clips, strict=True):
+            assert torch.equal(found, expected), index
 
 
 def test_labels_and_videos_belong_to_their_samples(shards: str) -> None:
