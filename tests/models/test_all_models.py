@@ -100,7 +100,20 @@ def small_shape(name: str, model: nn.Module) -> tuple[int, ...]:
     return input_shape(model, dims=dims)
 
 
-@pytest.mark.parametrize("name", list_models())
+# Larger ones of families of which a smaller one is tested at once.
+LARGER = (
+    "*_101", "*_121", "*_131", "*_152", "*_169", "*_199", "*_201", "*resnet101", "*resnet152", "*_large*", "*_huge*",
+    "*_giant*", "*_gigantic*", "*_late", "*_vitl", "*_hr",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * any(fnmatch.fnmatchcase(name, one) for one in LARGER))
+        for name in list_models()
+    ],
+)
 def test_protocol_sizes_and_heads(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name, num_classes=7).eval()

@@ -179,7 +179,10 @@ def test_a_second_run_builds_nothing(dataset: Path, make_run: MakeRun) -> None:
     assert (report.shards_built, report.shards_kept) == (0, 8)
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "index", "foreign plan"])
+@pytest.mark.parametrize(
+    "damage",
+    ["flip", *(pytest.param(d, marks=pytest.mark.slow) for d in ("cut", "remove", "index", "foreign plan"))],
+)
 def test_a_damaged_shard_is_built_again(dataset: Path, built: Path, make_run: MakeRun, damage: str) -> None:
     tar = sorted(dataset.rglob("*.tar"))[3]
     index = tar.with_suffix(".index.json")
