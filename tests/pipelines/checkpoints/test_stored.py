@@ -7,6 +7,7 @@ import random
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cliplift.pipelines.checkpoints import targets
 from cliplift.pipelines.checkpoints.folder import newest_usable, start_afresh
 from cliplift.pipelines.checkpoints.saved import open_checkpoint
 from cliplift.pipelines.checkpoints.saver import Saver, Snapshot
@@ -300,3 +302,32 @@ def test_whole_tensors_of_any_shape_are_read_from_a_store(tmp_path: Path) -> Non
         assert torch.equal(reader.whole(name), tensor)
     with pytest.raises(StorageError, match="is not there"):
         SliceReader([StoredFile(open_store(str(tmp_path)), "y.safetensors")])
+
+
+def test_ranks_agree_on_the_name_before_anything_goes_up(
+    folder: StoredFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second save of a step has another name, which only rank 0 found out."""
+    order: list[str] = []
+    publish = storage.RemoteStore.publish
+
+    def told(name: str, topology: Topology, *, group: Any) -> str:
+        order.append(f"agreed on {name}")
+        return name
+
+    def noted(self: Any, path: Path, name: str) -> None:
+        order.append("up")
+        publish(self, path, name)
+
+    saver = Saver(ALONE, asynchronous=False)
+    saver.save(folder, snapshot(4), keep_last=1)
+    monkeypatch.setattr(targets, "broadcast_object", told)
+    monkeypatch.setattr(storage.RemoteStore, "publish", noted)
+    saver.save(folder, snapshot(4), keep_last=1)
+    assert order[0] == "agreed on step_00000004.1"
+    assert set(order[1:]) == {"up"}
+
+
+def test_a_snapshot_cannot_be_changed() -> None:
+    with pytest.raises(FrozenInstanceError):
+        snapshot(1).state = {}  # type: ignore[misc]
