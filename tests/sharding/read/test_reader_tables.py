@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import pytest
 from cliplift.configs.sections import ConfigError
 from cliplift.sharding.build.finalize import add_catalog, describe
 from cliplift.sharding.build.writer import ShardWriter
-from cliplift.sharding.manifest import DATASET_FILE, SAMPLES_FILE, dump_dataset
+from cliplift.sharding.manifest import CATALOG_FILE, DATASET_FILE, SAMPLES_FILE, ManifestError, dump_dataset
 from cliplift.sharding.read.fetch import OpenFiles
 from cliplift.sharding.read.reader import ShardDataset, ShardReadError, fold_count
 from cliplift.sharding.read.subsets import Subset
@@ -211,10 +211,11 @@ def test_damage_is_told_apart(plain: str) -> None:
     offset, whole = 5 * 512, (Path(plain) / "s/0.tar").read_bytes()
     assert whole[offset:][:11] == clip(1)
 
-    def flipped(path: Path) -> None:
-        path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 1]) + whole[offset + 1 :])
-
-    assert damaged(plain, flipped) == "crc32 differs: the bytes are damaged"
+    for bit in range(8):  # checksums above and below the stored one
+        data = whole[:offset] + bytes([whole[offset] ^ 1 << bit]) + whole[offset + 1 :]
+        assert damaged(plain, lambda path, data=data: path.write_bytes(data)) == (
+            "crc32 differs: the bytes are damaged"
+        )
     cut = damaged(plain, lambda path: path.write_bytes(whole[: offset + 7]))
     assert cut == "11 bytes expected, 7 found: the shard is cut short"
     assert damaged(plain, Path.unlink) == "the shard does not exist"
@@ -293,3 +294,42 @@ def test_a_cache_folder_is_for_remote_shards_alone(plain: str, tmp_path: Path) -
 def test_the_checksum_is_the_stored_one(plain: str) -> None:
     """The table's own value, and the crc32 of the bytes as zlib has it."""
     assert ShardDataset(plain).column("mp4_crc32") == [zlib.crc32(clip(i)) for i in range(10)]
+
+
+def test_there_is_no_flow_where_none_was_stored(tmp_path: Path, version: str) -> None:
+    write_dataset(str(tmp_path), flow=False)
+    if version == "catalog":
+        add_catalog(str(tmp_path))
+    dataset = ShardDataset(str(tmp_path))
+    assert not dataset.has_flow
+    for number in (0, 1):
+        with pytest.raises(ShardReadError, match=r"flow\.mp4: the sample has no such member"):
+            dataset.read_flow(number)
+
+
+def most(numbers: Iterable[int]) -> int:
+    return max(len(sample(number, folds=False)["labels"]) for number in numbers)
+
+
+def test_the_most_labels_of_a_sample_are_those_of_what_is_taken(plain: str, folded: str) -> None:
+    assert ShardDataset(plain).most_labels == most(range(10)) == 3
+    assert ShardDataset(plain, split="val").most_labels == most((0, 5)) == 1
+    assert ShardDataset(folded).most_labels == 3
+    for fold in (1, 2, 3):
+        for split in ("train", "test"):
+            taken = [number for number in range(10) if FOLDS[number][fold - 1] == split]
+            assert ShardDataset(folded, split=split, fold=fold).most_labels == most(taken), (fold, split)
+
+
+def test_a_catalog_is_read_in_place_of_the_table(tmp_path: Path) -> None:
+    """Where it is missing although the manifest names it, that is said, and the table is not read instead."""
+    url = write_version(tmp_path / "with", "catalog", folds=False)
+    table = Path(url) / SAMPLES_FILE
+    kept = table.read_bytes()
+    table.write_bytes(bytes(len(kept)))
+    dataset = ShardDataset(url, split="train")
+    assert dataset.read(0) == clip(1)
+    table.write_bytes(kept)
+    (Path(url) / CATALOG_FILE).unlink()
+    with pytest.raises(ManifestError, match=r"does not exist; copy it too, or finalize again"):
+        ShardDataset(url)
