@@ -13,15 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 
 from cliplift.configs.sections import ConfigError
 from cliplift.sharding.build.finalize import add_catalog, describe
 from cliplift.sharding.build.writer import ShardWriter
-from cliplift.sharding.manifest import CATALOG_FILE, DATASET_FILE, SAMPLES_FILE, ManifestError, dump_dataset
+from cliplift.sharding.manifest import (
+    CATALOG_FILE,
+    DATASET_FILE,
+    SAMPLES_FILE,
+    SCORES_FILE,
+    SCORES_VALUES_FILE,
+    ManifestError,
+    dump_dataset,
+)
 from cliplift.sharding.read.fetch import OpenFiles
+from cliplift.sharding.read.generations import read_dataset
 from cliplift.sharding.read.reader import ShardDataset, ShardReadError, fold_count
 from cliplift.sharding.read.subsets import Subset
+from cliplift.sharding.scores.carried import publish_scores
+from cliplift.sharding.scores.stored import ColumnFacts
 from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.storage import open_store
 
@@ -211,11 +223,14 @@ def test_damage_is_told_apart(plain: str) -> None:
     offset, whole = 5 * 512, (Path(plain) / "s/0.tar").read_bytes()
     assert whole[offset:][:11] == clip(1)
 
-    for bit in range(8):  # checksums above and below the stored one
-        data = whole[:offset] + bytes([whole[offset] ^ 1 << bit]) + whole[offset + 1 :]
+    sums = []
+    for bit in range(8):
+        data = whole[: offset + 1] + bytes([whole[offset + 1] ^ 1 << bit]) + whole[offset + 2 :]
+        sums.append(zlib.crc32(data[offset:][:11]))
         assert damaged(plain, lambda path, data=data: path.write_bytes(data)) == (
             "crc32 differs: the bytes are damaged"
         )
+    assert min(sums) < zlib.crc32(clip(1)) < max(sums), "checksums above and below the stored one"
     cut = damaged(plain, lambda path: path.write_bytes(whole[: offset + 7]))
     assert cut == "11 bytes expected, 7 found: the shard is cut short"
     assert damaged(plain, Path.unlink) == "the shard does not exist"
@@ -333,3 +348,19 @@ def test_a_catalog_is_read_in_place_of_the_table(tmp_path: Path) -> None:
     (Path(url) / CATALOG_FILE).unlink()
     with pytest.raises(ManifestError, match=r"does not exist; copy it too, or finalize again"):
         ShardDataset(url)
+
+
+@pytest.mark.parametrize("gone", [SCORES_FILE, SCORES_VALUES_FILE])
+def test_a_filter_without_the_scores_it_names_is_refused(tmp_path: Path, gone: str) -> None:
+    url = write_version(tmp_path / "scored", "catalog", folds=False)
+    store = open_store(url)
+    motion = np.linspace(0, 0.9, 10)
+    facts = ColumnFacts("motion", "number", version=1, unscored=0, failed=0)
+    with scratch_folder() as scratch:
+        dataset = publish_scores(store, read_dataset(store), {"motion": (facts, motion)}, scratch)
+    store.write(DATASET_FILE, dump_dataset(dataset))
+    assert keys(ShardDataset(url, where="motion > 0.65")) == ["k7", "k8", "k9"]
+    (Path(url) / gone).unlink()
+    assert len(ShardDataset(url)) == 10
+    with pytest.raises(ManifestError, match="not exist; copy"):
+        ShardDataset(url, where="motion > 0.65")
