@@ -359,7 +359,9 @@ def test_a_filter_without_the_scores_it_names_is_refused(tmp_path: Path, gone: s
     with scratch_folder() as scratch:
         dataset = publish_scores(store, read_dataset(store), {"motion": (facts, motion)}, scratch)
     store.write(DATASET_FILE, dump_dataset(dataset))
-    assert keys(ShardDataset(url, where="motion > 0.65")) == ["k7", "k8", "k9"]
+    moving = ShardDataset(url, where="motion > 0.65")
+    assert keys(moving) == ["k7", "k8", "k9"]
+    assert [shard.file for shard in moving.shards] == ["s/2.tar"], "the others hold none of them"
     (Path(url) / gone).unlink()
     assert len(ShardDataset(url)) == 10
     with pytest.raises(ManifestError, match="not exist; copy"):
