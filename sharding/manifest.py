@@ -11,9 +11,11 @@ import dataclasses
 import hashlib
 import io
 import json
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -351,6 +353,37 @@ def typed(kind: type[R], tree: dict[str, Any], file: str, what: str) -> R:
         place = ".".join(map(str, first["loc"]))
         raise ManifestError(f"{file}: not {what} of this version: {place}: {first['msg']}") from error
     return found
+
+
+def require_true(facts: Mapping[str, bool], file: str) -> None:
+    """Raise ManifestError, with its name, for the first thing a file says that is not so."""
+    for name, so in facts.items():
+        if not so:
+            raise ManifestError(f"{file}: {name} cannot be true")
+
+
+def map_file(path: Path, length: int, *, told_by: str, file: str, cut: str, gone: str) -> mmap.mmap:
+    """Map a file into memory, which must have the length that another one tells of.
+
+    Args:
+        path: the file.
+        length: bytes it must have.
+        told_by: the file that says so.
+        file: how messages call it.
+        cut: what to do where the length is another.
+        gone: what to do where it is missing.
+
+    Raises:
+        ManifestError: it is missing, or of another length.
+    """
+    try:
+        with path.open("rb") as opened:
+            size = opened.seek(0, 2)
+            if size != length:
+                raise ManifestError(f"{file}: {length} bytes expected by {told_by}, {size} found; {cut}")
+            return mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        raise ManifestError(f"{file}: does not exist; {gone}") from None
 
 
 def _require_inside(file: str, *names: str) -> None:

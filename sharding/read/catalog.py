@@ -31,7 +31,9 @@ from cliplift.sharding.manifest import (
     ManifestError,
     canonical,
     digest,
+    map_file,
     parsed_json,
+    require_true,
     typed,
 )
 
@@ -108,9 +110,7 @@ def load_head(data: bytes, dataset: Dataset, *, file: str) -> CatalogHead:
         and all(sum(n for _, n in fold) == shards for fold in runs)
         and all(n > 0 and code in known for fold in runs for code, n in fold),
     }
-    for name, good in right.items():
-        if not good:
-            raise ManifestError(f"{file}: {name} cannot be true")
+    require_true(right, file)
     return head
 
 
@@ -325,16 +325,10 @@ def open_catalog(path: Path, head: CatalogHead, dataset: Dataset, *, file: str) 
         ManifestError: it is missing, of another length, or its checksums are damaged.
     """
     layout = layout_of(head)
-    try:
-        with path.open("rb") as opened:
-            size = opened.seek(0, 2)
-            if size != layout.end:
-                raise ManifestError(
-                    f"{file}: {layout.end} bytes expected by {CATALOG_FILE}, {size} found; copy it again, or finalize"
-                )
-            data = mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise ManifestError(f"{file}: does not exist; copy it too, or finalize again") from None
+    data = map_file(
+        path, layout.end, told_by=CATALOG_FILE, file=file,
+        cut="copy it again, or finalize", gone="copy it too, or finalize again",
+    )  # fmt: skip
     rows = np.frombuffer(data, dtype=row_type(head), count=head.rows)
     labels = np.frombuffer(data, dtype=LABEL, count=head.label_values, offset=layout.labels)
     checksums = np.frombuffer(data, dtype=CHECKSUM, offset=layout.checksums)

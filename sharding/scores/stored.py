@@ -25,7 +25,9 @@ from cliplift.sharding.manifest import (
     ManifestError,
     canonical,
     digest,
+    map_file,
     parsed_json,
+    require_true,
     typed,
 )
 
@@ -89,9 +91,7 @@ def load_scores_head(data: bytes, dataset: Dataset, *, file: str) -> ScoresHead:
             c.unscored >= 0 and c.failed >= 0 and c.unscored + c.failed <= head.rows for c in head.columns
         ),
     }
-    for name, good in right.items():
-        if not good:
-            raise ManifestError(f"{file}: {name} cannot be true")
+    require_true(right, file)
     return head
 
 
@@ -206,15 +206,7 @@ def open_columns(path: Path, head: ScoresHead, *, file: str) -> ScoreColumns:
     Raises:
         ManifestError: it is missing, of another length, or its checksums are damaged.
     """
-    _, _, end = layout_of(head)
-    try:
-        with path.open("rb") as opened:
-            size = opened.seek(0, 2)
-            if size != end:
-                raise ManifestError(
-                    f"{file}: {end} bytes expected by {SCORES_FILE}, {size} found; copy it again"
-                )
-            data = mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_READ)
-    except FileNotFoundError:
-        raise ManifestError(f"{file}: does not exist; copy it too") from None
+    data = map_file(
+        path, scores_bytes(head), told_by=SCORES_FILE, file=file, cut="copy it again", gone="copy it too"
+    )
     return ScoreColumns(head, data, file=file)
