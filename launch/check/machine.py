@@ -80,22 +80,7 @@ def choose_machine(
         raise ConfigError(
             f"--nodes {nodes} --gpus {gpus} is no machine", file="command line", hint="use at least one node"
         )
-    if write_gb_per_second is not None and not 0 < write_gb_per_second < math.inf:
-        raise ConfigError(
-            "is no speed",
-            key="--write-speed",
-            value=write_gb_per_second,
-            file="command line",
-            hint="give GB/s, such as 2.5",
-        )
-    if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
-        raise ConfigError(
-            "is no price",
-            key="--price",
-            value=price_per_hour,
-            file="command line",
-            hint="give what a GPU costs an hour, such as 2.5",
-        )
+    _require_speed_and_price(write_gb_per_second, price_per_hour)
     kind = gpu.lower().replace("nvidia-", "").replace("_", "-") if gpu else None
     if kind is not None and kind not in GPUS:
         raise ConfigError(
@@ -127,6 +112,25 @@ def choose_machine(
         write_bytes_per_second=None if write_gb_per_second is None else 1e9 * write_gb_per_second,
         price_per_hour=price_per_hour,
     )
+
+
+def _require_speed_and_price(write_gb_per_second: float | None, price_per_hour: float | None) -> None:
+    if write_gb_per_second is not None and not 0 < write_gb_per_second < math.inf:
+        raise ConfigError(
+            "is no speed",
+            key="--write-speed",
+            value=write_gb_per_second,
+            file="command line",
+            hint="give GB/s, such as 2.5",
+        )
+    if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
+        raise ConfigError(
+            "is no price",
+            key="--price",
+            value=price_per_hour,
+            file="command line",
+            hint="give what a GPU costs an hour, such as 2.5",
+        )
 
 
 def _gpu_here() -> tuple[int, str, float] | None:

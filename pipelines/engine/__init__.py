@@ -4,5 +4,5 @@ In reading order: ``task`` (what a stage offers), ``loop`` (``fit``), ``late`` (
 late), ``optim`` (parameter groups, optimizers, schedules), ``faults`` (bad losses, signals, hangs),
 ``partitioned_build`` (networks built in parts), ``deepspeed_setup`` (the engine section as DeepSpeed's dictionary),
 ``state`` (what a run is at), ``zero_state`` (which rank keeps what of it), ``ema`` (averaged weights), ``batchnorm``
-(statistics for evaluation), ``telemetry`` (what is logged), ``slowest`` (which rank holds the others up).
+(statistics for evaluation), ``telemetry`` (what is logged).
 """

@@ -24,6 +24,7 @@ from cliplift.pipelines.checkpoints.saved import random_state, set_random_state
 from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.data.loader import TrainingLoader
 from cliplift.pipelines.distributed.collectives import Topology, gather_objects
+from cliplift.pipelines.distributed.slowest import ForwardClock, SlowestRank
 from cliplift.pipelines.engine.batchnorm import estimate_statistics, lagging_statistics
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
 from cliplift.pipelines.engine.ema import TeacherAverage
@@ -43,7 +44,6 @@ from cliplift.pipelines.engine.faults import (
 )
 from cliplift.pipelines.engine.late import LateValues, LoggedStep, StepOutcome
 from cliplift.pipelines.engine.optim import Schedule, leave_out, peak_lr, total_steps
-from cliplift.pipelines.engine.slowest import ForwardClock, SlowestRank
 from cliplift.pipelines.engine.state import RunState, run_identity
 from cliplift.pipelines.engine.task import HALF, OF_CLIP, FitResult, HasTeacher, RaisesAlarm, TrainingTask
 from cliplift.pipelines.engine.telemetry import StepProfiler, TrainingWindow, utilisation

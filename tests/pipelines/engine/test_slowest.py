@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cliplift.pipelines.engine.slowest import ForwardClock, SlowestRank, find_slowest
+from cliplift.pipelines.distributed.slowest import ForwardClock, SlowestRank, find_slowest
 
 WORKER = Path(__file__).with_name("slowest_worker.py")
 HOSTS = ("alpha", "beta", "gamma", "delta")
