@@ -29,7 +29,9 @@ CLOSER_LOOKS = 3  # offsets around which all are tried
 LEAST_SHARED_SECONDS = 0.4
 MOST_GAIN = 1.6  # by which the contrast of one may be that of the other
 STILL_LEVELS = 1.5  # change over the moments, root mean square of 8-bit levels, below which nothing moves
-MOST_RESIDUAL = 0.25  # of the picture's contrast that may differ where something moves
+# Where something moves: what may differ, of the pictures' contrast, and of what changes over the moments with what coding
+# leaves, levels.
+MOST_RESIDUAL, MOST_OF_CHANGE, CODING_LEVELS = 0.15, 0.5, 1.0
 LEAST_CORRELATION = 0.8  # of what changes over the moments
 MOST_STILL_RESIDUAL_LEVELS = 0.9  # where nothing moves
 
@@ -90,7 +92,8 @@ class Comparison:
             return False
         if self.still:
             return self.residual <= MOST_STILL_RESIDUAL_LEVELS
-        return self.residual <= MOST_RESIDUAL * self.contrast and self.correlation >= LEAST_CORRELATION
+        most = min(MOST_RESIDUAL * self.contrast, MOST_OF_CHANGE * self.change + CODING_LEVELS)
+        return self.residual <= most and self.correlation >= LEAST_CORRELATION
 
     @property
     def unlikeness(self) -> float:

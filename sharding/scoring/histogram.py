@@ -64,16 +64,12 @@ def histogram(name: str, values: NDArray[np.generic], *, bins: int = BINS) -> Hi
 
 def _edges(known: Floats, bins: int) -> Floats:
     least, most = float(known.min()), float(known.max())
-    low, high = np.quantile(known, [0.05, 0.95], method="inverted_cdf").tolist()
     positive = known[known > 0]
-    if least >= 0 and len(positive) and high > LOG_RANGE * max(low, 0.0):
-        begin = max(float(np.quantile(positive, 0.05, method="inverted_cdf")), most / 1e6)
-        # All below the first ratio, zero among them, is one bin.
-        return (
-            np.concatenate([[0.0], np.geomspace(begin, most, bins)])
-            if begin < most
-            else np.array([0.0, most])
-        )
+    if least >= 0 and len(positive):
+        low, high = np.quantile(positive, [0.05, 0.95], method="inverted_cdf").tolist()
+        if high > LOG_RANGE * low:
+            # All below the first ratio, zero among them, is one bin.
+            return np.concatenate([[0.0], np.geomspace(max(low, most / 1e6), most, bins)])
     return np.linspace(least, most if most > least else least + 1, bins + 1)
 
 

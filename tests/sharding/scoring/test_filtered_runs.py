@@ -30,7 +30,7 @@ MOVING = ["k0", "k2", "k7"]  # of train; three clips of nine, none of which is s
 def test_ranks_share_the_clips_that_a_filter_leaves(scored: Path, workers: int) -> None:
     """Two epochs of the three clips, one a step: each is seen once an epoch, by whatever rank."""
     data = DataConfig(
-        shards=(str(scored),), where="motion > 0.00098", frames=4, crop_pixels=32, resize_pixels=(32, 40),
+        shards=(str(scored),), where="motion > 0.00098", sampling={"frames": 4, "stride": 1}, crop_pixels=32,
         workers=workers,
     )  # fmt: skip
 
@@ -54,6 +54,7 @@ def test_ranks_share_the_clips_that_a_filter_leaves(scored: Path, workers: int) 
     assert seen(3) == alone, "the sequence is a function of the clips alone"
 
 
+@pytest.mark.slow
 def test_clips_added_after_scoring_have_no_score_until_it_is_called_again(
     make_run: Callable[..., ShardRun], demo_videos: Path, tmp_path: Path
 ) -> None:
