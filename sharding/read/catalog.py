@@ -34,6 +34,7 @@ from cliplift.sharding.manifest import (
     map_file,
     parsed_json,
     require_true,
+    require_uncut,
     typed,
 )
 
@@ -303,11 +304,8 @@ class Catalog:
 
     def _check_sum(self, block: int, part: npt.NDArray[np.generic], what: str) -> None:
         assert self._checksums is not None
-        # Touching what a mapped file no longer has would end the process with a signal and without a word.
-        if self._mapped is not None and self._mapped.size() < len(self._mapped):
-            raise ManifestError(
-                f"{self._file}: was cut short while it was read; copy it again, and start the run again"
-            )
+        if self._mapped is not None:
+            require_uncut(self._mapped, file=self._file)
         if zlib.crc32(part.view(np.uint8).data) != self._checksums[block]:
             raise ManifestError(f"{self._file}: {what}: crc32 differs: the bytes are damaged")
 

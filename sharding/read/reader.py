@@ -20,8 +20,6 @@ from cliplift.sharding.manifest import (
     MEMBERS,
     NO_LABEL,
     SAMPLES_FILE,
-    SCORES_FILE,
-    SCORES_VALUES_FILE,
     Dataset,
     ManifestError,
     ShardFacts,
@@ -43,7 +41,8 @@ from cliplift.sharding.read.sample_table import SampleTable
 from cliplift.sharding.read.selection import ALL, Rows, rows_of_split, rows_where, split_names, subset_mask
 from cliplift.sharding.read.shared import SharedArray
 from cliplift.sharding.read.subsets import Subset
-from cliplift.sharding.scores.stored import ScoreColumns, load_scores_head, open_columns, scores_bytes
+from cliplift.sharding.scores.chosen import ClipColumn, catalog_columns, score_columns
+from cliplift.sharding.scores.stored import ScoreColumns, open_scores
 from cliplift.sharding.storage import StorageError, Store
 from cliplift.sharding.tables import open_table
 
@@ -221,18 +220,22 @@ class ShardDataset:
         """The columns of scores of this generation, mapped; None where it has none."""
         if not dataset.scores_sha256:
             return None
-        file, values = (f"{self.url}/{name}" for name in (SCORES_FILE, SCORES_VALUES_FILE))
-        try:
-            head = load_scores_head(self._store.read(dataset.file(SCORES_FILE)), dataset, file=file)
-            path = self._host_files.path(
-                self._store,
-                dataset.file(SCORES_VALUES_FILE),
-                identity=dataset.scores_sha256,
-                size=scores_bytes(head),
-            )
-        except FileNotFoundError:
-            raise ManifestError(f"{file}: it, or its values, do not exist; copy them too") from None
-        return open_columns(path, head, file=values)
+
+        def place(name: str, size: int) -> Path:
+            return self._host_files.path(self._store, name, identity=dataset.scores_sha256, size=size)
+
+        return open_scores(self._store, dataset, place)
+
+    def filter_columns(self) -> dict[str, ClipColumn]:
+        """The columns that ``where`` may name, by row of the catalog. Raises ManifestError."""
+        dataset = open_dataset(self.url)[1]
+        columns = catalog_columns(self._catalog.column_of, self.classes)
+        return columns | score_columns(self._scores(dataset))
+
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """(N,) the row of every sample in the catalog, rising."""
+        return self._rows.array()
 
     def _mapped_catalog(self, dataset: Dataset) -> Catalog:
         file = f"{self.url}/{CATALOG_FILE}"
