@@ -38,7 +38,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     from cliplift.launch.check.fit import check
     from cliplift.launch.check.machine import choose_machine
     from cliplift.launch.commands.subject import load_training
-    from cliplift.pipelines.stages.repeats import single_runs
+    from cliplift.pipelines.repeats import single_runs
 
     loaded = load_training(arguments.subject, arguments.rest)
     run = single_runs(loaded.run)[0]  # the others differ in fold and seed alone
