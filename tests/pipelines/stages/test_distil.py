@@ -22,7 +22,7 @@ from cliplift.pipelines.cost.memory_plan import plan_memory
 from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.stages.distil import DistilStage
-from cliplift.pipelines.stages.run import run_stage
+from cliplift.pipelines.stages.run import OBJECTIVES, run_stage
 from cliplift.pipelines.stages.starting_weights import initialise_from
 
 ONE_RANK = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -95,10 +95,12 @@ def test_it_learns_without_labels_and_leaves_the_encoder_alone(pretrained: Path)
 def test_the_teacher_is_frozen_and_in_eval_mode(read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     """BatchNorm statistics included, after a run that trained."""
     stages: list[DistilStage] = []
-    monkeypatch.setattr(
-        "cliplift.pipelines.stages.run.stage_of",
-        lambda run, **found: stages.append(DistilStage(run, **found)) or stages[-1],
-    )
+
+    def made(run: Any, **found: Any) -> DistilStage:
+        stages.append(DistilStage(run, **found))
+        return stages[-1]
+
+    monkeypatch.setitem(OBJECTIVES, "distil", made)
     run_stage(read("frozen", *CNN, "schedule.steps=2"), command=[])
     teachers = next(stage.built.frozen for stage in stages if "built" in vars(stage))
     assert teachers is not None
