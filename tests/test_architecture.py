@@ -71,7 +71,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"evaluation"},
         {"probes"},
         {"stages", "report", "api"},
-        {"cost"},
+        {"cost", "repeats"},
     ],
     "launch": [{"jobs"}, {"check"}, {"commands", "completion"}, {"cli"}],
 }

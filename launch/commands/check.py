@@ -45,7 +45,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     from cliplift.launch.check.fit import check
     from cliplift.launch.check.machine import choose_machine
     from cliplift.launch.commands.subject import load_training
-    from cliplift.pipelines.stages.repeats import single_runs
+    from cliplift.pipelines.repeats import single_runs
 
     loaded = load_training(arguments.subject, arguments.rest)
     runs = single_runs(loaded.run)  # which differ in fold and seed alone

@@ -20,6 +20,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import TrainingRun
 from cliplift.models.protocol import ModelError
 from cliplift.models.registry import model_entry
+from cliplift.pipelines.data.clip_plan import doubts_about
 from cliplift.pipelines.data.loader import TrainingLoader, training_loader
 from cliplift.pipelines.data.source import on_its_generations
 from cliplift.pipelines.distributed.agreement import agree_on_run, agreed_data
@@ -38,6 +39,7 @@ from cliplift.pipelines.runs.results import commands_after, result_block
 from cliplift.pipelines.runs.tracking import Tracker
 from cliplift.pipelines.runs.trained_on import record_data
 from cliplift.pipelines.stages.classification import ClassificationStage, FinetuneStage
+from cliplift.pipelines.stages.distil import DistilStage
 from cliplift.pipelines.stages.forecast import ForecastStage
 from cliplift.pipelines.stages.latent import LatentStage
 from cliplift.pipelines.stages.masked import MaskedStage
@@ -46,6 +48,7 @@ from cliplift.pipelines.stages.transfer import TransferStage
 # Called with (run, classes=..., topology=...). Plug-ins bring their own, as `configs/plugins.py` finds them.
 OBJECTIVES: dict[str, Callable[..., Stage]] = {
     "classification": ClassificationStage,
+    "distil": DistilStage,
     "forecast": ForecastStage,
     "latent": LatentStage,
     "masked": MaskedStage,
@@ -144,6 +147,8 @@ def _run_in(
         task = _task(run, loader, topology)
         tracker = Tracker(run, stage=stage, folder=folder.path, topology=topology)
         log_main(topology, f"{run.name}: {_setting(run, task, loader, topology)}")
+        for key, doubt in doubts_about(run.data, loader.classes if task.needs_labels else ()):
+            log_main(topology, f"{run.name}: warning: {key} {doubt}")
         result = fit(task=task, run=run, loader=loader, topology=topology, tracker=tracker)
         if result.interrupted:
             result.release()
