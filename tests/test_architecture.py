@@ -72,7 +72,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"stages", "report", "api"},
         {"cost"},
     ],
-    "launch": [{"jobs"}, {"check"}, {"commands", "completion"}, {"cli"}],
+    "launch": [{"jobs"}, {"check"}, {"start"}, {"commands", "completion"}, {"cli"}],
 }
 MAX_FILES_IN_A_ROOM = 12
 MAX_LINES = 500
