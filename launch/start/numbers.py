@@ -167,7 +167,7 @@ def _crop(short_side: int, sizes: Sequence[int]) -> tuple[int, int]:
 def _batch(clips: int, *, gpu: bool) -> Chosen:
     wanted = 32 if gpu else 16
     G = wanted
-    while G > 2 and clips < G * 4:
+    while G > 2 and clips < G * 2:
         G //= 2
     G = min(G, clips)
     return Chosen(str(G), f"{clips} training clips: {max(1, clips // G)} steps a pass")
