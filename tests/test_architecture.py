@@ -73,7 +73,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"stages", "report", "api"},
         {"cost", "repeats"},
     ],
-    "launch": [{"jobs"}, {"check"}, {"commands", "completion"}, {"cli"}],
+    "launch": [{"jobs"}, {"check"}, {"start"}, {"commands", "completion"}, {"cli"}],
 }
 MAX_FILES_IN_A_ROOM = 12
 MAX_LINES = 500
