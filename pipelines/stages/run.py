@@ -32,7 +32,7 @@ from cliplift.pipelines.engine.loop import fit
 from cliplift.pipelines.engine.optim import total_steps
 from cliplift.pipelines.engine.partitioned_build import built_in_parts
 from cliplift.pipelines.engine.task import FitResult, Stage, save_trained
-from cliplift.pipelines.runs.folder import RunFolder, metrics_of, seconds_of, sole_writer
+from cliplift.pipelines.runs.folder import Record, RunFolder, metrics_of, seconds_of, sole_writer
 from cliplift.pipelines.runs.leaks import leak_statements, statement_lines
 from cliplift.pipelines.runs.published import PublishedRun, require_common_folder
 from cliplift.pipelines.runs.results import commands_after, result_block
@@ -130,12 +130,7 @@ def _run_in(
     stage = str(run.stage)
     done = broadcast_object(folder.result(), topology)  # hosts may have folders of their own
     if done is not None and run.checkpoint.resume == "auto":
-        PublishedRun(run.checkpoint.url, folder.path).publish_result(topology)
-        log_main(
-            topology,
-            f"{run.name}: already finished in {folder.path}; use another output, or checkpoint.resume=never",
-        )
-        return StageResult(folder.path, metrics_of(done), seconds=seconds_of(done) or 0.0)
+        return _finished_before(run, folder, done, topology)
     run = _on_its_generations(run, folder, topology)
     folder.write_start(run, stage=stage, name=run.name, command=command, world_size=topology.world_size)
     _seed(run, topology)
@@ -181,6 +176,15 @@ def _run_in(
         ),
     )
     return StageResult(folder.path, metrics, seconds=seconds)
+
+
+def _finished_before(run: TrainingRun, folder: RunFolder, done: Record, topology: Topology) -> StageResult:
+    PublishedRun(run.checkpoint.url, folder.path).publish_result(topology)
+    log_main(
+        topology,
+        f"{run.name}: already finished in {folder.path}; use another output, or checkpoint.resume=never",
+    )
+    return StageResult(folder.path, metrics_of(done), seconds=seconds_of(done) or 0.0)
 
 
 def _on_its_generations(run: TrainingRun, folder: RunFolder, topology: Topology) -> TrainingRun:
