@@ -20,8 +20,6 @@ from cliplift.sharding.manifest import (
     MEMBERS,
     NO_LABEL,
     SAMPLES_FILE,
-    SCORES_FILE,
-    SCORES_VALUES_FILE,
     Dataset,
     ManifestError,
     ShardFacts,
@@ -39,10 +37,18 @@ from cliplift.sharding.read.generations import (
     rows_of_videos,
 )
 from cliplift.sharding.read.sample_table import SampleTable
-from cliplift.sharding.read.selection import ALL, Rows, rows_of_split, rows_where, split_names, subset_mask
+from cliplift.sharding.read.selection import (
+    ALL,
+    Rows,
+    mapped_scores,
+    rows_of_split,
+    rows_where,
+    score_of_rows,
+    split_names,
+    subset_mask,
+)
 from cliplift.sharding.read.shared import SharedArray
 from cliplift.sharding.read.subsets import Subset
-from cliplift.sharding.scores.stored import ScoreColumns, load_scores_head, open_columns, scores_bytes
 from cliplift.sharding.storage import StorageError, Store
 from cliplift.sharding.tables import open_table
 
@@ -156,7 +162,7 @@ class ShardDataset:
         if subset is not None:
             rows = rows.taken(subset_mask(subset, rows, self._catalog, self._table))
         if where is not None:
-            found = self._scores(dataset)
+            found = mapped_scores(self._store, self._host_files, dataset, url)
             rows, self._left_by = rows_where(
                 where, rows, self._catalog, found, classes=dataset.classes, url=url
             )
@@ -180,6 +186,7 @@ class ShardDataset:
     def _open_files(self) -> Dataset:
         """The manifest, and what is needed to read files, none of which is open yet."""
         self._store, dataset = open_dataset(self.url)
+        self._dataset = dataset
         self._files = OpenFiles()
         folder = Path(self.cache_folder) if self.cache_folder else None
         self._cache = ShardCache(folder, self.cache_gib) if folder and "://" in self.url else None
@@ -215,23 +222,6 @@ class ShardDataset:
             return rows
         self._left_out = digest(dump_removed(ids))  # the samples have other numbers
         return rows.taken(~np.isin(rows.array(), removed))
-
-    def _scores(self, dataset: Dataset) -> ScoreColumns | None:
-        """The columns of scores of this generation, mapped; None where it has none."""
-        if not dataset.scores_sha256:
-            return None
-        file, values = (f"{self.url}/{name}" for name in (SCORES_FILE, SCORES_VALUES_FILE))
-        try:
-            head = load_scores_head(self._store.read(dataset.file(SCORES_FILE)), dataset, file=file)
-            path = self._host_files.path(
-                self._store,
-                dataset.file(SCORES_VALUES_FILE),
-                identity=dataset.scores_sha256,
-                size=scores_bytes(head),
-            )
-        except FileNotFoundError:
-            raise ManifestError(f"{file}: it, or its values, do not exist; copy them too") from None
-        return open_columns(path, head, file=values)
 
     def _mapped_catalog(self, dataset: Dataset) -> Catalog:
         file = f"{self.url}/{CATALOG_FILE}"
@@ -340,6 +330,11 @@ class ShardDataset:
     def videos(self) -> npt.NDArray[np.int64]:
         """(N,) the number of every sample's source video; looks at all of them."""
         return self._rows.of(self._catalog, "video").astype(np.int64)
+
+    def score(self, name: str) -> npt.NDArray[np.float64]:
+        """(N,) a score of every sample, NaN where a clip has none; looks at all of them. Raises ConfigError."""
+        found = mapped_scores(self._store, self._host_files, self._dataset, self.url)
+        return score_of_rows(name, self._rows, found, url=self.url)
 
     def key(self, i: int) -> str:
         """The key of sample ``i``; reads the table of samples."""
