@@ -398,6 +398,17 @@ def map_file(path: Path, length: int, *, told_by: str, file: str, cut: str, gone
         raise ManifestError(f"{file}: does not exist; {gone}") from None
 
 
+def require_uncut(mapped: mmap.mmap, *, file: str) -> None:
+    """Raise ManifestError where a mapped file was cut short since.
+
+    Touching what it no longer has would end the process with a signal and without a word.
+    """
+    if mapped.size() < len(mapped):
+        raise ManifestError(
+            f"{file}: was cut short while it was read; copy it again, and start the run again"
+        )
+
+
 def _require_inside(file: str, *names: str) -> None:
     """The files that a manifest names lie below it. Raises ManifestError."""
     for name in names:

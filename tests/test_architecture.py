@@ -61,6 +61,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"read", "demo"},
         {"build"},
         {"scoring"},
+        {"leaks"},
     ],
     "pipelines": [
         {"distributed"},

@@ -25,6 +25,7 @@ from cliplift.pipelines.evaluation.clip_tables import OpenShards, open_shard_dat
 from cliplift.pipelines.report.campaign import campaign_of
 from cliplift.pipelines.report.charts import value_strip
 from cliplift.pipelines.report.clips import SampleClips, sample_clips
+from cliplift.pipelines.report.data import filters, leaks
 from cliplift.pipelines.report.retrieval import retrieval_pages
 from cliplift.pipelines.report.sections import (
     Confusions,
@@ -179,6 +180,8 @@ def write_report(
         embedding=None if shown is None else embedding(shown),
         campaign=campaign_of(groups),
         lineage=[(group, lineage(group, groups)) for group in groups],
+        leaks=leaks(groups),
+        filters=filters(groups),
         timing=_timing(records, demo),
         environment=_environment(records),
         records=[(record, _command(record), _started(record)) for record in records],

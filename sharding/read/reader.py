@@ -14,8 +14,6 @@ import numpy.typing as npt
 
 from cliplift.configs.sections import ConfigError
 from cliplift.sharding.manifest import (
-    CATALOG_FILE,
-    CATALOG_ROWS_FILE,
     DATASET_FILE,
     MEMBERS,
     NO_LABEL,
@@ -26,7 +24,7 @@ from cliplift.sharding.manifest import (
     canonical,
     digest,
 )
-from cliplift.sharding.read.catalog import Catalog, CatalogHead, layout_of, load_head, open_catalog
+from cliplift.sharding.read.catalog import Catalog, CatalogHead, mapped_catalog
 from cliplift.sharding.read.columns import columns_of
 from cliplift.sharding.read.fetch import HostFiles, OpenFiles, ShardCache
 from cliplift.sharding.read.generations import (
@@ -40,7 +38,6 @@ from cliplift.sharding.read.sample_table import SampleTable
 from cliplift.sharding.read.selection import (
     ALL,
     Rows,
-    mapped_scores,
     rows_of_split,
     rows_where,
     score_of_rows,
@@ -49,6 +46,8 @@ from cliplift.sharding.read.selection import (
 )
 from cliplift.sharding.read.shared import SharedArray
 from cliplift.sharding.read.subsets import Subset
+from cliplift.sharding.scores.chosen import ClipColumn, catalog_columns, score_columns
+from cliplift.sharding.scores.stored import ScoreColumns, open_scores
 from cliplift.sharding.storage import StorageError, Store
 from cliplift.sharding.tables import open_table
 
@@ -162,7 +161,7 @@ class ShardDataset:
         if subset is not None:
             rows = rows.taken(subset_mask(subset, rows, self._catalog, self._table))
         if where is not None:
-            found = mapped_scores(self._store, self._host_files, dataset, url)
+            found = self._scores(dataset)
             rows, self._left_by = rows_where(
                 where, rows, self._catalog, found, classes=dataset.classes, url=url
             )
@@ -197,7 +196,7 @@ class ShardDataset:
         """Map the catalog, or make its rows, or take those that another process made."""
         self._made, self.dataset_fingerprint = made, dataset.fingerprint
         if made is None and dataset.catalog_sha256:
-            self._catalog = self._mapped_catalog(dataset)
+            self._catalog = mapped_catalog(self._store, self._host_files, dataset, self.url)
         else:
             made = self._made = made or _made_rows(self._store, dataset, self.url)
             self._catalog = Catalog(made.head, made.rows.array, made.labels.array, dataset)
@@ -223,29 +222,25 @@ class ShardDataset:
         self._left_out = digest(dump_removed(ids))  # the samples have other numbers
         return rows.taken(~np.isin(rows.array(), removed))
 
-    def _mapped_catalog(self, dataset: Dataset) -> Catalog:
-        file = f"{self.url}/{CATALOG_FILE}"
-        try:
-            head = load_head(self._store.read(dataset.file(CATALOG_FILE)), dataset, file=file)
-        except FileNotFoundError:
-            raise ManifestError(f"{file}: does not exist; copy it too, or finalize again") from None
-        table = dataset.file(SAMPLES_FILE)
-        local = self._store.local_path(table) is not None
-        if local and self._store.size(table) != head.samples_bytes:
-            raise ManifestError(
-                f"{self.url}/{SAMPLES_FILE}: does not belong to {DATASET_FILE}; finalize again"
-            )
-        file = f"{self.url}/{CATALOG_ROWS_FILE}"
-        try:
-            rows = self._host_files.path(
-                self._store,
-                dataset.file(CATALOG_ROWS_FILE),
-                identity=dataset.catalog_sha256,
-                size=layout_of(head).end,
-            )
-        except FileNotFoundError:
-            raise ManifestError(f"{file}: does not exist; copy it too, or finalize again") from None
-        return open_catalog(rows, head, dataset, file=file)
+    def _scores(self, dataset: Dataset) -> ScoreColumns | None:
+        """The columns of scores of this generation, mapped; None where it has none."""
+        if not dataset.scores_sha256:
+            return None
+
+        def place(name: str, size: int) -> Path:
+            return self._host_files.path(self._store, name, identity=dataset.scores_sha256, size=size)
+
+        return open_scores(self._store, dataset, place)
+
+    def filter_columns(self) -> dict[str, ClipColumn]:
+        """The columns that ``where`` may name, by row of the catalog. Raises ManifestError."""
+        columns = catalog_columns(self._catalog.column_of, self.classes)
+        return columns | score_columns(self._scores(self._dataset))
+
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """(N,) the row of every sample in the catalog, rising."""
+        return self._rows.array()
 
     def _choose(self, dataset: Dataset, rows: Rows) -> None:
         """Take these rows of the catalog, and the shards that hold one of them."""
@@ -333,8 +328,7 @@ class ShardDataset:
 
     def score(self, name: str) -> npt.NDArray[np.float64]:
         """(N,) a score of every sample, NaN where a clip has none; looks at all of them. Raises ConfigError."""
-        found = mapped_scores(self._store, self._host_files, self._dataset, self.url)
-        return score_of_rows(name, self._rows, found, url=self.url)
+        return score_of_rows(name, self._rows, self._scores(self._dataset), url=self.url)
 
     def key(self, i: int) -> str:
         """The key of sample ``i``; reads the table of samples."""

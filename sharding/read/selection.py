@@ -13,8 +13,6 @@ from cliplift.configs.where import KEY, canonical_text, check_kinds, columns_of
 from cliplift.configs.where_reader import parse
 from cliplift.sharding.manifest import (
     CATALOG_ROWS_FILE,
-    SCORES_FILE,
-    SCORES_VALUES_FILE,
     Dataset,
     ManifestError,
     canonical,
@@ -22,7 +20,6 @@ from cliplift.sharding.manifest import (
 )
 from cliplift.sharding.read.catalog import NO_SPLIT, SEVERAL_SPLITS, Catalog, CatalogHead, Ints
 from cliplift.sharding.read.columns import named_groups
-from cliplift.sharding.read.fetch import HostFiles
 from cliplift.sharding.read.generations import named_generation
 from cliplift.sharding.read.sample_table import SampleTable
 from cliplift.sharding.read.shared import SharedArray
@@ -34,8 +31,7 @@ from cliplift.sharding.scores.chosen import (
     not_scored,
     score_columns,
 )
-from cliplift.sharding.scores.stored import ScoreColumns, load_scores_head, open_columns, scores_bytes
-from cliplift.sharding.storage import Store
+from cliplift.sharding.scores.stored import ScoreColumns
 
 MANY_RUNS = 1000  # above it one gather is faster than as many slices
 ALL = "all"  # the one split of a dataset with folds of which none is chosen
@@ -211,28 +207,6 @@ def rows_where(
         )
     chosen = digest(np.stack([firsts, lengths]).astype("<i8").tobytes())
     return Rows(firsts, lengths), digest(canonical([canonical_text(expression), chosen]))
-
-
-def mapped_scores(store: Store, files: HostFiles, dataset: Dataset, url: str) -> ScoreColumns | None:
-    """The columns of scores of a generation, mapped; None where it has none.
-
-    Raises:
-        ManifestError: they are missing or damaged.
-    """
-    if not dataset.scores_sha256:
-        return None
-    file, values = (f"{url}/{name}" for name in (SCORES_FILE, SCORES_VALUES_FILE))
-    try:
-        head = load_scores_head(store.read(dataset.file(SCORES_FILE)), dataset, file=file)
-        path = files.path(
-            store,
-            dataset.file(SCORES_VALUES_FILE),
-            identity=dataset.scores_sha256,
-            size=scores_bytes(head),
-        )
-    except FileNotFoundError:
-        raise ManifestError(f"{file}: it, or its values, do not exist; copy them too") from None
-    return open_columns(path, head, file=values)
 
 
 def score_of_rows(name: str, rows: Rows, scores: ScoreColumns | None, *, url: str) -> NDArray[np.float64]:
