@@ -224,6 +224,9 @@ class FuseRun(Section):
         return self
 
 
+SEGMENT_SUFFIXES = (".csv", ".json", ".vtt")
+
+
 class PredictRun(Section):
     """Class probabilities for video files with a finished run or an export folder."""
 
@@ -242,10 +245,53 @@ class PredictRun(Section):
     window_stride_seconds: float | None = Field(
         None, gt=0, description="seconds from one window to the next; None is half a window"
     )
+    segments: Output | None = Field(
+        None,
+        description="file for what happens when, by windows that agree: .csv, .json, or .vtt (subtitles of one video); "
+        "None writes none",
+    )
+    segment_threshold: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="least probability of a class in a segment; None takes the likeliest class whatever it is, and of "
+        "several labels those of at least 0.5",
+    )
+    segment_precision_seconds: float | None = Field(
+        None, gt=0, description="how exactly the ends of segments are searched for; None is one frame"
+    )
     views: ViewsConfig = ViewsConfig()
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes CUDA where a GPU is present"
     )
+
+    @model_validator(mode="after")
+    def _segments_possible(self) -> PredictRun:
+        for key in ("segment_threshold", "segment_precision_seconds"):
+            if getattr(self, key) is not None and self.segments is None:
+                raise ConfigError(
+                    "is of segments, and none are asked for",
+                    key=key,
+                    value=getattr(self, key),
+                    hint="say segments=segments.csv",
+                )
+        if self.segments is None:
+            return self
+        if not self.segments.endswith(SEGMENT_SUFFIXES):
+            raise ConfigError(
+                f"{self.segments!r} does not end in {', '.join(SEGMENT_SUFFIXES)}",
+                key="segments",
+                value=self.segments,
+                hint="say segments=segments.csv",
+            )
+        if self.window_seconds is None:
+            raise ConfigError(
+                "segments are found by windows that slide over the video",
+                key="segments",
+                value=self.segments,
+                hint="say window_seconds=2 too",
+            )
+        return self
 
 
 class ExplainRun(Section):

@@ -101,11 +101,20 @@ class WindowedOrder:
     """
 
     def __init__(self, shard_ranges: npt.ArrayLike, seed: int, streams: int, window_samples: int) -> None:
-        self.ranges: Ints = np.asarray(shard_ranges, dtype=np.int64).reshape(-1, 2)
+        self._ranges = SharedArray(np.asarray(shard_ranges, dtype=np.int64).reshape(-1, 2))
         self.seed, self.streams, self.window_samples = seed, streams, window_samples
         self.num_samples = int((self.ranges[:, 1] - self.ranges[:, 0]).sum())
         self._epochs: OrderedDict[int, _DealtShards] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int, int], Ints] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        # What was computed so far is computed anew where it is needed, and not sent to every worker.
+        return self.__dict__ | {"_epochs": OrderedDict(), "_windows": OrderedDict()}
+
+    @property
+    def ranges(self) -> Ints:
+        """(K, 2) first sample of each shard, and the one after its last."""
+        return self._ranges.array
 
     def draw(self, epoch: int, position: int) -> Draw:
         return Draw(self.sample(epoch, position), epoch)

@@ -153,10 +153,8 @@ def write_report(
         raise ConfigError("names no run", key="runs", hint="give at least one run folder")
     records = [read_run(Path(folder)) for folder in runs]
     labels = _demo_labels(demo)
-    order = {folder: at for at, folder in enumerate(labels)}
-    records.sort(
-        key=lambda record: order.get(record.folder.resolve(), len(order))
-    )  # the demo's table comes first
+    order = {folder: at for at, folder in enumerate(labels)}  # the demo's table comes first
+    records.sort(key=lambda record: order.get(record.folder.resolve(), len(order)))
     groups = group_runs(records, labels)
     found = [c for c in map(confusions, groups) if c is not None]
     shown = _most_telling(found)

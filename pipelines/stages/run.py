@@ -139,9 +139,8 @@ def _run_in(
     loader = agreed_data(lambda: _loader(run, topology), lambda made: made.fingerprint, topology)
     try:
         folder.add_to_record(classes=list(loader.classes), datasets=list(run.data.urls))
-        if topology.is_main:
-            for line in record_data(run, folder):
-                log_main(topology, f"{run.name}: {line}")
+        for line in record_data(run, folder) if topology.is_main else ():
+            log_main(topology, f"{run.name}: {line}")
         task = _task(run, loader, topology)
         tracker = Tracker(run, stage=stage, folder=folder.path, topology=topology)
         log_main(topology, f"{run.name}: {_setting(run, task, loader, topology)}")

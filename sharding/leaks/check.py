@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -166,22 +166,11 @@ def find_leaks(
     splits = _splits(test_set, against, splits, fold)
     watch = on_progress or (lambda what, done, of: None)
     search = _Search(store, dataset, workers=workers, timeout=clip_timeout_seconds, watch=watch)
-    count, unread = 0, list[str]()
-    tests, looks = list[tuple[Place, ClipFacts]](), 0
     wanted = _clips(test_store, test_set, splits, fold)
-    for count, (place, facts) in enumerate(
-        _decoded(wanted, workers=workers, timeout=clip_timeout_seconds), start=1
-    ):
-        watch("test clips decoded", count, test_set.samples)
-        if isinstance(facts, str):
-            unread.append(f"{place.tar}, {place.sample.key}: {facts}")
-            continue
-        tests.append((place, facts))
-        looks += len(facts["looks"])
-        if looks >= LOOKS_AT_ONCE:
-            search.look_for(tests)
-            tests, looks = [], 0
-    search.look_for(tests)
+    decoded = _decoded(wanted, workers=workers, timeout=clip_timeout_seconds)
+    count, unread = _look_for_all(
+        decoded, search, lambda done: watch("test clips decoded", done, test_set.samples)
+    )
     leaks = tuple(search.confirmed())
     check = LeakCheck(
         shards=shards_digest(dataset),
@@ -196,6 +185,26 @@ def find_leaks(
         videos=tuple(sorted({leak.clip.sample.video_id for leak in leaks})),
     )
     return LeakReport(check, leaks, tuple(unread[:MOST_REASONS]), len(unread))
+
+
+def _look_for_all(
+    decoded: Iterable[tuple[Place, ClipFacts | str]], search: _Search, watch: Callable[[int], None]
+) -> tuple[int, list[str]]:
+    """Search for test clips, as many at a time as memory may hold; how many there were, and why some do not decode."""
+    count, unread = 0, list[str]()
+    tests, looks = list[tuple[Place, ClipFacts]](), 0
+    for count, (place, facts) in enumerate(decoded, start=1):
+        watch(count)
+        if isinstance(facts, str):
+            unread.append(f"{place.tar}, {place.sample.key}: {facts}")
+            continue
+        tests.append((place, facts))
+        looks += len(facts["looks"])
+        if looks >= LOOKS_AT_ONCE:
+            search.look_for(tests)
+            tests, looks = [], 0
+    search.look_for(tests)
+    return count, unread
 
 
 def _splits(dataset: Dataset, url: str, asked: Sequence[str], fold: int | None) -> tuple[str, ...]:

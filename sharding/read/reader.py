@@ -32,6 +32,7 @@ from cliplift.sharding.read.fetch import HostFiles, OpenFiles, ShardCache
 from cliplift.sharding.read.generations import (
     dump_removed,
     open_dataset,
+    open_with_latest,
     read_samples,
     removed_since,
     rows_of_videos,
@@ -140,7 +141,7 @@ class ShardDataset:
         self.where, self._left_by = where, ""
         self.keep_numbers = keep_numbers
         self.cache_folder, self.cache_gib = cache_folder, cache_gib
-        dataset = self._open_files()
+        dataset, latest = self._open_files()
         self._open_rows(dataset, None)
         counts = split_names(self._catalog.head, dataset, url, fold)
         self.splits = tuple(counts)
@@ -159,7 +160,7 @@ class ShardDataset:
             rows, self._left_by = rows_where(
                 where, rows, self._catalog, found, classes=dataset.classes, url=url
             )
-        self._choose(dataset, self._without_removed(rows, dataset))
+        self._choose(dataset, self._without_removed(rows, dataset, latest))
 
     def __getstate__(self) -> dict[str, object]:
         arguments = ("url", "split", "fold", "subset", "cache_folder", "cache_gib", "keep_numbers", "where")
@@ -168,7 +169,7 @@ class ShardDataset:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        dataset = self._open_files()
+        dataset, _ = self._open_files()
         if dataset.fingerprint != self.dataset_fingerprint:
             raise ManifestError(
                 f"{self.url}/{DATASET_FILE}: was written anew since the run began; start it again"
@@ -176,14 +177,14 @@ class ShardDataset:
         self._open_rows(dataset, self._made)
         self._choose(dataset, self._rows)
 
-    def _open_files(self) -> Dataset:
-        """The manifest, and what is needed to read files, none of which is open yet."""
-        self._store, dataset = open_dataset(self.url)
+    def _open_files(self) -> tuple[Dataset, Dataset]:
+        """The manifest, the latest one, and what is needed to read files, none of which is open yet."""
+        self._store, dataset, latest = open_with_latest(self.url)
         self._files = OpenFiles()
         folder = Path(self.cache_folder) if self.cache_folder else None
         self._cache = ShardCache(folder, self.cache_gib) if folder and "://" in self.url else None
         self._host_files = HostFiles(folder)
-        return dataset
+        return dataset, latest
 
     def _open_rows(self, dataset: Dataset, made: _MadeRows | None) -> None:
         """Map the catalog, or make its rows, or take those that another process made."""
@@ -201,11 +202,11 @@ class ShardDataset:
             file=f"{self.url}/{SAMPLES_FILE}",
         )
 
-    def _without_removed(self, rows: Rows, dataset: Dataset) -> Rows:
+    def _without_removed(self, rows: Rows, dataset: Dataset, latest: Dataset) -> Rows:
         """The rows without the clips of videos that later generations removed."""
         self._removed = SharedArray(np.zeros(0, dtype=np.int64))
         self._left_out = ""
-        ids = removed_since(self._store, dataset)
+        ids = removed_since(self._store, dataset, latest)
         if not ids:
             return rows
         removed = rows_of_videos(self._table, ids)

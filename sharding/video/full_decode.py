@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 
+from av import VideoFrame
 from av.error import FFmpegError
 
 from cliplift.sharding.video.decode import (
@@ -63,16 +64,8 @@ def check_clip(data: bytes, *, hash_pictures: bool = False, looks_per_second: fl
         start: int | None = None
         try:
             for frame in decoded_frames(container, stream):
-                if frame.pts is None or frame.is_corrupt:
-                    raise VideoDecodeError(f"frame {number} is damaged")
-                start = frame.pts if start is None else start
-                # Half a frame of slack: time bases round stamps, but never by that much.
-                if abs(frame.pts - start - number * step) > step / 2:
-                    raise VideoDecodeError(
-                        f"frame {number} has time stamp {frame.pts}: frames are lost or repeated"
-                    )
-                if size is not None and size != (frame.width, frame.height):
-                    raise VideoDecodeError(f"frame {number} changes the size of the picture")
+                start = _whole_stamp(frame, number) if start is None else start
+                _require_next(frame, number, start=start, step=step, size=size)
                 size = (frame.width, frame.height)
                 interlaced |= bool(frame.interlaced_frame)
                 if frame.key_frame:
@@ -101,3 +94,20 @@ def check_clip(data: bytes, *, hash_pictures: bool = False, looks_per_second: fl
         looks=tuple(looks),
         look_step=look_step,
     )
+
+
+def _whole_stamp(frame: VideoFrame, number: int) -> int:
+    if frame.pts is None or frame.is_corrupt:
+        raise VideoDecodeError(f"frame {number} is damaged")
+    return frame.pts
+
+
+def _require_next(
+    frame: VideoFrame, number: int, *, start: int, step: Fraction, size: tuple[int, int] | None
+) -> None:
+    """Raise VideoDecodeError unless a frame is whole, of the size of those before it, and comes at its time."""
+    # Half a frame of slack: time bases round stamps, but never by that much.
+    if abs(_whole_stamp(frame, number) - start - number * step) > step / 2:
+        raise VideoDecodeError(f"frame {number} has time stamp {frame.pts}: frames are lost or repeated")
+    if size is not None and size != (frame.width, frame.height):
+        raise VideoDecodeError(f"frame {number} changes the size of the picture")
