@@ -39,6 +39,29 @@ def add_score_options(score: argparse.ArgumentParser) -> None:
         default="auto",
         help="tables and histograms of the columns in W&B; auto: in the run of the build, where it has one",
     )
+    add_embedding_options(score)
+
+
+def add_embedding_options(score: argparse.ArgumentParser) -> None:
+    score.add_argument(
+        "--device",
+        default="auto",
+        help="where embeddings are computed: cpu, cuda, or auto, a GPU where there is one",
+    )
+    score.add_argument(
+        "--embedding",
+        metavar="NAME",
+        help="the embedding that cluster and near_duplicate are made of, of several",
+    )
+    score.add_argument(
+        "--clusters", type=int, metavar="K", help="number of clusters; default: the square root of the clips"
+    )
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words that ask for embeddings, and the other scores."""
+    embeddings = [word for word in words if word.partition(":")[0] == "embedding"]
+    return list(dict.fromkeys(embeddings)), [word for word in words if word not in embeddings]
 
 
 def add_remove_options(remove: argparse.ArgumentParser) -> None:
@@ -55,15 +78,32 @@ def run_score(arguments: argparse.Namespace) -> int:
 
     from cliplift.configs.sections import ConfigError
     from cliplift.launch.commands.shard import which_part
+    from cliplift.sharding.scoring.likeness import Likeness
     from cliplift.sharding.scoring.run import score_dataset
 
     if arguments.workers < 0 or not arguments.clip_timeout > 0:
         hint = "give --workers 0 or more, and --clip-timeout above 0"
         raise ConfigError("asks for what cannot be", file="command line", hint=hint)
     part = which_part(arguments.part, os.environ)
+    embeddings, names = split_words(arguments.rest)
+    if embeddings:
+        from cliplift.pipelines.embeddings.score import score_embeddings
+
+        lines = score_embeddings(
+            arguments.subject,
+            embeddings,
+            device=arguments.device,
+            workers=arguments.workers or len(os.sched_getaffinity(0)),
+            part=part,
+            printer=score_printer,
+        )
+        print("\n".join(lines))
+    if embeddings and not names:
+        return 0
     report = score_dataset(
         arguments.subject,
-        arguments.rest,
+        names,
+        likeness=Likeness(embedding=arguments.embedding, clusters=arguments.clusters),
         workers=arguments.workers,
         part=part,
         clip_timeout_seconds=arguments.clip_timeout,
@@ -283,7 +323,8 @@ COMMANDS = (
         subject="URL",
         subject_help="folder or URL of a shard dataset",
         rest="SCORE",
-        rest_help="motion, patch_motion, brightness, sharpness, borders, shots, duplicate",
+        rest_help="motion, patch_motion, brightness, sharpness, borders, shots, duplicate; embedding, embedding:MODEL, "
+        "embedding:MODEL=WEIGHTS or embedding:RUN; cluster and near_duplicate, made of an embedding",
         add_options=add_score_options,
         run=run_score,
     ),

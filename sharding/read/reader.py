@@ -14,8 +14,6 @@ import numpy.typing as npt
 
 from cliplift.configs.sections import ConfigError
 from cliplift.sharding.manifest import (
-    CATALOG_FILE,
-    CATALOG_ROWS_FILE,
     DATASET_FILE,
     MEMBERS,
     NO_LABEL,
@@ -26,7 +24,7 @@ from cliplift.sharding.manifest import (
     canonical,
     digest,
 )
-from cliplift.sharding.read.catalog import Catalog, CatalogHead, layout_of, load_head, open_catalog
+from cliplift.sharding.read.catalog import Catalog, CatalogHead, mapped_catalog
 from cliplift.sharding.read.columns import columns_of
 from cliplift.sharding.read.fetch import HostFiles, OpenFiles, ShardCache
 from cliplift.sharding.read.generations import (
@@ -38,7 +36,15 @@ from cliplift.sharding.read.generations import (
     rows_of_videos,
 )
 from cliplift.sharding.read.sample_table import SampleTable
-from cliplift.sharding.read.selection import ALL, Rows, rows_of_split, rows_where, split_names, subset_mask
+from cliplift.sharding.read.selection import (
+    ALL,
+    Rows,
+    rows_of_split,
+    rows_where,
+    score_of_rows,
+    split_names,
+    subset_mask,
+)
 from cliplift.sharding.read.shared import SharedArray
 from cliplift.sharding.read.subsets import Subset
 from cliplift.sharding.scores.chosen import ClipColumn, catalog_columns, score_columns
@@ -180,6 +186,7 @@ class ShardDataset:
     def _open_files(self) -> tuple[Dataset, Dataset]:
         """The manifest, the latest one, and what is needed to read files, none of which is open yet."""
         self._store, dataset, latest = open_with_latest(self.url)
+        self._dataset = dataset
         self._files = OpenFiles()
         folder = Path(self.cache_folder) if self.cache_folder else None
         self._cache = ShardCache(folder, self.cache_gib) if folder and "://" in self.url else None
@@ -190,7 +197,7 @@ class ShardDataset:
         """Map the catalog, or make its rows, or take those that another process made."""
         self._made, self.dataset_fingerprint = made, dataset.fingerprint
         if made is None and dataset.catalog_sha256:
-            self._catalog = self._mapped_catalog(dataset)
+            self._catalog = mapped_catalog(self._store, self._host_files, dataset, self.url)
         else:
             made = self._made = made or _made_rows(self._store, dataset, self.url)
             self._catalog = Catalog(made.head, made.rows.array, made.labels.array, dataset)
@@ -228,38 +235,13 @@ class ShardDataset:
 
     def filter_columns(self) -> dict[str, ClipColumn]:
         """The columns that ``where`` may name, by row of the catalog. Raises ManifestError."""
-        dataset = open_dataset(self.url)[1]
         columns = catalog_columns(self._catalog.column_of, self.classes)
-        return columns | score_columns(self._scores(dataset))
+        return columns | score_columns(self._scores(self._dataset))
 
     @property
     def rows(self) -> npt.NDArray[np.int64]:
         """(N,) the row of every sample in the catalog, rising."""
         return self._rows.array()
-
-    def _mapped_catalog(self, dataset: Dataset) -> Catalog:
-        file = f"{self.url}/{CATALOG_FILE}"
-        try:
-            head = load_head(self._store.read(dataset.file(CATALOG_FILE)), dataset, file=file)
-        except FileNotFoundError:
-            raise ManifestError(f"{file}: does not exist; copy it too, or finalize again") from None
-        table = dataset.file(SAMPLES_FILE)
-        local = self._store.local_path(table) is not None
-        if local and self._store.size(table) != head.samples_bytes:
-            raise ManifestError(
-                f"{self.url}/{SAMPLES_FILE}: does not belong to {DATASET_FILE}; finalize again"
-            )
-        file = f"{self.url}/{CATALOG_ROWS_FILE}"
-        try:
-            rows = self._host_files.path(
-                self._store,
-                dataset.file(CATALOG_ROWS_FILE),
-                identity=dataset.catalog_sha256,
-                size=layout_of(head).end,
-            )
-        except FileNotFoundError:
-            raise ManifestError(f"{file}: does not exist; copy it too, or finalize again") from None
-        return open_catalog(rows, head, dataset, file=file)
 
     def _choose(self, dataset: Dataset, rows: Rows) -> None:
         """Take these rows of the catalog, and the shards that hold one of them."""
@@ -344,6 +326,10 @@ class ShardDataset:
     def videos(self) -> npt.NDArray[np.int64]:
         """(N,) the number of every sample's source video; looks at all of them."""
         return self._rows.of(self._catalog, "video").astype(np.int64)
+
+    def score(self, name: str) -> npt.NDArray[np.float64]:
+        """(N,) a score of every sample, NaN where a clip has none; looks at all of them. Raises ConfigError."""
+        return score_of_rows(name, self._rows, self._scores(self._dataset), url=self.url)
 
     def key(self, i: int) -> str:
         """The key of sample ``i``; reads the table of samples."""

@@ -41,7 +41,17 @@ ALIGNMENT = 64
 TYPES: Mapping[str, np.dtype[np.generic]] = {"number": np.dtype("<f4"), "boolean": np.dtype("u1")}
 CHECKSUM = np.dtype("<u4")
 # What `cliplift score` makes; said here, so that whoever only reads columns loads no decoder.
-SCORE_NAMES = ("motion", "patch_motion", "brightness", "sharpness", "borders", "shots", "duplicate")
+SCORE_NAMES = (
+    "motion",
+    "patch_motion",
+    "brightness",
+    "sharpness",
+    "borders",
+    "shots",
+    "duplicate",
+    "cluster",
+    "near_duplicate",
+)
 
 Values = NDArray[np.generic]  # of one of TYPES
 
@@ -55,6 +65,7 @@ class ColumnFacts:
     version: int
     unscored: int = 0  # clips that were added since; the column is not whole
     failed: int = 0  # clips that do not decode; they have no score
+    of: str = ""  # what it was made of besides the clips: an embedding, and numbers
 
 
 @dataclass(frozen=True)
