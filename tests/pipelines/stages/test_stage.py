@@ -107,7 +107,9 @@ def test_evaluating_the_run_again_gives_the_same_numbers(place: Path, finetuned:
     for folder in (finetuned, Path(run.output)):
         said = json.loads((folder / "result.json").read_text())["leaks"]
         assert [one["status"] for one in said] == ["same", "unchecked"]
-        assert f"cliplift dedupe {place}/shards/unlabelled --against {place}/shards/actions" in said[1]["text"]
+        assert (
+            f"cliplift dedupe {place}/shards/unlabelled --against {place}/shards/actions" in said[1]["text"]
+        )
 
 
 def test_export_and_predict_agree_with_the_evaluation(
