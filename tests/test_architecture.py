@@ -57,9 +57,11 @@ ROOMS: dict[str, list[set[str]]] = {
         {"tables"},
         {"video", "sources"},
         {"scores"},
+        {"similar"},
         {"read", "demo"},
         {"build"},
         {"scoring"},
+        {"leaks"},
     ],
     "pipelines": [
         {"distributed"},
@@ -68,9 +70,9 @@ ROOMS: dict[str, list[set[str]]] = {
         {"checkpoints"},
         {"engine"},
         {"evaluation"},
-        {"probes"},
+        {"probes", "embeddings"},
         {"stages", "report", "api"},
-        {"cost"},
+        {"cost", "repeats"},
     ],
     "launch": [{"jobs"}, {"check"}, {"start"}, {"commands", "completion"}, {"cli"}],
 }

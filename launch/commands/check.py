@@ -30,6 +30,13 @@ def add_options(check: argparse.ArgumentParser) -> None:
         metavar="GB/S",
         help="what one node writes to its disk or store, GB/s: says how long a checkpoint takes",
     )
+    check.add_argument(
+        "--price",
+        type=float,
+        default=None,
+        metavar="PER_HOUR",
+        help="what one GPU (or one node of a CPU run) costs an hour, in any currency: says what the run costs",
+    )
 
 
 def run_check(arguments: argparse.Namespace) -> int:
@@ -39,10 +46,10 @@ def run_check(arguments: argparse.Namespace) -> int:
     from cliplift.launch.check.fit import check
     from cliplift.launch.check.machine import choose_machine
     from cliplift.launch.commands.subject import load_training
-    from cliplift.pipelines.stages.repeats import single_runs
+    from cliplift.pipelines.repeats import single_runs
 
     loaded = load_training(arguments.subject, arguments.rest)
-    run = single_runs(loaded.run)[0]  # the others differ in fold and seed alone
+    runs = single_runs(loaded.run)  # which differ in fold and seed alone
     machine = choose_machine(
         nodes=arguments.nodes,
         gpus=arguments.gpus,
@@ -52,8 +59,9 @@ def run_check(arguments: argparse.Namespace) -> int:
         cores_here=usable_cores(),
         memory_here=memory_bytes(),
         write_gb_per_second=arguments.write_speed,
+        price_per_hour=arguments.price,
     )
-    findings = check(run, machine, mfu=arguments.mfu)
+    findings = check(runs[0], machine, mfu=arguments.mfu, runs=len(runs))
     print(table(findings))
     return exit_code(findings)
 

@@ -5,8 +5,9 @@ memory; its parent (:mod:`cliplift.sharding.build.pool`) replaces it. Messages i
 
 * first ``{"cut", "transcode", "flow", "memory_mib"}``: the settings,
 * then tasks: ``{"url", "listed", "start", "end", "first_clip"}`` to cut a video (listed: the URL is one of the
-  list's), ``{"check", "url", "offset", "bytes"}`` to decode a stored clip in full, ``{"score", "url", "offset",
-  "bytes", "crc32"}`` to score one, or ``{"glance", "url"}`` for a first look at a raw video.
+  list's), ``{"check", "url", "offset", "bytes"}`` to decode a stored clip in full, with ``"looks_per_second"`` and
+  ``"crc32"`` also to hash pictures between its key frames, ``{"score", "url", "offset", "bytes", "crc32"}`` to score
+  one, or ``{"glance", "url"}`` for a first look at a raw video.
 
 Messages out, per task: ``{"clips": n, "sha256"}``, then for every clip ``{"clip": i, ...facts}`` with the mp4 as
 payload (its last ``flow_bytes`` are the clip's optical flow) or ``{"refused": i, "stage", "reason"}``, then
@@ -76,6 +77,8 @@ class ClipFacts(TypedDict, total=False):
     height: int
     keyframes: list[int]
     picture_hashes: list[int]  # of every key frame
+    looks: list[int]  # of every `look_step`-th frame, where asked for
+    look_step: int
     start_seconds: float
     end_seconds: float
     source_facts: SourceFacts
@@ -97,6 +100,15 @@ def decoding_settings(*, memory_mib: int | None = None) -> WorkerSettings:
 def decoding_task(sample: Sample, tar_url: str) -> dict[str, object]:
     """The task to decode a stored clip in full."""
     return {"check": True, "url": tar_url, "offset": sample.mp4_offset, "bytes": sample.mp4_bytes}
+
+
+def looking_task(sample: Sample, tar_url: str, *, looks_per_second: float) -> dict[str, object]:
+    """The task to decode a stored clip in full and hash so many of its pictures a second."""
+    return {
+        **decoding_task(sample, tar_url),
+        "crc32": sample.mp4_crc32,
+        "looks_per_second": looks_per_second,
+    }
 
 
 def glance_task(url: str) -> dict[str, object]:
@@ -228,11 +240,13 @@ def _cut_clip(
 def _decode_clip(link: socket.socket, task: Message) -> None:
     folder, _, name = task["url"].rpartition("/")
     try:
-        checked = check_clip(
-            open_store(folder).read_range(name, task["offset"], task["bytes"]), hash_pictures=True
-        )
+        data = open_store(folder).read_range(name, task["offset"], task["bytes"])
+        if zlib.crc32(data) != task.get("crc32", zlib.crc32(data)):
+            raise StorageError("crc32 differs: the bytes are damaged")
+        checked = check_clip(data, hash_pictures=True, looks_per_second=task.get("looks_per_second", 0.0))
     except (VideoDecodeError, OSError, StorageError, MemoryError) as error:
-        send(link, {"refused": 0, "stage": "decode", "reason": _reason(error)})
+        stage = "decode" if isinstance(error, VideoDecodeError) else "read"
+        send(link, {"refused": 0, "stage": stage, "reason": _reason(error)})
         return
     facts: ClipFacts = {
         "clip": 0,
@@ -242,6 +256,8 @@ def _decode_clip(link: socket.socket, task: Message) -> None:
         "fps": [checked.fps.numerator, checked.fps.denominator],
         "keyframes": list(checked.keyframes),
         "picture_hashes": list(checked.picture_hashes),
+        "looks": list(checked.looks),
+        "look_step": checked.look_step,
     }
     send(link, facts)
 
