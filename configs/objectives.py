@@ -57,13 +57,79 @@ class MaskedConfig(Section):
             ("ratio", self.mask, self.ratio),
             ("decoder_ratio", self.decoder_mask, self.decoder_ratio),
         ):
-            if kind == "running_cell" and int(4 * ratio) == 0:
-                raise ConfigError(
-                    f"a running cell hides 1, 2 or 3 of its 4 tokens, and {ratio} of 4 is less than 1",
-                    key=key,
-                    value=ratio,
-                    hint="use 0.25, 0.5 or 0.75",
-                )
+            if kind == "running_cell":
+                _check_cells(key, ratio)
+        return self
+
+
+def _check_cells(key: str, ratio: float) -> None:
+    if int(4 * ratio) == 0:
+        raise ConfigError(
+            f"a running cell hides 1, 2 or 3 of its 4 tokens, and {ratio} of 4 is less than 1",
+            key=key,
+            value=ratio,
+            hint="use 0.25, 0.5 or 0.75",
+        )
+
+
+class DistilConfig(Section):
+    """Distillation of image teachers' features, token by token (Unmasked Teacher, Masked Video Distillation)."""
+
+    tokens: Literal["visible", "hidden"] = Field(
+        "visible",
+        description="which tokens' features are learned: visible, those the encoder sees (Unmasked Teacher); hidden, "
+        "the others, by a decoder for each teacher (Masked Video Distillation)",
+    )
+    mask: Literal["attention", "tube", "random", "running_cell"] = Field(
+        "attention",
+        description="what the encoder does not see: attention, in each frame of tokens, what the first teacher attends "
+        "to least, by chance (Unmasked Teacher); tube, random and running_cell as masked.mask",
+    )
+    ratio: float = Field(0.8, gt=0, lt=1, description="share of the tokens that is hidden from the encoder")
+    loss: Literal["cosine", "smooth_l1", "l2"] | None = Field(
+        None,
+        description="distance to the teachers' features: cosine, 2 - 2 cos; smooth_l1; l2, their mean squared "
+        "difference; None is cosine for visible tokens and smooth_l1 for hidden ones",
+    )
+    normalise_targets: bool = Field(
+        True, description="smooth_l1, l2: layer-norm each token's target without weights"
+    )
+    layers: int = Field(
+        1,
+        ge=1,
+        description="visible: so many of the encoder's last blocks are aligned with as many maps of the teachers "
+        "(Unmasked Teacher: 6; needs a teacher that gives them, such as image_vit_*)",
+    )
+    teacher_frames: Literal["first", "mean"] = Field(
+        "first",
+        description="what a teacher sees of a token's tubelet: its first frame, or all, their features averaged",
+    )
+    decoder_width: int | None = Field(
+        None, ge=8, description="hidden: width of the decoders; None is the encoder's"
+    )
+    decoder_depth: int = Field(
+        2, ge=1, description="hidden: blocks of each decoder (published: 2 for B, 4 for L, 8 for H)"
+    )
+    decoder_heads: int | None = Field(
+        None, ge=1, description="hidden: attention heads of the decoders; None is as many as the encoder has"
+    )
+
+    @property
+    def distance(self) -> Literal["cosine", "smooth_l1", "l2"]:
+        """The loss that is meant."""
+        return self.loss or ("cosine" if self.tokens == "visible" else "smooth_l1")
+
+    @model_validator(mode="after")
+    def _possible(self) -> DistilConfig:
+        if self.mask == "running_cell":
+            _check_cells("ratio", self.ratio)
+        if self.tokens == "hidden" and self.layers > 1:
+            raise ConfigError(
+                "is of visible tokens: a decoder gives the last map alone",
+                key="layers",
+                value=self.layers,
+                hint="use 1, or tokens: visible",
+            )
         return self
 
 
@@ -88,6 +154,12 @@ class LatentConfig(Section):
         le=1,
         description="momentum goes linearly to this over a run schedule.stretch times as long (V-JEPA 1: 1); "
         "None is constant",
+    )
+    keep_predictor: bool = Field(
+        False,
+        description="initialise_from is the folder of a run of latent prediction, or a checkpoint of it, and encoder, "
+        "predictor and teacher go on from there, with clips of any size (V-JEPA 2's cool-down); else its teacher alone "
+        "is taken, and the predictor is a new one",
     )
     predictor_width: int = Field(384, ge=8, description="width of the predictor")
     predictor_depth: int = Field(12, ge=1, description="blocks of the predictor (2.1 g and G: 24)")

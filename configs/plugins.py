@@ -20,8 +20,11 @@ from cliplift.configs.load import validate
 from cliplift.configs.sections import ConfigError, Section
 
 # Objectives of `cliplift pretrain`; `pipelines/stages/run.py` holds the stage of each.
-OBJECTIVES: set[str] = {"classification", "forecast", "latent", "masked"}
-SOURCE_KINDS = ("folder", "csv", "kinetics", "ucf101", "hmdb51", "youtube8m", "tars")
+OBJECTIVES: set[str] = {"classification", "distil", "forecast", "latent", "masked"}
+SOURCE_KINDS = (
+    "folder", "csv", "kinetics", "kinetics710", "ucf101", "hmdb51", "youtube8m", "something_something", "diving48",
+    "tars",
+)  # fmt: skip
 MAX_DRAWS = 8  # uniform numbers a clip has for all plug-in augmentations of a run together
 STAGE_MEMBERS = (
     "networks", "splits", "build_module", "example_inputs", "inputs", "evaluate", "finish", "trained_network",

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from cliplift.configs.data import DataConfig, ViewsConfig
-from cliplift.configs.objectives import ForecastConfig, LatentConfig, MaskedConfig
+from cliplift.configs.objectives import DistilConfig, ForecastConfig, LatentConfig, MaskedConfig
 from cliplift.configs.plugins import ObjectiveName, objective_options
 from cliplift.configs.sections import ConfigError, Location, Output, Section
 from cliplift.configs.sharding import ShardRun
@@ -61,22 +61,26 @@ class ClassificationRun(TrainingRun):
 
 
 class PretrainRun(ClassificationRun):
-    """Large-backbone pretraining: on labelled shards, or on any by predicting frames, hidden pixels or features."""
+    """Large-backbone pretraining: on labelled shards, or on any by predicting frames, hidden pixels or features, or by
+    learning what image teachers say of every place."""
 
     stage: Literal["pretrain"] = "pretrain"
     objective: ObjectiveName = Field(
         "classification",
         description="what is learned: classification (the labels); without labels, forecast (the frames to come), "
-        "masked (hidden pixels) or latent (features of hidden blocks); or the objective of a plug-in",
+        "masked (hidden pixels), latent (features of hidden blocks) or distil (image teachers' features, token by "
+        "token); or the objective of a plug-in",
     )
     objective_options: dict[str, object] = Field({}, description="options of the objective of a plug-in")
     forecast: ForecastConfig = ForecastConfig()
     masked: MaskedConfig = MaskedConfig()
     latent: LatentConfig = LatentConfig()
+    distil: DistilConfig = DistilConfig()
+    teacher: TeacherConfig = Field(TeacherConfig(), description="the frozen 2D networks of objective distil")
     probe: ProbeConfig | None = Field(
         None,
-        description="labelled data for a k-NN and a linear probe of the encoder's features, with objective masked or "
-        "latent; None is off",
+        description="labelled data for a k-NN and a linear probe of the encoder's features, with objective masked, "
+        "latent or distil; None is off",
     )
 
     @field_validator("objective_options")
@@ -102,7 +106,7 @@ class PretrainRun(ClassificationRun):
 
     @model_validator(mode="after")
     def _probe_possible(self) -> PretrainRun:
-        if self.probe is not None and self.objective not in ("masked", "latent"):
+        if self.probe is not None and self.objective not in ("masked", "latent", "distil"):
             raise ConfigError(
                 f"judges features learned without labels, and this run is of objective {self.objective!r}",
                 key="probe",
@@ -125,6 +129,13 @@ class PretrainRun(ClassificationRun):
         self._refuse_labels("latent prediction")
         self._refuse_flow("is not what its encoders take")
         self._refuse_half("cannot hold the small steps of the teacher's moving average")
+        if self.latent.keep_predictor and (self.initialise_from is None or self.model.pretrained is not None):
+            raise ConfigError(
+                "goes on with the nets of another run, which initialise_from names and model.pretrained does not",
+                key="latent.keep_predictor",
+                value=True,
+                hint="set initialise_from to that run's folder and leave model.pretrained out",
+            )
         if self.optim.average_decay:
             raise ConfigError(
                 "averages the student, and the result of latent prediction is the teacher, an average already",
@@ -132,6 +143,26 @@ class PretrainRun(ClassificationRun):
                 value=self.optim.average_decay,
                 hint="use 0; latent.teacher_momentum is the teacher's",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _distil_possible(self) -> PretrainRun:
+        if self.objective != "distil":
+            return self
+        self._refuse_labels("distillation")
+        self._refuse_flow("has no frames for a teacher to see")
+        self._refuse_half("rounds the features that are to be learned")
+        for key, value, idle in (
+            ("cache_features", self.teacher.cache_features, False),
+            ("frames", self.teacher.frames, None),
+        ):
+            if value != idle:
+                raise ConfigError(
+                    "is of supervision transfer: here every token has a target of its own, at the clip's time and crop",
+                    key=f"teacher.{key}",
+                    value=value,
+                    hint="leave it out; distil.teacher_frames says which frames a teacher sees",
+                )
         return self
 
     def _refuse_flow(self, why: str) -> None:

@@ -109,6 +109,46 @@ class YouTube8MSource(Section):
     )
 
 
+class Kinetics710Source(Section):
+    """Kinetics-710: Kinetics-400, 600 and 700 merged by YouTube id, under the published table of 710 classes."""
+
+    kind: Literal["kinetics710"] = "kinetics710"
+    lists: dict[Literal["k400", "k600", "k700"], tuple[str, ...]] = Field(
+        min_length=1, description="official CSV files of each edition; what they hold out is not trained on"
+    )
+    root: Location = Field(
+        description="folder or URL of all videos, ID_SSSSSS_EEEEEE.ext or ID.ext, below any folders"
+    )
+    classes_file: str = Field(
+        description="label_map_k710.txt: a class name and, behind a tab, its number on each line"
+    )
+    maps: str = Field(
+        description="folder with map_k400.json, map_k600.json and map_k700.json: the numbers of an edition's classes, "
+        "in the order of their names"
+    )
+
+
+class SomethingSomethingSource(Section):
+    """Something-Something v2 with its official lists; the test list has no classes."""
+
+    kind: Literal["something_something"] = "something_something"
+    lists: str = Field(
+        description="folder with labels.json, train.json, validation.json and perhaps test.json, with or without "
+        "something-something-v2- before their names"
+    )
+    root: Location = Field(description="folder or URL of the videos, named ID.webm")
+
+
+class Diving48Source(Section):
+    """Diving48 with the lists of its second version."""
+
+    kind: Literal["diving48"] = "diving48"
+    lists: str = Field(
+        description="folder with Diving48_V2_train.json, Diving48_V2_test.json and Diving48_vocab.json"
+    )
+    root: Location = Field(description="folder or URL of the videos, named by vid_name")
+
+
 class TarsSource(Section):
     """Videos in WebDataset tars written by others (video2dataset); the first folder of a tar's path is its split."""
 
@@ -123,7 +163,16 @@ class TarsSource(Section):
 
 
 Source = Annotated[
-    FolderSource | CsvSource | KineticsSource | Ucf101Source | Hmdb51Source | YouTube8MSource | TarsSource,
+    FolderSource
+    | CsvSource
+    | KineticsSource
+    | Kinetics710Source
+    | Ucf101Source
+    | Hmdb51Source
+    | YouTube8MSource
+    | SomethingSomethingSource
+    | Diving48Source
+    | TarsSource,
     Discriminator("kind"),
     WrapValidator(source_or_plugin),
     PlainSerializer(lambda source: source.model_dump(mode="json")),

@@ -44,8 +44,8 @@ class TeacherConfig(ImageTeacher):
     )
     others: tuple[ImageTeacher, ...] = Field(
         (),
-        description="bank, regression: further teachers; each has a linear predictor of its own, and all count the "
-        "same",
+        description="bank, regression, objective distil: further teachers; each has a predictor of its own, and all "
+        "count the same",
     )
 
     def by_key(self) -> dict[str, ImageTeacher]:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cliplift.models.factory import create_model
 from cliplift.models.protocol import VideoModel
-from cliplift.models.registry import model_entry
+from cliplift.models.registry import model_entry, model_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,25 +46,25 @@ def measure_model(
         name: a registered name.
         num_classes: K; None for the published one.
         in_frames: T; None for the model's own.
-        crop: H = W of the input; None for the model's own.
+        crop: H = W of the input, and of the model where that is an option of it; None for the model's own.
         options: architecture options.
 
     Raises:
         ModelError: as :func:`create_model`.
     """
-    entry = model_entry(name)
+    options |= {"crop": crop} if crop is not None and "crop" in model_options(name) else {}
     with torch.device("meta"):
         model = create_model(name, num_classes=num_classes, in_frames=in_frames, **options).eval()
         model.requires_grad_(False)  # the counter wants the gradient function of whatever asks for one
-        shape = input_shape(model, dims=entry.dims, crop=crop)
+        shape = input_shape(model, dims=model_entry(name).dims, crop=crop)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(torch.empty(shape))
         with torch.no_grad():
             features = model.forward_features(torch.empty(shape))
     return ModelMeasure(
         name=name,
-        paper=entry.paper,
-        dims=entry.dims,
+        paper=model_entry(name).paper,
+        dims=model_entry(name).dims,
         num_classes=model.num_classes,
         parameters=sum(p.numel() for p in model.parameters()),
         gmacs=counter.get_total_flops() / 2e9,

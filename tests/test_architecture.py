@@ -72,9 +72,9 @@ ROOMS: dict[str, list[set[str]]] = {
         {"evaluation"},
         {"probes", "embeddings"},
         {"stages", "report", "api"},
-        {"cost"},
+        {"cost", "repeats"},
     ],
-    "launch": [{"jobs"}, {"check"}, {"commands", "completion"}, {"cli"}],
+    "launch": [{"jobs"}, {"check"}, {"start"}, {"commands", "completion"}, {"cli"}],
 }
 MAX_FILES_IN_A_ROOM = 12
 MAX_LINES = 500

@@ -33,7 +33,7 @@ def output(*words):
 assert "1,369,738" in output("models", "all_cnn*")
 assert "square_loss" in OBJECTIVES
 assert "objective: square_loss" in output("pretrain", "pretrain/demo", "objective=square_loss", "--dry-run")
-assert "kind: something_something" in output("shard", "shard/something_something", "--dry-run")
+assert "kind: moments_in_time" in output("shard", "shard/moments_in_time", "--dry-run")
 assert "list the classes of a shard dataset" in output("--help")
 """
 SOLARISED = """

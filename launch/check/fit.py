@@ -19,6 +19,7 @@ from cliplift.launch.check.cost import Cost, check_cost
 from cliplift.launch.check.findings import Finding
 from cliplift.launch.check.machine import Machine
 from cliplift.models.protocol import ModelError
+from cliplift.pipelines.data.clip_plan import doubts_about
 from cliplift.pipelines.data.loader import ClipLoader
 from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
@@ -166,6 +167,8 @@ def _labels(run: TrainingRun, _: Machine, known: Known) -> Iterator[Finding]:
     text = f"{K} classes with {int(counts.min())} to {int(counts.max())} clips"
     remedy = f"{len(empty)} classes have no training clip, such as {empty[0]}" if empty else ""
     yield Finding("note" if empty else "ok", "labels", text, remedy)
+    for key, doubt in doubts_about(run.data, known.classes):
+        yield Finding("note", key, doubt)
 
 
 def _batches(run: TrainingRun, machine: Machine, known: Known) -> Iterator[Finding]:
@@ -222,7 +225,7 @@ def _model(run: TrainingRun, _: Machine, known: Known) -> Iterator[Finding]:
             num_classes=classes,
             in_frames=run.data.sampling.frames,
             crop=run.data.crop_pixels,
-            **run.model.options,
+            **{name: value for name, value in run.model.options.items() if name != "crop"},
         )
     except (ModelError, ConfigError) as error:
         yield Finding("fail", "model", str(error))

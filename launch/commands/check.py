@@ -1,8 +1,9 @@
-"""``cliplift check``: would a run work, fit and end in time? Asked before it is queued."""
+"""``cliplift check``: would a run work, fit and end in time? Asked before it is queued. ``doctor``: what is here?"""
 
 from __future__ import annotations
 
 import argparse
+import os
 
 from cliplift.launch.commands.command import Command
 
@@ -45,7 +46,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     from cliplift.launch.check.fit import check
     from cliplift.launch.check.machine import choose_machine
     from cliplift.launch.commands.subject import load_training
-    from cliplift.pipelines.stages.repeats import single_runs
+    from cliplift.pipelines.repeats import single_runs
 
     loaded = load_training(arguments.subject, arguments.rest)
     runs = single_runs(loaded.run)  # which differ in fold and seed alone
@@ -65,11 +66,28 @@ def run_check(arguments: argparse.Namespace) -> int:
     return exit_code(findings)
 
 
+def run_doctor(_: argparse.Namespace) -> int:
+    """Exit code 1 when something that the stages need is broken."""
+    from cliplift.launch.check.doctor import examine
+    from cliplift.launch.check.findings import exit_code, table
+
+    findings = examine(os.environ)
+    print(table(findings))
+    return exit_code(findings)
+
+
 COMMANDS = (
     Command(
         name="check",
         summary="will it work, fit and end in time? a run's data, shapes, memory and hours, before it is queued",
         add_options=add_options,
         run=run_check,
+    ),
+    Command(
+        name="doctor",
+        summary="what this machine has: versions, GPUs, decoders, limits",
+        subject="",
+        rest="",
+        run=run_doctor,
     ),
 )

@@ -16,7 +16,7 @@ def run_training(arguments: argparse.Namespace, *, stage: str) -> int:
     loaded = load_stage(arguments, TRAINING[stage])
     prepare_environment()
     from cliplift.pipelines.distributed.collectives import leave
-    from cliplift.pipelines.stages.repeats import run_all
+    from cliplift.pipelines.repeats import run_all
     from cliplift.pipelines.stages.run import dry_run
 
     if arguments.dry_run:

@@ -13,12 +13,16 @@
 
     MaskedAutoencoder(encoder, width=384, depth=4, heads=6)                  VideoMAE, v2 (decoder.py)
         (clips, visible, decoded=None) -> Reconstruction(loss, loss_of_clip, prediction, target, decoded, counted)
-    LatentPredictor.of(encoder, ...) | LatentPredictor(encoder_width, ...)   V-JEPA 2, 2.1 (predictor.py)
+    LatentPredictor.of(encoder, ...) | LatentPredictor(encoder_width, ...)   V-JEPA 2, 2.1 (latent.py)
         (context, context_numbers, target_numbers, grid) -> prediction (B, m, F), of the context (B, n, F) or None
     LatentPrediction(encoder, predictor)                                     their loss, with a teacher (latent.py)
         (clips, [(context, targets), ...]) -> Prediction(loss, loss_of_clip, target)
+    VisibleAlignment | HiddenPrediction(encoder, widths, ...)                image teachers' features (distil.py)
+        (clips, visible, targets) -> Distilled(loss, loss_of_clip, cosine_of_clip)
+    image_targets(network, frames, layers=K) -> maps, attention              what a teacher says (image_teachers.py)
+    create_model("image_vit_base_16", style="clip", projection=512)          CLIP, DINO and MAE as teachers (same)
     AttentiveProbe(width, num_classes=K)(tokens) -> (B, K)                   (attentive.py)
 
-Read in the order positions, blocks, model, variants, masks, decoder, predictor, latent, attentive; weights from other
-projects' files are in weights.py, to Hugging Face's format in huggingface.py.
+Read in the order positions, blocks, model, variants, masks, decoder, latent, image_teachers, distil, attentive;
+weights from other projects' files are in weights.py, to Hugging Face's format in huggingface.py.
 """

@@ -27,7 +27,9 @@ QkvBias = Literal["full", "query_value"]
 # "xavier": uniform (VideoMAE). "truncated": normal of standard deviation 0.02, and block i's two output layers divided
 # by sqrt(2 (i + 1)) (V-JEPA).
 Init = Literal["xavier", "truncated"]
+Activation = Literal["gelu", "quick_gelu"]  # quick: x * sigmoid(1.702 x), CLIP's
 STD = 0.02
+QUICK = 1.702
 
 
 class InitLinear(nn.Linear):
@@ -75,6 +77,7 @@ class BlockSpec:
     qkv_bias: QkvBias = "full"
     init: Init = "truncated"
     eps: float = 1e-6
+    activation: Activation = "gelu"
 
     def __post_init__(self) -> None:
         if min(self.width, self.heads, self.hidden) < 1 or self.width % self.heads:
@@ -114,12 +117,15 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, spec: BlockSpec, *, shrink: float) -> None:
         super().__init__()
+        self.activation = spec.activation
         self.fc1 = InitLinear(spec.width, spec.hidden, init=spec.init)
         self.fc2 = InitLinear(spec.hidden, spec.width, init=spec.init, shrink=shrink)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        return cast(Tensor, self.fc2(F.gelu(self.fc1(x))))
+        x = self.fc1(x)
+        x = F.gelu(x) if self.activation == "gelu" else x * torch.sigmoid(QUICK * x)
+        return cast(Tensor, self.fc2(x))
 
 
 class Block(nn.Module):

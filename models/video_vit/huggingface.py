@@ -21,8 +21,8 @@ from torch import Tensor
 from cliplift.models.protocol import InputSpec, ModelError
 from cliplift.models.video_vit.blocks import BlockSpec
 from cliplift.models.video_vit.decoder import MaskedAutoencoder
+from cliplift.models.video_vit.latent import LatentPredictor
 from cliplift.models.video_vit.model import VideoViT
-from cliplift.models.video_vit.predictor import LatentPredictor
 from cliplift.models.video_vit.weights import (
     HF_PREDICTOR_TOP,
     HF_PROBE,

@@ -5,7 +5,8 @@ among ranks, micro-batches and loader workers gives the same masks. Random numbe
 generator with a state: number k of a clip is a hash of (seed, stream, epoch, position, k).
 
 Tube, random and running-cell masks are VideoMAE's (arXiv 2203.12602) and VideoMAE v2's (2303.16727); block masks are
-V-JEPA's (2404.08471, 2506.09985). All are bool tensors (B, N) over the flat token numbers, True = hidden, on the CPU;
+V-JEPA's (2404.08471, 2506.09985); the mask that follows a teacher's attention is Unmasked Teacher's (2303.16058), and
+depends on those weights too. All are bool tensors (B, N) over the flat token numbers, True = hidden, on the CPU;
 :func:`token_numbers` and :func:`context_and_targets` make the number lists that the networks take.
 
 Shape letters: B clips, T H W tokens along time, rows, columns, N = T*H*W, n and m tokens in a list.
@@ -24,7 +25,7 @@ from cliplift.models.video_vit.positions import TokenGrid
 
 MAX_REDRAWS = 1_000
 # Streams of random numbers, so that no two uses of a clip's numbers are related.
-_TUBE, _RANDOM, _CELL, _BLOCK_SIZE, _BLOCK_PLACE, _SUBSET = range(6)
+_TUBE, _RANDOM, _CELL, _BLOCK_SIZE, _BLOCK_PLACE, _SUBSET, _WEIGHTED = range(7)
 
 
 def _signed(word: int) -> int:
@@ -126,6 +127,26 @@ def running_cell_mask(grid: TokenGrid, draws: MaskDraws, *, ratio: float) -> Ten
     t = torch.arange(grid.frames)[:, None, None]
     inside = 2 * (torch.arange(grid.rows)[:, None] % 2) + torch.arange(grid.columns) % 2
     return ((inside + t + 1 + phase) % 4 < hidden).flatten(1)
+
+
+def weighted_mask(grid: TokenGrid, draws: MaskDraws, weights: Tensor, *, ratio: float) -> Tensor:
+    """Unmasked Teacher's mask (arXiv 2303.16058): int(ratio * H * W) of each frame of tokens are hidden, and the
+    visible ones are drawn without replacement, each as likely as its weight says. (B, N) on the device of the weights.
+
+    The place with the smallest E / weight comes first, E exponential (Efraimidis and Spirakis 2006), so that a mask is
+    a function of the clip's counted numbers and its weights.
+
+    Args:
+        weights: (B, N), a teacher's attention; none below 0.
+    """
+    _check_ratio(ratio)
+    places = grid.tokens_of_a_frame
+    waiting = -draws.uniform(_WEIGHTED, grid.tokens).neg().log1p()  # exponential
+    if weights.is_cuda:
+        waiting = waiting.pin_memory().to(weights.device, non_blocking=True)
+    arrival = waiting / weights.double().clamp_min(torch.finfo(torch.float32).tiny)
+    ranks = torch.unflatten(arrival, 1, (grid.frames, places)).argsort(dim=2, stable=True).argsort(dim=2)
+    return (ranks >= places - int(ratio * places)).flatten(1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ def videomae(
     in_frames: int = 16,
     crop: int = 224,
     patch: int = 16,
+    tubelet: int = 2,
     width: int = 768,
     depth: int = 12,
     heads: int = 12,
@@ -43,7 +44,8 @@ def videomae(
 
     Args:
         crop: H = W in pixels.
-        patch: pixels of a tubelet's side; a tubelet has 2 frames.
+        patch: pixels of a tubelet's side.
+        tubelet: its frames; 1 for Unmasked Teacher's 8 frames.
         hidden: width of the MLPs' hidden layer.
         positions: "sincos" (VideoMAE) or "rope" (V-JEPA).
         position_resize: of the sine/cosine vectors, for another grid at run time: "flat" (released code), "trilinear".
@@ -57,6 +59,7 @@ def videomae(
         spec=BlockSpec(width=width, heads=heads, hidden=hidden, qkv_bias="query_value", init="xavier"),
         depth=depth,
         patch=patch,
+        tubelet=tubelet,
         num_classes=num_classes,
         input_spec=_input_spec(in_frames, crop, test_clips=5),
         positions=positions,

@@ -135,7 +135,7 @@ def adapt_masked_autoencoder(state: Mapping[str, Tensor]) -> tuple[State, list[s
 
 
 def adapt_predictor(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
-    """A predictor under the names of :class:`~cliplift.models.video_vit.predictor.LatentPredictor`."""
+    """A predictor under the names of :class:`~cliplift.models.video_vit.latent.LatentPredictor`."""
     notes: list[str] = []
     given = _without_wrapping(state, notes)
     if any(key.startswith("predictor.layer.") for key in given):

@@ -8,7 +8,8 @@ Where a frame is cut, and cutting it: boxes in the stored picture, resized to th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -263,3 +264,42 @@ def mirrored_labels(augment: AugmentConfig, classes: Sequence[str]) -> Mapping[i
             if other in numbers:
                 swapped[numbers[name]] = numbers[other]
     return swapped
+
+
+def doubts_about(data: DataConfig, classes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(key, sentence) of what is allowed and most likely a mistake where these classes are to be told apart.
+
+    * clips are mirrored, and the mirror image of a class is another one: ``from left to right``;
+    * Something-Something's templates, whose actions take the whole video, are read from a part of it.
+    """
+    mirrors = {name.lower(): _exchanged(name) for name in classes}
+    paired = {name.lower() for pair in data.augment.flip_label_pairs for name in pair}
+    sided = next((n for n, other in mirrors.items() if n != other and n not in paired), None)
+    if sided is not None:
+        other = mirrors[sided] if mirrors[sided] in mirrors else "another class, or none"
+        for key, value, way in (
+            (
+                "data.augment.flip",
+                data.augment.flip,
+                "false, or name the classes in data.augment.flip_label_pairs",
+            ),
+            ("data.views.crops", data.views.crops == 10, "1, 3 or 5"),
+        ):
+            if value:
+                yield key, f"mirrors clips, and the mirror image of {sided!r} is {other!r}: set it to {way}"
+    templates = sum("something" in name.lower().split() for name in classes)
+    if len(classes) >= FEW_TEMPLATES and templates > 0.9 * len(classes) and data.sampling.mode != "segments":
+        yield (
+            "data.sampling.mode",
+            "reads a part of each video, and the templates of Something-Something are about the whole of it: segments, "
+            "as all published results have it, are worth 1 to 2.5 points",
+        )
+
+
+FEW_TEMPLATES = 20  # a data set of fewer classes may have "something" in all of them by chance
+
+
+def _exchanged(name: str) -> str:
+    """A class name with left and right exchanged, as words."""
+    sides = {"left": "right", "right": "left"}
+    return re.sub(r"(?<![a-z])(left|right)(?![a-z])", lambda found: sides[found[1]], name.lower())

@@ -140,6 +140,7 @@ class ModelCard(TypedDict, total=False):
     forecast: Mapping[str, object]  # a ForecastConfig
     masked: Mapping[str, object]  # a MaskedConfig
     latent: Mapping[str, object]  # a LatentConfig
+    distil: Mapping[str, object]  # a DistilConfig
 
 
 @dataclass(frozen=True, kw_only=True)

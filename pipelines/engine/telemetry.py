@@ -123,13 +123,14 @@ def forward_flops(
     model: ModelConfig, *, classes: int, frames: int | None = None, crop_pixels: int | None = None
 ) -> float | None:
     """Operations of one forward pass on one clip (or image), counted on the meta device; None where that fails."""
+    options = {name: value for name, value in model.options.items() if name != "crop" or crop_pixels is None}
     try:
         found = measure_model(
             model.name,
             num_classes=classes,
             in_frames=frames,
             crop=crop_pixels,
-            **model.options,
+            **options,
         )
     except (ModelError, NotImplementedError, RuntimeError) as error:
         log.warning("the operations of %s cannot be counted, so MFU is not logged: %s", model.name, error)

@@ -6,8 +6,8 @@
 * ``forecast``: pretrain by predicting frames
 * ``masked``: pretrain by predicting the pixels of hidden tokens
 * ``latent``: pretrain by predicting a teacher's features of hidden tokens
+* ``distil``: pretrain by learning image teachers' features, token by token
 * ``transfer``: 2D to 3D, with ``matching`` (pairs and their metrics), ``feature_targets`` (the teacher's features as
   the target) and ``teacher`` (its features, computed once)
-* ``repeats``: folds and seeds, one run each
 * ``checkpoint_export``: a checkpoint's weights as an export folder
 """

@@ -13,9 +13,11 @@ what is predicted.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -28,7 +30,7 @@ from cliplift.configs.runs import PretrainRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model
 from cliplift.models.protocol import ModelError
-from cliplift.models.video_vit.latent import LatentPrediction, Prediction
+from cliplift.models.video_vit.latent import LatentPrediction, LatentPredictor, Prediction
 from cliplift.models.video_vit.masks import (
     LONG_RANGE,
     SHORT_RANGE,
@@ -39,7 +41,9 @@ from cliplift.models.video_vit.masks import (
 )
 from cliplift.models.video_vit.model import VideoViT
 from cliplift.models.video_vit.positions import TokenGrid
-from cliplift.models.video_vit.predictor import LatentPredictor
+from cliplift.pipelines.checkpoints.folder import complete_checkpoints, damage
+from cliplift.pipelines.checkpoints.saved import open_checkpoint
+from cliplift.pipelines.checkpoints.stored import COMPLETE
 from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.task import (
@@ -63,6 +67,8 @@ from cliplift.pipelines.probes.pooled import probe
 from cliplift.pipelines.stages.masked import HiddenTokensStage, pretraining_options
 from cliplift.pipelines.stages.matching import send_to_device
 from cliplift.pipelines.stages.starting_weights import freeze_named, initialise_from
+
+log = logging.getLogger(__name__)
 
 MASKS = (SHORT_RANGE, LONG_RANGE)  # each one a pass of encoder and predictor
 MASK_TOKENS = {False: 10, True: 8}  # of the predictor, in the released files of 2 and of 2.1 (dense)
@@ -166,11 +172,15 @@ class LatentStage(HiddenTokensStage):
     def build_module(self, *, weights: bool) -> StageModule:
         run = self.run
         encoder = build_encoder(run, pretrained=run.model.pretrained if weights else None)
-        if weights and run.initialise_from is not None:
-            initialise_from(encoder, run.initialise_from)
+        source = run.initialise_from if weights else None
+        if source is not None and not run.latent.keep_predictor:
+            initialise_from(encoder, source)
         self._masks_of(encoder).check()
         prediction = with_predictor(encoder, build_encoder(run, pretrained=None), run)
-        return StageModule(module=FeaturePrediction(prediction), network=prediction.teacher)
+        module = FeaturePrediction(prediction)
+        if source is not None and run.latent.keep_predictor:
+            continue_from(module, source)
+        return StageModule(module=module, network=prediction.teacher)
 
     @property
     def best_metric(self) -> str:
@@ -351,3 +361,45 @@ def with_predictor(encoder: VideoViT, teacher: VideoViT, run: PretrainRun) -> La
     return LatentPrediction(
         encoder, predictor, teacher, dense=config.dense, near_first=config.context_near_first
     )
+
+
+@torch.no_grad()
+def continue_from(module: FeaturePrediction, source: str) -> None:
+    """Give encoder, predictor and teacher the weights they have in another run, tensor by tensor.
+
+    Positions are computed, so that clips may have another length and size than there. The optimizer begins anew.
+
+    Args:
+        module: what is to be trained.
+        source: the folder of that run, whose last checkpoint is taken, or one of its checkpoints.
+
+    Raises:
+        ConfigError: there is no whole checkpoint, or it is of other nets; names the first difference.
+    """
+    given = Path(source)
+    found = [given] if (given / COMPLETE).is_file() else complete_checkpoints(given / "checkpoints")
+    problem = damage(found[-1], unread="optimizer") if found else "it holds no whole checkpoint"
+    if problem is not None:
+        raise ConfigError(
+            f"{source!r} cannot be gone on from: {problem}",
+            key="initialise_from",
+            value=source,
+            hint="give the folder of a run of latent prediction that has checkpoints, or one of them",
+        )
+    alone = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    saved = open_checkpoint(found[-1], topology=alone).parameters
+    own = dict(module.named_parameters())
+    theirs = {name: saved.shape(name) for name in saved}
+    different = sorted(own.keys() ^ theirs.keys()) or [
+        n for n, p in own.items() if tuple(p.shape) != theirs[n]
+    ]
+    if different:
+        raise ConfigError(
+            f"{source!r} is a checkpoint of other nets ({len(different)} differences, first {different[0]})",
+            key="initialise_from",
+            value=source,
+            hint="take that run's model, latent.dense and size of the predictor, or latent.keep_predictor=false",
+        )
+    for name, parameter in own.items():
+        parameter.copy_(saved.whole(name))
+    log.info("encoder, predictor and teacher go on from %s", found[-1])

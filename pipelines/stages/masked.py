@@ -91,21 +91,22 @@ class ClipMasks:
     grid: TokenGrid
     seed: int
     units: bool = False  # of a Hiera
+    section: str = "masked"  # of the config, for messages
 
     def __post_init__(self) -> None:
         config, grid = self.config, self.grid
-        for key, kind in (("masked.mask", config.mask), ("masked.decoder_mask", config.decoder_mask)):
+        for key, kind in (("mask", config.mask), ("decoder_mask", config.decoder_mask)):
             if kind == "running_cell" and (grid.rows % 2 or grid.columns % 2):
                 raise ConfigError(
                     f"needs whole cells of 2x2 tokens, and a frame has {grid.rows}x{grid.columns}",
-                    key=key,
+                    key=f"{self.section}.{key}",
                     value=kind,
                     hint="change data.crop_pixels",
                 )
         if not 0 < self.visible < grid.tokens:
             raise ConfigError(
                 f"leaves {self.visible} of {grid.tokens} tokens visible",
-                key="masked.ratio",
+                key=f"{self.section}.ratio",
                 value=config.ratio,
                 hint="some must be visible and some hidden: change it, or use larger clips",
             )

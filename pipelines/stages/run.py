@@ -20,6 +20,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import TrainingRun
 from cliplift.models.protocol import ModelError
 from cliplift.models.registry import model_entry
+from cliplift.pipelines.data.clip_plan import doubts_about
 from cliplift.pipelines.data.loader import TrainingLoader, training_loader
 from cliplift.pipelines.data.source import on_its_generations
 from cliplift.pipelines.distributed.agreement import agree_on_run, agreed_data
@@ -31,13 +32,14 @@ from cliplift.pipelines.engine.loop import fit
 from cliplift.pipelines.engine.optim import total_steps
 from cliplift.pipelines.engine.partitioned_build import built_in_parts
 from cliplift.pipelines.engine.task import FitResult, Stage, save_trained
-from cliplift.pipelines.runs.folder import RunFolder, metrics_of, seconds_of, sole_writer
+from cliplift.pipelines.runs.folder import Record, RunFolder, metrics_of, seconds_of, sole_writer
 from cliplift.pipelines.runs.leaks import leak_statements, statement_lines
 from cliplift.pipelines.runs.published import PublishedRun, require_common_folder
 from cliplift.pipelines.runs.results import commands_after, result_block
 from cliplift.pipelines.runs.tracking import Tracker
 from cliplift.pipelines.runs.trained_on import record_data
 from cliplift.pipelines.stages.classification import ClassificationStage, FinetuneStage
+from cliplift.pipelines.stages.distil import DistilStage
 from cliplift.pipelines.stages.forecast import ForecastStage
 from cliplift.pipelines.stages.latent import LatentStage
 from cliplift.pipelines.stages.masked import MaskedStage
@@ -46,6 +48,7 @@ from cliplift.pipelines.stages.transfer import TransferStage
 # Called with (run, classes=..., topology=...). Plug-ins bring their own, as `configs/plugins.py` finds them.
 OBJECTIVES: dict[str, Callable[..., Stage]] = {
     "classification": ClassificationStage,
+    "distil": DistilStage,
     "forecast": ForecastStage,
     "latent": LatentStage,
     "masked": MaskedStage,
@@ -127,12 +130,7 @@ def _run_in(
     stage = str(run.stage)
     done = broadcast_object(folder.result(), topology)  # hosts may have folders of their own
     if done is not None and run.checkpoint.resume == "auto":
-        PublishedRun(run.checkpoint.url, folder.path).publish_result(topology)
-        log_main(
-            topology,
-            f"{run.name}: already finished in {folder.path}; use another output, or checkpoint.resume=never",
-        )
-        return StageResult(folder.path, metrics_of(done), seconds=seconds_of(done) or 0.0)
+        return _finished_before(run, folder, done, topology)
     run = _on_its_generations(run, folder, topology)
     folder.write_start(run, stage=stage, name=run.name, command=command, world_size=topology.world_size)
     _seed(run, topology)
@@ -144,6 +142,8 @@ def _run_in(
         task = _task(run, loader, topology)
         tracker = Tracker(run, stage=stage, folder=folder.path, topology=topology)
         log_main(topology, f"{run.name}: {_setting(run, task, loader, topology)}")
+        for key, doubt in doubts_about(run.data, loader.classes if task.needs_labels else ()):
+            log_main(topology, f"{run.name}: warning: {key} {doubt}")
         result = fit(task=task, run=run, loader=loader, topology=topology, tracker=tracker)
         if result.interrupted:
             result.release()
@@ -176,6 +176,15 @@ def _run_in(
         ),
     )
     return StageResult(folder.path, metrics, seconds=seconds)
+
+
+def _finished_before(run: TrainingRun, folder: RunFolder, done: Record, topology: Topology) -> StageResult:
+    PublishedRun(run.checkpoint.url, folder.path).publish_result(topology)
+    log_main(
+        topology,
+        f"{run.name}: already finished in {folder.path}; use another output, or checkpoint.resume=never",
+    )
+    return StageResult(folder.path, metrics_of(done), seconds=seconds_of(done) or 0.0)
 
 
 def _on_its_generations(run: TrainingRun, folder: RunFolder, topology: Topology) -> TrainingRun:

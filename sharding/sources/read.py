@@ -13,9 +13,12 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.sharding import ShardRun
 from cliplift.configs.sources import (
     CsvSource,
+    Diving48Source,
     FolderSource,
     Hmdb51Source,
+    Kinetics710Source,
     KineticsSource,
+    SomethingSomethingSource,
     Source,
     SplitConfig,
     TarsSource,
@@ -24,6 +27,8 @@ from cliplift.configs.sources import (
 )
 from cliplift.sharding.manifest import SourceVideo, digest
 from cliplift.sharding.sources.files import DANGLING, LeftOut, walk_files, why_left_out
+from cliplift.sharding.sources.json_lists import read_diving48, read_something_something
+from cliplift.sharding.sources.kinetics710 import read_kinetics710
 from cliplift.sharding.sources.labels import LabelError, label_name, number_labels
 from cliplift.sharding.sources.lists import (
     UNASSIGNED,
@@ -97,9 +102,12 @@ def _open_source(source: Source) -> Listing | Stream:
         FolderSource: _read_folder,
         CsvSource: _read_csv,
         KineticsSource: read_kinetics,
+        Kinetics710Source: read_kinetics710,
         Ucf101Source: read_ucf101,
         Hmdb51Source: read_hmdb51,
         YouTube8MSource: read_youtube8m,
+        SomethingSomethingSource: read_something_something,
+        Diving48Source: read_diving48,
         TarsSource: read_tars,
     }
     return readers.get(type(source), _read_plugin)(source)

@@ -36,6 +36,8 @@ SMALL_INPUTS = {
     "resnet_*": (1, 65, 40),
     "efficientnet_*": (1, 65, 40),
     "timesformer_*": (2, 32, 32),
+    "image_vit_large_14": (1, 28, 42),
+    "image_vit_*": (1, 32, 48),
     "video_vit_giant_14": (4, 28, 42),
     "video_vit_*": (4, 32, 48),
     "vjepa2*": (4, 32, 48),
@@ -58,6 +60,7 @@ SMALL_INPUTS = {
 # Blocks beyond the first few are alike: giants run for real with fewer, since a billion parameters and their gradients
 # do not fit a small machine. pattern -> options
 SHORTENED: dict[str, dict[str, object]] = {
+    "image_vit_large_14": {"depth": 2},
     "video_vit_large_16": {"depth": 2},
     "video_vit_huge_16": {"depth": 2},
     "video_vit_giant_14": {"depth": 2},

@@ -53,3 +53,10 @@ def test_a_head_with_a_learned_query_is_counted() -> None:
     network = create_model("video_vit_tiny_8", num_classes=5, in_frames=4, **options)
     assert measure.parameters == sum(p.numel() for p in network.parameters())
     assert measure.gmacs > 0
+
+
+def test_a_crop_is_an_option_where_the_model_has_one() -> None:
+    """Learned places are of one crop: a row of D for each patch of 16 x 16 pixels."""
+    large, small = measure_model("image_vit_small_16"), measure_model("image_vit_small_16", crop=112)
+    assert small.input_shape[-2:] == (112, 112)
+    assert large.parameters - small.parameters == (14**2 - 7**2) * small.feature_dim

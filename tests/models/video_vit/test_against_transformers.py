@@ -19,9 +19,9 @@ from cliplift.models.video_vit.huggingface import (
     videomae_to_huggingface,
     vjepa2_to_huggingface,
 )
+from cliplift.models.video_vit.latent import LatentPredictor
 from cliplift.models.video_vit.masks import MaskDraws, token_numbers, tube_mask
 from cliplift.models.video_vit.model import VideoViT
-from cliplift.models.video_vit.predictor import LatentPredictor
 
 transformers = pytest.importorskip("transformers")
 

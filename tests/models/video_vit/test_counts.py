@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cliplift.models import create_model
 from cliplift.models.video_vit.attentive import AttentiveProbe
 from cliplift.models.video_vit.decoder import MaskedAutoencoder
-from cliplift.models.video_vit.predictor import LatentPredictor
+from cliplift.models.video_vit.latent import LatentPredictor
 
 
 def parameters(net: nn.Module) -> int:

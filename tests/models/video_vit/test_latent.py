@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from cliplift.models import ModelError, create_model
 from cliplift.models.state_dicts import load_state
-from cliplift.models.video_vit.latent import LatentPrediction, distance_to_hidden
+from cliplift.models.video_vit.latent import LatentPrediction, LatentPredictor, distance_to_hidden
 from cliplift.models.video_vit.masks import LONG_RANGE, SHORT_RANGE, MaskDraws, block_numbers
 from cliplift.models.video_vit.model import VideoViT
 from cliplift.models.video_vit.positions import TokenGrid
-from cliplift.models.video_vit.predictor import LatentPredictor
 
 SMALL = {"crop": 32, "patch": 8, "in_frames": 8, "width": 48, "depth": 3, "heads": 4, "hidden": 96}
 PREDICTOR = {"width": 36, "depth": 2, "heads": 3}

@@ -22,6 +22,7 @@ from cliplift.models.video_vit.masks import (
     shortest_of_batch,
     token_numbers,
     tube_mask,
+    weighted_mask,
 )
 from cliplift.models.video_vit.positions import TokenGrid
 
@@ -223,3 +224,40 @@ def test_mistakes_are_told() -> None:
         token_numbers(torch.tensor([[True, False], [True, True]]))
     with pytest.raises(ModelError, match="shares"):
         Blocks(count=1, scale=(0.5, 1.5), context=0.1, targets=0.1)
+
+
+def test_a_mask_by_attention_draws_the_visible_without_replacement_by_weight() -> None:
+    """Two of four places of each of two frames are visible; how often each pair must be is written out."""
+    grid, clips = TokenGrid(2, 2, 2), 20_000
+    weight = {0: 4.0, 1: 3.0, 2: 2.0, 3: 1.0}
+    rows = torch.tensor([list(weight.values()) * 2]).expand(clips, -1)
+    mask = weighted_mask(grid, draws(clips), rows, ratio=0.5)
+    assert (mask.unflatten(1, (2, 4)).sum(dim=2) == 2).all()
+    visible = ~mask.unflatten(1, (2, 4))
+    for frame in (0, 1):
+        for a in range(4):
+            for b in range(a + 1, 4):
+                chance = sum(
+                    weight[first] / 10 * weight[second] / (10 - weight[first])
+                    for first, second in ((a, b), (b, a))
+                )
+                seen = (visible[:, frame, a] & visible[:, frame, b]).double().mean().item()
+                assert abs(seen - chance) < 4 * math.sqrt(chance * (1 - chance) / clips), (frame, a, b)
+    assert not torch.equal(visible[:, 0], visible[:, 1]), "each frame is drawn by itself"
+
+
+def test_a_mask_by_attention_depends_on_its_clip_alone() -> None:
+    weights = torch.rand(6, BASE.tokens, generator=torch.Generator().manual_seed(0))
+    whole = weighted_mask(BASE, draws(6), weights, ratio=0.8)
+    assert (whole.sum(dim=1) == 8 * 156).all()  # int(0.8 * 196) of each frame
+    for i in range(6):
+        alone = weighted_mask(BASE, draws(1, first=i), weights[i : i + 1], ratio=0.8)
+        assert torch.equal(alone[0], whole[i])
+    assert not torch.equal(weighted_mask(BASE, draws(6, epoch=1), weights, ratio=0.8), whole)
+
+
+def test_places_that_a_teacher_never_looks_at_are_hidden_first() -> None:
+    weights = torch.zeros(3, SMALL.tokens)
+    weights[:, ::4] = 1.0
+    mask = weighted_mask(SMALL, draws(3), weights, ratio=0.75)
+    assert torch.equal(~mask, weights.bool())

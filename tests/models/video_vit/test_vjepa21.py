@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from cliplift.models import create_model
 from cliplift.models.state_dicts import load_state
+from cliplift.models.video_vit.latent import LatentPredictor
 from cliplift.models.video_vit.model import VideoViT
-from cliplift.models.video_vit.predictor import LatentPredictor
 
 RELEASED_ENCODER = (
     ("image_embed.proj.", "patch_embed_img.proj."),

@@ -18,8 +18,8 @@ from cliplift.models.factory import load_pretrained
 from cliplift.models.video_vit.attentive import AttentiveProbe
 from cliplift.models.video_vit.decoder import MaskedAutoencoder
 from cliplift.models.video_vit.huggingface import save_huggingface
+from cliplift.models.video_vit.latent import LatentPredictor
 from cliplift.models.video_vit.model import VideoViT
-from cliplift.models.video_vit.predictor import LatentPredictor
 
 SMALL: dict[str, Any] = {
     "crop": 32,

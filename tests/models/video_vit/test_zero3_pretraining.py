@@ -15,7 +15,7 @@ from cliplift.models import create_model
 from cliplift.models.hiera.decoder import HieraMaskedAutoencoder
 from cliplift.models.layers import checkpoint_blocks
 from cliplift.models.video_vit.decoder import MaskedAutoencoder
-from cliplift.models.video_vit.predictor import LatentPredictor
+from cliplift.models.video_vit.latent import LatentPredictor
 
 class Latent(torch.nn.Module):
     def __init__(self):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cliplift.configs.data import SamplingConfig
-from cliplift.pipelines.data.clip_plan import training_frames, view_frames
+from cliplift.configs.data import DataConfig, SamplingConfig
+from cliplift.pipelines.data.clip_plan import doubts_about, training_frames, view_frames
 
 
 def draw(value: float, frames: int = 16) -> np.ndarray:
@@ -106,3 +106,30 @@ def test_every_frames_covers_the_video_with_whole_clips() -> None:
     assert [view.tolist() for view in found] == [[0, 2, 4, 6], [8, 10, 12, 14], [16, 18, 20, 22]]
     (short,) = view_frames(sampling, num_frames=5, fps=30, clips=1, every_frames=8)
     assert short.tolist() == view_frames(sampling, num_frames=5, fps=30, clips=1)[0].tolist()
+
+
+SIDED = ("Pushing something from left to right", "Pushing something from right to left")
+TEMPLATES = (*SIDED, *(f"Doing {n} to something" for n in range(28)))
+
+
+@pytest.mark.parametrize(
+    ("classes", "data", "keys"),
+    [
+        (TEMPLATES, {"augment": {"flip": True}}, ["data.augment.flip", "data.sampling.mode"]),
+        (TEMPLATES, {"augment": {"flip": False}, "sampling": {"mode": "segments"}}, []),
+        (SIDED, {"augment": {"flip": True, "flip_label_pairs": [SIDED]}}, []),
+        (SIDED, {"augment": {"flip": False}, "views": {"crops": 10}}, ["data.views.crops"]),
+        (("swipe_left", "wave"), {"augment": {"flip": True}}, ["data.augment.flip"]),
+        (("lefties", "bright lights", "something"), {"augment": {"flip": True}}, []),
+    ],
+)
+def test_what_is_allowed_and_most_likely_a_mistake(
+    classes: tuple[str, ...], data: dict[str, object], keys: list[str]
+) -> None:
+    """A mirror where classes tell left from right, and parts of Something-Something's videos."""
+    found = list(doubts_about(DataConfig.model_validate({"shards": "a"} | data), classes))
+    assert [key for key, _ in found] == keys
+    if classes is TEMPLATES and "data.augment.flip" in keys:
+        assert (
+            "'pushing something from left to right' is 'pushing something from right to left'" in found[0][1]
+        )

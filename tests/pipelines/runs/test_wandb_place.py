@@ -11,8 +11,8 @@ from cliplift.configs.load import load_run
 from cliplift.configs.runs import TRAINING
 from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.distributed.agreement import run_facts
+from cliplift.pipelines.repeats import single_runs
 from cliplift.pipelines.runs.tracking import wandb_group
-from cliplift.pipelines.stages.repeats import single_runs
 from cliplift.sharding.build.tracking import wandb_project
 
 

@@ -20,10 +20,10 @@ from cliplift.configs.sections import ConfigError
 from cliplift.launch.cli import main
 from cliplift.pipelines.distributed.agreement import run_facts
 from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.repeats import single_runs
 from cliplift.pipelines.runs import published
 from cliplift.pipelines.runs.published import PublishedRun
 from cliplift.pipelines.stages.checkpoint_export import is_checkpoint
-from cliplift.pipelines.stages.repeats import single_runs
 from cliplift.pipelines.stages.run import run_stage
 from cliplift.sharding import storage
 from cliplift.sharding.storage import StorageError, open_store

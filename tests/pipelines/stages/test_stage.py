@@ -23,7 +23,7 @@ from cliplift.pipelines.evaluation.evaluate import run_evaluate
 from cliplift.pipelines.evaluation.explain import run_explain
 from cliplift.pipelines.evaluation.export import run_export
 from cliplift.pipelines.evaluation.predict import run_predict
-from cliplift.pipelines.stages.repeats import run_all
+from cliplift.pipelines.repeats import run_all
 from cliplift.pipelines.stages.run import dry_run, run_stage
 from cliplift.pipelines.stages.transfer import TransferStage
 from cliplift.sharding.build.run import run_shard
