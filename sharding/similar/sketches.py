@@ -27,10 +27,9 @@ LEAST_ENERGY = 1.0  # of what moves, squares of 8-bit levels: below it a correla
 LEAST_OVERLAP = 0.5  # of the shorter clip
 REFINED = 1.5  # sum of both correlations from which on the crop is looked for more closely
 # Correlations from which on two clips show the same: where things move in the same way; where little moves, or less
-# alike; and where nothing does.
-SAME_MOVING, SAME_PLACE = 0.92, 0.983
-SAME_STILL, LIKELY_MOVING, QUIET_LEVELS = 0.996, 0.7, 1.0
-SAME_SILENT, SILENT_LEVELS = 0.9945, 0.25
+# alike, and the mean pictures say it.
+SAME_MOVING, SAME_PLACE = 0.97, 0.9975
+LIKELY_MOVING, QUIET_LEVELS, SAME_STILL = 0.7, 1.0, 0.9985
 FINE = 0.02
 HELD = 256  # prepared sketches
 
@@ -97,7 +96,7 @@ class _Views(NamedTuple):
     """A clip cut to V boxes, its mean picture and what moves apart from each other."""
 
     boxes: tuple[Box, ...]
-    still: Floats  # (V, 256), of length 1
+    still: Floats  # (V, 256), of mean 0
     moving: Floats  # (V, T, 256)
     products: Floats  # (V, T, T) of what moves
 
@@ -137,15 +136,13 @@ class Sketch:
         alike = found.moving >= SAME_MOVING and found.still >= SAME_PLACE
         if found.moving >= LIKELY_MOVING or found.levels < QUIET_LEVELS:
             alike |= found.still >= SAME_STILL
-        if found.levels < SILENT_LEVELS:
-            alike |= found.still >= SAME_SILENT
         return found.still if alike else None
 
     def _views(self, boxes: tuple[Box, ...]) -> _Views:
         seen = np.stack([_cut(self._pictures, box) for box in boxes])  # (V, 1 + T, 16, 16)
         still = seen[:, 0] - seen[:, 0].mean(axis=(1, 2), keepdims=True)
         moving = seen[:, 1:].reshape(len(boxes), len(self._pictures) - 1, -1)
-        return _Views(boxes, _unit(still.reshape(len(boxes), -1)), moving, moving @ moving.transpose(0, 2, 1))
+        return _Views(boxes, still.reshape(len(boxes), -1), moving, moving @ moving.transpose(0, 2, 1))
 
     def _agreement(
         self, views: _Views, whole: Sketch, least: Compared, *, mirrored: bool
@@ -157,8 +154,12 @@ class Sketch:
         if mirrored:
             pictures, picture = _mirrored(pictures), _mirrored(picture)
         between = views.moving @ pictures.T  # (V, T of this clip, T of the whole)
-        moving = _highest(views.products, whole._coarse.products[0], between, paths)
-        still = views.still @ picture[0]
+        moving, path = _highest(views.products, whole._coarse.products[0], between, paths)
+        count = paths.first[path].sum(axis=1, keepdims=True)
+        # The mean pictures are those of what is shown together: a clip that is cut elsewhere has another mean.
+        own = views.still + np.einsum("vt,vtc->vc", paths.first[path], views.moving) / count
+        others = picture + paths.second[path] @ pictures / count
+        still = (_unit(own) * _unit(others)).sum(axis=1)
         at = int(np.argmax(moving + still))
         return least._replace(moving=float(moving[at]), still=float(still[at])), views.boxes[at]
 
@@ -178,8 +179,10 @@ class Paths:
     pairs: Floats
 
 
-def _highest(first: Floats, second: Floats, between: Floats, paths: Paths) -> Floats:
-    """(V,) the highest correlation over all paths, of pictures without the mean of those that are shown together.
+def _highest(first: Floats, second: Floats, between: Floats, paths: Paths) -> tuple[Floats, Ints]:
+    """(V,) the highest correlation over all paths, and (V,) which path it is.
+
+    Of pictures without the mean of those that are shown together.
 
     Args:
         first: (V, T, T) products of the pictures of the first clip with each other.
@@ -195,8 +198,8 @@ def _highest(first: Floats, second: Floats, between: Floats, paths: Paths) -> Fl
     others = (
         np.diagonal(second) @ paths.second.T - ((paths.second @ second) * paths.second).sum(axis=1) / count
     )
-    found: Floats = (together / np.sqrt(np.maximum(own * others, LEAST_ENERGY**2))).max(axis=1)
-    return found
+    found = together / np.sqrt(np.maximum(own * others, LEAST_ENERGY**2))
+    return found.max(axis=1), found.argmax(axis=1)
 
 
 @cache
@@ -254,6 +257,8 @@ def _mirrored(rows: Floats) -> Floats:
 
 
 def _unit(rows: Floats) -> Floats:
+    """Rows of mean 0 and length 1; zeros where all is even."""
+    rows = rows - rows.mean(axis=1, keepdims=True)
     found: Floats = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
     return found
 
