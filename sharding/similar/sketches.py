@@ -230,19 +230,21 @@ def _resampling(start: float, size: float) -> Floats:
     # What is cut between the cells is blurred by that; all views are blurred as much again, so that they compare.
     beside = np.clip(cells[:, None] + np.array([-1, 0, 1]), 0, SKETCH_SIDE - 1)
     blur = sum(w * np.eye(SKETCH_SIDE)[beside[:, i]] for i, w in enumerate((0.25, 0.5, 0.25)))
-    found: Floats = (blur @ (overlap / overlap.sum(axis=1, keepdims=True))).astype(np.float32)
-    return found
+    weights: Floats = (blur @ (overlap / overlap.sum(axis=1, keepdims=True))).astype(np.float32)
+    return weights
 
 
 def _cut(pictures: Floats, box: Box) -> Floats:
     """(n, 16, 16) -> the same of a box, blurred."""
-    found: Floats = _resampling(box.top, box.size) @ pictures @ _resampling(box.left, box.size).T
+    found: Floats = (_resampling(box.top, box.size) @ pictures @ _resampling(box.left, box.size).T).astype(
+        np.float32, copy=False
+    )
     return found
 
 
 def _near(box: Box) -> tuple[Box, ...]:
     """Boxes around one, nearer to it than those that are tried first."""
-    found = {}
+    found: dict[Box, None] = {}
     for size in (box.size - FINE, box.size, min(1.0, box.size + FINE)):
         for down in (-FINE, -FINE / 2, 0.0, FINE / 2, FINE):
             for across in (-FINE, -FINE / 2, 0.0, FINE / 2, FINE):
