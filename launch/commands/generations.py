@@ -291,6 +291,8 @@ def leak_lines(report: LeakReport) -> str:
     shown = [
         f"  {leak.clip.sample.source} from {leak.begins_seconds:.1f} s is {leak.of.sample.source} from"
         f" {leak.of_begins_seconds:.1f} s, for {leak.shared_seconds:.1f} s ({leak.kind})"
+        if leak.shared_seconds
+        else f"  {leak.clip.sample.source} is {leak.of.sample.source} ({leak.kind})"
         for leak in report.leaks[:MOST_LISTED]
     ]
     if len(report.leaks) > MOST_LISTED:

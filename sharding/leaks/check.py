@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cliplift.configs.sections import ConfigError
 from cliplift.sharding.build.pool import Job, WorkerPool
 from cliplift.sharding.build.worker import ClipFacts, decoding_settings, looking_task
+from cliplift.sharding.leaks.embedded import SharedEmbedding, embedded_pairs, shared_embedding
 from cliplift.sharding.leaks.pictures import Comparison, Film, compare_films, shared_part, small_film
 from cliplift.sharding.leaks.records import LeakCheck, shards_digest
 from cliplift.sharding.leaks.search import MOST_CANDIDATES, Candidate, KeyFrames, LookTable, likelihood
@@ -42,7 +44,7 @@ FILM_BYTES = 128 << 20  # of small pictures that are kept
 MOST_REASONS = 5
 TRAIN = "train"
 
-Kind = Literal["content", "pictures", "still"]
+Kind = Literal["content", "pictures", "still", "embedding"]
 Watch = Callable[[str, int, int], None]
 
 
@@ -80,11 +82,13 @@ class Leak:
         clip: the clip.
         of: the test clip; of several the likeliest.
         kind: ``content`` where both are cut from the same file at the same time, ``pictures`` where their pictures and
-            what changes in them agree, ``still`` where nothing moves and the pictures are equal.
+            what changes in them agree, ``still`` where nothing moves and the pictures are equal, ``embedding`` where
+            the embeddings and sketches of both agree, whatever part of them.
         begins_seconds: when the part that both show begins in the clip.
         of_begins_seconds: when it does in the test clip.
-        shared_seconds: how long it is.
+        shared_seconds: how long it is; 0 where that is not known, as of embeddings.
         comparison: of pictures of both; None where they were not compared.
+        likeness: of their sketches, up to 1, where they were found by embedding.
     """
 
     clip: Place
@@ -94,6 +98,7 @@ class Leak:
     of_begins_seconds: float
     shared_seconds: float
     comparison: Comparison | None
+    likeness: float | None = None
 
     def row(self) -> dict[str, object]:
         """The leak as a row of the listing."""
@@ -107,6 +112,7 @@ class Leak:
             "shared_seconds": round(self.shared_seconds, 3),
             "residual_levels": None if compared is None else round(compared.residual, 2),
             "correlation": None if compared is None else round(compared.correlation, 3),
+            "likeness": None if self.likeness is None else round(self.likeness, 3),
         }
 
 
@@ -171,7 +177,11 @@ def find_leaks(
     count, unread = _look_for_all(
         decoded, search, lambda done: watch("test clips decoded", done, test_set.samples)
     )
-    leaks = tuple(search.confirmed())
+    leaks = list(search.confirmed())
+    sides = (store, dataset), (test_store, test_set)
+    shared = shared_embedding(*sides)
+    if shared is not None:
+        leaks = _with_embedded(leaks, sides, shared, lambda sample: _is_of(sample, splits, fold))
     check = LeakCheck(
         shards=shards_digest(dataset),
         against=test_set.name,
@@ -179,12 +189,12 @@ def find_leaks(
         against_fingerprint=test_set.fingerprint,
         splits=tuple(splits),
         fold=fold or 0,
-        method=METHOD,
+        method=METHOD if shared is None else f"{METHOD}, {shared.name}",
         clips=dataset.samples,
         against_clips=count - len(unread),
         videos=tuple(sorted({leak.clip.sample.video_id for leak in leaks})),
     )
-    return LeakReport(check, leaks, tuple(unread[:MOST_REASONS]), len(unread))
+    return LeakReport(check, tuple(leaks), tuple(unread[:MOST_REASONS]), len(unread))
 
 
 def _look_for_all(
@@ -205,6 +215,41 @@ def _look_for_all(
             tests, looks = [], 0
     search.look_for(tests)
     return count, unread
+
+
+def _with_embedded(
+    leaks: Sequence[Leak],
+    sides: tuple[tuple[Store, Dataset], tuple[Store, Dataset]],
+    shared: SharedEmbedding,
+    wanted: Callable[[Sample], bool],
+) -> list[Leak]:
+    """The leaks, and those that only embeddings find, in the order of the shards."""
+    first, second = sides
+
+    def chosen() -> NDArray[np.bool_]:
+        return np.array(
+            [wanted(place.sample) for _, places, _ in _shards(*second) for place in places], dtype=bool
+        )
+
+    known = {(leak.clip.tar, leak.clip.sample.key): leak for leak in leaks}
+    pairs = embedded_pairs(first, second, shared, chosen)
+    clips = _places(*first, [pair.first for pair in pairs])
+    tests = _places(*second, [pair.second for pair in pairs])
+    for pair in pairs:
+        clip = clips[pair.first]
+        leak = Leak(clip, tests[pair.second], "embedding", 0.0, 0.0, 0.0, None, pair.likeness)
+        known.setdefault((clip.tar, clip.sample.key), leak)
+    order = {shard.file: number for number, shard in enumerate(first[1].shards)}
+    return sorted(known.values(), key=lambda leak: (order[leak.clip.tar], leak.clip.sample.mp4_offset))
+
+
+def _places(store: Store, dataset: Dataset, rows: Iterable[int]) -> dict[int, Place]:
+    """The clips of some rows of the catalog, which has them in the order of the shards."""
+    wanted, found, first = set(rows), dict[int, Place](), 0
+    for _, places, _ in _shards(store, dataset) if wanted else ():
+        found |= {first + at: place for at, place in enumerate(places) if first + at in wanted}
+        first += len(places)
+    return found
 
 
 def _splits(dataset: Dataset, url: str, asked: Sequence[str], fold: int | None) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ KINDS = {
     "content": "cut from the same file at the same time",
     "pictures": "the same pictures, and the same changes in them",
     "still": "equal pictures in which nothing moves",
+    "embedding": "alike by embedding and by sketch, perhaps mirrored, cropped or at another speed",
 }
 
 
@@ -60,7 +61,9 @@ def _pair(leak: Leak, against: str) -> str:
     numbers = "" if compared is None else (
         f" · residual {compared.residual:.1f} levels, correlation {compared.correlation:.2f}"
     )  # fmt: skip
-    caption = f"{KINDS[leak.kind]} · {leak.shared_seconds:.1f} s{numbers}"
+    alike = "" if leak.likeness is None else f" · likeness {leak.likeness:.2f}"
+    length = f" · {leak.shared_seconds:.1f} s" if leak.shared_seconds else ""
+    caption = f"{KINDS[leak.kind]}{length}{numbers}{alike}"
     frames = (None, None) if compared is None else (compared.frames, compared.other_frames)
     sides = _side(leak.clip, leak.begins_seconds, frames[0], "") + _side(
         leak.of, leak.of_begins_seconds, frames[1], f"{against}: "
@@ -70,7 +73,7 @@ def _pair(leak: Leak, against: str) -> str:
 
 def _side(place: Place, begins: float, frames: Sequence[int] | None, whose: str) -> str:
     one = place.sample
-    numbers = sorted(set(frames or (0,)))
+    numbers = sorted(set(frames or range(one.num_frames)))
     kept = [
         numbers[k] for k in np.unique(np.linspace(0, len(numbers) - 1, SHOWN_MOMENTS).round().astype(int))
     ]

@@ -31,7 +31,7 @@ MOST_GAIN = 1.6  # by which the contrast of one may be that of the other
 STILL_LEVELS = 1.5  # change over the moments, root mean square of 8-bit levels, below which nothing moves
 # Where something moves: what may differ, of the pictures' contrast, and of what changes over the moments; beside the
 # latter what coding leaves, levels.
-MOST_RESIDUAL, MOST_OF_CHANGE, CODING_LEVELS = 0.15, 0.5, 1.0
+MOST_RESIDUAL, MOST_OF_CHANGE, CODING_LEVELS = 0.15, 0.5, 1.5
 LEAST_CORRELATION = 0.8  # of what changes over the moments
 MOST_STILL_RESIDUAL_LEVELS = 0.9  # where nothing moves
 

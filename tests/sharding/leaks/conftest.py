@@ -128,3 +128,19 @@ def leaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(leaking: Path, tests_set: Path) -> LeakReport:
     """What a search of one for the other finds."""
     return find_leaks(str(leaking), str(tests_set), workers=1)
+
+
+@pytest.fixture(scope="session")
+def mirrored_sets() -> tuple[dict[str, tuple[str, bytes]], dict[str, tuple[str, bytes]]]:
+    """A set that holds the mirror image of a test clip, and the tests; one clip of these is of train."""
+    searched = {
+        "a": ("train", encoded(film(21))),
+        "mirrored": ("train", encoded(film(1)[:, :, ::-1])),
+        "other": ("train", encoded(film(3)[:, :, ::-1])),
+    }
+    tested = {
+        "t1": ("test", encoded(film(1))),
+        "t2": ("test", encoded(film(2))),
+        "own": ("train", encoded(film(3))),
+    }
+    return searched, tested
