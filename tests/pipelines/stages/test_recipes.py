@@ -209,6 +209,8 @@ def test_a_recipe_trains_a_step(
         words += ["teacher.pretrained=null", "correspondence.negatives_per_clip=1"]
     else:
         words += ["initialise_from=null"]
+    if run.stage == "pretrain":  # the nets of other runs, and teachers' weights, are not here
+        words += ["latent.keep_predictor=false", "teacher.pretrained=null"]
     if run.stage == "finetune":
         words += ["folds=[]", "data.fold=1"] if run.folds else []
     if shards == folded_shards:
