@@ -11,6 +11,7 @@ only the rest is trained, which is several times cheaper on a CPU than whole net
 * ``inflated``: finetuned from the ImageNet weights; ``inflated; probe``: frozen, a linear classifier
 * ``transfer``: before that, regression onto the cosines of the teacher's features over four parts of the clip, which
   trains the weights over time and nothing else of the student; ``transfer; probe``: frozen
+* ``transfer, ridge``: the same, but the predictor starts as the ridge regression on the student's features
 
 One JSON line for each cell in STUDY/inflated.jsonl; what is there is not done again. ``--table`` prints the table. The
 learning rates were chosen on cameras of the first fold's training clips.
@@ -48,7 +49,7 @@ from cliplift.pipelines.data.source import ClipSource
 from cliplift.pipelines.engine.optim import Schedule, parameter_groups
 from cliplift.pipelines.probes.pooled import fit_linear
 from cliplift.pipelines.stages.starting_weights import freeze_batchnorm
-from cliplift.pipelines.stages.teacher import cosines
+from cliplift.pipelines.stages.teacher import cosines, ridge
 
 STUDENT, WEIGHTS = "efficientnet_lite0_tam", "2d:imagenet"
 HELD_BLOCKS = 8  # of 16, with the stem
@@ -58,7 +59,10 @@ TEACHER_PIXELS, TEACHER_SHORT_SIDE = 160, 176
 TRANSFER_LR, TRANSFER_STEPS = 3e-3, 40
 FINETUNE_LR, FINETUNE_STEPS, LAYER_DECAY = 1e-3, 25, 0.8
 BATCH = 16
-METHODS = ("frames", "inflated; probe", "transfer; probe", "inflated", "transfer")
+RIDGE, RIDGE_PENALTY = "transfer, ridge", 1.0  # the penalty is the option's default
+METHODS = (
+    "frames", "inflated; probe", "transfer; probe", f"{RIDGE}; probe", "inflated", "transfer", RIDGE,
+)  # fmt: skip
 
 Clip = tuple[str, float]  # source file, where the clip starts in it, seconds
 
@@ -245,17 +249,18 @@ class Study:
         loaded: dict[Clip, dict[str, Tensor]] = torch.load(kept, weights_only=True)
         return loaded
 
-    def transferred(self, fold: int, seed: int) -> dict[str, Tensor]:
+    def transferred(self, kind: str, fold: int, seed: int) -> dict[str, Tensor]:
         """The student's weights after transfer on the fold's training clips and the unlabelled ones."""
-        kept = self.folder / f"inflated-transfer-fold{fold}-seed{seed}.pt"
+        name = "ridge" if kind == RIDGE else "transfer"
+        kept = self.folder / f"inflated-{name}-fold{fold}-seed{seed}.pt"
         if not kept.is_file():
             labelled = {clip for part in (self.folds[0].train, self.folds[0].test) for clip, _ in part}
             training = {clip for clip, _ in self.folds[fold].train}
             clips = [row for clip, row in self.clips.items() if clip in training or clip not in labelled]
             began = time.process_time()
-            weights, loss = transfer(clips, seed=seed)
+            weights, loss = transfer(clips, seed=seed, ridge_start=kind == RIDGE)
             torch.save(weights, kept)
-            self.write(kind="transfer", fold=fold, seed=seed, loss=loss, began=began)
+            self.write(kind=kind, fold=fold, seed=seed, loss=loss, began=began)
         state: dict[str, Tensor] = torch.load(kept, weights_only=True)
         return state
 
@@ -267,7 +272,7 @@ class Study:
             began = time.process_time()
             accuracy, loss = self._frames(fold, train), None
         else:
-            start = self.transferred(fold, seed) if kind == "transfer" else {}
+            start = {} if kind == "inflated" else self.transferred(kind, fold, seed)
             rows = [[(self.clips[clip], label) for clip, label in part] for part in (train, test)]
             began = time.process_time()
             torch.manual_seed(seed)
@@ -299,13 +304,19 @@ class Study:
         return [row for row in map(json.loads, lines) if "method" in row]
 
 
-def transfer(clips: Sequence[dict[str, Tensor]], *, seed: int) -> tuple[dict[str, Tensor], float]:
+def transfer(
+    clips: Sequence[dict[str, Tensor]], *, seed: int, ridge_start: bool
+) -> tuple[dict[str, Tensor], float]:
     """Regression onto the standardised coefficients over the parts, of the weights over time; weights and loss."""
     torch.manual_seed(seed + 77)
     module = Predicts(Rest(num_classes=0))
     parts = torch.stack([row["teacher"] for row in clips]).float()
     coefficients = torch.einsum("ks,nsd->nkd", cosines(PARTS).float(), parts)
     targets = (coefficients - coefficients.mean(dim=0)) / (coefficients.std(dim=0) + 1e-6)
+    if ridge_start:
+        seen = features(module.network, [(row, 0) for row in clips])
+        weight, bias = ridge([(seen, targets.flatten(1))], penalty=RIDGE_PENALTY)
+        module.predictor.load_state_dict({"weight": weight.float(), "bias": bias.float()})
     for name, parameter in module.network.named_parameters():
         parameter.requires_grad_("temporal" in name)
 

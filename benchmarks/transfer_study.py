@@ -6,7 +6,9 @@
 once. What is learned without labels is learned from the training cameras' clips and the unlabelled folders. Methods:
 
 * ``frames``: the frozen teacher on every frame, averaged, a linear classifier (fitted to convergence by L-BFGS)
+* ``frames and spread``: with the deviation of every feature over the frames beside its mean
 * ``scratch``: the student from random weights; ``inflated``: from its 2D counterpart's ImageNet weights
+* ``differences; probe``: frozen, the same with a quarter of the channels as what changes from frame to frame
 * ``OBJECTIVE``: the student from transfer with that objective, all of it finetuned
 * ``OBJECTIVE; probe``, ``inflated; probe``: its frozen features with the linear classifier of ``frames``
 
@@ -57,6 +59,13 @@ OBJECTIVES: Mapping[str, tuple[str, ...]] = {
 INFLATED_FINETUNE = (
     'model.frozen=["stem.*","blocks.[0-7].*"]', "frozen_batchnorm=true", "optim.layer_decay=0.8",
 )  # fmt: skip
+FRAMES = {
+    "frames": "",
+    "frames and spread": "spread-",
+}  # the teacher's, and how the files of their features begin
+WITHOUT_TRANSFER: Mapping[str, Mapping[str, float]] = {  # frozen, with these options
+    "inflated; probe": {}, "differences; probe": {"difference_share": 0.25},
+}  # fmt: skip
 # Transfer teaches it time alone: the weights that mix a frame with its neighbours.
 INFLATED_TRANSFER = (
     "model.pretrained=2d:imagenet", 'model.frozen=["stem.*","blocks.*.layers.*","head.*","blocks.[0-7].*"]',
@@ -108,7 +117,7 @@ def cells(
     for seed, share, student, fold, method in itertools.product(
         seeds, shares, students, range(folds), methods
     ):
-        if not method.startswith("inflated") or has_2d_start(student):
+        if not method.startswith(("inflated", "differences")) or has_2d_start(student):
             yield Cell(method, student, share, fold, seed)
 
 
@@ -232,10 +241,12 @@ def probed(study: Study, cell: Cell, weights: Path | None) -> dict[str, Any]:
     from cliplift.pipelines.probes.pooled import fit_linear
 
     words = [f"data.shards={study.shards(cell.fold)}", "data.val_share=0", "data.cache_decoded_mib=3000"]
-    if cell.method == "frames":  # as large as the teacher sees them in transfer
+    if cell.method in FRAMES:  # as large as the teacher sees them in transfer
         words += ["data.crop_pixels=160", "data.resize_short_side_pixels=176"]
     run = load_as("transfer/small", TransferRun, words).run
-    prefix = "inflated-" if cell.method == "inflated; probe" else ""
+    prefix = FRAMES.get(cell.method, "")
+    if cell.method in WITHOUT_TRANSFER:
+        prefix = f"{cell.method.removesuffix('; probe')}-"
     kept = (weights or study.output) / f"{prefix}features-fold{cell.fold}.pt"
     if not kept.is_file():
         network = from_pretrained(weights / "weights") if weights else image_network(cell)
@@ -258,7 +269,26 @@ def image_network(cell: Cell) -> Any:
         return create_model(
             "frame_average", num_classes=0, in_frames=8, encoder="efficientnet_lite0", pretrained="imagenet"
         )
-    return create_model(cell.student, num_classes=0, in_frames=8, pretrained="2d:imagenet")
+    if cell.method in FRAMES:
+        return mean_and_spread(create_model("efficientnet_lite0", num_classes=0, pretrained="imagenet"))
+    options = WITHOUT_TRANSFER[cell.method]
+    return create_model(cell.student, num_classes=0, in_frames=8, pretrained="2d:imagenet", **options)
+
+
+def mean_and_spread(encoder: Any) -> Any:
+    """A network of clips (B, C, T, H, W): the mean and the deviation over the frames of an image network's features."""
+    import torch
+
+    class Spread(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.input_spec = encoder, encoder.input_spec
+
+        def forward(self, clips: torch.Tensor) -> torch.Tensor:
+            frames = self.encoder(clips.transpose(1, 2).flatten(0, 1)).unflatten(0, (len(clips), -1))
+            return torch.cat([frames.mean(dim=1), frames.std(dim=1, correction=0)], dim=1)
+
+    return Spread()
 
 
 def features(run: Any, network: Any) -> list[tuple[Any, Any]]:
@@ -282,7 +312,7 @@ def names(source: Any) -> list[str]:
 
 def measure(study: Study, cell: Cell) -> dict[str, Any]:
     """The row of a cell."""
-    if cell.method in ("frames", "inflated; probe"):
+    if cell.method in FRAMES or cell.method in WITHOUT_TRANSFER:
         return probed(study, cell, None)
     if cell.method in ("scratch", "inflated"):
         return finetuned(study, cell, None)
@@ -327,7 +357,7 @@ def main() -> None:
     parser.add_argument("--students", nargs="+", default=["t3d_tiny"])
     both = [m for name in OBJECTIVES for m in (name, f"{name}; probe")]
     parser.add_argument(
-        "--methods", nargs="+", default=["frames", "scratch", "inflated", "inflated; probe", *both]
+        "--methods", nargs="+", default=[*FRAMES, "scratch", "inflated", *WITHOUT_TRANSFER, *both]
     )
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="shares of the labels")
     parser.add_argument("--folds", type=int, default=3)

@@ -234,6 +234,11 @@ class DataConfig(Section):
         False,
         description="train on every class equally often instead of as often as its clips; reads are spread over shards",
     )
+    cluster_balanced: bool = Field(
+        False,
+        description="train on every cluster of clips that look alike equally often (the column `cluster`, which "
+        "`cliplift score SHARDS cluster` makes); reads are spread over shards",
+    )
     val_share: float = Field(
         0.0,
         ge=0,
@@ -391,13 +396,21 @@ class DataConfig(Section):
 
     def _check_weights(self) -> None:
         weights = self.weights or ()
-        if weights and self.class_balanced:
+        if self.class_balanced and self.cluster_balanced:
             raise ConfigError(
-                "deals clips by class, and data.shards gives weights by dataset",
-                key="class_balanced",
+                "deals clips by cluster, and data.class_balanced by class",
+                key="cluster_balanced",
                 value=True,
                 hint="use one of the two",
             )
+        for name, dealt in (("class_balanced", "class"), ("cluster_balanced", "cluster")):
+            if weights and getattr(self, name):
+                raise ConfigError(
+                    f"deals clips by {dealt}, and data.shards gives weights by dataset",
+                    key=name,
+                    value=True,
+                    hint="use one of the two",
+                )
         if weights and len(weights) < len(self.shards):
             bare = next(entry for entry in self.shards if isinstance(entry, str))
             raise ConfigError(

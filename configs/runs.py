@@ -45,6 +45,13 @@ class TransferRun(TrainingRun):
     @model_validator(mode="after")
     def _possible(self) -> TransferRun:
         check_transfer(self.teacher, self.correspondence, self.data, global_batch=self.engine.global_batch)
+        if self.correspondence.predictor_start == "ridge" and self.engine.zero_stage == 3:
+            raise ConfigError(
+                "needs the student whole before the first step, and at stage 3 no rank holds all of it",
+                key="correspondence.predictor_start",
+                value="ridge",
+                hint="use random, or engine.zero_stage of 2 or less",
+            )
         return self
 
 
@@ -255,6 +262,9 @@ class FuseRun(Section):
         return self
 
 
+SEGMENT_SUFFIXES = (".csv", ".json", ".vtt")
+
+
 class PredictRun(Section):
     """Class probabilities for video files with a finished run or an export folder."""
 
@@ -273,10 +283,53 @@ class PredictRun(Section):
     window_stride_seconds: float | None = Field(
         None, gt=0, description="seconds from one window to the next; None is half a window"
     )
+    segments: Output | None = Field(
+        None,
+        description="file for what happens when, by windows that agree: .csv, .json, or .vtt (subtitles of one video); "
+        "None writes none",
+    )
+    segment_threshold: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="least probability of a class in a segment; None takes the likeliest class whatever it is, and of "
+        "several labels those of at least 0.5",
+    )
+    segment_precision_seconds: float | None = Field(
+        None, gt=0, description="how exactly the ends of segments are searched for; None is one frame"
+    )
     views: ViewsConfig = ViewsConfig()
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto takes CUDA where a GPU is present"
     )
+
+    @model_validator(mode="after")
+    def _segments_possible(self) -> PredictRun:
+        for key in ("segment_threshold", "segment_precision_seconds"):
+            if getattr(self, key) is not None and self.segments is None:
+                raise ConfigError(
+                    "is of segments, and none are asked for",
+                    key=key,
+                    value=getattr(self, key),
+                    hint="say segments=segments.csv",
+                )
+        if self.segments is None:
+            return self
+        if not self.segments.endswith(SEGMENT_SUFFIXES):
+            raise ConfigError(
+                f"{self.segments!r} does not end in {', '.join(SEGMENT_SUFFIXES)}",
+                key="segments",
+                value=self.segments,
+                hint="say segments=segments.csv",
+            )
+        if self.window_seconds is None:
+            raise ConfigError(
+                "segments are found by windows that slide over the video",
+                key="segments",
+                value=self.segments,
+                hint="say window_seconds=2 too",
+            )
+        return self
 
 
 class ExplainRun(Section):
@@ -330,9 +383,11 @@ MOTION_ONLY: Mapping[str, object] = {
     "output": "runs/demo-motion",
     "size_pixels": 80,
     "train_per_class": 60,
+    "test_per_class": 20,
     "unlabelled": 140,
     "transfer_steps": 200,
     "finetune_steps": 300,
+    "scratch_steps": None,
     "frames_steps": 100,
 }
 
@@ -354,12 +409,22 @@ class DemoRun(Section):
     size_pixels: int = Field(96, ge=48, description="side of the generated videos, pixels; motion=only: 80")
     train_per_class: int = Field(12, ge=2, description="training clips per class; motion=only: 60")
     val_per_class: int = Field(4, ge=1, description="validation clips per class")
-    test_per_class: int = Field(20, ge=1, description="test clips per class")
+    test_per_class: int = Field(16, ge=1, description="test clips per class; motion=only: 20")
     unlabelled: int = Field(
-        480, ge=4, description="unlabelled videos for transfer; motion=only: 140, which are longer"
+        320, ge=4, description="unlabelled videos for transfer; motion=only: 140, which are longer"
     )
-    transfer_steps: int = Field(600, ge=1, description="optimizer steps of transfer; motion=only: 200")
-    finetune_steps: int = Field(300, ge=1, description="optimizer steps of each 3D finetuning run")
+    transfer_steps: int = Field(30, ge=1, description="optimizer steps of transfer; motion=only: 200")
+    finetune_steps: int = Field(
+        30,
+        ge=1,
+        description="optimizer steps of each 3D run's classifier; motion=only: 300, of the whole network",
+    )
+    scratch_steps: int | None = Field(
+        300,
+        ge=1,
+        description="optimizer steps of each 3D run from scratch, of a smaller network; None is finetune_steps, as for "
+        "motion=only, where the network is the same",
+    )
     frames_steps: int = Field(
         60, ge=1, description="optimizer steps of each run of the 2D baseline's classifier; motion=only: 100"
     )

@@ -93,10 +93,11 @@ class CorrespondenceConfig(Section):
         description="bank, regression: parts of the clip, in order of time, whose teacher features are learned; "
         "1 is their mean",
     )
-    time_basis: Literal["parts", "cosines"] = Field(
+    time_basis: Literal["parts", "cosines", "spread"] = Field(
         "parts",
         description="regression: parts: the features of each part; cosines: their discrete cosine transform over the "
-        "parts, the mean first, each coefficient standardised by itself: what changes counts as much as what stays",
+        "parts, the mean first, each coefficient standardised by itself: what changes counts as much as what stays; "
+        "spread: their mean and their standard deviation over the parts, each standardised by itself",
     )
     predict_from: Literal["features", "map"] = Field(
         "features",
@@ -111,11 +112,27 @@ class CorrespondenceConfig(Section):
         ge=0,
         description="bank: further negatives per clip: its own parts in another order, backwards first",
     )
+    predictor_start: Literal["random", "ridge"] = Field(
+        "random",
+        description="bank, regression: first weights of the predictor: random, or the ridge regression of the "
+        "teacher's features on those of the student as it starts, computed once over the training clips",
+    )
+    ridge_penalty: float = Field(
+        1.0,
+        gt=0,
+        description="predictor_start ridge: weight of the squared weights beside the mean squared error, in units of "
+        "the mean variance of the student's features",
+    )
 
     @field_validator("objective", mode="before")
     @classmethod
     def _older_name(cls, value: object) -> object:
         return "paper" if value == "binary" else value
+
+    @property
+    def predicted(self) -> int:
+        """How many of the teacher's features are predicted of a clip: of each part, or mean and deviation."""
+        return 2 if self.time_basis == "spread" else self.time_steps
 
     @property
     def predicts_features(self) -> bool:
@@ -232,6 +249,7 @@ def _check_matching(
         )
     for key, idle in (
         ("time_steps", 1), ("order_negatives", 0), ("predict_from", "features"), ("time_basis", "parts"),
+        ("predictor_start", "random"),
     ):  # fmt: skip
         if getattr(matching, key) != idle:
             raise ConfigError(
@@ -282,6 +300,13 @@ def _check_prediction(teacher: TeacherConfig, matching: CorrespondenceConfig, da
             hint="use data.sampling.mode=segments, whose clips all span the whole video, or do not cache",
         )
     _check_time_basis(matching)
+    if matching.predictor_start == "ridge" and matching.predict_from == "map":
+        raise ConfigError(
+            "is of the clip's one feature, and correspondence.predict_from=map predicts from each time",
+            key="correspondence.predictor_start",
+            value="ridge",
+            hint="use random, or predict_from=features",
+        )
     if matching.objective == "regression":
         for key in ("same_video_negatives", "order_negatives"):
             if getattr(matching, key):

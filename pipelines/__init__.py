@@ -2,7 +2,7 @@
 
 In reading order: ``distributed`` (ranks), ``data`` (shards to batches), ``runs`` (a run's folder), ``checkpoints``
 (what a run is at, in slices), ``engine`` (the training loop), ``evaluation`` (trained networks applied), ``probes``
-(features judged during pretraining), ``stages`` (transfer, pretrain, finetune), ``report`` (the HTML page), ``api``
-(for notebooks), ``cost`` (memory and time, before a run), ``repeats`` (folds and seeds, one run each). Each stands on
-those before it.
+(features judged during pretraining), ``embeddings`` (clips as vectors), ``stages`` (transfer, pretrain, finetune),
+``report`` (the HTML page), ``api`` (for notebooks), ``cost`` (memory and time, before a run), ``repeats`` (folds and
+seeds, one run each). Each stands on those before it.
 """

@@ -32,6 +32,7 @@ FORMAT = "cliplift-shards/1"
 FORMAT_WITH_CATALOG = "cliplift-shards/2"
 FORMAT_WITH_GENERATIONS = "cliplift-shards/3"
 FORMAT_WITH_SCORES = "cliplift-shards/4"
+FORMAT_WITH_VECTORS = "cliplift-shards/5"
 INDEX_FORMAT = "cliplift-index/1"
 PLAN_FORMAT = "cliplift-plan/1"
 DATASET_FILE = "dataset.json"
@@ -40,6 +41,7 @@ CATALOG_FILE = "catalog.json"
 CATALOG_ROWS_FILE = "catalog.bin"
 SCORES_FILE = "scores.json"
 SCORES_VALUES_FILE = "scores.bin"
+VECTORS_FILE = "vectors.json"
 REFUSED_FILE = "refused.jsonl"
 MISSING_FILE = "missing.jsonl"
 LEFT_OUT_FILE = "left_out.jsonl"
@@ -198,6 +200,7 @@ class Dataset:
     generation: int = 1  # from the second on, its files stand in a folder of their own
     removed_sha256: str = ""  # of the list of all videos removed so far; "" where none was
     scores_sha256: str = ""  # of scores.json; "" where this generation has no columns of scores
+    vectors_sha256: str = ""  # of vectors.json; "" where this generation has no embeddings
 
     def file(self, name: str) -> str:
         """Where a file of this generation stands below the root."""
@@ -270,8 +273,11 @@ def dump_dataset(dataset: Dataset) -> bytes:
         del tree["generation"], tree["removed_sha256"]
     else:  # an earlier version would return what was removed
         tree["format"] = FORMAT_WITH_SCORES if dataset.scores_sha256 else FORMAT_WITH_GENERATIONS
-    if not dataset.scores_sha256:
-        del tree["scores_sha256"]
+    if dataset.vectors_sha256:
+        tree["format"] = FORMAT_WITH_VECTORS
+    for name in ("scores_sha256", "vectors_sha256"):
+        if not tree[name]:
+            del tree[name]
     return (json.dumps(tree, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
@@ -281,7 +287,13 @@ def load_dataset(data: bytes, *, file: str) -> Dataset:
     Raises:
         ManifestError: it is damaged or of another format.
     """
-    formats = (FORMAT, FORMAT_WITH_CATALOG, FORMAT_WITH_GENERATIONS, FORMAT_WITH_SCORES)
+    formats = (
+        FORMAT,
+        FORMAT_WITH_CATALOG,
+        FORMAT_WITH_GENERATIONS,
+        FORMAT_WITH_SCORES,
+        FORMAT_WITH_VECTORS,
+    )
     dataset = typed(Dataset, parsed_json(data, file, *formats), file, "a dataset")
     if not 1 <= dataset.generation < 10**6:
         raise ManifestError(f"{file}: generation {dataset.generation} cannot be")
@@ -384,6 +396,17 @@ def map_file(path: Path, length: int, *, told_by: str, file: str, cut: str, gone
             return mmap.mmap(opened.fileno(), size, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         raise ManifestError(f"{file}: does not exist; {gone}") from None
+
+
+def require_uncut(mapped: mmap.mmap, *, file: str) -> None:
+    """Raise ManifestError where a mapped file was cut short since.
+
+    Touching what it no longer has would end the process with a signal and without a word.
+    """
+    if mapped.size() < len(mapped):
+        raise ManifestError(
+            f"{file}: was cut short while it was read; copy it again, and start the run again"
+        )
 
 
 def _require_inside(file: str, *names: str) -> None:

@@ -57,9 +57,11 @@ ROOMS: dict[str, list[set[str]]] = {
         {"tables"},
         {"video", "sources"},
         {"scores"},
+        {"similar"},
         {"read", "demo"},
         {"build"},
         {"scoring"},
+        {"leaks"},
     ],
     "pipelines": [
         {"distributed"},
@@ -68,11 +70,11 @@ ROOMS: dict[str, list[set[str]]] = {
         {"checkpoints"},
         {"engine"},
         {"evaluation"},
-        {"probes"},
+        {"probes", "embeddings"},
         {"stages", "report", "api"},
         {"cost", "repeats"},
     ],
-    "launch": [{"jobs"}, {"check"}, {"commands", "completion"}, {"cli"}],
+    "launch": [{"jobs"}, {"check"}, {"start"}, {"commands", "completion"}, {"cli"}],
 }
 MAX_FILES_IN_A_ROOM = 12
 MAX_LINES = 500

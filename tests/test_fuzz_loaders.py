@@ -38,6 +38,7 @@ from cliplift.models.state_dicts import read_state
 from cliplift.pipelines.checkpoints.folder import damage
 from cliplift.pipelines.runs.folder import read_json
 from cliplift.pipelines.runs.records import read_history, read_predictions
+from cliplift.sharding.leaks.records import LEAKS_FILE, LeakCheck, add_checks, read_checks
 from cliplift.sharding.manifest import (
     FLOW_COLUMNS,
     Dataset,
@@ -60,9 +61,19 @@ from cliplift.sharding.read.catalog import (
     row_type,
 )
 from cliplift.sharding.read.columns import columns_of
+from cliplift.sharding.scores.stored import (
+    ColumnFacts,
+    ScoresHead,
+    dump_scores_head,
+    load_scores_head,
+    open_columns,
+    write_columns,
+)
+from cliplift.sharding.scores.stored import layout_of as scores_layout
 from cliplift.sharding.sources.lists import SourceError, read_rows
 from cliplift.sharding.sources.tars import read_tar
 from cliplift.sharding.sources.tfrecord import RecordError, masked_crc32c, records
+from cliplift.sharding.storage import open_store
 from cliplift.sharding.tables import schema_of, table_of
 from cliplift.sharding.video.decode import VideoDecodeError, decode_frames, probe
 from cliplift.sharding.video.full_decode import check_clip
@@ -260,6 +271,55 @@ def whole_catalog(path: Path) -> None:
     catalog.label_set(HEAD.rows - 1)
 
 
+def checks_of_leaks(folder: Path) -> bytes:
+    check = LeakCheck(
+        "0", "tested", "1", "2", ("test",), 0, "looks-1", clips=9, against_clips=3, videos=("a", "b")
+    )
+    add_checks(open_store(str(folder)), [check])
+    return (folder / LEAKS_FILE).read_bytes()
+
+
+SCORES = (np.arange(40, dtype=np.float32), np.arange(40, dtype=np.uint8) % 2)
+SCORED = ScoresHead(
+    DATASET.samples_sha256,
+    rows=40,
+    block_rows=16,
+    columns=(ColumnFacts("motion", "number", 1), ColumnFacts("duplicate", "boolean", 1)),
+)
+
+
+def columns_of_scores(folder: Path) -> bytes:
+    write_columns(folder / "whole.bin", SCORED, SCORES)
+    return (folder / "whole.bin").read_bytes()
+
+
+def head_of_scores(folder: Path) -> bytes:
+    return dump_scores_head(write_columns(folder / "whole.bin", SCORED, SCORES))
+
+
+def list_of_scores(path: Path) -> None:
+    """The manifest agrees with whatever it says; the values beside it are those of the whole one."""
+    data = path.read_bytes()
+    dataset = replace(DATASET, samples=40, scores_sha256=digest(data))
+    head = load_scores_head(data, dataset, file="scores.json")
+    columns_of_scores(path.parent)
+    open_columns(path.parent / "whole.bin", head, file="scores.bin").check_everything()
+
+
+def whole_scores(path: Path) -> None:
+    """The checksums agree with whatever the values are."""
+    data = path.read_bytes()
+    starts, _, end = scores_layout(SCORED)
+    if len(data) == end:
+        values = [
+            np.frombuffer(data, column.dtype, 40, start) for column, start in zip(SCORES, starts, strict=True)
+        ]
+        head = write_columns(path, SCORED, values)
+    else:
+        head = SCORED
+    open_columns(path, head, file="scores.bin").check_everything()
+
+
 def rows(path: Path) -> None:
     for row in read_rows(str(path), needed=("path", "label")):
         row.text("path")
@@ -281,6 +341,9 @@ LOADERS = [
     Loader("samples.parquet", lambda _: samples_file([SAMPLE]), table_of_samples, (ManifestError,)),
     Loader("catalog.json", lambda _: dump_head(HEAD), head_of_catalog, (ManifestError,)),
     Loader("catalog.bin", rows_of_catalog, whole_catalog, (ManifestError,)),
+    Loader("scores.json", head_of_scores, list_of_scores, (ManifestError,)),
+    Loader("scores.bin", columns_of_scores, whole_scores, (ManifestError,)),
+    Loader("leaks.json", checks_of_leaks, lambda p: read_checks(open_store(str(p.parent))), (ManifestError,)),
     Loader("list.csv", lambda _: b'path,label\n"a, b.mp4",x\nc.mp4,"y ""z"""\n', rows, LISTS),
     Loader("list.parquet", parquet, rows, LISTS),
     Loader("x.tfrecord", record, lambda p: list(records(p.read_bytes(), file="x")), (RecordError,)),

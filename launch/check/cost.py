@@ -55,6 +55,7 @@ class Cost:
     classes: int
     train: ClipSource | None
     mfu: float | None
+    runs: int = 1  # of folds and seeds, of which this is the first
 
     @property
     def samples(self) -> int:
@@ -206,6 +207,18 @@ def _time(cost: Cost, flops: float | None, speed: Speed | None) -> Iterator[Find
     hours = steps * G / speed.clips_per_second / 3600
     text = f"{hours:.2f} h at {speed.clips_per_second:.1f} clips/s ({speed.source})"
     yield Finding("ok", "time", text)
+    yield from _price(cost, hours)
+
+
+def _price(cost: Cost, hours: float) -> Iterator[Finding]:
+    """GPU hours (node hours of a CPU run), and what they cost where a price was given; of several runs, of all."""
+    machine, runs = cost.machine, cost.runs
+    count, what = (machine.world_size, "GPU") if machine.gpu else (machine.nodes, "node")
+    used = hours * count * runs
+    text = f"{used:.1f} {what} hours" + (f" in {runs} runs" if runs > 1 else "")
+    if machine.price_per_hour is not None:
+        text += f", {used * machine.price_per_hour:.2f} at {machine.price_per_hour:g} an hour"
+    yield Finding("ok", "price", text)
 
 
 def _feeding(cost: Cost, train: ClipSource, speed: Speed | None) -> Iterator[Finding]:

@@ -40,12 +40,14 @@ class Known:
     classes: tuple[str, ...] = ()
 
 
-def check(run: TrainingRun, machine: Machine, *, mfu: float | None) -> list[Finding]:
-    """All checks of a run, in the order in which one would repair it."""
+def check(run: TrainingRun, machine: Machine, *, mfu: float | None, runs: int = 1) -> list[Finding]:
+    """All checks of a run, in the order in which one would repair it; ``runs`` like it are to be made."""
     known = Known()
     findings = check_fit(run, machine, known)
     if not any(f.status == "fail" and f.subject in ("model", "batch") for f in findings):
-        cost = Cost(run=run, machine=machine, classes=len(known.classes), train=known.train, mfu=mfu)
+        cost = Cost(
+            run=run, machine=machine, classes=len(known.classes), train=known.train, mfu=mfu, runs=runs
+        )
         findings += check_cost(cost)
     return [*findings, *check_tracking(run)]
 

@@ -32,7 +32,8 @@ FP32_SHARE = 0.5  # TF32 against bf16 on cards from Ampere on
 class Machine:
     """What a run is to have. ``gpu`` is None for CPU runs; ``memory_bytes`` is of one GPU, or of the host.
 
-    ``write_bytes_per_second`` is what one node writes to its disk or store; None where it was not said.
+    ``write_bytes_per_second`` is what one node writes to its disk or store, ``price_per_hour`` what a GPU costs (a node
+    of a CPU run), in any currency; None where it was not said.
     """
 
     nodes: int
@@ -42,6 +43,7 @@ class Machine:
     peak_tflops: float | None
     cores_per_node: int
     write_bytes_per_second: float | None = None
+    price_per_hour: float | None = None
 
     @property
     def world_size(self) -> int:
@@ -67,6 +69,7 @@ def choose_machine(
     cores_here: int,
     memory_here: int,
     write_gb_per_second: float | None = None,
+    price_per_hour: float | None = None,
 ) -> Machine:
     """The machine the options describe; what they leave open is taken from this one.
 
@@ -77,14 +80,7 @@ def choose_machine(
         raise ConfigError(
             f"--nodes {nodes} --gpus {gpus} is no machine", file="command line", hint="use at least one node"
         )
-    if write_gb_per_second is not None and not 0 < write_gb_per_second < math.inf:
-        raise ConfigError(
-            "is no speed",
-            key="--write-speed",
-            value=write_gb_per_second,
-            file="command line",
-            hint="give GB/s, such as 2.5",
-        )
+    _require_speed_and_price(write_gb_per_second, price_per_hour)
     kind = gpu.lower().replace("nvidia-", "").replace("_", "-") if gpu else None
     if kind is not None and kind not in GPUS:
         raise ConfigError(
@@ -114,7 +110,27 @@ def choose_machine(
         peak_tflops=peak,
         cores_per_node=cores or cores_here,
         write_bytes_per_second=None if write_gb_per_second is None else 1e9 * write_gb_per_second,
+        price_per_hour=price_per_hour,
     )
+
+
+def _require_speed_and_price(write_gb_per_second: float | None, price_per_hour: float | None) -> None:
+    if write_gb_per_second is not None and not 0 < write_gb_per_second < math.inf:
+        raise ConfigError(
+            "is no speed",
+            key="--write-speed",
+            value=write_gb_per_second,
+            file="command line",
+            hint="give GB/s, such as 2.5",
+        )
+    if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
+        raise ConfigError(
+            "is no price",
+            key="--price",
+            value=price_per_hour,
+            file="command line",
+            hint="give what a GPU costs an hour, such as 2.5",
+        )
 
 
 def _gpu_here() -> tuple[int, str, float] | None:

@@ -6,6 +6,7 @@ Read first ``command`` (what a command is) and ``subject`` (from its words to th
 
 # The files that hold commands, in the order of `cliplift --help`. A new file is one more name here.
 MODULES = (
+    "start",
     "shard",
     "generations",
     "train",
@@ -14,6 +15,5 @@ MODULES = (
     "check",
     "submit",
     "bench",
-    "doctor",
     "demo",
 )

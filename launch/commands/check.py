@@ -1,8 +1,9 @@
-"""``cliplift check``: would a run work, fit and end in time? Asked before it is queued."""
+"""``cliplift check``: would a run work, fit and end in time? Asked before it is queued. ``doctor``: what is here?"""
 
 from __future__ import annotations
 
 import argparse
+import os
 
 from cliplift.launch.commands.command import Command
 
@@ -29,6 +30,13 @@ def add_options(check: argparse.ArgumentParser) -> None:
         metavar="GB/S",
         help="what one node writes to its disk or store, GB/s: says how long a checkpoint takes",
     )
+    check.add_argument(
+        "--price",
+        type=float,
+        default=None,
+        metavar="PER_HOUR",
+        help="what one GPU (or one node of a CPU run) costs an hour, in any currency: says what the run costs",
+    )
 
 
 def run_check(arguments: argparse.Namespace) -> int:
@@ -41,7 +49,7 @@ def run_check(arguments: argparse.Namespace) -> int:
     from cliplift.pipelines.repeats import single_runs
 
     loaded = load_training(arguments.subject, arguments.rest)
-    run = single_runs(loaded.run)[0]  # the others differ in fold and seed alone
+    runs = single_runs(loaded.run)  # which differ in fold and seed alone
     machine = choose_machine(
         nodes=arguments.nodes,
         gpus=arguments.gpus,
@@ -51,8 +59,19 @@ def run_check(arguments: argparse.Namespace) -> int:
         cores_here=usable_cores(),
         memory_here=memory_bytes(),
         write_gb_per_second=arguments.write_speed,
+        price_per_hour=arguments.price,
     )
-    findings = check(run, machine, mfu=arguments.mfu)
+    findings = check(runs[0], machine, mfu=arguments.mfu, runs=len(runs))
+    print(table(findings))
+    return exit_code(findings)
+
+
+def run_doctor(_: argparse.Namespace) -> int:
+    """Exit code 1 when something that the stages need is broken."""
+    from cliplift.launch.check.doctor import examine
+    from cliplift.launch.check.findings import exit_code, table
+
+    findings = examine(os.environ)
     print(table(findings))
     return exit_code(findings)
 
@@ -63,5 +82,12 @@ COMMANDS = (
         summary="will it work, fit and end in time? a run's data, shapes, memory and hours, before it is queued",
         add_options=add_options,
         run=run_check,
+    ),
+    Command(
+        name="doctor",
+        summary="what this machine has: versions, GPUs, decoders, limits",
+        subject="",
+        rest="",
+        run=run_doctor,
     ),
 )

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 MADE = "videos/made.json"
 FRAME_AT_BEST = "a single frame, at best"
-TRANSFER, SCRATCH, FRAMES = "3D from transfer", "3D from scratch", "2D teacher, averaged frames"
+TRANSFER, INFLATED = "3D from transfer", "3D as transfer starts, without it"
+SCRATCH, FRAMES = "3D from scratch", "2D teacher, averaged frames"
 
 
 @dataclass(frozen=True)
@@ -42,20 +43,24 @@ class _Recipes:
     methods: Mapping[str, str]  # in the order of the table
 
 
-def _recipes(name: str) -> _Recipes:
+def _recipes(name: str, *, inflated: bool) -> _Recipes:
     return _Recipes(
         shard_labelled=f"shard/{name}_actions",
         shard_unlabelled=f"shard/{name}_unlabelled",
         transfer=f"transfer/{name}",
         methods={
             TRANSFER: f"finetune/{name}",
+            **({INFLATED: f"finetune/{name}_inflated"} if inflated else {}),
             SCRATCH: f"finetune/{name}_scratch",
             FRAMES: f"finetune/{name}_frames",
         },
     )
 
 
-RECIPES: Mapping[str, _Recipes] = {"and_kind": _recipes("demo_kinds"), "only": _recipes("demo")}
+RECIPES: Mapping[str, _Recipes] = {
+    "and_kind": _recipes("demo_kinds", inflated=True),
+    "only": _recipes("demo", inflated=False),
+}
 
 
 @dataclass(frozen=True)
@@ -243,7 +248,7 @@ def _finetune(run: DemoRun, root: Path, method: str, recipe: str) -> Row:
         folder = root / f"{recipe.replace('/', '-')}-seed{seed}"
         overrides = [
             f"seed={seed}",
-            f"schedule.steps={run.frames_steps if recipe.endswith('frames') else run.finetune_steps}",
+            f"schedule.steps={_steps(run, method)}",
             f"data.shards={root / 'shards' / 'actions'}",
         ]
         if method == TRANSFER:
@@ -255,6 +260,12 @@ def _finetune(run: DemoRun, root: Path, method: str, recipe: str) -> Row:
         tuple(str(result.folder) for result in results),
         results[0].metrics["chance"],
     )
+
+
+def _steps(run: DemoRun, method: str) -> int:
+    """Optimizer steps of a method's finetuning."""
+    of_its_own = {SCRATCH: run.scratch_steps, FRAMES: run.frames_steps}
+    return of_its_own.get(method) or run.finetune_steps
 
 
 def _facts(

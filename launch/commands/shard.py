@@ -52,10 +52,16 @@ def add_show_options(show: argparse.ArgumentParser) -> None:
     show.add_argument(
         "--where",
         metavar="EXPRESSION",
-        help="say how many clips an expression of data.where leaves, by split and class, and write no page",
+        help="say how many clips an expression of data.where leaves, by split and class, and show clips on both sides"
+        " of its thresholds",
     )
-    show.add_argument("--fold", type=int, default=None, help="official split that --where counts, from 1")
-    show.add_argument("--clips", type=int, default=24, help="clips shown of each split")
+    show.add_argument(
+        "--score",
+        metavar="NAME",
+        help="show how the values of a column are spread, and clips over their range",
+    )
+    show.add_argument("--fold", type=int, default=None, help="official split that is counted, from 1")
+    show.add_argument("--clips", type=int, default=24, help="clips shown of each split, or on each side")
 
 
 def add_index_options(index: argparse.ArgumentParser) -> None:
@@ -97,14 +103,31 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 
 def run_show(arguments: argparse.Namespace) -> int:
-    if arguments.where is not None:
-        from cliplift.sharding.scoring.census import census, census_table
-
-        print(census_table(census(arguments.subject, arguments.where, fold=arguments.fold)))
-        return 0
+    if arguments.where is not None or arguments.score is not None:
+        return _show_scores(arguments)
     from cliplift.sharding.read.contact_sheet import write_contact_sheet
 
     print(write_contact_sheet(arguments.subject, arguments.output, clips_per_split=arguments.clips))
+    return 0
+
+
+def _show_scores(arguments: argparse.Namespace) -> int:
+    """What a filter leaves, or how a score is spread, with clips on a page."""
+    from cliplift.configs.sections import ConfigError
+    from cliplift.sharding.scoring.census import census, census_table
+    from cliplift.sharding.scoring.sheet import write_filter_sheet, write_score_sheet
+
+    url, where, more = arguments.subject, arguments.where, {"clips": arguments.clips, "fold": arguments.fold}
+    if where is not None and arguments.score is not None:
+        hint = "give one of them; --where shows the columns that it names"
+        raise ConfigError("--where and --score do not go together", file="command line", hint=hint)
+    if where is None:
+        print(write_score_sheet(url, arguments.score, arguments.output, **more))
+    else:
+        left = census(url, where, fold=arguments.fold)
+        spread = write_filter_sheet(url, where, left, arguments.output, **more)
+        print("\n".join(part for part in (census_table(left), spread) if part))
+    print(arguments.output)
     return 0
 
 

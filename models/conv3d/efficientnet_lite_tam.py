@@ -1,17 +1,13 @@
 """EfficientNet-Lite0 over clips: the image network on every frame, temporal aggregation between its blocks.
 
-Source of the temporal part: Fan, Chen, Kuehne, Pistoia and Cox, "More Is Less", NeurIPS 2019, arXiv 1912.00869 (the
-temporal aggregation module, TAM), and IBM/action-recognition-pytorch: every channel of a frame becomes a weighted sum
-of that channel in the frame before, the frame itself and the next, one weight per channel and place.
+Source of the temporal part: Fan et al., "More Is Less", NeurIPS 2019, arXiv 1912.00869 (the temporal aggregation
+module, TAM): every channel of a frame becomes a weighted sum of it in the frame before, the frame itself and the next.
 
-Two deviations, both so that the clip network starts as the image network it takes its weights from:
+Two deviations, so that the clip network starts as the image network of its weights (``pretrained: 2d:imagenet``):
 
-* the weights start at (0, 1, 0), where the public code draws them at random;
-* no ReLU after the sum. The blocks of EfficientNet end in a linear bottleneck, whose negative half carries as much as
-  the positive one; the paper's ResNet blocks begin behind a ReLU and lose nothing by another.
-
-It is the 3D network of this registry whose ImageNet weights install from the package index
-(``pretrained: 2d:imagenet``), and so the row "inflated from 2D" of a comparison made without a network.
+* the weights start at (0, 1, 0), where the public code draws them at random; those of ``difference_share`` of the
+  channels at (-1/2, 1, -1/2), for from (0, 1, 0) alone the features' mean over time hardly learns what changes;
+* no ReLU after the sum: EfficientNet's blocks end in a linear bottleneck, the paper's ResNet blocks behind a ReLU.
 """
 
 from __future__ import annotations
@@ -28,11 +24,14 @@ from cliplift.models.registry import variant
 
 
 class TemporalAggregation(nn.Module):
-    """y[t] = w0 x[t-1] + w1 x[t] + w2 x[t+1], one weight per channel; zeros outside the clip."""
+    """y[t] = w0 x[t-1] + w1 x[t] + w2 x[t+1], one weight per channel; zeros outside the clip. The first ``differences``
+    channels start as what changes from frame to frame, the others as the frame itself."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, differences: int = 0) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.tensor([0.0, 1.0, 0.0])[:, None].repeat(1, channels))
+        start = torch.tensor([0.0, 1.0, 0.0])[:, None].repeat(1, channels)
+        start[:, :differences] = torch.tensor([-0.5, 1.0, -0.5])[:, None]
+        self.weight = nn.Parameter(start)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C, H, W) -> the same shape. Sums of shifted frames: faster than a grouped 3D convolution."""
@@ -45,9 +44,10 @@ class TemporalAggregation(nn.Module):
 class TemporalInvertedResidual(nn.Module):
     """An image block on every frame, its branch behind a :class:`TemporalAggregation`; the shortcut stays as it is."""
 
-    def __init__(self, block: InvertedResidual, *, in_channels: int) -> None:
+    def __init__(self, block: InvertedResidual, difference_share: float) -> None:
         super().__init__()
-        self.temporal = TemporalAggregation(in_channels)
+        channels = cast(nn.Conv2d, block.layers[0]).in_channels
+        self.temporal = TemporalAggregation(channels, differences=round(difference_share * channels))
         self.layers = block.layers
         self.residual = block.residual
 
@@ -63,14 +63,18 @@ class EfficientNetLiteTAM(EfficientNetLite):
 
     input_dims = 5
 
-    def __init__(self, *, num_classes: int = 400, in_frames: int = 8, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        num_classes: int = 400,
+        in_frames: int = 8,
+        dropout: float = 0.0,
+        difference_share: float = 0.0,
+    ) -> None:
         super().__init__(lite=0, num_classes=num_classes, in_frames=in_frames, dropout=dropout)
         self.input_spec = dataclasses.replace(self.input_spec, frame_stride=8)
         inner = [block for block in self.blocks if isinstance(block, InvertedResidual)]
-        self.blocks = nn.ModuleList(
-            TemporalInvertedResidual(block, in_channels=block.layers[0].in_channels)  # type: ignore[arg-type]
-            for block in inner
-        )
+        self.blocks = nn.ModuleList(TemporalInvertedResidual(block, difference_share) for block in inner)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, 1280, T, H/32, W/32)."""
@@ -79,12 +83,11 @@ class EfficientNetLiteTAM(EfficientNetLite):
         y = y.reshape(B, T, *y.shape[1:])
         for block in self.blocks:
             y = block(y)
-        features: Tensor = self.head(y.flatten(0, 1))
-        return features.reshape(B, T, *features.shape[1:]).transpose(1, 2)
+        y = self.head(y.flatten(0, 1))
+        return y.reshape(B, T, *y.shape[1:]).transpose(1, 2)
 
 
-# 3,887,968 parameters at 400 classes, features of 1280. ``pretrained="2d:imagenet"`` starts as the ImageNet network on
-# every frame, averaged over time, and needs no download: the extra ``teachers`` ships the weights
+# 3,887,968 parameters at 400 classes, features of 1280; its ImageNet weights come with the extra ``teachers``
 efficientnet_lite0_tam = variant(
     "efficientnet_lite0_tam", EfficientNetLiteTAM, paper="Fan et al. 2019, TAM on Lite0"
 )

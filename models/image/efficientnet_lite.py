@@ -113,11 +113,7 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite(PooledClassifier):
-    """EfficientNet-Lite0, -1 or -2: (B, 3, H, W) -> (B, K), features of 1280.
-
-    ``create_model("efficientnet_lite0", pretrained="imagenet")`` needs no network: the extra ``teachers`` ships the
-    weights of all three.
-    """
+    """EfficientNet-Lite0, -1 or -2: (B, 3, H, W) -> (B, K), features of 1280; ``pretrained="imagenet"``: see above."""
 
     input_dims = 4
 
@@ -160,11 +156,8 @@ class EfficientNetLite(PooledClassifier):
         return {"imagenet": functools.partial(_imagenet_weights, self.lite)}
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """The names of the package (EfficientNet-PyTorch's ``_blocks.3._bn1``) and of timm, under ours.
-
-        timm's counterparts are ``tf_efficientnet_lite0`` and so on; its ``efficientnet_lite0`` has other paddings and
-        epsilon.
-        """
+        """The package's names (EfficientNet-PyTorch's ``_blocks.3._bn1``) and those of timm's ``tf_efficientnet_lite0``
+        to ``2``, whose namesakes without ``tf_`` have other paddings and epsilon, under ours."""
         if "_conv_stem.weight" in state:
             return {_from_package(key): v for key, v in state.items()}, ["renamed EfficientNet-PyTorch keys"]
         if "conv_stem.weight" in state:

@@ -7,6 +7,7 @@ the step. :func:`training_loader` makes the loader a config asks for.
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
@@ -18,6 +19,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.data.batch import ClipBatch, merge_batches
 from cliplift.pipelines.data.failures import FailureCount, TooManyFailuresError
 from cliplift.pipelines.data.order import (
+    CLUSTER_KEY,
     BalancedOrder,
     Draw,
     GlobalOrder,
@@ -200,6 +202,8 @@ def order_of(source: ClipSource) -> Order | BalancedOrder:
     data, seed = source.data, source.seed
     if data.class_balanced:
         return BalancedOrder(source.labels, seed)
+    if data.cluster_balanced:
+        return BalancedOrder(source.clusters, seed, key=CLUSTER_KEY)
     if data.weights is None:
         return _plain_order(data, source.shard_ranges, len(source), seed)
     parts = [
@@ -224,6 +228,9 @@ def sequence_identity(source: ClipSource) -> str:
         f"windowed, {data.streams} streams of {data.window_samples}" if data.order == "windowed" else "global"
     )
     order = "class-balanced" if data.class_balanced else order
+    if data.cluster_balanced:  # the same clips in other clusters come in another order
+        clusters = hashlib.sha256(source.clusters.astype("<i8").tobytes()).hexdigest()
+        order = f"cluster-balanced, {clusters}"
     weights = "" if data.weights is None else f", weights {':'.join(f'{w:g}' for w in data.weights)}"
     repeated = f", {data.clips_per_sample} clips a sample" if data.clips_per_sample > 1 else ""
     return f"{source.fingerprint} ({order}{weights}{repeated})"

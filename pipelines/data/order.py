@@ -8,7 +8,7 @@ Two orders, both bijections of the N samples of an epoch, and a weighted mixture
   cycle walking, Black and Rogaway 2002), so that 10^9 samples cost nothing.
 * ``Mixture``: several of these side by side, each with its share of the positions.
 
-Class-balanced order: every class as often as every other, whatever the dataset's counts.
+Balanced order: every class, or every cluster of clips that look alike, as often as every other, whatever its size.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from cliplift.sharding.read.shared import SharedArray
 
 Ints = npt.NDArray[np.int64]
 
+CLUSTER_KEY = "data.cluster_balanced"
 ROUNDS = 6
 _MASK = (1 << 64) - 1
 
@@ -101,11 +102,20 @@ class WindowedOrder:
     """
 
     def __init__(self, shard_ranges: npt.ArrayLike, seed: int, streams: int, window_samples: int) -> None:
-        self.ranges: Ints = np.asarray(shard_ranges, dtype=np.int64).reshape(-1, 2)
+        self._ranges = SharedArray(np.asarray(shard_ranges, dtype=np.int64).reshape(-1, 2))
         self.seed, self.streams, self.window_samples = seed, streams, window_samples
         self.num_samples = int((self.ranges[:, 1] - self.ranges[:, 0]).sum())
         self._epochs: OrderedDict[int, _DealtShards] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int, int], Ints] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        # What was computed so far is computed anew where it is needed, and not sent to every worker.
+        return self.__dict__ | {"_epochs": OrderedDict(), "_windows": OrderedDict()}
+
+    @property
+    def ranges(self) -> Ints:
+        """(K, 2) first sample of each shard, and the one after its last."""
+        return self._ranges.array
 
     def draw(self, epoch: int, position: int) -> Draw:
         return Draw(self.sample(epoch, position), epoch)
@@ -269,24 +279,26 @@ class BalancedOrder:
 
     A pure function of (seed, epoch, position) like the other orders. Rounds count on from epoch to epoch, so a rare
     class starts its next pass only after all its samples came. Reads are spread over all shards: shards that are
-    remote are better cached.
+    remote are better cached. Clusters are dealt as classes are.
 
     Args:
-        labels: (N,) class of every sample.
+        labels: (N,) class of every sample, or its cluster.
         seed: of all permutations.
+        key: of the config that asks for it, for messages.
 
     Raises:
         ConfigError: a sample has no class.
     """
 
-    def __init__(self, labels: npt.ArrayLike, seed: int) -> None:
+    def __init__(self, labels: npt.ArrayLike, seed: int, *, key: str = "data.class_balanced") -> None:
         found = np.asarray(labels, dtype=np.int64)
         if (found < 0).any():
+            what = "cluster" if key == CLUSTER_KEY else "class"
             raise ConfigError(
-                f"needs a class for every sample, and {int((found < 0).sum())} have none",
-                key="data.class_balanced",
+                f"needs a {what} for every sample, and {int((found < 0).sum())} have none",
+                key=key,
                 value=True,
-                hint="use false",
+                hint="use data.where: cluster >= 0" if key == CLUSTER_KEY else "use false",
             )
         self.num_samples, self.seed = len(found), seed
         # All samples, one class after the other, and where each class begins: the only table of an order.

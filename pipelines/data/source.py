@@ -121,6 +121,21 @@ class ClipSource:
         return np.concatenate([one.labels for one in self.sets])
 
     @property
+    def clusters(self) -> Ints:
+        """(N,) the cluster of every sample, -1 where it has none; those of two datasets are different clusters.
+
+        Raises:
+            ConfigError: a dataset has no column ``cluster``.
+        """
+        parts: list[Ints] = []
+        first = 0
+        for one in self.sets:
+            found = np.nan_to_num(one.score("cluster"), nan=-1.0).astype(np.int64)
+            parts.append(np.where(found >= 0, found + first, found))
+            first += int(found.max(initial=-1)) + 1
+        return np.concatenate(parts)
+
+    @property
     def video_index(self) -> Ints:
         """(N,) the number of every sample's source video, counted over all datasets; looks at all of them."""
         parts = [one.videos + first for one, first in zip(self.sets, self._first_videos, strict=True)]

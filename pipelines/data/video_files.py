@@ -129,11 +129,7 @@ def sliding_windows(
 
     The last window ends at the end of the video; a video shorter than a window is one window. Raises VideoDecodeError.
     """
-    duration = probe(path).duration_seconds
-    if duration is None:
-        raise VideoDecodeError(
-            f"{path}: its container does not say how long it is, which sliding windows need"
-        )
+    duration = duration_of(path)
     starts = np.arange(0.0, max(duration - window_seconds, 0.0) + 1e-6, stride_seconds).tolist()
     if starts[-1] + window_seconds < duration - 1e-6:
         starts.append(duration - window_seconds)
@@ -142,3 +138,23 @@ def sliding_windows(
             end = min(start + window_seconds, duration)
             stored = cutter.cut(start_seconds=start, end_seconds=None if end >= duration - 1e-6 else end)
             yield start, end, clips_of_stored(stored, data)
+
+
+def window_around(
+    path: Path, data: DataConfig, centre_seconds: float, *, window_seconds: float
+) -> tuple[float, float, ClipBatch]:
+    """(start, end, views) of the one window around a time, which lies inside the file. Raises VideoDecodeError."""
+    start = max(centre_seconds - window_seconds / 2, 0.0)
+    end = start + window_seconds
+    stored = transcode_span(path, start_seconds=start, end_seconds=end, config=FOREIGN)
+    return start, end, clips_of_stored(stored, data)
+
+
+def duration_of(path: Path) -> float:
+    """Length of a local file, seconds. Raises VideoDecodeError where its container does not say it."""
+    duration = probe(path).duration_seconds
+    if duration is None:
+        raise VideoDecodeError(
+            f"{path}: its container does not say how long it is, which sliding windows need"
+        )
+    return duration

@@ -226,13 +226,6 @@ def all_reduce_mean(values: Tensor, topology: Topology) -> Tensor:
     return all_reduce_sum(values, topology) / topology.world_size
 
 
-def all_reduce_largest(values: Tensor, topology: Topology) -> Tensor:
-    """The largest of each element over ranks; the host does not wait for it."""
-    if topology.world_size > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
-
-
 def all_reduce_max(value: float, topology: Topology) -> float:
     """The largest value any rank has."""
     if topology.world_size == 1:

@@ -40,11 +40,15 @@ class LateValues:
 
 @dataclass
 class LoggedStep:
-    """A line of the log whose means are not yet on the host; ``names`` are those of ``means``."""
+    """A line of the log whose means are not yet on the host; ``names`` are those of ``means``.
+
+    ``ranks`` is (ranks, 2): of each the share of its time that it waited for data, and the seconds of a forward pass.
+    """
 
     step: int
     names: Sequence[str]
     means: LateValues
+    ranks: LateValues
     numbers: dict[str, float | None]
 
     def read(self) -> dict[str, float | None]:

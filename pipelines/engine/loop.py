@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,8 @@ from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.checkpoints.saved import random_state, set_random_state
 from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.data.loader import TrainingLoader
-from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.distributed.collectives import Topology, gather_objects
+from cliplift.pipelines.distributed.slowest import ForwardClock, SlowestRank
 from cliplift.pipelines.engine.batchnorm import estimate_statistics, lagging_statistics
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
 from cliplift.pipelines.engine.ema import TeacherAverage
@@ -44,7 +46,7 @@ from cliplift.pipelines.engine.late import LateValues, LoggedStep, StepOutcome
 from cliplift.pipelines.engine.optim import Schedule, leave_out, peak_lr, total_steps
 from cliplift.pipelines.engine.state import RunState, run_identity
 from cliplift.pipelines.engine.task import HALF, OF_CLIP, FitResult, HasTeacher, RaisesAlarm, TrainingTask
-from cliplift.pipelines.engine.telemetry import StepProfiler, TrainingWindow, peak_tflops
+from cliplift.pipelines.engine.telemetry import StepProfiler, TrainingWindow, utilisation
 from cliplift.pipelines.runs.results import evaluation_line
 from cliplift.pipelines.runs.tracking import Tracker
 
@@ -90,6 +92,8 @@ class Trainer:
         self.unread: StepOutcome | None = None
         self.stop_asked = False
         self.window = TrainingWindow()
+        self.forward_clock = ForwardClock(topology.device)
+        self.slowest = SlowestRank(gather_objects([socket.gethostname()], topology))
         self.profiler = StepProfiler(
             run.track.profile_steps,
             folder=Path(run.output) / "profile",
@@ -201,7 +205,9 @@ class Trainer:
             asked = time.monotonic()
             batch = next(self.batches)
             waited += time.monotonic() - asked
-            outputs = self.engine(self._cast(self.task.inputs(batch, training=True, step=self.state.step)))
+            inputs = self._cast(self.task.inputs(batch, training=True, step=self.state.step))
+            with self.forward_clock.measured():
+                outputs = self.engine(inputs)
             for name, value in outputs.items():
                 # Summed on the device: a number read here would make the host wait for this forward pass.
                 if value.ndim:
@@ -340,7 +346,7 @@ class Trainer:
     def _summary(self, lr: float, norm: Tensor | float | None) -> LoggedStep:
         """What is logged of the steps since the last line; the means are still on the device."""
         window, self.window = self.window, TrainingWindow()
-        names, means = window.means(self.topology)
+        names, means, ranks = window.means(self.topology, forward_seconds=self.forward_clock.taken())
         if isinstance(norm, Tensor):
             names, means = [*names, "grad_norm"], torch.cat([means, _on(norm, means)])
         groups = self.engine.optimizer.param_groups
@@ -353,7 +359,13 @@ class Trainer:
         }
         if len({group["lr_factor"] for group in groups}) > 1:
             numbers |= {f"lr/factor_{group['lr_factor']:.4g}": float(group["lr"]) for group in groups}
-        return LoggedStep(step=self.state.step, names=names, means=LateValues(means), numbers=numbers)
+        return LoggedStep(
+            step=self.state.step,
+            names=names,
+            means=LateValues(means),
+            ranks=LateValues(ranks),
+            numbers=numbers,
+        )
 
     def _log(self, logged: LoggedStep) -> None:
         numbers = logged.read()
@@ -364,9 +376,14 @@ class Trainer:
             "train/skipped_steps": float(self.state.skipped),
             "train/rewinds": float(self.state.rewinds),
         }
-        numbers |= self._utilisation(numbers["speed/clips_per_second"] or 0.0)
+        numbers |= utilisation(
+            self.run, self.topology, self.task, clips_per_second=numbers["speed/clips_per_second"] or 0.0
+        )
         self.tracker.log(logged.step, numbers)
         self._warn(logged.step, numbers)
+        slow = self.slowest.look(logged.ranks.read(), step_seconds=numbers["speed/step_seconds"] or 0.0)
+        if slow is not None:
+            self._log_main(f"step {logged.step}: {slow}")
         left = (self.total - logged.step) * (numbers["speed/step_seconds"] or 0.0)
         self.tracker.progress(
             logged.step,
@@ -380,15 +397,6 @@ class Trainer:
         text = self.task.alarm(numbers) if isinstance(self.task, RaisesAlarm) else None
         if text is not None:
             self._log_main(f"step {step}: {text}")
-
-    def _utilisation(self, clips_per_second: float) -> dict[str, float]:
-        """Model FLOPs utilisation where the device's peak is known."""
-        peak = peak_tflops(self.run, self.topology.device)
-        flops = self.task.flops_per_clip if peak is not None else None
-        if peak is None or flops is None:
-            return {}
-        each = clips_per_second * flops / self.topology.world_size / 1e12
-        return {"speed/tflops_per_device": each, "speed/mfu": each / peak}
 
     def _evaluation_caught_up(self) -> bool:
         """Make the evaluation that a signal stopped before this start; False when another signal stops it again."""

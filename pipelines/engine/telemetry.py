@@ -26,10 +26,10 @@ from cliplift.models.measure import measure_model
 from cliplift.models.protocol import ModelError
 from cliplift.pipelines.distributed.collectives import (
     Topology,
-    all_reduce_largest,
     all_reduce_mean,
     all_reduce_sum,
 )
+from cliplift.pipelines.engine.task import TrainingTask
 
 
 @dataclass
@@ -62,18 +62,24 @@ class TrainingWindow:
         self.seconds += seconds
         self.waited += waited
 
-    def means(self, topology: Topology) -> tuple[list[str], Tensor]:
-        """Means over steps and ranks, and ``data_wait_share`` of the rank that waited longest; on the device."""
+    def means(self, topology: Topology, *, forward_seconds: float) -> tuple[list[str], Tensor, Tensor]:
+        """Means over steps and ranks, and ``data_wait_share`` of the rank that waited longest; on the device.
+
+        The last are (ranks, 2): of each rank the share of its time that it waited for data, and its forward pass.
+        """
         names = sorted(self.sums)
         sums = torch.stack([self.sums[name].double() for name in names])
-        waited = torch.full((1,), self.waited / self.seconds, dtype=torch.float64, device=sums.device)
+        own = torch.zeros(topology.world_size, 2, dtype=torch.float64, device=sums.device)
+        own[topology.rank, 0].fill_(self.waited / self.seconds)
+        own[topology.rank, 1].fill_(forward_seconds)
+        ranks = all_reduce_sum(own, topology)
         means = all_reduce_mean(sums, topology) / self.steps
         if self.clip_sums:
             # The mean over clips takes the place of that over micro-batches, whose roundings depend on their size.
             exact = all_reduce_sum(torch.stack(list(self.clip_sums.values())), topology) / self.clips
             of_clips = dict(zip(self.clip_sums, exact, strict=True))
             means = torch.stack([of_clips.get(name, mean) for name, mean in zip(names, means, strict=True)])
-        return [*names, "data_wait_share"], torch.cat([means, all_reduce_largest(waited, topology)])
+        return [*names, "data_wait_share"], torch.cat([means, ranks[:, 0].max().reshape(1)]), ranks
 
     def numbers(self, run: TrainingRun, topology: Topology, *, frames: int) -> dict[str, float | None]:
         """What the host knows of these steps: speed, memory, replaced samples."""
@@ -135,6 +141,18 @@ def forward_flops(
 def training_flops(forward: float | None) -> float | None:
     """Operations of forward and backward; frozen parts are counted as if they were trained."""
     return None if forward is None else forward * (1.0 + BACKWARD_TO_FORWARD)
+
+
+def utilisation(
+    run: TrainingRun, topology: Topology, task: TrainingTask, *, clips_per_second: float
+) -> dict[str, float]:
+    """Model FLOPs utilisation where the device's peak is known."""
+    peak = peak_tflops(run, topology.device)
+    flops = task.flops_per_clip if peak is not None else None
+    if peak is None or flops is None:
+        return {}
+    each = clips_per_second * flops / topology.world_size / 1e12
+    return {"speed/tflops_per_device": each, "speed/mfu": each / peak}
 
 
 def peak_tflops(run: TrainingRun, device: torch.device) -> float | None:

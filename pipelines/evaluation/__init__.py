@@ -2,5 +2,6 @@
 
 In reading order: ``over_split`` (one pass over a split, for all), ``metrics`` (pure functions), ``evaluate`` (a
 classifier on a split), ``features`` (what its classifier saw), ``clip_tables`` (rows for trackers), ``predict``
-(video files), ``fuse`` (several runs, one answer), ``explain`` and ``grad_cam`` (heat maps), ``export``.
+(video files), ``segments`` (what happens when), ``fuse`` (several runs, one answer), ``explain`` and ``grad_cam``
+(heat maps), ``export``.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -47,6 +47,7 @@ from cliplift.pipelines.evaluation.metrics import (
 )
 from cliplift.pipelines.evaluation.over_split import over_split
 from cliplift.pipelines.runs.folder import CONFIG, WEIGHTS, RunFolder
+from cliplift.pipelines.runs.leaks import LeakStatement, leak_statements, statement_lines
 from cliplift.pipelines.runs.predictions import Predictions
 from cliplift.pipelines.runs.results import result_block
 
@@ -275,7 +276,9 @@ def _evaluate(run: EvaluateRun, *, command: Sequence[str], topology: Topology) -
     )
     _check_classes(card, predictions, run)
     metrics = classification_metrics(predictions)
+    leaks: list[LeakStatement] = []
     if topology.rank == 0:
+        leaks = leak_statements(Path(run.run), data.urls, split=run.split, fold=data.fold)
         predictions.write(folder.predictions)
         best_metric = "accuracy" if "accuracy" in metrics else "mean_average_precision"
         print(
@@ -283,6 +286,7 @@ def _evaluate(run: EvaluateRun, *, command: Sequence[str], topology: Topology) -
                 f"{Path(run.run).name} on {run.split}", metrics, best_metric=best_metric, folder=folder.path
             )
         )
+        print(statement_lines(leaks))
     folder.write_result(
         stage="evaluate",
         metrics=metrics,
@@ -290,6 +294,7 @@ def _evaluate(run: EvaluateRun, *, command: Sequence[str], topology: Topology) -
         classes=predictions.classes,
         split=run.split,
         evaluated=run.run,
+        leaks=[asdict(one) for one in leaks],
     )
     return metrics
 

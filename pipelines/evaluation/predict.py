@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NotRequired, TypedDict
+from pathlib import Path
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +26,33 @@ from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.data.video_files import (
     clips_of_video,
+    duration_of,
     local_copy,
     read_each,
     sliding_windows,
     video_names,
+    window_around,
 )
 from cliplift.pipelines.distributed.collectives import start
 from cliplift.pipelines.engine.task import ModelCard
 from cliplift.pipelines.evaluation.evaluate import load_finished
+from cliplift.pipelines.evaluation.segments import (
+    Present,
+    Probabilities,
+    Segment,
+    Window,
+    dump_segments,
+    present,
+    refined,
+    segments,
+)
 from cliplift.sharding.sources.files import printable
 from cliplift.sharding.storage import open_store, whole_file
+from cliplift.sharding.video.decode import probe
+
+FPS_UNKNOWN = (
+    25  # of a stream that does not state its rate: to what time the ends of segments are searched for
+)
 
 # "class" is a keyword of Python, so the fields are written as strings.
 ClassProbability = TypedDict("ClassProbability", {"class": str, "probability": float})
@@ -57,58 +76,86 @@ class VideoRecord(TypedDict):
 
 def run_predict(run: PredictRun) -> int:
     """``cliplift predict``: one line per video on stdout, JSON lines in ``output``. Returns how many videos failed."""
+    _require_one_subtitled(run)
     topology = start(EngineConfig(device=run.device, zero_stage=0))
     network, _, card = load_finished(run.run)
     network = network.to(topology.device).eval()
     classes = class_names(card, network)
     data = data_of(card, network, run.views)
+    multi_label = card.get("task") == "multi_label"
     failed = 0
-    with _json_lines(run.output) as records:
-        one = partial(classify, network, data=data, multi_label=card.get("task") == "multi_label")
-        classify_one = partial(_classify_video, one, data=data, run=run, device=topology.device)
+    with _whole_text(run.output) as lines, _whole_text(run.segments) as texts:
+        one = partial(classify, network, data=data, multi_label=multi_label)
+        classify_one = partial(
+            _classify_video, one, data=data, run=run, multi_label=multi_label, device=topology.device
+        )
+        happened: list[tuple[str, list[Segment]]] = []
         for video, found in read_each(video_names(run.videos), classify_one):
             if found is None:
                 failed += 1
                 continue
-            probabilities, windows = found
-            records.append(_print_video(video, probabilities, windows, classes, run.top))
+            lines.append(json.dumps(_print_video(video, found, classes, run), ensure_ascii=False) + "\n")
+            happened.append((printable(video), found.segments))
+        if run.segments is not None:
+            texts.append(dump_segments(happened, classes, suffix=f".{run.segments.rpartition('.')[2]}"))
     return failed
 
 
-def _print_video(
-    video: str,
-    probabilities: npt.NDArray[np.float32],
-    windows: Sequence[tuple[float, float, npt.NDArray[np.float32]]],
-    classes: tuple[str, ...],
-    top: int,
-) -> VideoRecord:
+def _require_one_subtitled(run: PredictRun) -> None:
+    if run.segments is None or not run.segments.endswith(".vtt"):
+        return
+    if len(list(itertools.islice(video_names(run.videos), 2))) > 1:
+        raise ConfigError(
+            "WebVTT belongs to one video, and several are given",
+            key="segments",
+            value=run.segments,
+            hint="say segments=segments.csv, or give the videos one by one",
+        )
+
+
+class _Found(NamedTuple):
+    """What is found of a video: of the whole, of its windows and when, where these are asked for."""
+
+    probabilities: Probabilities  # (K,)
+    windows: list[Window]
+    segments: list[Segment]
+
+
+def _print_video(video: str, found: _Found, classes: tuple[str, ...], run: PredictRun) -> VideoRecord:
     """Print the lines of a video; returns its record."""
-    record = _record(video, probabilities, classes, top)
+    record = _record(video, found.probabilities, classes, run.top)
     print(f"{video}  {_line(record)}", flush=True)
-    parts = [(begin, end, _record(video, one, classes, top)) for begin, end, one in windows]
+    parts = [(one, _record(video, one.probabilities, classes, run.top)) for one in found.windows]
     if parts:
         record["windows"] = [
-            {"start_seconds": round(begin, 3), "end_seconds": round(end, 3), "top": part["top"]}
-            for begin, end, part in parts
+            {
+                "start_seconds": round(one.start_seconds, 3),
+                "end_seconds": round(one.end_seconds, 3),
+                "top": part["top"],
+            }
+            for one, part in parts
         ]
-    for begin, end, part in parts:
-        print(f"  {begin:8.2f} s to {end:8.2f} s  {_line(part)}", flush=True)
+    lines = [(one.start_seconds, one.end_seconds, _line(part)) for one, part in parts]
+    if run.segments is not None:
+        lines = [(a, b, f"{classes[label]} {score:.3f}") for a, b, label, score in found.segments]
+    for begin, end, line in lines:
+        print(f"  {begin:8.2f} s to {end:8.2f} s  {line}", flush=True)
     return record
 
 
 @contextlib.contextmanager
-def _json_lines(output: str | None) -> Iterator[list[VideoRecord]]:
-    """Takes the records and writes them at the end; a file that cannot be written is refused before the work."""
-    records: list[VideoRecord] = []
+def _whole_text(output: str | None) -> Iterator[list[str]]:
+    """Takes the parts of a file and writes it at the end; one that cannot be written is refused before the work."""
+    parts: list[str] = []
     if output is None:
-        yield records
+        yield parts
         return
     folder, _, name = output.rpartition("/")
     store = open_store(folder or ("/" if output.startswith("/") else "."))
     target = store.local_path(name)
     with contextlib.nullcontext() if target is None else whole_file(target) as temporary:
-        yield records
-        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        yield parts
+        text = "".join(parts).encode()
         if temporary is None:
             store.write(name, text)
         else:
@@ -175,27 +222,62 @@ def data_of(card: ModelCard, network: VideoNetwork, views: ViewsConfig) -> DataC
 
 
 def _classify_video(
-    classify_views: Callable[[ClipBatch], npt.NDArray[np.float32]],
+    classify_views: Callable[[ClipBatch], Probabilities],
     video: str,
     *,
     data: DataConfig,
     run: PredictRun,
+    multi_label: bool,
     device: torch.device,
-) -> tuple[npt.NDArray[np.float32], list[tuple[float, float, npt.NDArray[np.float32]]]]:
+) -> _Found:
     """A video's probabilities, and with ``window_seconds`` those of its windows, whose mean the former then are."""
     with local_copy(video) as path:
         if run.window_seconds is None:
-            return classify_views(clips_of_video(path, data).to(device)), []
-        windows = [
-            (start, end, classify_views(batch.to(device)))
-            for start, end, batch in sliding_windows(
-                path,
-                data,
-                window_seconds=run.window_seconds,
-                stride_seconds=run.window_stride_seconds or run.window_seconds / 2,
-            )
-        ]
-        return np.mean([one for _, _, one in windows], axis=0), windows
+            return _Found(classify_views(clips_of_video(path, data).to(device)), [], [])
+        views = sliding_windows(
+            path,
+            data,
+            window_seconds=run.window_seconds,
+            stride_seconds=run.window_stride_seconds or run.window_seconds / 2,
+        )
+        windows = (Window(start, end, classify_views(batch.to(device))) for start, end, batch in views)
+        if run.segments is None:
+            found = list(windows)
+            return _Found(np.mean([one.probabilities for one in found], axis=0), found, [])
+
+        def look(centre_seconds: float) -> Window:
+            assert run.window_seconds is not None
+            begin, end, batch = window_around(path, data, centre_seconds, window_seconds=run.window_seconds)
+            return Window(begin, end, classify_views(batch.to(device)))
+
+        shown = partial(present, threshold=run.segment_threshold, multi_label=multi_label)
+        return _segmented(path, windows, look, shown, run)
+
+
+def _segmented(
+    path: Path,
+    windows: Iterator[Window],
+    look: Callable[[float], Window],
+    shown: Callable[[Probabilities], Present],
+    run: PredictRun,
+) -> _Found:
+    """The segments of a video; its windows are kept only where they are written."""
+    total: npt.NDArray[np.float64] = np.zeros(1)
+    count, kept = 0, list[Window]()
+
+    def counted() -> Iterator[Window]:
+        nonlocal total, count
+        for window in windows:
+            total = total + window.probabilities
+            count += 1
+            if run.output is not None:
+                kept.append(window)
+            yield window
+
+    precision = run.segment_precision_seconds or 1 / float(probe(path).fps or FPS_UNKNOWN)
+    looked_at = refined(counted(), look, shown, precision_seconds=precision)
+    found = list(segments(looked_at, shown, duration_seconds=duration_of(path)))
+    return _Found((total / count).astype(np.float32), kept, sorted(found))
 
 
 def _line(record: VideoRecord | WindowRecord) -> str:

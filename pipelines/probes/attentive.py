@@ -178,7 +178,9 @@ def _loader(data: DataConfig, config: AttentiveProbeConfig, *, seed: int, topolo
         )
     try:
         return ClipLoader(
-            data.model_copy(update={"clips_per_sample": 1, "class_balanced": False}),
+            data.model_copy(
+                update={"clips_per_sample": 1, "class_balanced": False, "cluster_balanced": False}
+            ),
             seed=seed,
             global_batch=config.batch,
             micro_batch=each,

@@ -2,5 +2,5 @@
 
 In reading order: ``page`` (the whole page), ``sections`` (curves, confusions, classes, the map of features, lineage),
 ``tables`` (results), ``campaign`` (experiments beside each other), ``charts`` (SVG), ``clips`` (which clips are shown),
-``retrieval`` (what a transfer run's student finds, with pictures).
+``retrieval`` (what a transfer run's student finds, with pictures), ``data`` (test clips in training, filters).
 """

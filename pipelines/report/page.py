@@ -25,6 +25,7 @@ from cliplift.pipelines.evaluation.clip_tables import OpenShards, open_shard_dat
 from cliplift.pipelines.report.campaign import campaign_of
 from cliplift.pipelines.report.charts import value_strip
 from cliplift.pipelines.report.clips import SampleClips, sample_clips
+from cliplift.pipelines.report.data import filters, leaks
 from cliplift.pipelines.report.retrieval import retrieval_pages
 from cliplift.pipelines.report.sections import (
     Confusions,
@@ -152,10 +153,8 @@ def write_report(
         raise ConfigError("names no run", key="runs", hint="give at least one run folder")
     records = [read_run(Path(folder)) for folder in runs]
     labels = _demo_labels(demo)
-    order = {folder: at for at, folder in enumerate(labels)}
-    records.sort(
-        key=lambda record: order.get(record.folder.resolve(), len(order))
-    )  # the demo's table comes first
+    order = {folder: at for at, folder in enumerate(labels)}  # the demo's table comes first
+    records.sort(key=lambda record: order.get(record.folder.resolve(), len(order)))
     groups = group_runs(records, labels)
     found = [c for c in map(confusions, groups) if c is not None]
     shown = _most_telling(found)
@@ -179,6 +178,8 @@ def write_report(
         embedding=None if shown is None else embedding(shown),
         campaign=campaign_of(groups),
         lineage=[(group, lineage(group, groups)) for group in groups],
+        leaks=leaks(groups),
+        filters=filters(groups),
         timing=_timing(records, demo),
         environment=_environment(records),
         records=[(record, _command(record), _started(record)) for record in records],

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,10 +32,12 @@ from cliplift.pipelines.engine.loop import fit
 from cliplift.pipelines.engine.optim import total_steps
 from cliplift.pipelines.engine.partitioned_build import built_in_parts
 from cliplift.pipelines.engine.task import FitResult, Stage, save_trained
-from cliplift.pipelines.runs.folder import RunFolder, metrics_of, seconds_of, sole_writer
+from cliplift.pipelines.runs.folder import Record, RunFolder, metrics_of, seconds_of, sole_writer
+from cliplift.pipelines.runs.leaks import leak_statements, statement_lines
 from cliplift.pipelines.runs.published import PublishedRun, require_common_folder
 from cliplift.pipelines.runs.results import commands_after, result_block
 from cliplift.pipelines.runs.tracking import Tracker
+from cliplift.pipelines.runs.trained_on import record_data
 from cliplift.pipelines.stages.classification import ClassificationStage, FinetuneStage
 from cliplift.pipelines.stages.distil import DistilStage
 from cliplift.pipelines.stages.forecast import ForecastStage
@@ -128,18 +130,15 @@ def _run_in(
     stage = str(run.stage)
     done = broadcast_object(folder.result(), topology)  # hosts may have folders of their own
     if done is not None and run.checkpoint.resume == "auto":
-        PublishedRun(run.checkpoint.url, folder.path).publish_result(topology)
-        log_main(
-            topology,
-            f"{run.name}: already finished in {folder.path}; use another output, or checkpoint.resume=never",
-        )
-        return StageResult(folder.path, metrics_of(done), seconds=seconds_of(done) or 0.0)
+        return _finished_before(run, folder, done, topology)
     run = _on_its_generations(run, folder, topology)
     folder.write_start(run, stage=stage, name=run.name, command=command, world_size=topology.world_size)
     _seed(run, topology)
     loader = agreed_data(lambda: _loader(run, topology), lambda made: made.fingerprint, topology)
     try:
         folder.add_to_record(classes=list(loader.classes), datasets=list(run.data.urls))
+        for line in record_data(run, folder) if topology.is_main else ():
+            log_main(topology, f"{run.name}: {line}")
         task = _task(run, loader, topology)
         tracker = Tracker(run, stage=stage, folder=folder.path, topology=topology)
         log_main(topology, f"{run.name}: {_setting(run, task, loader, topology)}")
@@ -179,6 +178,15 @@ def _run_in(
     return StageResult(folder.path, metrics, seconds=seconds)
 
 
+def _finished_before(run: TrainingRun, folder: RunFolder, done: Record, topology: Topology) -> StageResult:
+    PublishedRun(run.checkpoint.url, folder.path).publish_result(topology)
+    log_main(
+        topology,
+        f"{run.name}: already finished in {folder.path}; use another output, or checkpoint.resume=never",
+    )
+    return StageResult(folder.path, metrics_of(done), seconds=seconds_of(done) or 0.0)
+
+
 def _on_its_generations(run: TrainingRun, folder: RunFolder, topology: Topology) -> TrainingRun:
     """The run with the generations of its datasets that it began with, or the latest where it begins."""
     data = run.data
@@ -203,6 +211,12 @@ def _write_records(
     seconds: float,
 ) -> None:
     """The finished run's numbers into its folder and the tracker."""
+    split = stage_of(run).splits().get("test_split")
+    leaks = (
+        leak_statements(folder.path, run.data.urls, split=split, fold=run.data.fold)
+        if split is not None and topology.is_main
+        else []
+    )
     folder.write_result(
         stage=run.stage,
         metrics=metrics,
@@ -213,7 +227,10 @@ def _write_records(
         skipped_steps=result.skipped_steps,
         data_fingerprint=loader.fingerprint,
         model=run.model.name,
+        leaks=[asdict(one) for one in leaks],
     )
+    if leaks:
+        log_main(topology, statement_lines(leaks))
     tracker.summary(metrics)
     published = PublishedRun(run.checkpoint.url, folder.path)
     published.publish_result(topology)

@@ -39,6 +39,21 @@ class KeepsBatchNorm(nn.Module):
         return self
 
 
+def refuse_batchnorm(network: nn.Module, *, key: str, value: str) -> None:
+    """Refuse a network whose features in training will be others than now, with the statistics of each batch.
+
+    Raises:
+        ConfigError: names ``key``.
+    """
+    if batchnorms(network):
+        raise ConfigError(
+            "needs a student whose BatchNorm is held: this one's changes what its features are with every batch",
+            key=key,
+            value=value,
+            hint="set frozen_batchnorm to true, with model.pretrained, or use random",
+        )
+
+
 def freeze_batchnorm(network: nn.Module) -> None:
     """Leave the weights and biases of every BatchNorm layer out of training."""
     for module in batchnorms(network):

@@ -37,6 +37,7 @@ from cliplift.pipelines.evaluation.over_split import over_split
 
 FEATURES, SAMPLED = "teacher_features.safetensors", "teacher_sample.safetensors"
 STATISTICS, BANK = "teacher_statistics.safetensors", "teacher_bank.safetensors"
+STUDENT_START, PREDICTOR_START = "student_start.safetensors", "predictor_start.safetensors"
 ROWS_AT_ONCE = 8192  # of a table: a fixed number, so that sums do not depend on the machine's memory
 SMALLEST_DEVIATION = 0.01  # of the mean one: a channel that hardly ever answers would be all noise
 
@@ -129,6 +130,7 @@ def cached_features(
     identity: str,
     topology: Topology,
     max_samples: int | None = None,
+    file: str | None = None,
 ) -> Tensor:
     """(N, D) in fp16, row i for sample i of the training split: one file, mapped into memory on every rank.
 
@@ -143,6 +145,7 @@ def cached_features(
         identity: what the features depend on besides the data; a file of another identity is made again.
         topology: the ranks.
         max_samples: of so many samples only, chosen once for all; in their order.
+        file: its name; None is the teacher's.
 
     Raises:
         ConfigError: a rank does not see the folder.
@@ -155,7 +158,7 @@ def cached_features(
         world_size=topology.world_size,
         max_samples=max_samples,
     )
-    file = FEATURES if max_samples is None else SAMPLED
+    file = file or (FEATURES if max_samples is None else SAMPLED)
     scratch = (folder / file).with_suffix(".rows")
 
     def make() -> dict[str, Tensor]:
@@ -250,11 +253,14 @@ class Standardisation:
     """Mean 0 and deviation 1 of every channel over the training clips: what the student predicts.
 
     S parts of a clip share mean and deviation, (D,); with a ``basis`` (S, S) over the parts, each of its coefficients
-    has its own, (S, D).
+    has its own, (S, D). With ``spread`` what is standardised is the parts' mean and their deviation over the clip,
+    each by itself, (2, D).
     """
 
-    def __init__(self, mean: Tensor, deviation: Tensor, *, basis: Tensor | None = None) -> None:
-        self.mean, self.deviation, self.basis = mean, deviation, basis  # fp32
+    def __init__(
+        self, mean: Tensor, deviation: Tensor, *, basis: Tensor | None = None, spread: bool = False
+    ) -> None:
+        self.mean, self.deviation, self.basis, self.spread = mean, deviation, basis, spread  # fp32
 
     @classmethod
     def of(
@@ -266,18 +272,19 @@ class Standardisation:
         identity: str,
         topology: Topology,
         basis: Tensor | None = None,
+        spread: bool = False,
     ) -> Standardisation:
         """Of a table (N, S D) of features."""
-        over = (0, 1) if basis is None else (0,)
+        shared = basis is None and not spread  # by all parts
+        over = (0, 1) if shared else (0,)
 
         def chunks() -> Iterable[Tensor]:
-            """(n, S, D) in double precision."""
+            """(n, S, D), or (n, 2, D) with spread, in double precision."""
             for rows in torch.split(table, ROWS_AT_ONCE):
-                parts = torch.unflatten(rows.double(), 1, (steps, -1))
-                yield parts if basis is None else basis @ parts
+                yield over_time(torch.unflatten(rows.double(), 1, (steps, -1)), basis, spread=spread)
 
         def make() -> dict[str, Tensor]:
-            rows = len(table) * (steps if basis is None else 1)
+            rows = len(table) * (steps if shared else 1)
             mean = sum(chunk.sum(dim=over) for chunk in chunks()) / rows
             assert isinstance(mean, Tensor)
             spread = sum((chunk - mean).square().sum(dim=over) for chunk in chunks()) / rows
@@ -288,20 +295,102 @@ class Standardisation:
             return {"mean": mean.float(), "deviation": torch.maximum(deviation, floor).float()}
 
         kept = kept_tensors(folder / STATISTICS, identity, make, topology)
-        return cls(kept["mean"], kept["deviation"], basis=None if basis is None else basis.float())
+        single = None if basis is None else basis.float()
+        return cls(kept["mean"], kept["deviation"], basis=single, spread=spread)
 
     def to(self, device: torch.device) -> Standardisation:
         """The same on a device."""
         basis = None if self.basis is None else self.basis.to(device)
-        return Standardisation(self.mean.to(device), self.deviation.to(device), basis=basis)
+        return Standardisation(
+            self.mean.to(device), self.deviation.to(device), basis=basis, spread=self.spread
+        )
 
     def __call__(self, features: Tensor, *, steps: int) -> Tensor:
-        """(B, S D) -> (B, S, D) in fp32, standardised."""
+        """(B, S D) -> (B, S, D), or (B, 2, D) with spread, in fp32, standardised."""
         parts = torch.unflatten(features.float(), 1, (steps, -1))
-        standard: Tensor = (
-            (parts if self.basis is None else self.basis @ parts) - self.mean
-        ) / self.deviation
+        standard: Tensor = (over_time(parts, self.basis, spread=self.spread) - self.mean) / self.deviation
         return standard
+
+
+def over_time(parts: Tensor, basis: Tensor | None, *, spread: bool) -> Tensor:
+    """Features (B, S, D) of the parts: as they are, their coefficients (B, S, D), or mean and deviation (B, 2, D)."""
+    if spread:
+        return torch.stack([parts.mean(dim=1), parts.std(dim=1, correction=0)], dim=1)
+    return parts if basis is None else basis @ parts
+
+
+@torch.no_grad()
+def predictor_start(
+    student: Callable[[ClipBatch], Tensor],
+    table: Tensor,
+    standard: Standardisation,
+    data: DataConfig,
+    *,
+    steps: int,
+    penalty: float,
+    batch: int,
+    folder: Path,
+    identity: str,
+    topology: Topology,
+    max_samples: int | None,
+) -> dict[str, Tensor]:
+    """``weight`` (S D_t, D) and ``bias`` (S D_t,) of the predictor of the teacher's features, at the start of transfer.
+
+    The ridge regression on the student's features as it is, over the training samples' plain middle clips. Kept in the
+    run's folder: the same on any number of ranks, and not computed again when a run goes on.
+
+    Args:
+        student: (B, D) of clips.
+        table: the teacher's features (N, S D_t) of the same samples.
+        standard: makes of them what is predicted.
+        steps: S.
+        penalty: of :func:`ridge`.
+        data, batch, folder, identity, topology, max_samples: as for :func:`cached_features`.
+    """
+
+    def make() -> dict[str, Tensor]:
+        seen = cached_features(
+            student,
+            data,
+            batch=batch,
+            folder=folder,
+            identity=identity,
+            topology=topology,
+            max_samples=max_samples,
+            file=STUDENT_START,
+        )
+        if not topology.is_main:
+            return {}
+        rows = zip(torch.split(seen, ROWS_AT_ONCE), torch.split(table, ROWS_AT_ONCE), strict=True)
+        pairs = ((features, standard(taught, steps=steps).flatten(1)) for features, taught in rows)
+        weight, bias = ridge(pairs, penalty=penalty)
+        return {"weight": weight.float().contiguous(), "bias": bias.float()}
+
+    return kept_tensors(folder / PREDICTOR_START, identity, make, topology)
+
+
+def ridge(pairs: Iterable[tuple[Tensor, Tensor]], *, penalty: float) -> tuple[Tensor, Tensor]:
+    """Weights (K, D) and bias (K,) of the linear map whose mean |W x + b - t|^2 + penalty * v * |W|^2 is least.
+
+    v is the mean variance of a channel of x, so that the penalty does not depend on the features' scale. In double
+    precision and from sums over the rows: memory does not grow with them.
+
+    Args:
+        pairs: features x (n, D) and targets t (n, K) of some rows at a time.
+        penalty: above 0.
+    """
+    rows, mean_x, mean_t, square, cross = 0, *torch.zeros(4)
+    for features, targets in pairs:
+        x, t = features.double(), targets.double()
+        rows += len(x)
+        mean_x, mean_t = mean_x + x.sum(dim=0), mean_t + t.sum(dim=0)
+        square, cross = square + x.T @ x, cross + x.T @ t
+    mean_x, mean_t = mean_x / rows, mean_t / rows
+    covariance = square / rows - torch.outer(mean_x, mean_x)
+    strength = penalty * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    covariance.diagonal().add_(strength)
+    weight = torch.linalg.solve(covariance, cross / rows - torch.outer(mean_x, mean_t)).T
+    return weight, mean_t - weight @ mean_x
 
 
 def bank_of(

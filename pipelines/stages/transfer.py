@@ -55,7 +55,7 @@ from cliplift.pipelines.stages.matching import (
     matching_metrics,
     send_to_device,
 )
-from cliplift.pipelines.stages.starting_weights import freeze_batchnorm, freeze_named
+from cliplift.pipelines.stages.starting_weights import freeze_batchnorm, freeze_named, refuse_batchnorm
 from cliplift.pipelines.stages.teacher import (
     Standardisation,
     Teachers,
@@ -63,6 +63,7 @@ from cliplift.pipelines.stages.teacher import (
     build_teachers,
     cached_features,
     cosines,
+    predictor_start,
 )
 
 log = logging.getLogger(__name__)
@@ -105,9 +106,38 @@ class TransferStage:
         built.frozen.to(self.topology.device)
         return built
 
-    @property
+    @cached_property
     def module(self) -> SupervisionTransfer | FeatureTransfer:
-        return cast(SupervisionTransfer | FeatureTransfer, self.built.module)
+        module = cast(SupervisionTransfer | FeatureTransfer, self.built.module)
+        if self.run.correspondence.predictor_start == "ridge":
+            self._start_predictor(cast(FeatureTransfer, module))
+        return module
+
+    @torch.no_grad()
+    def _start_predictor(self, module: FeatureTransfer) -> None:
+        """First weights of the predictor, from the teacher's features and those of the student as it is. Collective."""
+        run, matching = self.run, self.run.correspondence
+        if not run.frozen_batchnorm:
+            refuse_batchnorm(module.student, key="correspondence.predictor_start", value="ridge")
+        student = module.student.to(self.topology.device).eval()
+        few = None if run.teacher.cache_features else STATISTICS_SAMPLES
+        table = self._table if few is None else self._plain_features(max_samples=few)
+        taught = f"{run.model.model_dump_json()} {matching.model_dump_json()} {self._features_identity}"
+        kept = predictor_start(
+            lambda batch: student(self._clip_views[False](batch)),
+            table,
+            self._standard.to(table.device),
+            run.data,
+            steps=matching.time_steps,
+            penalty=matching.ridge_penalty,
+            batch=run.evaluation.batch,
+            folder=Path(run.output),
+            identity=f"{self._data_identity} {taught}",
+            topology=self.topology,
+            max_samples=few,
+        )
+        module.predictor.output.load_state_dict(kept)
+        module.train()
 
     @property
     def teacher(self) -> Teachers:
@@ -138,7 +168,7 @@ class TransferStage:
             if from_map:
                 self._check_map(student)
             predictor = FeaturePredictor(
-                student.feature_dim, teacher.feature_dim, steps=matching.time_steps, from_map=from_map
+                student.feature_dim, teacher.feature_dim, steps=matching.predicted, from_map=from_map
             )
             return FeatureTransfer(student, predictor, matching, widths=teacher.feature_dims)
         head = CorrespondenceHead(
@@ -204,7 +234,7 @@ class TransferStage:
         """Targets and, where it is used, a bank of two rows: how many it has is known only with the data."""
         matching, B = self.run.correspondence, len(clips)
         width = cast(Teachers, built.frozen).feature_dim
-        found = {"clips": clips, "targets": torch.zeros(B, matching.time_steps, width)}
+        found = {"clips": clips, "targets": torch.zeros(B, matching.predicted, width)}
         if matching.objective == "regression":
             return found
         row = torch.zeros(B, dtype=torch.int64)
@@ -312,14 +342,15 @@ class TransferStage:
             else self._plain_features(max_samples=STATISTICS_SAMPLES)
         )
         matching = self.run.correspondence
-        over_time = matching.time_basis == "cosines"
+        basis = matching.time_basis
         found = Standardisation.of(
             table,
             steps=matching.time_steps,
             folder=Path(self.run.output),
-            identity=f"{self._data_identity} {self._features_identity}{' cosines' if over_time else ''}",
+            identity=f"{self._data_identity} {self._features_identity}{'' if basis == 'parts' else f' {basis}'}",
             topology=self.topology,
-            basis=cosines(matching.time_steps) if over_time else None,
+            basis=cosines(matching.time_steps) if basis == "cosines" else None,
+            spread=basis == "spread",
         )
         return found.to(self.topology.device)
 

@@ -49,6 +49,7 @@ from cliplift.sharding.read.generations import (
     read_samples,
 )
 from cliplift.sharding.scores.carried import carry_scores
+from cliplift.sharding.scores.embeddings import carry_vectors
 from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.storage import Store, file_sha256, open_store
 from cliplift.sharding.tables import (
@@ -292,7 +293,7 @@ def _write_generation(
     if removed:
         store.write(dataset.file(REMOVED_FILE), dump_removed(removed))
     store.write(manifest_file(base.generation), dump_dataset(base))
-    dataset = carry_scores(store, base, dataset, table)
+    dataset = carry_vectors(store, base, carry_scores(store, base, dataset, table))
     return write_tables(dataset, table, store)
 
 

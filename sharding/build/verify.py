@@ -25,6 +25,7 @@ from cliplift.sharding.manifest import (
     MEMBERS,
     SAMPLES_FILE,
     SCORES_FILE,
+    VECTORS_FILE,
     Dataset,
     ManifestError,
     Sample,
@@ -37,6 +38,7 @@ from cliplift.sharding.manifest import (
 )
 from cliplift.sharding.read.catalog import load_head, open_catalog
 from cliplift.sharding.read.columns import write_rows
+from cliplift.sharding.read.embeddings import damage_of_embeddings
 from cliplift.sharding.read.generations import open_dataset, read_removed, read_samples
 from cliplift.sharding.scores.carried import damage_of_scores
 from cliplift.sharding.scratch import local_copy, scratch_folder
@@ -213,8 +215,9 @@ def verify(
                 table.compare(samples)
         if table is not None:
             problems += table.found()
-        if damage := damage_of_scores(store, dataset):
-            problems.append(Problem("damaged", SCORES_FILE, damage))
+        for file, damage_of in ((SCORES_FILE, damage_of_scores), (VECTORS_FILE, damage_of_embeddings)):
+            if damage := damage_of(store, dataset):
+                problems.append(Problem("damaged", file, damage))
         problems += _orphans(dataset, store)
         problems += _duplicates(_numbered(_indexed(dataset, store, removed), content.repeated().tolist()))
         problems += _cut_groups(_numbered(_indexed(dataset, store, removed), content.cut().tolist()))

@@ -5,8 +5,9 @@ memory; its parent (:mod:`cliplift.sharding.build.pool`) replaces it. Messages i
 
 * first ``{"cut", "transcode", "flow", "memory_mib"}``: the settings,
 * then tasks: ``{"url", "listed", "start", "end", "first_clip"}`` to cut a video (listed: the URL is one of the
-  list's), ``{"check", "url", "offset", "bytes"}`` to decode a stored clip in full, or ``{"score", "url", "offset",
-  "bytes", "crc32"}`` to score one.
+  list's), ``{"check", "url", "offset", "bytes"}`` to decode a stored clip in full, with ``"looks_per_second"`` and
+  ``"crc32"`` also to hash pictures between its key frames, ``{"score", "url", "offset", "bytes", "crc32"}`` to score
+  one, or ``{"glance", "url"}`` for a first look at a raw video.
 
 Messages out, per task: ``{"clips": n, "sha256"}``, then for every clip ``{"clip": i, ...facts}`` with the mp4 as
 payload (its last ``flow_bytes`` are the clip's optical flow) or ``{"refused": i, "stage", "reason"}``, then
@@ -33,6 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from av.error import FFmpegError
 from pydantic import TypeAdapter
 
 from cliplift.configs.sharding import Cut, FlowConfig, TranscodeConfig, WholeCut
@@ -45,6 +47,7 @@ from cliplift.sharding.video.cuts import spans
 from cliplift.sharding.video.decode import PastTheEndError, VideoDecodeError
 from cliplift.sharding.video.flow import flow_member
 from cliplift.sharding.video.full_decode import check_clip
+from cliplift.sharding.video.glance import Glance, glance
 from cliplift.sharding.video.transcode import SourceFacts, SpanCutter
 
 HEADER = struct.Struct("!II")
@@ -74,12 +77,15 @@ class ClipFacts(TypedDict, total=False):
     height: int
     keyframes: list[int]
     picture_hashes: list[int]  # of every key frame
+    looks: list[int]  # of every `look_step`-th frame, where asked for
+    look_step: int
     start_seconds: float
     end_seconds: float
     source_facts: SourceFacts
     not_copied: str | None
     flow_bytes: int
     scores: dict[str, float]  # of a stored clip that was only scored, and nothing else
+    glance: Glance  # of a raw video that was only looked at, and nothing else
 
 
 def decoding_settings(*, memory_mib: int | None = None) -> WorkerSettings:
@@ -94,6 +100,20 @@ def decoding_settings(*, memory_mib: int | None = None) -> WorkerSettings:
 def decoding_task(sample: Sample, tar_url: str) -> dict[str, object]:
     """The task to decode a stored clip in full."""
     return {"check": True, "url": tar_url, "offset": sample.mp4_offset, "bytes": sample.mp4_bytes}
+
+
+def looking_task(sample: Sample, tar_url: str, *, looks_per_second: float) -> dict[str, object]:
+    """The task to decode a stored clip in full and hash so many of its pictures a second."""
+    return {
+        **decoding_task(sample, tar_url),
+        "crc32": sample.mp4_crc32,
+        "looks_per_second": looks_per_second,
+    }
+
+
+def glance_task(url: str) -> dict[str, object]:
+    """The task to look at a raw video of a list."""
+    return {"glance": True, "url": url}
 
 
 def send(link: socket.socket, message: Mapping[str, object], payload: bytes = b"") -> None:
@@ -149,6 +169,8 @@ def _serve(link: socket.socket) -> None:
             _decode_clip(link, task)
         elif "score" in task:
             _score_clip(link, task)
+        elif "glance" in task:
+            _glance_video(link, task, scratch)
         else:
             _cut_video(link, task, cut, Stored(transcode, flow), scratch)
         send(link, {"done": True})
@@ -218,11 +240,13 @@ def _cut_clip(
 def _decode_clip(link: socket.socket, task: Message) -> None:
     folder, _, name = task["url"].rpartition("/")
     try:
-        checked = check_clip(
-            open_store(folder).read_range(name, task["offset"], task["bytes"]), hash_pictures=True
-        )
+        data = open_store(folder).read_range(name, task["offset"], task["bytes"])
+        if zlib.crc32(data) != task.get("crc32", zlib.crc32(data)):
+            raise StorageError("crc32 differs: the bytes are damaged")
+        checked = check_clip(data, hash_pictures=True, looks_per_second=task.get("looks_per_second", 0.0))
     except (VideoDecodeError, OSError, StorageError, MemoryError) as error:
-        send(link, {"refused": 0, "stage": "decode", "reason": _reason(error)})
+        stage = "decode" if isinstance(error, VideoDecodeError) else "read"
+        send(link, {"refused": 0, "stage": stage, "reason": _reason(error)})
         return
     facts: ClipFacts = {
         "clip": 0,
@@ -232,6 +256,8 @@ def _decode_clip(link: socket.socket, task: Message) -> None:
         "fps": [checked.fps.numerator, checked.fps.denominator],
         "keyframes": list(checked.keyframes),
         "picture_hashes": list(checked.picture_hashes),
+        "looks": list(checked.looks),
+        "look_step": checked.look_step,
     }
     send(link, facts)
 
@@ -247,6 +273,21 @@ def _score_clip(link: socket.socket, task: Message) -> None:
         stage = "decode" if isinstance(error, VideoDecodeError) else "read"
         send(link, {"refused": 0, "stage": stage, "reason": _reason(error)})
         return
+    send(link, facts)
+
+
+def _glance_video(link: socket.socket, task: Message, scratch: Path) -> None:
+    copy: Path | None = None
+    try:
+        require_plain_url(task["url"])
+        path, copy = _local(task["url"], scratch)
+        facts: ClipFacts = {"clip": 0, "glance": glance(str(path))}
+    except (VideoDecodeError, FFmpegError, OSError, StorageError, MemoryError) as error:
+        send(link, {"refused": 0, "stage": "probe", "reason": _reason(error)})
+        return
+    finally:
+        if copy is not None:
+            copy.unlink(missing_ok=True)
     send(link, facts)
 
 

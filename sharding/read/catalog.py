@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from cliplift.sharding.manifest import (
     CATALOG_FILE,
+    CATALOG_ROWS_FILE,
     DATASET_FILE,
     NO_LABEL,
     SAMPLES_FILE,
@@ -34,8 +35,11 @@ from cliplift.sharding.manifest import (
     map_file,
     parsed_json,
     require_true,
+    require_uncut,
     typed,
 )
+from cliplift.sharding.read.fetch import HostFiles
+from cliplift.sharding.storage import Store
 
 CATALOG_FORMAT = "cliplift-catalog/1"
 BLOCK_ROWS, MAX_BLOCK_ROWS = 4096, 1 << 20
@@ -303,11 +307,8 @@ class Catalog:
 
     def _check_sum(self, block: int, part: npt.NDArray[np.generic], what: str) -> None:
         assert self._checksums is not None
-        # Touching what a mapped file no longer has would end the process with a signal and without a word.
-        if self._mapped is not None and self._mapped.size() < len(self._mapped):
-            raise ManifestError(
-                f"{self._file}: was cut short while it was read; copy it again, and start the run again"
-            )
+        if self._mapped is not None:
+            require_uncut(self._mapped, file=self._file)
         if zlib.crc32(part.view(np.uint8).data) != self._checksums[block]:
             raise ManifestError(f"{self._file}: {what}: crc32 differs: the bytes are damaged")
 
@@ -337,3 +338,31 @@ def open_catalog(path: Path, head: CatalogHead, dataset: Dataset, *, file: str) 
             f"{file}: its checksums differ from those of {CATALOG_FILE}: the bytes are damaged"
         )
     return Catalog(head, rows, labels, dataset, checksums=checksums, mapped=data, file=file)
+
+
+def mapped_catalog(store: Store, files: HostFiles, dataset: Dataset, url: str) -> Catalog:
+    """The catalog of a generation, whose files lie on this host or are fetched to it once.
+
+    Raises:
+        ManifestError: they are missing or damaged, or the table beside them is another one.
+    """
+    file = f"{url}/{CATALOG_FILE}"
+    try:
+        head = load_head(store.read(dataset.file(CATALOG_FILE)), dataset, file=file)
+    except FileNotFoundError:
+        raise ManifestError(f"{file}: does not exist; copy it too, or finalize again") from None
+    table = dataset.file(SAMPLES_FILE)
+    local = store.local_path(table) is not None
+    if local and store.size(table) != head.samples_bytes:
+        raise ManifestError(f"{url}/{SAMPLES_FILE}: does not belong to {DATASET_FILE}; finalize again")
+    file = f"{url}/{CATALOG_ROWS_FILE}"
+    try:
+        rows = files.path(
+            store,
+            dataset.file(CATALOG_ROWS_FILE),
+            identity=dataset.catalog_sha256,
+            size=layout_of(head).end,
+        )
+    except FileNotFoundError:
+        raise ManifestError(f"{file}: does not exist; copy it too, or finalize again") from None
+    return open_catalog(rows, head, dataset, file=file)

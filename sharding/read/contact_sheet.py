@@ -77,11 +77,19 @@ def _page(url: str, dataset: Dataset, clips: int, frames: int, seed: int) -> str
 def _split(part: ShardDataset, split: str, clips: int, frames: int, draw: random.Random) -> str:
     labels = [part.classes[n] for n in part.labels.tolist() if n >= 0]
     shown = sorted(draw.sample(range(len(part)), min(clips, len(part))))
-    figures = "".join(_figure(part, i, frames) for i in shown)
+    figures = "".join(figure(part, i, frames) for i in shown)
     return f"<h2>{html.escape(split)}</h2>{_counts('Clips by class', Counter(labels))}{figures}"
 
 
-def _figure(part: ShardDataset, i: int, count: int) -> str:
+def figure(part: ShardDataset, i: int, count: int, *, note: str = "") -> str:
+    """A clip on a page.
+
+    Args:
+        part: whose clip it is.
+        i: its number.
+        count: frames shown of it, evenly spaced.
+        note: stands before its name.
+    """
     facts = part.facts(i)
     name = (
         part.classes[facts.label]
@@ -90,14 +98,16 @@ def _figure(part: ShardDataset, i: int, count: int) -> str:
     )
     try:
         numbers = [round(k * (facts.num_frames - 1) / max(1, count - 1)) for k in range(count)]
-        images = "".join(_image(frame) for frame in decode_frames(part.read(i), numbers, decoder="pyav"))
+        images = "".join(image(frame) for frame in decode_frames(part.read(i), numbers, decoder="pyav"))
     except (ShardReadError, VideoDecodeError) as error:
         images = f"<p>{html.escape(str(error))}</p>"
-    caption = f"{name} · {facts.source} · {facts.num_frames} frames at {facts.fps:g}/s, {facts.width}×{facts.height}"
+    caption = f"{note} · " if note else ""
+    caption += f"{name} · {facts.source} · {facts.num_frames} frames at {facts.fps:g}/s, {facts.width}×{facts.height}"
     return f"<figure>{images}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _image(frame: Frames) -> str:
+def image(frame: Frames) -> str:
+    """An RGB frame (H, W, 3) as an element of a page."""
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg(frame)).decode()}">'
 
 

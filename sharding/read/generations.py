@@ -82,11 +82,20 @@ def open_dataset(url: str) -> tuple[Store, Dataset]:
         ConfigError: there is no finalized dataset at this place, or no such generation.
         ManifestError: its manifest is damaged.
     """
+    store, dataset, _ = open_with_latest(url)
+    return store, dataset
+
+
+def open_with_latest(url: str) -> tuple[Store, Dataset, Dataset]:
+    """The same, and beside it the manifest of the latest generation, which says what was removed since.
+
+    Of many shards a manifest takes longer to read than all else; where both are the same it is read once.
+    """
     root, generation = named_generation(url)
     store = open_store(root)
     latest = read_dataset(store)
     if generation is None or generation == latest.generation:
-        return store, latest
+        return store, latest, latest
     name = manifest_file(generation)
     try:
         dataset = load_dataset(store.read(name), file=f"{root}/{name}")
@@ -99,7 +108,7 @@ def open_dataset(url: str) -> tuple[Store, Dataset]:
         ) from None
     if dataset.generation != generation:
         raise ManifestError(f"{root}/{name}: is the manifest of generation {dataset.generation}")
-    return store, dataset
+    return store, dataset, latest
 
 
 def read_dataset(store: Store) -> Dataset:
@@ -183,9 +192,8 @@ def dump_removed(ids: frozenset[str]) -> bytes:
     return "".join(f"{one}\n" for one in sorted(ids)).encode()
 
 
-def removed_since(store: Store, dataset: Dataset) -> frozenset[str]:
-    """The videos that later generations than this one removed."""
-    latest = read_dataset(store)
+def removed_since(store: Store, dataset: Dataset, latest: Dataset) -> frozenset[str]:
+    """The videos that later generations than this one removed, up to the latest."""
     if latest.generation <= dataset.generation:
         return frozenset()
     return read_removed(store, latest) - read_removed(store, dataset)

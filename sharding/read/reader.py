@@ -14,35 +14,41 @@ import numpy.typing as npt
 
 from cliplift.configs.sections import ConfigError
 from cliplift.sharding.manifest import (
-    CATALOG_FILE,
-    CATALOG_ROWS_FILE,
     DATASET_FILE,
     MEMBERS,
     NO_LABEL,
     SAMPLES_FILE,
-    SCORES_FILE,
-    SCORES_VALUES_FILE,
     Dataset,
     ManifestError,
     ShardFacts,
     canonical,
     digest,
 )
-from cliplift.sharding.read.catalog import Catalog, CatalogHead, layout_of, load_head, open_catalog
+from cliplift.sharding.read.catalog import Catalog, CatalogHead, mapped_catalog
 from cliplift.sharding.read.columns import columns_of
 from cliplift.sharding.read.fetch import HostFiles, OpenFiles, ShardCache
 from cliplift.sharding.read.generations import (
     dump_removed,
     open_dataset,
+    open_with_latest,
     read_samples,
     removed_since,
     rows_of_videos,
 )
 from cliplift.sharding.read.sample_table import SampleTable
-from cliplift.sharding.read.selection import ALL, Rows, rows_of_split, rows_where, split_names, subset_mask
+from cliplift.sharding.read.selection import (
+    ALL,
+    Rows,
+    rows_of_split,
+    rows_where,
+    score_of_rows,
+    split_names,
+    subset_mask,
+)
 from cliplift.sharding.read.shared import SharedArray
 from cliplift.sharding.read.subsets import Subset
-from cliplift.sharding.scores.stored import ScoreColumns, load_scores_head, open_columns, scores_bytes
+from cliplift.sharding.scores.chosen import ClipColumn, catalog_columns, score_columns
+from cliplift.sharding.scores.stored import ScoreColumns, open_scores
 from cliplift.sharding.storage import StorageError, Store
 from cliplift.sharding.tables import open_table
 
@@ -141,7 +147,7 @@ class ShardDataset:
         self.where, self._left_by = where, ""
         self.keep_numbers = keep_numbers
         self.cache_folder, self.cache_gib = cache_folder, cache_gib
-        dataset = self._open_files()
+        dataset, latest = self._open_files()
         self._open_rows(dataset, None)
         counts = split_names(self._catalog.head, dataset, url, fold)
         self.splits = tuple(counts)
@@ -160,7 +166,7 @@ class ShardDataset:
             rows, self._left_by = rows_where(
                 where, rows, self._catalog, found, classes=dataset.classes, url=url
             )
-        self._choose(dataset, self._without_removed(rows, dataset))
+        self._choose(dataset, self._without_removed(rows, dataset, latest))
 
     def __getstate__(self) -> dict[str, object]:
         arguments = ("url", "split", "fold", "subset", "cache_folder", "cache_gib", "keep_numbers", "where")
@@ -169,7 +175,7 @@ class ShardDataset:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        dataset = self._open_files()
+        dataset, _ = self._open_files()
         if dataset.fingerprint != self.dataset_fingerprint:
             raise ManifestError(
                 f"{self.url}/{DATASET_FILE}: was written anew since the run began; start it again"
@@ -177,20 +183,21 @@ class ShardDataset:
         self._open_rows(dataset, self._made)
         self._choose(dataset, self._rows)
 
-    def _open_files(self) -> Dataset:
-        """The manifest, and what is needed to read files, none of which is open yet."""
-        self._store, dataset = open_dataset(self.url)
+    def _open_files(self) -> tuple[Dataset, Dataset]:
+        """The manifest, the latest one, and what is needed to read files, none of which is open yet."""
+        self._store, dataset, latest = open_with_latest(self.url)
+        self._dataset = dataset
         self._files = OpenFiles()
         folder = Path(self.cache_folder) if self.cache_folder else None
         self._cache = ShardCache(folder, self.cache_gib) if folder and "://" in self.url else None
         self._host_files = HostFiles(folder)
-        return dataset
+        return dataset, latest
 
     def _open_rows(self, dataset: Dataset, made: _MadeRows | None) -> None:
         """Map the catalog, or make its rows, or take those that another process made."""
         self._made, self.dataset_fingerprint = made, dataset.fingerprint
         if made is None and dataset.catalog_sha256:
-            self._catalog = self._mapped_catalog(dataset)
+            self._catalog = mapped_catalog(self._store, self._host_files, dataset, self.url)
         else:
             made = self._made = made or _made_rows(self._store, dataset, self.url)
             self._catalog = Catalog(made.head, made.rows.array, made.labels.array, dataset)
@@ -202,11 +209,11 @@ class ShardDataset:
             file=f"{self.url}/{SAMPLES_FILE}",
         )
 
-    def _without_removed(self, rows: Rows, dataset: Dataset) -> Rows:
+    def _without_removed(self, rows: Rows, dataset: Dataset, latest: Dataset) -> Rows:
         """The rows without the clips of videos that later generations removed."""
         self._removed = SharedArray(np.zeros(0, dtype=np.int64))
         self._left_out = ""
-        ids = removed_since(self._store, dataset)
+        ids = removed_since(self._store, dataset, latest)
         if not ids:
             return rows
         removed = rows_of_videos(self._table, ids)
@@ -220,42 +227,21 @@ class ShardDataset:
         """The columns of scores of this generation, mapped; None where it has none."""
         if not dataset.scores_sha256:
             return None
-        file, values = (f"{self.url}/{name}" for name in (SCORES_FILE, SCORES_VALUES_FILE))
-        try:
-            head = load_scores_head(self._store.read(dataset.file(SCORES_FILE)), dataset, file=file)
-            path = self._host_files.path(
-                self._store,
-                dataset.file(SCORES_VALUES_FILE),
-                identity=dataset.scores_sha256,
-                size=scores_bytes(head),
-            )
-        except FileNotFoundError:
-            raise ManifestError(f"{file}: it, or its values, do not exist; copy them too") from None
-        return open_columns(path, head, file=values)
 
-    def _mapped_catalog(self, dataset: Dataset) -> Catalog:
-        file = f"{self.url}/{CATALOG_FILE}"
-        try:
-            head = load_head(self._store.read(dataset.file(CATALOG_FILE)), dataset, file=file)
-        except FileNotFoundError:
-            raise ManifestError(f"{file}: does not exist; copy it too, or finalize again") from None
-        table = dataset.file(SAMPLES_FILE)
-        local = self._store.local_path(table) is not None
-        if local and self._store.size(table) != head.samples_bytes:
-            raise ManifestError(
-                f"{self.url}/{SAMPLES_FILE}: does not belong to {DATASET_FILE}; finalize again"
-            )
-        file = f"{self.url}/{CATALOG_ROWS_FILE}"
-        try:
-            rows = self._host_files.path(
-                self._store,
-                dataset.file(CATALOG_ROWS_FILE),
-                identity=dataset.catalog_sha256,
-                size=layout_of(head).end,
-            )
-        except FileNotFoundError:
-            raise ManifestError(f"{file}: does not exist; copy it too, or finalize again") from None
-        return open_catalog(rows, head, dataset, file=file)
+        def place(name: str, size: int) -> Path:
+            return self._host_files.path(self._store, name, identity=dataset.scores_sha256, size=size)
+
+        return open_scores(self._store, dataset, place)
+
+    def filter_columns(self) -> dict[str, ClipColumn]:
+        """The columns that ``where`` may name, by row of the catalog. Raises ManifestError."""
+        columns = catalog_columns(self._catalog.column_of, self.classes)
+        return columns | score_columns(self._scores(self._dataset))
+
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """(N,) the row of every sample in the catalog, rising."""
+        return self._rows.array()
 
     def _choose(self, dataset: Dataset, rows: Rows) -> None:
         """Take these rows of the catalog, and the shards that hold one of them."""
@@ -340,6 +326,10 @@ class ShardDataset:
     def videos(self) -> npt.NDArray[np.int64]:
         """(N,) the number of every sample's source video; looks at all of them."""
         return self._rows.of(self._catalog, "video").astype(np.int64)
+
+    def score(self, name: str) -> npt.NDArray[np.float64]:
+        """(N,) a score of every sample, NaN where a clip has none; looks at all of them. Raises ConfigError."""
+        return score_of_rows(name, self._rows, self._scores(self._dataset), url=self.url)
 
     def key(self, i: int) -> str:
         """The key of sample ``i``; reads the table of samples."""

@@ -6,11 +6,18 @@ from bisect import bisect_right
 
 import numpy as np
 import numpy.typing as npt
+from numpy.typing import NDArray
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.where import KEY, canonical_text, check_kinds, columns_of
 from cliplift.configs.where_reader import parse
-from cliplift.sharding.manifest import CATALOG_ROWS_FILE, Dataset, ManifestError, canonical, digest
+from cliplift.sharding.manifest import (
+    CATALOG_ROWS_FILE,
+    Dataset,
+    ManifestError,
+    canonical,
+    digest,
+)
 from cliplift.sharding.read.catalog import NO_SPLIT, SEVERAL_SPLITS, Catalog, CatalogHead, Ints
 from cliplift.sharding.read.columns import named_groups
 from cliplift.sharding.read.generations import named_generation
@@ -200,6 +207,24 @@ def rows_where(
         )
     chosen = digest(np.stack([firsts, lengths]).astype("<i8").tobytes())
     return Rows(firsts, lengths), digest(canonical([canonical_text(expression), chosen]))
+
+
+def score_of_rows(name: str, rows: Rows, scores: ScoreColumns | None, *, url: str) -> NDArray[np.float64]:
+    """(N,) a score of these rows, NaN where a clip has none.
+
+    Raises:
+        ConfigError: the dataset has no such column, or it lacks clips that were added since.
+        ManifestError: the column is damaged.
+    """
+    facts = None if scores is None else scores.facts.get(name)
+    if scores is None or facts is None or facts.unscored:
+        lacks = "no column" if facts is None else f"{facts.unscored} clips without a value in the column"
+        hint = (
+            f"run `cliplift score {named_generation(url)[0]} {name}`, and read the generation that it makes"
+        )
+        raise ConfigError(f"{url} has {lacks} {name!r}", key="data.shards", value=url, hint=hint)
+    found: NDArray[np.float64] = scores.column(name)[rows.array()].astype(np.float64)
+    return found
 
 
 def subset_mask(subset: Subset, rows: Rows, catalog: Catalog, table: SampleTable) -> Mask:

@@ -2,6 +2,6 @@
 
 In reading order: ``pictures`` (which pictures of a clip are decoded), ``measures`` (what they say: motion, brightness,
 sharpness, borders, shots), ``stored`` (columns that all processes of a host share), ``carried`` (columns of a
-generation read, written and taken over into the next), ``chosen`` (the clips that an expression of ``data.where``
-leaves).
+generation read, written and taken over into the next), ``vectors`` (the embeddings of one shard), ``embeddings`` (those
+of a generation), ``chosen`` (the clips that an expression of ``data.where`` leaves).
 """

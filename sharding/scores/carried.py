@@ -30,8 +30,7 @@ from cliplift.sharding.scores.stored import (
     ScoresHead,
     Values,
     dump_scores_head,
-    load_scores_head,
-    open_columns,
+    open_scores,
     write_columns,
 )
 from cliplift.sharding.scratch import local_copy, scratch_folder
@@ -48,16 +47,8 @@ def stored_scores(store: Store, dataset: Dataset) -> Iterator[ScoreColumns]:
     Raises:
         ManifestError: they are missing or damaged.
     """
-    names = dataset.file(SCORES_FILE), dataset.file(SCORES_VALUES_FILE)
-    with ExitStack() as opened:
-        try:
-            head = load_scores_head(store.read(names[0]), dataset, file=f"{store.url}/{names[0]}")
-            path = opened.enter_context(local_copy(store, names[1]))
-        except FileNotFoundError as error:
-            raise ManifestError(
-                f"{store.url}/{names[0]}: it, or its values, do not exist; copy them too"
-            ) from error
-        yield open_columns(path, head, file=f"{store.url}/{names[1]}")
+    with ExitStack() as held:
+        yield open_scores(store, dataset, lambda name, _: held.enter_context(local_copy(store, name)))
 
 
 def damage_of_scores(store: Store, dataset: Dataset) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,18 +46,23 @@ class Seen:
         """Every other sampled picture: with many groups the key frame of each."""
         return [picture for run in self.runs for picture in run][::2]
 
+    @cached_property
+    def displacements(self) -> NDArray[np.float64]:
+        """(pairs, patches down, patches across) motion a frame; several scores share it."""
+        return _displacements(self.runs)
+
 
 def motion(seen: Seen) -> float:
     """How far the picture moves from one frame to the next, mean over pictures and patches.
 
     In shares of height plus width, as the field counts motion vectors; .00098 of it is about half a pixel of 340 x 256.
     """
-    return float(np.mean(_displacements(seen.runs)))
+    return float(np.mean(seen.displacements))
 
 
 def patch_motion(seen: Seen) -> float:
     """The motion of the region that moves least: near 0 for a moving inset in a still picture."""
-    mean = _displacements(seen.runs).mean(axis=0)
+    mean = seen.displacements.mean(axis=0)
     side = max(1, min(mean.shape) // REGIONS)
     return float(min(region.mean() for region in _tiles(mean, side)))
 
@@ -196,9 +202,13 @@ def _coarse(picture: Picture) -> Floats:
     factor = max(1, min(picture.luma.shape) // COARSE_SIDE)
     rows, columns = (length // factor for length in picture.luma.shape)
     luma = picture.luma[: rows * factor, : columns * factor]
-    # Sums of whole numbers, which no order of adding changes.
-    down = luma.reshape(rows, factor, -1).sum(axis=1, dtype=np.uint32)
-    total = down.reshape(rows, columns, factor).sum(axis=2, dtype=np.uint32)
+    # Sums of whole numbers, which no order of adding changes; slices are added several times as fast as an axis.
+    down = luma[0::factor].astype(np.uint32)
+    for row in range(1, factor):
+        down += luma[row::factor]
+    total = down[:, 0::factor].copy()
+    for column in range(1, factor):
+        total += down[:, column::factor]
     scale = (LEVELS / 255 if picture.full_range else 1.0) / factor**2
     coarse: Floats = total.astype(np.float32) * np.float32(scale)
     return coarse
@@ -225,10 +235,13 @@ def _band(pictures: Sequence[Picture], *, axis: int, rows: slice = slice(None)) 
     """The rows (axis 1) or columns (axis 0) between the dark edges; empty where all are dark."""
     lit: NDArray[np.bool_] | None = None
     for picture in pictures:
-        luma = picture.luma[rows].astype(np.float32)
-        scale = 255.0 if picture.full_range else LEVELS
-        mean = (luma.mean(axis=axis, dtype=np.float64) - (0 if picture.full_range else BLACK)) / scale
-        even = luma.std(axis=axis, dtype=np.float64) / scale
+        luma = picture.luma[rows]
+        scale, count = 255.0 if picture.full_range else LEVELS, luma.shape[axis]
+        # Sums of whole numbers: exact, and faster than those of fractions.
+        total = luma.sum(axis=axis, dtype=np.uint32).astype(np.int64)
+        squares = np.square(luma, dtype=np.uint16).sum(axis=axis, dtype=np.uint32).astype(np.int64)
+        mean = (total / count - (0 if picture.full_range else BLACK)) / scale
+        even = np.sqrt(squares * count - total * total) / count / scale
         found = (mean > DARK_LEVEL) | (even > EVEN_LEVEL)
         lit = found if lit is None else lit | found
     assert lit is not None

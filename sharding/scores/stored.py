@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import mmap
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from cliplift.sharding.manifest import (
     DATASET_FILE,
     SCORES_FILE,
+    SCORES_VALUES_FILE,
     Dataset,
     ManifestError,
     canonical,
@@ -28,8 +29,10 @@ from cliplift.sharding.manifest import (
     map_file,
     parsed_json,
     require_true,
+    require_uncut,
     typed,
 )
+from cliplift.sharding.storage import Store
 
 SCORES_FORMAT = "cliplift-scores/1"
 BLOCK_ROWS, MAX_BLOCK_ROWS = 4096, 1 << 20
@@ -38,7 +41,17 @@ ALIGNMENT = 64
 TYPES: Mapping[str, np.dtype[np.generic]] = {"number": np.dtype("<f4"), "boolean": np.dtype("u1")}
 CHECKSUM = np.dtype("<u4")
 # What `cliplift score` makes; said here, so that whoever only reads columns loads no decoder.
-SCORE_NAMES = ("motion", "patch_motion", "brightness", "sharpness", "borders", "shots", "duplicate")
+SCORE_NAMES = (
+    "motion",
+    "patch_motion",
+    "brightness",
+    "sharpness",
+    "borders",
+    "shots",
+    "duplicate",
+    "cluster",
+    "near_duplicate",
+)
 
 Values = NDArray[np.generic]  # of one of TYPES
 
@@ -52,6 +65,7 @@ class ColumnFacts:
     version: int
     unscored: int = 0  # clips that were added since; the column is not whole
     failed: int = 0  # clips that do not decode; they have no score
+    of: str = ""  # what it was made of besides the clips: an embedding, and numbers
 
 
 @dataclass(frozen=True)
@@ -138,7 +152,7 @@ class ScoreColumns:
     """The columns of a dataset by name. Reads nothing before it is asked."""
 
     def __init__(self, head: ScoresHead, data: mmap.mmap, *, file: str) -> None:
-        self.head, self._file = head, file
+        self.head, self._file, self._mapped = head, file, data
         starts, checksums_at, _ = layout_of(head)
         blocks = -(-head.rows // head.block_rows)
         found = np.frombuffer(data, dtype=CHECKSUM, offset=checksums_at)
@@ -192,12 +206,34 @@ class ScoreColumns:
         first = block * self.head.block_rows
         part = self._values[name][first : first + self.head.block_rows]
         where = f"{self._file}: {name}, rows {first} to {first + len(part)}"
+        require_uncut(self._mapped, file=self._file)
         if zlib.crc32(part.view(np.uint8).data) != self._sums[name][block]:
             raise ManifestError(f"{where}: crc32 differs: the bytes are damaged")
         wrong = np.isinf(part) if part.dtype.kind == "f" else np.greater(part, 1)
         if wrong.any():
             raise ManifestError(f"{where}: one is {part[wrong][0]}, which cannot be")
         self._unchecked[name][block] = 0
+
+
+def open_scores(store: Store, dataset: Dataset, place: Callable[[str, int], Path]) -> ScoreColumns:
+    """The columns of a generation that has some.
+
+    Args:
+        store: where the dataset is.
+        dataset: the generation.
+        place: gives the local path of a file of the store that has so many bytes; it may fetch it.
+
+    Raises:
+        ManifestError: they are missing or damaged.
+    """
+    name, values = dataset.file(SCORES_FILE), dataset.file(SCORES_VALUES_FILE)
+    file = f"{store.url}/{name}"
+    try:
+        head = load_scores_head(store.read(name), dataset, file=file)
+        path = place(values, scores_bytes(head))
+    except FileNotFoundError as error:
+        raise ManifestError(f"{file}: it, or its values, do not exist; copy them too") from error
+    return open_columns(path, head, file=f"{store.url}/{values}")
 
 
 def open_columns(path: Path, head: ScoresHead, *, file: str) -> ScoreColumns:

@@ -1,12 +1,12 @@
-"""The next generation of a dataset: the same clips, with further columns of scores.
+"""The next generation of a dataset: the same clips, with further columns of scores, or embeddings.
 
 Table and catalog are copied, so that a generation goes on to stand for itself; the data's fingerprint stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,45 +22,36 @@ from cliplift.sharding.manifest import (
     ManifestError,
     dump_dataset,
 )
-from cliplift.sharding.read.catalog import Catalog, load_head, open_catalog
+from cliplift.sharding.read.catalog import Catalog
 from cliplift.sharding.read.generations import manifest_file, read_samples
 from cliplift.sharding.scores.carried import publish_scores, stored_scores
+from cliplift.sharding.scores.embeddings import VectorColumn, publish_vectors, read_vectors_head
 from cliplift.sharding.scores.measures import SCORES
 from cliplift.sharding.scores.stored import TYPES, ColumnFacts, Values
 from cliplift.sharding.scoring.duplicates import DUPLICATE_COLUMN, DUPLICATE_VERSION, duplicate_rows
+from cliplift.sharding.scoring.likeness import CLUSTER, LIKENESS_VERSION, NEAR_DUPLICATE
 from cliplift.sharding.scoring.parts import part_file, read_part
-from cliplift.sharding.scratch import local_copy, scratch_folder
+from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.storage import Store
 
+VERSIONS = {DUPLICATE_COLUMN: DUPLICATE_VERSION, CLUSTER: LIKENESS_VERSION, NEAR_DUPLICATE: LIKENESS_VERSION}
 COPIED = (SAMPLES_FILE, CATALOG_FILE, CATALOG_ROWS_FILE)
 
 
-def is_whole(facts: ColumnFacts | None, name: str) -> bool:
-    """Whether a column holds this version of a score for every clip."""
-    version = SCORES[name].version if name in SCORES else DUPLICATE_VERSION
-    return facts is not None and not facts.unscored and facts.version == version
-
-
-@contextmanager
-def stored_catalog(store: Store, dataset: Dataset) -> Iterator[Catalog]:
-    """The catalog of a generation, mapped for as long as it is needed.
-
-    Raises:
-        ManifestError: it is missing or damaged.
-    """
-    names = dataset.file(CATALOG_FILE), dataset.file(CATALOG_ROWS_FILE)
-    try:
-        head = load_head(store.read(names[0]), dataset, file=f"{store.url}/{names[0]}")
-        with local_copy(store, names[1]) as path:
-            yield open_catalog(path, head, dataset, file=f"{store.url}/{names[1]}")
-    except FileNotFoundError as error:
-        raise ManifestError(
-            f"{store.url}/{names[0]}: it, or its rows, do not exist; copy them too"
-        ) from error
+def is_whole(facts: ColumnFacts | None, name: str, of: str = "") -> bool:
+    """Whether a column holds this version of a score for every clip, made of the same."""
+    version = SCORES[name].version if name in SCORES else VERSIONS[name]
+    return facts is not None and not facts.unscored and (facts.version, facts.of) == (version, of)
 
 
 def next_generation(
-    store: Store, base: Dataset, catalog: Catalog, names: Sequence[str]
+    store: Store,
+    base: Dataset,
+    catalog: Catalog,
+    names: Sequence[str],
+    *,
+    made: Mapping[str, tuple[ColumnFacts, Values]] = {},
+    vectors: tuple[VectorColumn, ...] | None = None,
 ) -> tuple[Dataset, tuple[ColumnFacts, ...]]:
     """Write the generation that has the columns of the last one and these, whose shards are all scored.
 
@@ -69,6 +60,8 @@ def next_generation(
         base: its latest generation.
         catalog: of that generation.
         names: the new columns.
+        made: those of them that are at hand, by name.
+        vectors: all its embeddings; None keeps those of the last.
 
     Returns:
         The new generation, and its columns.
@@ -91,10 +84,15 @@ def next_generation(
                     ColumnFacts(name, "boolean", DUPLICATE_VERSION),
                     duplicate_rows(store, base, table),
                 )
+            elif name in made:
+                columns[name] = made[name]
             else:
                 columns[name] = _assembled(store, base, catalog, name, folder)
         _copy_tables(store, base, dataset, folder)
-        dataset = publish_scores(store, dataset, columns, folder)
+        if columns:
+            dataset = publish_scores(store, dataset, columns, folder)
+        kept = read_vectors_head(store, base).columns if vectors is None else vectors
+        dataset = publish_vectors(store, dataset, kept)
         store.write(manifest_file(base.generation), dump_dataset(base))
         store.write(manifest_file(dataset.generation), dump_dataset(dataset))
         store.write(DATASET_FILE, dump_dataset(dataset))

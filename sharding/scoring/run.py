@@ -24,11 +24,13 @@ from cliplift.sharding.manifest import (
     ShardFacts,
 )
 from cliplift.sharding.read.catalog import Catalog
+from cliplift.sharding.read.embeddings import stored_catalog
 from cliplift.sharding.read.generations import named_generation, open_dataset
 from cliplift.sharding.scores.carried import stored_scores
 from cliplift.sharding.scores.measures import SCORES
 from cliplift.sharding.scores.stored import SCORE_NAMES, ColumnFacts
-from cliplift.sharding.scoring.generation import is_whole, next_generation, stored_catalog
+from cliplift.sharding.scoring.generation import is_whole, next_generation
+from cliplift.sharding.scoring.likeness import CLUSTER, NEAR_DUPLICATE, Likeness
 from cliplift.sharding.scoring.parts import read_part, write_part
 from cliplift.sharding.storage import Store, join
 
@@ -91,16 +93,18 @@ def score_dataset(
     workers: int = 0,
     part: tuple[int, int] | None = None,
     clip_timeout_seconds: float = 60.0,
+    likeness: Likeness | None = None,
     on_progress: Callable[[ScoreProgress], None] | None = None,
 ) -> ScoreReport:
     """Score all clips of a dataset; what earlier calls computed is not computed again.
 
     Args:
         url: folder or URL of a finalized dataset, without a generation.
-        names: scores, of ``measures.SCORES`` and ``duplicate``.
+        names: scores, of ``measures.SCORES`` and those that are made without decoding.
         workers: processes; 0 is one per core.
         part: (I, N) scores the shards whose number is I modulo N, from 0, and makes no generation.
         clip_timeout_seconds: time a clip may take.
+        likeness: how ``cluster`` and ``near_duplicate`` are made; None is the default way.
         on_progress: called after every clip.
 
     Raises:
@@ -109,21 +113,13 @@ def score_dataset(
         ScoreError: a clip cannot be read, or its worker died.
     """
     names = _checked(names)
-    root, generation = named_generation(url)
-    if generation is not None:
-        hint = f"name {root}: the columns belong to the generation that comes next"
-        raise ConfigError(
-            "names a generation, and those that there are stay as they are", key="url", value=url, hint=hint
-        )
-    store, base = open_dataset(url)
-    if not base.catalog_sha256:
-        raise ConfigError(
-            f"{url} has no catalog", key="url", value=url, hint=f"run `cliplift finalize {url}` first"
-        )
+    store, base = scorable(url)
     with ExitStack() as held:
         catalog = held.enter_context(stored_catalog(store, base))
         kept = dict(held.enter_context(stored_scores(store, base)).facts) if base.scores_sha256 else {}
-        wanted = [name for name in names if not is_whole(kept.get(name), name)]
+        likeness = likeness or Likeness()
+        of = {name: likeness.of(store, base) for name in (CLUSTER, NEAR_DUPLICATE) if name in names}
+        wanted = [name for name in names if not is_whole(kept.get(name), name, of.get(name, ""))]
         made = [name for name in wanted if name in SCORES]
         units = list(_units(store, base, catalog, made, part))
         reasons = _score(
@@ -137,8 +133,30 @@ def score_dataset(
         scored = sum(unit.clips for unit in units)
         if part is not None or not wanted:
             return ScoreReport(base, scored, tuple(kept.values()), tuple(reasons))
-        dataset, columns = next_generation(store, base, catalog, wanted)
+        alike_names = [name for name in wanted if name in of]
+        alike = likeness.columns(store, base, catalog, alike_names) if alike_names else {}
+        dataset, columns = next_generation(store, base, catalog, wanted, made=alike)
     return ScoreReport(dataset, scored, columns, tuple(reasons), new=True)
+
+
+def scorable(url: str) -> tuple[Store, Dataset]:
+    """A dataset's store and its latest generation, which gets columns in the next.
+
+    Raises:
+        ConfigError: there is none, the URL names a generation, or it has no catalog.
+    """
+    root, generation = named_generation(url)
+    if generation is not None:
+        hint = f"name {root}: the columns belong to the generation that comes next"
+        raise ConfigError(
+            "names a generation, and those that there are stay as they are", key="url", value=url, hint=hint
+        )
+    store, base = open_dataset(url)
+    if not base.catalog_sha256:
+        raise ConfigError(
+            f"{url} has no catalog", key="url", value=url, hint=f"run `cliplift finalize {url}` first"
+        )
+    return store, base
 
 
 def _checked(names: Sequence[str]) -> list[str]:

@@ -83,7 +83,7 @@ class SharedLooks:
         self._put_aside()
         found = [np.zeros(0, dtype=np.int64)]
         for number, part in self._parts.taken(LOOKING):
-            values = _band(part["look"], number // PARTS_A_BAND)
+            values = band_of(part["look"], number // PARTS_A_BAND)
             order = np.lexsort((part["look"], part["frames"], values))
             rows, values = part[order], values[order]
             starts, lengths = _runs(values * np.uint64(1 << 48) + rows["frames"].astype(np.uint64))
@@ -99,7 +99,7 @@ class SharedLooks:
         rows = np.array(self._waiting, dtype=LOOKING)
         self._waiting = []
         for band in range(BANDS):
-            place = _band(rows["look"], band) * np.uint64(PARTS_A_BAND) >> np.uint64(BAND_BITS)
+            place = band_of(rows["look"], band) * np.uint64(PARTS_A_BAND) >> np.uint64(BAND_BITS)
             self._parts.add(rows, place.astype(np.int64) + band * PARTS_A_BAND)
 
 
@@ -142,13 +142,13 @@ def _alike(bucket: Records) -> npt.NDArray[np.bool_]:
     step = max(1, PAIRS // len(looks))
     for first in range(0, len(looks), step):
         mine = slice(first, first + step)
-        near = _set_bits(looks[mine, None] ^ looks) <= ALIKE_BITS
+        near = set_bits(looks[mine, None] ^ looks) <= ALIKE_BITS
         others = (lowest[mine, None] != lowest) | (highest[mine, None] != highest)
         marked[mine] |= (near & others).any(axis=1)
     return np.repeat(marked, lengths)
 
 
-def _set_bits(words: Words) -> Words:
+def set_bits(words: Words) -> Words:
     """How many bits of each word are set: sums of neighbours of 1, 2 and 4 bits, then of all bytes."""
     one, two, four, byte = (
         np.uint64(mask) for mask in (0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F0F0F0F0F, 0x0101010101010101)
@@ -159,7 +159,8 @@ def _set_bits(words: Words) -> Words:
     return words * byte >> np.uint64(56)
 
 
-def _band(looks: Words, band: int) -> Words:
+def band_of(looks: Words, band: int) -> Words:
+    """One of the BANDS parts of each hash."""
     return looks >> np.uint64(band * BAND_BITS) & np.uint64((1 << BAND_BITS) - 1)
 
 

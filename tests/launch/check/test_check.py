@@ -99,6 +99,26 @@ def test_the_command_exits_1_with_the_number_to_change(
     assert not (tmp_path / "run").exists(), "a check leaves nothing behind"
 
 
+def test_a_price_is_that_of_all_gpus_and_all_runs(repository: Path, shards: Path) -> None:
+    """300 steps of 16 clips at 1 TFLOP/s and half of it reached, on 2 nodes of 4."""
+    machine = Machine(
+        nodes=2, ranks_per_node=4, gpu="h200", memory_bytes=141e9, peak_tflops=1, cores_per_node=8,
+        price_per_hour=3.5,
+    )  # fmt: skip
+    run = run_of(repository, shards, "track.peak_tflops=1")
+    train = ClipSource(run.data, split="train")
+    rows = by_subject(
+        check_cost.check_cost(Cost(run=run, machine=machine, classes=10, train=train, mfu=0.5, runs=3))
+    )
+    hours = float(re.findall(r"^([\d.]+) h at", rows["time"].found)[0])
+    pattern = r"^([\d.]+) GPU hours in (\d) runs, ([\d.]+) at 3.5 an hour$"
+    used, runs, price = re.findall(pattern, rows["price"].found)[0]
+    assert runs == "3"
+    assert float(used) == pytest.approx(3 * 8 * hours, abs=0.05 + 3 * 8 * 0.005)
+    assert float(price) == pytest.approx(3.5 * float(used), abs=0.2)
+    assert cost_of(repository, shards)["price"].found.endswith("node hours")
+
+
 @pytest.mark.parametrize("room_mib", [50])
 def test_too_little_memory_names_settings_that_fit(repository: Path, shards: Path, room_mib: int) -> None:
     memory = check_cost.CPU_RESERVE_BYTES + room_mib * 2**20
@@ -299,6 +319,9 @@ def test_machines_by_name() -> None:
     for speed in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ConfigError, match="--write-speed"):
             machine_of(write_gb_per_second=speed)
+    for price in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="--price"):
+            machine_of(price_per_hour=price)
 
 
 def test_only_training_stages_are_checked(capsys: pytest.CaptureFixture[str]) -> None:

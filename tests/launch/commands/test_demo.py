@@ -43,6 +43,7 @@ def test_a_stopped_run_stops_the_demo(
 # Test accuracies over the seeds 0, 1, 2, by recipe.
 ACCURACIES: Mapping[str, tuple[float, ...]] = {
     "transfer": (0.50, 0.55, 0.60),
+    "inflated": (0.40, 0.45, 0.50),
     "scratch": (0.20, 0.30, 0.25),
     "frames": (0.32, 0.32, 0.32),
 }
@@ -59,7 +60,7 @@ def _demonstrated(
         started.append(run)
         if run.stage == "transfer":
             return StageResult(Path(run.output), MATCHING, finished=True, requeue=False)
-        kind = next(kind for kind in ("frames", "scratch", "transfer") if kind in run.name)
+        kind = next(kind for kind in ACCURACIES if kind in run.name)
         metrics = {"accuracy": ACCURACIES[kind][run.seed], "chance": 1 / classes}
         return StageResult(Path(run.output), metrics, finished=True, requeue=False)
 
@@ -79,6 +80,7 @@ def test_the_table_holds_every_method_and_what_is_known(
     printed = capsys.readouterr().out
     expected = [
         r"3D from transfer +0\.550 +0\.050 +0\.500 0\.550 0\.600",
+        r"3D as transfer starts, without it +0\.450 +0\.050 +0\.400 0\.450 0\.500",
         r"3D from scratch +0\.250 +0\.050 +0\.200 0\.300 0\.250",
         r"2D teacher, averaged frames +0\.320 +0\.000 +0\.320 0\.320 0\.320",
         r"a single frame, at best +0\.333$",
@@ -90,19 +92,28 @@ def test_the_table_holds_every_method_and_what_is_known(
     assert [row["method"] for row in facts["table"]] == [re.split(r" \+", line)[0] for line in expected]
     names = [run.name for run in started]
     assert names == ["demo-kinds-transfer"] + [
-        f"demo-kinds-{way}" for way in ("from-transfer", "from-scratch", "2d-frames") for _ in range(3)
+        f"demo-kinds-{way}"
+        for way in ("from-transfer", "inflated", "from-scratch", "2d-frames")
+        for _ in range(3)
     ]
 
 
-def test_transfer_and_scratch_differ_in_their_start_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("motion", ["and_kind", "only"])
+def test_methods_differ_in_their_start_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, motion: str
 ) -> None:
-    started, _ = _demonstrated(tmp_path, monkeypatch, motion="and_kind", classes=12)
-    for transferred, scratch in zip(started[1:4], started[4:7], strict=True):
+    """Of the network that transfer starts from; of scratch where it is the same network, and not a smaller one."""
+    started, _ = _demonstrated(tmp_path, monkeypatch, motion=motion, classes=12)
+    start = "2d:imagenet" if motion == "and_kind" else None
+    assert started[0].model.pretrained == start
+    for transferred, other in zip(started[1:4], started[4:7], strict=True):
         assert transferred.initialise_from == str(tmp_path / "transfer")
-        assert scratch.initialise_from is None
-        own = {"name": "", "output": "", "initialise_from": None}
-        assert transferred.model_copy(update=own) == scratch.model_copy(update=own)
+        assert (other.initialise_from, other.model.pretrained) == (None, start)
+        own = {"name": "", "output": "", "initialise_from": None, "model": None}
+        assert transferred.model_copy(update=own) == other.model_copy(update=own)
+        assert transferred.model == other.model.model_copy(update={"pretrained": None})
+        assert transferred.model.name == started[0].model.name
+        assert transferred.model.options == started[0].model.options
 
 
 def test_motion_only_is_the_set_of_motions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +122,7 @@ def test_motion_only_is_the_set_of_motions(tmp_path: Path, monkeypatch: pytest.M
         "demo-transfer", "demo-from-transfer", "demo-from-scratch", "demo-2d-frames",
     }  # fmt: skip
     assert [run.schedule.steps for run in started] == [200, *(300,) * 6, *(100,) * 3]
+    assert DemoRun.model_validate({"motion": "only", "finetune_steps": 9}).scratch_steps is None
     # A frame knows nothing of the motion: chance is all it can reach.
     assert [row["method"] for row in facts["table"]][3:] == ["chance"]
     run = DemoRun.model_validate({"motion": "only"})
@@ -144,7 +156,7 @@ def test_the_whole_demo_in_miniature(
     """From videos to the report, with a few clips and steps; what is finished is not done again."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     words = ["size_pixels=64", "train_per_class=2", "val_per_class=1", "test_per_class=1", "unlabelled=48",
-             "transfer_steps=2", "finetune_steps=2", "frames_steps=2", "seeds=[0]"]  # fmt: skip
+             "transfer_steps=2", "finetune_steps=2", "scratch_steps=2", "frames_steps=2", "seeds=[0]"]  # fmt: skip
     command = ["demo", f"motion={motion}", f"output={tmp_path / 'demo'}", *words]
     assert main(command) == 0
     first = json.loads((tmp_path / "demo" / page.DEMO).read_text())

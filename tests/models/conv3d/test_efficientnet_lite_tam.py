@@ -90,6 +90,21 @@ def test_order_counts_once_the_weights_have_moved() -> None:
     assert (model(clip) - model(clip.flip(2))).abs().max() > 1e-2
 
 
+def test_channels_can_start_as_what_changes() -> None:
+    """Half of every block's channels are not the frame: where the clip stands still they are zero, but at its ends."""
+    model = create_model("efficientnet_lite0_tam", num_classes=0, difference_share=0.5)
+    frame, change = torch.tensor([0.0, 1.0, 0.0])[:, None], torch.tensor([-0.5, 1.0, -0.5])[:, None]
+    for i, channels in enumerate(CHANNELS_IN):
+        weight = model.get_parameter(f"blocks.{i}.temporal.weight")
+        half = channels // 2
+        assert torch.equal(weight[:, :half], change.expand(3, half)), i
+        assert torch.equal(weight[:, half:], frame.expand(3, channels - half)), i
+    still = torch.ones(1, 5, 4, 2, 2)
+    seen = TemporalAggregation(4, differences=3)(still)
+    assert seen[0, 1:4, :3].abs().max() == 0
+    assert torch.equal(seen[:, :, 3], still[:, :, 3])
+
+
 @needs_package
 def test_imagenet_weights_are_taken_over_whole() -> None:
     image = create_model("efficientnet_lite0", num_classes=0, pretrained="imagenet").eval()

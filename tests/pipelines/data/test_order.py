@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import subprocess
 import sys
 import tracemalloc
@@ -73,6 +74,16 @@ def test_windowed_reads_stay_near_each_other() -> None:
     order = WindowedOrder(ranges, 0, 4, 100)
     shards = {order.sample(0, p) // 100 for p in range(400)}
     assert len(shards) <= 8
+
+
+def test_a_worker_is_sent_a_windowed_order_without_its_shards() -> None:
+    """Neither the list of shards, which is a file of the host, nor what was computed on the way."""
+    order = WindowedOrder(tuple((i * 10, i * 10 + 10) for i in range(100_000)), 5, 4, 64)
+    found = [order.sample(epoch, position) for epoch in (0, 1) for position in range(9)]
+    sent = pickle.dumps(order)
+    assert len(sent) < 4096
+    again = pickle.loads(sent)
+    assert [again.sample(epoch, position) for epoch in (0, 1) for position in range(9)] == found
 
 
 def test_a_billion_samples_cost_nothing() -> None:

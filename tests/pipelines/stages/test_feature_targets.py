@@ -6,6 +6,7 @@ import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from cliplift.models.correspondence import FeaturePredictor
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.stages import feature_targets
 from cliplift.pipelines.stages.feature_targets import FeatureTransfer, against_bank, other_orders
-from cliplift.pipelines.stages.teacher import Standardisation, bank_of, cosines, unit_parts
+from cliplift.pipelines.stages.teacher import Standardisation, bank_of, cosines, ridge, unit_parts
 
 ONE = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -317,3 +318,43 @@ def test_a_clips_loss_is_the_same_to_the_last_bit_whichever_clips_stand_beside_i
     one = losses([0, 1, 2, 3], [4, 5, 6, 7])
     assert torch.equal(one, losses([0, 2, 4, 6], [1, 3, 5, 7]))
     assert len(one.unique()) == 8
+
+
+@pytest.mark.parametrize(("rows", "width"), [(40, 6), (5, 9)])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_ridge_is_least_squares_with_rows_for_the_penalty(rows: int, width: int, scale: float) -> None:
+    """numpy's lstsq on the centred rows, with one more row for each weight; with fewer rows than weights too.
+
+    The penalty is in units of the features' variance, so features a hundred times larger give the same guesses.
+    """
+    rng = np.random.default_rng(0)
+    x, t = rng.normal(3, 1, (rows, width)), rng.normal(-1, 2, (rows, 4))
+    weight, bias = ridge(
+        zip(torch.from_numpy(scale * x).split(7), torch.from_numpy(t).split(7), strict=True), penalty=0.3
+    )
+    centred, variance = x - x.mean(axis=0), x.var(axis=0).mean()
+    stacked = np.concatenate([centred, np.sqrt(0.3 * variance * rows) * np.eye(width)])
+    wanted = np.concatenate([t - t.mean(axis=0), np.zeros((width, 4))])
+    expected = np.linalg.lstsq(stacked, wanted, rcond=None)[0]
+    np.testing.assert_allclose(weight.numpy() * scale, expected.T, rtol=1e-8, atol=1e-10)
+    guesses = scale * x @ weight.numpy().T + bias.numpy()
+    np.testing.assert_allclose(guesses, centred @ expected + t.mean(axis=0), rtol=1e-8, atol=1e-9)
+
+
+def test_ridge_on_features_that_say_nothing_predicts_the_mean() -> None:
+    targets = torch.arange(6.0).view(3, 2)
+    weight, bias = ridge([(torch.ones(3, 4), targets)], penalty=1.0)
+    assert torch.equal(weight, torch.zeros(2, 4, dtype=torch.float64))
+    torch.testing.assert_close(bias, targets.double().mean(dim=0))
+
+
+def test_spread_is_the_mean_and_the_deviation_over_the_parts(tmp_path: Path) -> None:
+    """Both of numpy, each channel of each standardised by itself."""
+    table = torch.randn(6, 4 * 3, generator=torch.Generator().manual_seed(0)).half()
+    standard = Standardisation.of(
+        table, steps=4, folder=tmp_path, identity="spread", topology=ONE, spread=True
+    )
+    parts = table.double().numpy().reshape(6, 4, 3)
+    both = np.stack([parts.mean(axis=1), parts.std(axis=1)], axis=1)
+    expected = (both - both.mean(axis=0)) / both.std(axis=0)
+    np.testing.assert_allclose(standard(table, steps=4).numpy(), expected, rtol=1e-4, atol=1e-5)

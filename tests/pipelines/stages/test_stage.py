@@ -103,6 +103,13 @@ def test_evaluating_the_run_again_gives_the_same_numbers(place: Path, finetuned:
     a, b = (pq.read_table(f / "predictions.parquet").to_pydict() for f in (finetuned, place / "evaluated"))
     assert a["key"] == b["key"]
     assert np.allclose(np.array(a["probabilities"]), np.array(b["probabilities"]), atol=1e-5)
+    # Both the run itself and its evaluation say what is known of test clips in all that the weights were trained on.
+    for folder in (finetuned, Path(run.output)):
+        said = json.loads((folder / "result.json").read_text())["leaks"]
+        assert [one["status"] for one in said] == ["same", "unchecked"]
+        assert (
+            f"cliplift dedupe {place}/shards/unlabelled --against {place}/shards/actions" in said[1]["text"]
+        )
 
 
 def test_export_and_predict_agree_with_the_evaluation(

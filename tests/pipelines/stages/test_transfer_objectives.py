@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS, TransferRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model
+from cliplift.pipelines.data.eval_loader import EvalLoader
 from cliplift.pipelines.runs.retrieval import read_retrieval
 from cliplift.pipelines.stages import transfer
 from cliplift.pipelines.stages.run import run_stage, stage_of
@@ -69,12 +71,18 @@ def bank_folder(shards: Path, repository: Path) -> Path:
     return run_stage(load(repository, shards, shards.parent / "bank", *SMALL, *BANK), command=[]).folder
 
 
+RIDGE = "correspondence.predictor_start=ridge"
 OTHERS = "teacher.others=[{name: efficientnet_lite1, resize_pixels: 32}]"
 OPTIONS = {
     "bank": BANK,
     "regression": REGRESSION,
     "cosines": (*REGRESSION, "correspondence.time_basis=cosines"),
     "two teachers": (*BANK, OTHERS),
+    "ridge, spread": (
+        *REGRESSION,
+        RIDGE,
+        "correspondence.time_basis=spread",
+    ),
 }
 
 
@@ -179,6 +187,37 @@ def test_statistics_of_a_teacher_that_is_asked_anew_come_from_some_clips(
     torch.testing.assert_close(standard.mean.double(), rows.mean(dim=0), rtol=1e-5, atol=1e-6)
 
 
+def test_a_predictor_can_start_as_the_regression_on_the_students_features(
+    shards: Path, repository: Path, tmp_path: Path
+) -> None:
+    """Its weights are those of numpy's least squares on what student and teacher say of the clips that are kept."""
+    words = (*SMALL, "teacher.cache_features=true", *REGRESSION, RIDGE, "correspondence.ridge_penalty=0.1")
+    stage: Any = stage_of(load(repository, shards, tmp_path, *words))
+    layer = stage.module.predictor.output
+    (seen,) = (t.double().numpy() for t in load_file(tmp_path / "student_start.safetensors").values())
+    targets = stage._standard(stage._table, steps=4).flatten(1).double().numpy()
+    assert seen.shape == (len(targets), layer.in_features)
+    centred = seen - seen.mean(axis=0)
+    rows = np.sqrt(0.1 * len(seen) * seen.var(axis=0).mean()) * np.eye(layer.in_features)
+    wanted = np.concatenate([targets - targets.mean(axis=0), np.zeros((len(rows), targets.shape[1]))])
+    expected = np.linalg.lstsq(np.concatenate([centred, rows]), wanted, rcond=None)[0].T
+    np.testing.assert_allclose(layer.weight.detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+    guesses = seen @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
+    np.testing.assert_allclose(guesses.mean(axis=0), targets.mean(axis=0), atol=1e-4)
+    assert stage.module.training
+    (batch,) = EvalLoader(stage.run.data, split="train", batch=64, rank=0, world_size=1)
+    with torch.no_grad():
+        now = stage.module.student.eval()(stage._clip_views[False](batch))
+    np.testing.assert_allclose(now.numpy(), seen, rtol=1e-2, atol=1e-3)
+
+
+def test_the_regression_asks_for_a_student_whose_features_stay(repository: Path, tmp_path: Path) -> None:
+    run = load(repository, tmp_path, tmp_path, *REGRESSION, RIDGE, "teacher.pretrained=null")
+    with pytest.raises(ConfigError, match="BatchNorm is held") as caught:
+        stage_of(run).module  # noqa: B018
+    assert caught.value.key == "correspondence.predictor_start"
+
+
 REFUSED = {
     "correspondence.same_video_negatives": [
         ("correspondence.same_video_negatives=2", "data.clips_per_sample=2"),
@@ -205,9 +244,15 @@ REFUSED = {
         ),
     ],
     "correspondence.predict_from": [("correspondence.predict_from=map",)],
+    "correspondence.predictor_start": [
+        (RIDGE,),
+        (*REGRESSION, RIDGE, "correspondence.predict_from=map"),
+        (*REGRESSION, RIDGE, "engine.zero_stage=3"),
+    ],
     "correspondence.time_basis": [
         ("correspondence.time_basis=cosines",),
         ("correspondence={objective: regression, time_basis: cosines}", "teacher.frames=4"),
+        ("correspondence={objective: regression, time_basis: spread}", "teacher.frames=4"),
         (
             "correspondence={objective: regression, time_basis: cosines, time_steps: 2, predict_from: map}",
             "teacher.frames=4",

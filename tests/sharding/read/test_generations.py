@@ -19,13 +19,20 @@ from cliplift.launch import cli
 from cliplift.sharding.build.finalize import add_catalog, describe, remove_videos
 from cliplift.sharding.build.verify import verify
 from cliplift.sharding.build.writer import ShardWriter
-from cliplift.sharding.manifest import DATASET_FILE, SAMPLES_FILE, ManifestError, dump_dataset, load_dataset
+from cliplift.sharding.manifest import (
+    DATASET_FILE,
+    SAMPLES_FILE,
+    ManifestError,
+    dump_dataset,
+    generation_file,
+    load_dataset,
+)
 from cliplift.sharding.read import difference
 from cliplift.sharding.read.difference import compare
 from cliplift.sharding.read.generations import named_generation, open_dataset
 from cliplift.sharding.read.reader import RemovedError, ShardDataset
 from cliplift.sharding.read.subsets import Subset
-from cliplift.sharding.storage import open_store
+from cliplift.sharding.storage import LocalStore, open_store
 
 StopAfter = Callable[[int], AbstractContextManager[None]]
 
@@ -164,6 +171,27 @@ def test_killed_at_any_write_the_dataset_is_one_generation_or_the_other(
     with stop_after(7):
         remove_videos(killed, ["v2"])
     assert contents(killed) == contents(whole)
+
+
+def test_opening_reads_a_manifest_once(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many shards it takes longer to read than all else; an earlier generation needs its own and the latest."""
+    remove_videos(url, ["v2"])
+    read: list[str] = []
+    real = LocalStore.read
+
+    def counted(store: LocalStore, name: str) -> bytes:
+        read.append(name)
+        return real(store, name)
+
+    monkeypatch.setattr(LocalStore, "read", counted)
+    pickle.loads(pickle.dumps(ShardDataset(url)))
+    assert read.count(DATASET_FILE) == 2, "once by each of two processes"
+    read.clear()
+    ShardDataset(f"{url}@1")
+    assert [name for name in read if name.endswith(DATASET_FILE)] == [
+        DATASET_FILE,
+        generation_file(1, DATASET_FILE),
+    ]
 
 
 def test_names_of_generations(url: str) -> None:

@@ -33,7 +33,7 @@ def moving(textured: NDArray[np.float64], frames: int, pixels: float) -> list[ND
 
 
 def test_names_are_those_that_readers_know() -> None:
-    assert (*SCORES, "duplicate") == SCORE_NAMES
+    assert (*SCORES, "duplicate", "cluster", "near_duplicate") == SCORE_NAMES
     assert all(score.meaning.endswith(".") for score in SCORES.values())
 
 
