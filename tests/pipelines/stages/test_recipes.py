@@ -162,6 +162,21 @@ SMALLER = {
         "data.sampling.frames=4",
         "model.options.depth=2",
     ],
+    "umt_base": [
+        "data.crop_pixels=64",
+        "data.resize_short_side_pixels=64",
+        "data.sampling.frames=4",
+        "model.options.depth=2",
+        "teacher.options.depth=2",
+        "distil.layers=2",
+    ],
+    "mvd_base": [
+        "data.crop_pixels=64",
+        "data.resize_short_side_pixels=64",
+        "data.sampling.frames=4",
+        "model.options.depth=2",
+        "teacher.options.depth=2",
+    ],
 }
 
 
