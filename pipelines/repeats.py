@@ -16,7 +16,7 @@ from cliplift.pipelines.engine.faults import caught_signals
 from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.runs.published import PublishedRun
 from cliplift.pipelines.runs.results import commands_after, result_block
-from cliplift.pipelines.runs.tracking import wandb_group
+from cliplift.pipelines.runs.tracking import log_aggregate, wandb_group
 from cliplift.pipelines.stages.run import StageResult, run_stage, stage_of
 from cliplift.sharding.read.reader import fold_count
 
@@ -109,6 +109,9 @@ def run_all(run: TrainingRun, *, command: Sequence[str]) -> StageResult:
         seconds=seconds,
         runs=[str(result.folder) for result in results],
     )
+    if topology.is_main:
+        named = {single.name: result.metrics for single, result in zip(singles, results, strict=True)}
+        log_aggregate(run, folder=folder.path, metrics=metrics, runs=named)
     PublishedRun(run.checkpoint.url, folder.path).publish_result(topology)
     if topology.is_main:
         best_metric = stage_of(run).best_metric

@@ -72,7 +72,7 @@ def curves(groups: Sequence[RunGroup]) -> list[CurveSet]:
 def _curve_set(title: str, groups: Sequence[RunGroup]) -> CurveSet:
     quantities = sorted({_quantity(name) for group in groups for name in _logged(group)} - set(_NOT_CURVES))
     quantities = [q for q in quantities if not q.endswith(("_low", "_high"))]
-    main = [_panel(groups, q) for q in _PRIMARY if q in quantities]
+    main = [_panel(groups, q) for q in _PRIMARY if q in quantities and _is_curve(groups, q)]
     more = [_panel(groups, q) for q in quantities if q not in _PRIMARY and _is_curve(groups, q)]
     return CurveSet(title, tuple(groups), tuple(p for p in main if p.svg), tuple(p for p in more if p.svg))
 

@@ -36,6 +36,10 @@ ClipTable = tuple[Sequence[str], Sequence[Sequence[object]]]
 
 SECONDS_BETWEEN_LINES = 10.0
 WANDB_RECORD = "wandb.json"  # in a run's folder: id and group of its W&B run
+AGGREGATE = "aggregate"  # job_type of the mean over folds and seeds
+# Endings of the names of numbers of which one end is better; of the others W&B keeps the last.
+LOWER_IS_BETTER = ("loss", "calibration_error")
+HIGHER_IS_BETTER = ("accuracy", "average_precision", "precision", "recall", "f1", "auc", "skill", "cosine")
 USERS_DATA_FOLDER = os.environ.get("WANDB_DATA_DIR")
 
 
@@ -50,11 +54,12 @@ class Tracker:
         self._lines: TextIO | None = None
         self._last_line = 0.0
         self._row_offset = 0
+        self._defined: set[str] = set()
         self._board: SummaryWriter | None = None
         if self.active:
             self._lines = (folder / HISTORY).open("a", encoding="utf-8")
             self._board = _tensorboard(folder / "tensorboard") if run.track.tensorboard else None
-            self._wandb = self._start_wandb()
+            self._wandb = start_wandb(run, stage=stage, folder=folder)
 
     @property
     def run_id(self) -> str | None:
@@ -105,10 +110,19 @@ class Tracker:
         self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
         self._lines.flush()
         if self._wandb is not None:
+            self._define(known)
             self._wandb.log({**known, "step": step}, step=step + self._row_offset)
         if self._board is not None:
             for key, value in known.items():
                 self._board.add_scalar(key, value, step)
+
+    def _define(self, numbers: Mapping[str, float]) -> None:
+        """Say how W&B sums up the numbers that come for the first time."""
+        assert self._wandb is not None
+        for key in numbers.keys() - self._defined:
+            self._defined.add(key)
+            if summary := metric_summary(key):
+                self._wandb.define_metric(key, step_metric="step", summary=summary)
 
     def progress(self, step: int, total: int, text: str) -> None:
         """The progress line: rewritten on a terminal, every ten seconds in a log."""
@@ -197,45 +211,80 @@ class Tracker:
             self._wandb = None
         self.active = False
 
-    def _start_wandb(self) -> wandb.Run | None:
-        mode = wandb_mode(self.run.track.wandb, os.environ)
-        if mode == "disabled":
-            return None
-        os.environ.setdefault("WANDB_SILENT", "true")
-        # Tables' clips wait here for `wandb sync`: in the run's folder, so that it can be synced from elsewhere.
-        os.environ["WANDB_DATA_DIR"] = USERS_DATA_FOLDER or str((self.folder / "wandb").absolute())
-        import wandb
 
-        known = self.folder / WANDB_RECORD
-        again = known.is_file() and self.run.checkpoint.resume == "auto"
-        before = (read_json(known) or {}).get("id") if again else None
-        run_id = before if isinstance(before, str) and before else secrets.token_hex(4)
-        track, group = self.run.track, wandb_group(self.run, os.environ)
-        write_json(known, {"id": run_id, "group": group})
-        started = wandb.init(
-            id=run_id,
-            resume="allow",
-            mode=mode,
-            dir=str(self.folder),
-            project=wandb_project(track.project, os.environ),
-            entity=track.entity,
-            name=self.run.name,
-            group=group,
-            job_type=self.stage,
-            tags=list(track.tags) or None,  # None leaves it to W&B's own variables
-            notes=track.notes or None,
-            config=self.run.model_dump(mode="json") | {"environment": _environment(self.folder)},
-            settings=wandb.Settings(
-                console="off",
-                silent=True,
-                x_disable_stats=True,
-                x_disable_meta=True,
-                disable_git=True,
-                save_code=False,
-            ),
-        )
-        started.define_metric("*", step_metric="step")
-        return started
+def start_wandb(run: TrainingRun, *, stage: str, folder: Path) -> wandb.Run | None:
+    """The W&B run of a run's folder, which goes on where an earlier start left it; None where W&B is off."""
+    mode = wandb_mode(run.track.wandb, os.environ)
+    if mode == "disabled":
+        return None
+    os.environ.setdefault("WANDB_SILENT", "true")
+    # Tables' clips wait here for `wandb sync`: in the run's folder, so that it can be synced from elsewhere.
+    os.environ["WANDB_DATA_DIR"] = USERS_DATA_FOLDER or str((folder / "wandb").absolute())
+    import wandb
+
+    known = folder / WANDB_RECORD
+    again = known.is_file() and run.checkpoint.resume == "auto"
+    before = (read_json(known) or {}).get("id") if again else None
+    run_id = before if isinstance(before, str) and before else secrets.token_hex(4)
+    track, group = run.track, wandb_group(run, os.environ)
+    write_json(known, {"id": run_id, "group": group})
+    started = wandb.init(
+        id=run_id,
+        resume="allow",
+        mode=mode,
+        dir=str(folder),
+        project=wandb_project(track.project, os.environ),
+        entity=track.entity,
+        name=run.name,
+        group=group,
+        job_type=stage,
+        tags=list(track.tags) or None,  # None leaves it to W&B's own variables
+        notes=track.notes or None,
+        config=run.model_dump(mode="json") | {"environment": _environment(folder)},
+        settings=wandb.Settings(
+            console="off",
+            silent=True,
+            x_disable_stats=True,
+            x_disable_meta=True,
+            disable_git=True,
+            save_code=False,
+        ),
+    )
+    started.define_metric("*", step_metric="step")
+    return started
+
+
+def log_aggregate(
+    run: TrainingRun, *, folder: Path, metrics: Mapping[str, float], runs: Mapping[str, Mapping[str, float]]
+) -> None:
+    """A W&B run of its own for the mean over folds and seeds, with a table of what each of them reached.
+
+    Args:
+        run: the config that stands for all of them.
+        folder: where its W&B files go.
+        metrics: means and standard deviations.
+        runs: the metrics of each run by its name.
+    """
+    started = start_wandb(run, stage=AGGREGATE, folder=folder)
+    if started is None:
+        return
+    import wandb
+
+    names = [name for name in next(iter(runs.values())) if all(name in found for found in runs.values())]
+    table = wandb.Table(columns=["run", *names])
+    for name, found in runs.items():
+        table.add_data(name, *(found[each] for each in names))
+    started.log({"runs": table, "step": 0}, step=0)
+    started.summary.update(dict(metrics))
+    started.finish()
+
+
+def metric_summary(key: str) -> str | None:
+    """How W&B sums a logged number up: the best and the last of what has a better end; None leaves it the last."""
+    group, _, name = key.rpartition("/")
+    if name.endswith(LOWER_IS_BETTER):
+        return "min,last"
+    return "max,last" if group == "eval" and name.endswith(HIGHER_IS_BETTER) else None
 
 
 def wandb_group(run: TrainingRun, environment: Mapping[str, str]) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -33,7 +34,7 @@ from cliplift.sharding.scratch import scratch_folder
 from cliplift.sharding.sources.dealing import DealtVideos
 from cliplift.sharding.sources.files import LeftOut, LeftOutCount
 from cliplift.sharding.sources.lists import Entry, Stream
-from cliplift.sharding.sources.read import assign_splits, open_source
+from cliplift.sharding.sources.read import assign_splits, open_source, warn_of_gaps
 from cliplift.sharding.storage import RangeFile, Store, open_store
 from cliplift.sharding.tables import (
     ROWS_OF_A_BATCH,
@@ -230,7 +231,10 @@ def make_plan(
             classes = addition.classes
         numbers = dict(zip(listed.names, labels, strict=True))
         first = addition.first if addition else 0
-        shards, rows_sha256 = _write_videos(run, dealt, numbers, folder, first=first)
+        labels_of_split: dict[str, Counter[int]] = {}
+        shards, rows_sha256 = _write_videos(run, dealt, numbers, folder, first=first, count=labels_of_split)
+    if addition is None and not stream.folds:
+        warn_of_gaps(run.splits, labels_of_split, classes)
     settings = settings_of(run)
     return Plan(
         plan_id=digest(canonical([settings, classes, stream.folds, rows_sha256])),
@@ -312,9 +316,18 @@ class _Listed:
 
 
 def _write_videos(
-    run: ShardRun, dealt: DealtVideos, numbers: Mapping[str, int], folder: Path, *, first: int
+    run: ShardRun,
+    dealt: DealtVideos,
+    numbers: Mapping[str, int],
+    folder: Path,
+    *,
+    first: int,
+    count: dict[str, Counter[int]],
 ) -> tuple[tuple[PlannedShard, ...], str]:
-    """Write the plan's videos; the shards they make, and the sha256 of the rows as JSON."""
+    """Write the plan's videos; the shards they make, and the sha256 of the rows as JSON.
+
+    ``count`` is given the labels of each split, and how many videos have them.
+    """
     counts = dealt.deal()
     # Beyond one row group of pyarrow's, groups are small: a part of the work reads few rows that are not its own.
     group_rows = ROWS_OF_A_GROUP if sum(counts.values()) <= ROWS_OF_A_GROUP else ROWS_OF_A_BATCH
@@ -323,16 +336,17 @@ def _write_videos(
     rows = hashlib.sha256(b"[")
     separator = b""
     shards: list[PlannedShard] = []
-    for split, count in counts.items():
+    for split, number in counts.items():
         begin = shards[-1].stop if shards else 0
-        for start in range(begin, begin + count, run.shards.videos_per_shard):
-            stop = min(start + run.shards.videos_per_shard, begin + count)
+        for start in range(begin, begin + number, run.shards.videos_per_shard):
+            stop = min(start + run.shards.videos_per_shard, begin + number)
             tar = shard_file(run.name, split, first + len(shards))
             shards.append(
                 PlannedShard(shard=first + len(shards), split=split, tar=tar, start=start, stop=stop)
             )
         for videos in dealt.of_split(split, numbers):
             table.add(videos)
+            count.setdefault(split, Counter()).update(videos.column("label").to_pylist())
             for part in videos.to_batches(VIDEOS_READ):
                 rows.update(separator + _as_json(part))
                 separator = b","

@@ -22,13 +22,15 @@ from cliplift.sharding.scores.vectors import SKETCH_FRAMES, SKETCH_SIDE
 THRESHOLD = 0.7  # of the cosine of embeddings, below which sketches are not compared
 PICTURES_PER_SECOND = 8.0
 LUMA = (77, 150, 29)  # of 256 (ITU-R BT.601)
-CROPS = (1.0, 0.95, 0.9)  # sides of what one clip shows of the other's picture
 SPEEDS = (0.5, 2 / 3, 0.8, 1.0, 1.25, 1.5, 2.0)
 LEAST_ENERGY = 1.0  # of what moves, squares of 8-bit levels: below it a correlation says nothing
 LEAST_OVERLAP = 0.5  # of the shorter clip
-SAME_MOVING = 0.88  # correlation from which on two clips show the same
-STILL_LEVELS = 0.3  # deviation over time, root mean square in 8-bit levels, below which nothing moves
-SAME_STILL = 0.995  # correlation of the mean pictures from which on two such clips show the same
+REFINED = 1.5  # sum of both correlations from which on the crop is looked for more closely
+# Correlations from which on two clips show the same: where things move in the same way; where little moves, or less
+# alike, and the mean pictures say it.
+SAME_MOVING, SAME_PLACE = 0.97, 0.9975
+LIKELY_MOVING, QUIET_LEVELS, SAME_STILL = 0.7, 1.0, 0.9985
+FINE = 0.02
 HELD = 256  # prepared sketches
 
 Bytes = NDArray[np.uint8]
@@ -71,6 +73,34 @@ class Compared(NamedTuple):
     levels: float
 
 
+class Box(NamedTuple):
+    """A part of a picture, in shares of its side."""
+
+    top: float
+    left: float
+    size: float
+
+
+COARSE = (
+    Box(0.0, 0.0, 1.0),
+    *(
+        Box(top, left, size)
+        for size in (0.95, 0.9)
+        for top in (0.0, (1 - size) / 2, 1 - size)
+        for left in (0.0, (1 - size) / 2, 1 - size)
+    ),
+)
+
+
+class _Views(NamedTuple):
+    """A clip cut to V boxes, its mean picture and what moves apart from each other."""
+
+    boxes: tuple[Box, ...]
+    still: Floats  # (V, 256), of mean 0
+    moving: Floats  # (V, T, 256)
+    products: Floats  # (V, T, T) of what moves
+
+
 class Sketch:
     """A clip's pictures, prepared.
 
@@ -81,41 +111,57 @@ class Sketch:
 
     def __init__(self, spacing: float, pictures: Floats) -> None:
         self.spacing = spacing
-        values = pictures.astype(np.float32)
-        mean = values.mean(axis=0)
-        views = _views(np.concatenate([mean[None], values - mean]))
-        still = views[:, 0] - views[:, 0].mean(axis=(1, 2), keepdims=True)
-        self.still = _unit(still.reshape(len(still), -1))  # (V, 256), of length 1
-        self.moving = views[:, 1:].reshape(len(views), len(values), -1)  # (V, T, 256)
-        self.products = self.moving @ self.moving.transpose(0, 2, 1)  # (V, T, T)
-        energy = float(np.trace(self.products[0])) / len(values)
-        self.levels = np.sqrt(energy) / SKETCH_SIDE
+        mean = pictures.mean(axis=0)
+        self._pictures: Floats = np.concatenate([mean[None], pictures - mean]).astype(np.float32)
+        self._coarse = self._views(COARSE)
+        self.levels = float(np.sqrt(np.trace(self._coarse.products[0]) / len(pictures))) / SKETCH_SIDE
 
     def compare(self, other: Sketch) -> Compared:
         """How far both agree, over all views, speeds and shifts."""
-        best = Compared(-1.0, -1.0, float(min(self.levels, other.levels)))
-        for cropped, whole in ((self, other), (other, self)):
-            ratio = round(cropped.spacing / whole.spacing, 3)
-            paths = _paths(cropped.moving.shape[1], whole.moving.shape[1], ratio)
+        best, ways = Compared(-1.0, -1.0, min(self.levels, other.levels)), {}
+        for turned, (cropped, whole) in enumerate(((self, other), (other, self))):
             for mirrored in (False, True):
-                pictures, picture = whole.moving[0], whole.still[:1]
-                if mirrored:
-                    pictures, picture = _mirrored(pictures), _mirrored(picture)
-                between = cropped.moving @ pictures.T  # (V, T of the cropped, T of the whole)
-                moving = _agreement(cropped.products, whole.products[0], between, paths)
-                still = cropped.still @ picture[0]
-                at = int(np.argmax(moving + still))
-                if moving[at] + still[at] > best.moving + best.still:
-                    best = best._replace(moving=float(moving[at]), still=float(still[at]))
-        return best
+                found, box = cropped._agreement(cropped._coarse, whole, best, mirrored=mirrored)
+                ways[found] = (turned, mirrored, box)
+        best = max(ways, key=lambda found: found.moving + found.still)
+        if best.moving + best.still < REFINED:
+            return best
+        turned, mirrored, box = ways[best]
+        cropped, whole = (other, self) if turned else (self, other)
+        return cropped._agreement(cropped._views(_near(box)), whole, best, mirrored=mirrored)[0]
 
     def same(self, other: Sketch) -> float | None:
         """How alike the clips are, up to 1, where they show the same; None where they do not."""
         found = self.compare(other)
-        if found.levels < STILL_LEVELS:  # what is left after the mean is the noise of coding
-            return found.still if found.still >= SAME_STILL else None
-        likeness = min(found.moving, found.still)
-        return likeness if likeness >= SAME_MOVING else None
+        alike = found.moving >= SAME_MOVING and found.still >= SAME_PLACE
+        if found.moving >= LIKELY_MOVING or found.levels < QUIET_LEVELS:
+            alike |= found.still >= SAME_STILL
+        return found.still if alike else None
+
+    def _views(self, boxes: tuple[Box, ...]) -> _Views:
+        seen = np.stack([_cut(self._pictures, box) for box in boxes])  # (V, 1 + T, 16, 16)
+        still = seen[:, 0] - seen[:, 0].mean(axis=(1, 2), keepdims=True)
+        moving = seen[:, 1:].reshape(len(boxes), len(self._pictures) - 1, -1)
+        return _Views(boxes, still.reshape(len(boxes), -1), moving, moving @ moving.transpose(0, 2, 1))
+
+    def _agreement(
+        self, views: _Views, whole: Sketch, least: Compared, *, mirrored: bool
+    ) -> tuple[Compared, Box]:
+        """The best agreement of views of this clip with another clip, and where it is cut for it."""
+        ratio = round(self.spacing / whole.spacing, 3)
+        paths = _paths(len(self._pictures) - 1, len(whole._pictures) - 1, ratio)
+        pictures, picture = whole._coarse.moving[0], whole._coarse.still[:1]
+        if mirrored:
+            pictures, picture = _mirrored(pictures), _mirrored(picture)
+        between = views.moving @ pictures.T  # (V, T of this clip, T of the whole)
+        moving, path = _highest(views.products, whole._coarse.products[0], between, paths)
+        count = paths.first[path].sum(axis=1, keepdims=True)
+        # The mean pictures are those of what is shown together: a clip that is cut elsewhere has another mean.
+        own = views.still + np.einsum("vt,vtc->vc", paths.first[path], views.moving) / count
+        others = picture + paths.second[path] @ pictures / count
+        still = (_unit(own) * _unit(others)).sum(axis=1)
+        at = int(np.argmax(moving + still))
+        return least._replace(moving=float(moving[at]), still=float(still[at])), views.boxes[at]
 
 
 @dataclass(frozen=True)
@@ -133,8 +179,10 @@ class Paths:
     pairs: Floats
 
 
-def _agreement(first: Floats, second: Floats, between: Floats, paths: Paths) -> Floats:
-    """(V,) the highest correlation over all paths, of pictures without the mean of those that are shown together.
+def _highest(first: Floats, second: Floats, between: Floats, paths: Paths) -> tuple[Floats, Ints]:
+    """(V,) the highest correlation over all paths, and (V,) which path it is.
+
+    Of pictures without the mean of those that are shown together.
 
     Args:
         first: (V, T, T) products of the pictures of the first clip with each other.
@@ -150,8 +198,8 @@ def _agreement(first: Floats, second: Floats, between: Floats, paths: Paths) -> 
     others = (
         np.diagonal(second) @ paths.second.T - ((paths.second @ second) * paths.second).sum(axis=1) / count
     )
-    found: Floats = (together / np.sqrt(np.maximum(own * others, LEAST_ENERGY**2))).max(axis=1)
-    return found
+    found = together / np.sqrt(np.maximum(own * others, LEAST_ENERGY**2))
+    return found.max(axis=1), found.argmax(axis=1)
 
 
 @cache
@@ -179,20 +227,31 @@ def _resampling(start: float, size: float) -> Floats:
     low = np.maximum(edges[:-1, None], cells)
     high = np.minimum(edges[1:, None], cells + 1)
     overlap = np.maximum(high - low, 0.0)
-    found: Floats = (overlap / overlap.sum(axis=1, keepdims=True)).astype(np.float32)
+    # What is cut between the cells is blurred by that; all views are blurred as much again, so that they compare.
+    beside = np.clip(cells[:, None] + np.array([-1, 0, 1]), 0, SKETCH_SIDE - 1)
+    blur = sum(w * np.eye(SKETCH_SIDE)[beside[:, i]] for i, w in enumerate((0.25, 0.5, 0.25)))
+    weights: Floats = (blur @ (overlap / overlap.sum(axis=1, keepdims=True))).astype(np.float32)
+    return weights
+
+
+def _cut(pictures: Floats, box: Box) -> Floats:
+    """(n, 16, 16) -> the same of a box, blurred."""
+    found: Floats = (_resampling(box.top, box.size) @ pictures @ _resampling(box.left, box.size).T).astype(
+        np.float32, copy=False
+    )
     return found
 
 
-def _views(pictures: Floats) -> Floats:
-    """(n, 16, 16) -> (V, n, 16, 16): whole, then cropped to each of some boxes."""
-    found = [pictures]
-    for size in CROPS[1:]:
-        for top in (0.0, (1 - size) / 2, 1 - size):
-            for left in (0.0, (1 - size) / 2, 1 - size):
-                found.append(
-                    (_resampling(top, size) @ pictures @ _resampling(left, size).T).astype(np.float32)
-                )
-    return np.stack(found)
+def _near(box: Box) -> tuple[Box, ...]:
+    """Boxes around one, nearer to it than those that are tried first."""
+    found: dict[Box, None] = {}
+    for size in (box.size - FINE, box.size, min(1.0, box.size + FINE)):
+        for down in (-FINE, -FINE / 2, 0.0, FINE / 2, FINE):
+            for across in (-FINE, -FINE / 2, 0.0, FINE / 2, FINE):
+                rest = 1 - size
+                top, left = (min(rest, max(0.0, at)) for at in (box.top + down, box.left + across))
+                found[Box(round(top, 4), round(left, 4), round(size, 4))] = None
+    return tuple(found)
 
 
 def _mirrored(rows: Floats) -> Floats:
@@ -200,6 +259,8 @@ def _mirrored(rows: Floats) -> Floats:
 
 
 def _unit(rows: Floats) -> Floats:
+    """Rows of mean 0 and length 1; zeros where all is even."""
+    rows = rows - rows.mean(axis=1, keepdims=True)
     found: Floats = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
     return found
 

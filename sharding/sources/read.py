@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import PurePosixPath
@@ -25,7 +26,7 @@ from cliplift.configs.sources import (
     Ucf101Source,
     YouTube8MSource,
 )
-from cliplift.sharding.manifest import SourceVideo, digest
+from cliplift.sharding.manifest import NO_LABEL, SourceVideo, digest
 from cliplift.sharding.sources.files import DANGLING, LeftOut, walk_files, why_left_out
 from cliplift.sharding.sources.json_lists import read_diving48, read_something_something
 from cliplift.sharding.sources.kinetics710 import read_kinetics710
@@ -43,6 +44,8 @@ from cliplift.sharding.sources.lists import (
 from cliplift.sharding.sources.public_datasets import read_hmdb51, read_kinetics, read_ucf101, read_youtube8m
 from cliplift.sharding.sources.tars import read_tars
 from cliplift.sharding.storage import Store, join, open_store, without_secrets
+
+log = logging.getLogger(__name__)
 
 
 class SourcePlugin(Protocol):
@@ -153,6 +156,36 @@ def assign_splits(videos: Iterable[SourceVideo], config: SplitConfig, *, folds: 
         yield video if given else replace(video, group=group, split=split)
     if unknown := sorted(set(named) - used):
         raise ConfigError(f"no video belongs to group {unknown[0]!r}", key="splits.groups", value=unknown[0])
+
+
+def warn_of_gaps(
+    config: SplitConfig, labels_of_split: Mapping[str, Mapping[int, int]], classes: Sequence[str]
+) -> None:
+    """Log which of several splits is empty, or lacks a class that another one has: few groups, dealt by hash.
+
+    Args:
+        config: says which splits there are to be.
+        labels_of_split: label to the number of videos that have it, of each split.
+        classes: names of the classes.
+    """
+    wanted = [
+        split for split in dict.fromkeys((*config.shares, *config.groups)) if config.shares.get(split) != 0
+    ]
+    if len(wanted) < 2:
+        return
+    known = {label for labels in labels_of_split.values() for label in labels} - {NO_LABEL}
+    for split in wanted:
+        lacking = sorted(known - set(labels_of_split.get(split, {})))
+        if labels_of_split.get(split) and not lacking:
+            continue
+        names = ", ".join(repr(classes[label]) for label in lacking[:3])
+        more = f" and {len(lacking) - 3} more of {len(classes)} classes" if len(lacking) > 3 else ""
+        what = f"no video of {names}{more}" if labels_of_split.get(split) else "no video"
+        log.warning(
+            "split %r has %s: few groups were dealt by hash; name the groups of each split in splits.groups, or try "
+            "another splits.seed (`cliplift start FOLDER` looks for a division that has every class in every split)",
+            split, what,
+        )  # fmt: skip
 
 
 def _require_split_name(split: str) -> None:

@@ -89,6 +89,7 @@ def test_the_vector_is_the_networks_features_of_its_clip(export: Path, places: l
     np.testing.assert_allclose(found.values, expected.numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_frames_of_an_image_network_are_averaged(tmp_path: Path, places: list[ClipPlace]) -> None:
     torch.manual_seed(1)
     network = create_model("efficientnet_lite0", num_classes=0)

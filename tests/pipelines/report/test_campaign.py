@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from cliplift.pipelines.report.campaign import (
     paired_differences,
     shortened,
 )
+from cliplift.pipelines.report.sections import curves
 from cliplift.pipelines.runs.predictions import Predictions
-from cliplift.pipelines.runs.records import RunGroup, RunRecord, group_runs
+from cliplift.pipelines.runs.records import RunGroup, RunRecord, Series, group_runs
 
 
 def run(
@@ -147,3 +149,20 @@ def test_headlines_and_long_names() -> None:
     assert headline(group) == ""
     assert shortened("x" * 30) == "x" * 30
     assert len(shortened("videomae-base-finetune-on-everything-seed12")) <= 30
+
+
+def test_one_point_or_a_constant_has_no_chart() -> None:
+    """Also not the main ones: an accuracy that was measured once stands in the table."""
+
+    def series(*values: float) -> Series:
+        return Series(np.arange(len(values), dtype=np.float64), np.array(values))
+
+    history = {
+        "train/loss": series(2.0, 1.0),
+        "eval/accuracy": series(0.5),
+        "train/lr": series(0.1, 0.1, 0.1),
+    }
+    (found,) = curves(group_runs([replace(run("net"), history=history)]))
+    assert [panel.title for panel in (*found.main, *found.more)] == ["Loss"]
+    del history["train/loss"]
+    assert curves(group_runs([replace(run("net"), history=history)])) == []

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,51 +27,16 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def logged_blobs(data: bytes) -> Iterator[bytes]:
-    """Records of W&B's offline file: a LevelDB log (32 KiB blocks of crc32, length, kind, data)."""
-    assert data[:4] == b":W&B"
-    at, parts = 7, b""
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
-        parts += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            yield parts
-            parts = b""
-
-
-def wandb_records(folder: Path) -> Iterator[Any]:
-    """Every record of a run's offline W&B files, oldest file first."""
-    from wandb.proto import wandb_internal_pb2
-
-    for file in sorted((folder / "wandb").glob("offline-run-*/*.wandb")):
-        for data in logged_blobs(file.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            yield record
-
-
-def wandb_history(folder: Path) -> dict[int, dict[str, Any]]:
-    """Logged numbers by step."""
-    found: dict[int, dict[str, Any]] = {}
-    for record in wandb_records(folder):
-        if record.WhichOneof("record_type") == "history":
-            items = {(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in record.history.item}
-            found.setdefault(int(items["_step"]), {}).update(items)
-    return found
-
-
-def test_offline_wandb_files_hold_what_the_jsonl_holds(transferred: Path) -> None:
-    history = wandb_history(transferred)
+def test_offline_wandb_files_hold_what_the_jsonl_holds(transferred: Path, wandb_files: ModuleType) -> None:
+    history = wandb_files.wandb_history(transferred)
     logged = [row for row in rows(transferred) if "train/loss" in row]
     assert logged
     for row in logged:
         assert history[row["step"]]["train/loss"] == pytest.approx(row["train/loss"], rel=1e-6)
     (run,) = {
-        r.run.run_id: r.run for r in wandb_records(transferred) if r.WhichOneof("record_type") == "run"
+        r.run.run_id: r.run
+        for r in wandb_files.wandb_records(transferred)
+        if r.WhichOneof("record_type") == "run"
     }.values()
     assert run.run_id == json.loads((transferred / "wandb.json").read_text())["id"]
     assert (run.project, run.job_type, run.run_group) == ("cliplift", "transfer", "demo-transfer")
@@ -78,8 +44,8 @@ def test_offline_wandb_files_hold_what_the_jsonl_holds(transferred: Path) -> Non
     assert config["optim"]["lr"] == 1e-3
 
 
-def test_wandb_shows_clips_lineage_and_the_code_state(finetuned: Path) -> None:
-    history = wandb_history(finetuned)
+def test_wandb_shows_clips_lineage_and_the_code_state(finetuned: Path, wandb_files: ModuleType) -> None:
+    history = wandb_files.wandb_history(finetuned)
     tables = {step: h["clips.path"] for step, h in history.items() if "clips.path" in h}
     assert sorted(tables) == [3, 6]
     stored = json.loads(next(finetuned.glob(f"wandb/*/files/{tables[3]}")).read_text())
@@ -91,7 +57,7 @@ def test_wandb_shows_clips_lineage_and_the_code_state(finetuned: Path) -> None:
         assert key in known, "validation clips"
         assert {true, predicted} <= set(dataset.classes)
         assert 0 < probability <= 1
-    records = list(wandb_records(finetuned))
+    records = list(wandb_files.wandb_records(finetuned))
     artifacts = [r.artifact for r in records if r.WhichOneof("record_type") == "artifact"]
     first = next(a for a in artifacts if a.type == "run_table")
     clips = [Path(e.local_path) for e in first.manifest.contents if e.path.endswith(".mp4")]
@@ -126,7 +92,9 @@ def test_tensorboard_files_hold_what_the_jsonl_holds(finetuned: Path) -> None:
 
 
 @pytest.mark.slow
-def test_kill_9_and_restart_equals_an_unbroken_run(place: Path, load: Callable[..., Any]) -> None:
+def test_kill_9_and_restart_equals_an_unbroken_run(
+    place: Path, load: Callable[..., Any], wandb_files: ModuleType
+) -> None:
     """Same losses to the last bit, same W&B run, every step once; each start is a process of its own."""
     configs = {}
     for output in ("unbroken", "killed"):
@@ -161,7 +129,11 @@ def test_kill_9_and_restart_equals_an_unbroken_run(place: Path, load: Callable[.
     ]
     assert losses[0] == losses[1]
     assert [step for step, _ in losses[1]] == list(range(1, 13))
-    ids = {r.run.run_id for r in wandb_records(place / "killed") if r.WhichOneof("record_type") == "run"}
+    ids = {
+        r.run.run_id
+        for r in wandb_files.wandb_records(place / "killed")
+        if r.WhichOneof("record_type") == "run"
+    }
     assert ids == {first_id}
     a, b = (from_pretrained(place / f / "weights").state_dict() for f in ("unbroken", "killed"))
     assert all(torch.equal(a[name], b[name]) for name in a)

@@ -391,3 +391,27 @@ def test_the_classes_of_an_addition_have_the_numbers_of_the_dataset() -> None:
     with pytest.raises(ConfigError, match="names the class 'd', which the dataset does not have") as caught:
         addition.labels(("a", "d"), [0, 1])
     assert (caught.value.key, caught.value.value) == ("source", "d")
+
+
+def test_a_split_that_lacks_a_class_or_everything_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for file in ("a/g1_1.mp4", "a/g2_1.mp4", "b/g2_2.mp4"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+
+    def said(**splits: object) -> list[str]:
+        caplog.clear()
+        source = {"kind": "folder", "root": str(tmp_path)}
+        made(run_of(tmp_path, source=source, splits={"group_pattern": r"(g\d)_"} | splits))
+        return [record.getMessage() for record in caplog.records]
+
+    (lacking,) = said(shares={"train": 1.0}, groups={"test": ["g1"]})
+    assert lacking.startswith("split 'test' has no video of 'b': few groups")
+    assert "splits.groups" in lacking
+    (empty,) = said(shares={"train": 1.0}, groups={"test": ["g1", "g2"]})
+    assert empty.startswith("split 'train' has no video: few groups")
+    assert said(shares={"train": 1.0}) == []  # one split alone has all there is
+    assert said(shares={"train": 1.0, "test": 0.0}) == []  # none is wanted there
+    (tmp_path / "b/g1_2.mp4").touch()
+    assert said(shares={"train": 1.0}, groups={"test": ["g1"]}) == []

@@ -17,8 +17,10 @@ from cliplift.sharding.manifest import DATASET_FILE, ManifestError
 from cliplift.sharding.read.embeddings import stored_embeddings
 from cliplift.sharding.read.generations import open_dataset
 from cliplift.sharding.read.reader import ShardDataset
+from cliplift.sharding.scores.carried import stored_scores
 from cliplift.sharding.scores.vectors import EmbeddingFacts, part_file
 from cliplift.sharding.scoring.embed import ClipPlace, EmbeddedClip, embed_dataset, read_clip
+from cliplift.sharding.scoring.likeness import Likeness
 from cliplift.sharding.scoring.run import ScoreError, score_dataset
 from cliplift.sharding.video.decode import VideoDecodeError, decode_frames
 
@@ -246,3 +248,49 @@ def test_what_is_not_there_is_said(unscored: Path, embedded: Path, tmp_path: Pat
     ):
         with pytest.raises(ConfigError, match=says), stored_embeddings(*open_dataset(str(folder)), **options):
             pass
+
+
+class Twins:
+    """Two clips side by side are the same, of other videos; nothing is decoded."""
+
+    facts = EmbeddingFacts("twins", "0" * 64, "", WIDTH, 1)
+
+    def embed(self, clips: Iterable[ClipPlace]) -> Iterator[EmbeddedClip]:
+        for number, _ in enumerate(clips):
+            rng = np.random.default_rng(number // 2)
+            pictures = rng.integers(0, 255, (6, 16, 16)).astype(np.float32)
+            yield EmbeddedClip(1 + 0.2 * rng.normal(size=WIDTH).astype(np.float32), 0.5, pictures)
+
+
+def test_clusters_and_near_duplicates_are_columns_whatever_interrupts_them(
+    unscored: Path, tmp_path: Path, stop_after: StopAfter
+) -> None:
+    folder = copy(unscored, tmp_path / "whole")
+    with pytest.raises(ConfigError, match="has no embeddings"):
+        score_dataset(str(folder), ["near_duplicate"])
+    embed_dataset(str(folder), Twins())
+    other = copy(folder, tmp_path / "other")
+    names, likeness = ["cluster", "near_duplicate"], Likeness(clusters=3)
+    assert score_dataset(str(folder), names, likeness=likeness).new
+    with stored_scores(*open_dataset(str(folder))) as found:
+        clusters, repeats = (found.column(name).tolist() for name in names)
+        assert found.facts["cluster"].of == f"{Twins.facts.name}, 3 clusters, seed 0"
+    # Number 3 is of `val`, whose clips stay; of the others the first does.
+    assert repeats == [0, 1, 1, 0, 0, 1, 0, 1, 0]
+    assert clusters[:8:2] == clusters[1:8:2]
+    kept = ShardDataset(str(folder), where="not near_duplicate and cluster >= 0")
+    assert [kept.row(i) for i in range(len(kept))] == [0, 3, 4, 6, 8]
+    for files in (0, 1, 4):
+        with stop_after(files), pytest.raises(KeyboardInterrupt):
+            score_dataset(str(other), names, likeness=likeness)
+        assert open_dataset(str(other))[1].generation == 2, "the dataset is the generation before"
+    score_dataset(str(other), names, likeness=likeness)
+    assert contents(other) == contents(folder)
+    assert not score_dataset(str(folder), names, likeness=likeness).new
+    assert score_dataset(str(folder), ["cluster"], likeness=Likeness(clusters=2)).new, "other clusters"
+
+
+def test_numbers_of_clusters_that_cannot_be(unscored: Path) -> None:
+    for clusters in (0, -1, 10**6):
+        with pytest.raises(ConfigError, match="asks for what cannot be"):
+            score_dataset(str(unscored), ["cluster"], likeness=Likeness(clusters=clusters))
