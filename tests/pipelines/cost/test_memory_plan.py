@@ -93,6 +93,23 @@ def test_the_plan_of_masked_pretraining_counts_the_tokens_that_are_computed(
     assert abs(off) <= 0.05, planned
 
 
+@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_plan_of_latent_prediction_counts_context_predictor_and_teacher(repository: Path) -> None:
+    """ViT-S's width on 16 x 128 x 128: two masks of 128 and 32 of 512 tokens, the teacher on all, forward only."""
+    small = {"width": 384, "depth": 6, "heads": 6, "hidden": 1536}
+    words = [
+        "objective=latent", "label_smoothing=0", "data.sampling.frames=16", "data.crop_pixels=128",
+        "data.resize_short_side_pixels=128", f"model={json.dumps({'name': 'vjepa2_large_16', 'options': small})}",
+        "latent.predictor_width=192", "latent.predictor_depth=4", "latent.predictor_heads=6",
+        "engine.global_batch=16", "engine.zero_stage=1", "engine.channels_last=false", "optim.name=adamw",
+        "optim.lr=0.001",
+    ]  # fmt: skip
+    off, planned = off_by(repository, "latent", words)
+    assert abs(off) <= 0.05, planned
+
+
 def test_saved_activations_are_counted_as_by_hand() -> None:
     """Two layers whose saved tensors can be written down: the input and the ReLU's output, each once."""
 

@@ -162,6 +162,21 @@ SMALLER = {
         "data.sampling.frames=4",
         "model.options.depth=2",
     ],
+    "umt_base": [
+        "data.crop_pixels=64",
+        "data.resize_short_side_pixels=64",
+        "data.sampling.frames=4",
+        "model.options.depth=2",
+        "teacher.options.depth=2",
+        "distil.layers=2",
+    ],
+    "mvd_base": [
+        "data.crop_pixels=64",
+        "data.resize_short_side_pixels=64",
+        "data.sampling.frames=4",
+        "model.options.depth=2",
+        "teacher.options.depth=2",
+    ],
 }
 
 
@@ -209,6 +224,8 @@ def test_a_recipe_trains_a_step(
         words += ["teacher.pretrained=null", "correspondence.negatives_per_clip=1"]
     else:
         words += ["initialise_from=null"]
+    if run.stage == "pretrain":  # the nets of other runs, and teachers' weights, are not here
+        words += ["latent.keep_predictor=false", "teacher.pretrained=null"]
     if run.stage == "finetune":
         words += ["folds=[]", "data.fold=1"] if run.folds else []
     if shards == folded_shards:
