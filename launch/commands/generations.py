@@ -34,6 +34,17 @@ def add_score_options(score: argparse.ArgumentParser) -> None:
         "--clip-timeout", type=float, default=60.0, metavar="SECONDS", help="time a clip may take, seconds"
     )
     score.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: scores that need decoding are made on a cluster whose nodes reach the dataset; a shard is a task",
+    )
+    score.add_argument(
+        "--ray-address",
+        metavar="HOST:PORT",
+        help="the cluster's head; default: RAY_ADDRESS, else the cluster here, else one that is started here",
+    )
+    score.add_argument(
         "--wandb",
         choices=("auto", "online", "offline", "disabled"),
         default="auto",
@@ -79,8 +90,16 @@ def run_score(arguments: argparse.Namespace) -> int:
     from cliplift.configs.sections import ConfigError
     from cliplift.launch.commands.shard import which_part
     from cliplift.sharding.scoring.likeness import Likeness
+    from cliplift.sharding.scoring.ray_scores import score_on_ray
     from cliplift.sharding.scoring.run import score_dataset
 
+    if arguments.engine == "ray" and (arguments.part or arguments.workers):
+        hint = "leave --part and --workers out: the cluster deals the shards"
+        raise ConfigError(
+            "is for one machine, and --engine ray is not", key="--part", file="command line", hint=hint
+        )
+    if arguments.engine != "ray" and arguments.ray_address:
+        raise ConfigError("needs --engine ray", key="--ray-address", file="command line", hint="say both")
     if arguments.workers < 0 or not arguments.clip_timeout > 0:
         hint = "give --workers 0 or more, and --clip-timeout above 0"
         raise ConfigError("asks for what cannot be", file="command line", hint=hint)
@@ -100,15 +119,16 @@ def run_score(arguments: argparse.Namespace) -> int:
         print("\n".join(lines))
     if embeddings and not names:
         return 0
-    report = score_dataset(
-        arguments.subject,
-        names,
-        likeness=Likeness(embedding=arguments.embedding, clusters=arguments.clusters),
-        workers=arguments.workers,
-        part=part,
-        clip_timeout_seconds=arguments.clip_timeout,
-        on_progress=score_printer(),
-    )
+    likeness = Likeness(embedding=arguments.embedding, clusters=arguments.clusters)
+    how = {"clip_timeout_seconds": arguments.clip_timeout, "on_progress": score_printer()}
+    if arguments.engine == "ray":
+        report = score_on_ray(
+            arguments.subject, names, likeness=likeness, address=arguments.ray_address, **how
+        )
+    else:
+        report = score_dataset(
+            arguments.subject, names, likeness=likeness, workers=arguments.workers, part=part, **how
+        )
     print(score_summary(arguments.subject, report, part=part))
     if report.new:
         from cliplift.sharding.scoring.tracking import track_scores

@@ -45,8 +45,8 @@ def build_on_ray(
     """
     if not shards:
         return []
-    ray = _ray()
-    mine = _connect(ray, run)
+    ray = ray_module()
+    mine = connect(ray, address=run.ray.address, cores=local_workers(run))
     try:
         return _map(ray, run, plan, shards, progress=progress, on_progress=on_progress)
     finally:
@@ -54,7 +54,8 @@ def build_on_ray(
             ray.shutdown()
 
 
-def _ray() -> ModuleType:
+def ray_module() -> ModuleType:
+    """Ray, which is an extra. Raises ConfigError where it is not installed."""
     try:
         return import_module("ray")
     except ImportError as error:
@@ -66,13 +67,17 @@ def _ray() -> ModuleType:
         ) from error
 
 
-def _connect(ray: ModuleType, run: ShardRun) -> bool:
-    """Join the cluster, or start one on this machine; whether this call did."""
+def connect(ray: ModuleType, *, address: str | None, cores: int) -> bool:
+    """Join the cluster, or start one of so many cores on this machine; whether this call did.
+
+    Raises:
+        ConfigError: no cluster answers at the address.
+    """
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet = {"log_to_driver": False, "include_dashboard": False}
-    address = run.ray.address or os.environ.get("RAY_ADDRESS")
+    address = address or os.environ.get("RAY_ADDRESS")
     try:
         if address is not None:
             _knock(address)
@@ -82,7 +87,7 @@ def _connect(ray: ModuleType, run: ShardRun) -> bool:
             raise ConfigError(
                 "no Ray cluster answers", key="ray.address", value=address, hint="give HOST:PORT of its head"
             ) from error
-        ray.init(address="local", num_cpus=local_workers(run), **quiet)
+        ray.init(address="local", num_cpus=cores, **quiet)
     return True
 
 

@@ -139,6 +139,21 @@ def score_dataset(
     return ScoreReport(dataset, scored, columns, tuple(reasons), new=True)
 
 
+def lacking_shards(url: str, names: Sequence[str]) -> dict[int, int]:
+    """The shards that lack one of these scores, which decoding makes, and how many clips each has.
+
+    Raises:
+        ConfigError, ManifestError: as :func:`score_dataset` does.
+    """
+    names = _checked(names)
+    store, base = scorable(url)
+    with ExitStack() as held:
+        catalog = held.enter_context(stored_catalog(store, base))
+        kept = dict(held.enter_context(stored_scores(store, base)).facts) if base.scores_sha256 else {}
+        made = [name for name in names if name in SCORES and not is_whole(kept.get(name), name, "")]
+        return {unit.shard.shard: unit.clips for unit in _units(store, base, catalog, made, None)}
+
+
 def scorable(url: str) -> tuple[Store, Dataset]:
     """A dataset's store and its latest generation, which gets columns in the next.
 
