@@ -215,7 +215,7 @@ def _price(cost: Cost, hours: float) -> Iterator[Finding]:
     machine, runs = cost.machine, cost.runs
     count, what = (machine.world_size, "GPU") if machine.gpu else (machine.nodes, "node")
     used = hours * count * runs
-    text = f"{used:.1f} {what} hours" + (f" in {runs} runs" if runs > 1 else "")
+    text = f"{used:.{1 if used >= 10 else 2}f} {what} hours" + (f" in {runs} runs" if runs > 1 else "")
     if machine.price_per_hour is not None:
         text += f", {used * machine.price_per_hour:.2f} at {machine.price_per_hour:g} an hour"
     yield Finding("ok", "price", text)
