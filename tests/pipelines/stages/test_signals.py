@@ -18,8 +18,7 @@ import pytest
 from cliplift.configs.load import dump_run, load_run
 from cliplift.configs.runs import RUNS
 from cliplift.pipelines.engine.faults import beat
-from cliplift.pipelines.repeats import run_all
-from cliplift.pipelines.stages import repeats
+from cliplift.pipelines import repeats
 from cliplift.pipelines.stages.run import StageResult, run_stage
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
@@ -104,7 +103,7 @@ def test_a_signal_between_two_runs_stops_the_whole(  # noqa: PLR0917 (fixtures)
     monkeypatch.setattr(repeats, "run_stage", with_signal)
     run = finetune(repository, shards, tmp_path / "runs", "seeds=[0,1,2]", "evaluation.max_samples=2")
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    stopped = run_all(run, command=[])
+    stopped = repeats.run_all(run, command=[])
     assert stopped.requeue
     assert not stopped.finished
     assert len(started) == 2, "the second run sees the signal and the third is not started"
