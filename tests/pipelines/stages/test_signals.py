@@ -17,8 +17,8 @@ import pytest
 
 from cliplift.configs.load import dump_run, load_run
 from cliplift.configs.runs import RUNS
-from cliplift.pipelines.engine.faults import beat
 from cliplift.pipelines import repeats
+from cliplift.pipelines.engine.faults import beat
 from cliplift.pipelines.stages.run import StageResult, run_stage
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.demo.synthetic import write_demo_videos
