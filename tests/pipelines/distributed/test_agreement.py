@@ -186,6 +186,7 @@ def two_ranks(words: list[list[str]], *, folders: list[Path]) -> list[str]:
     return errors
 
 
+@pytest.mark.slow
 def test_another_config_on_one_rank_stops_both(tmp_path: Path) -> None:
     output = [f"output={tmp_path / 'run'}"]
     errors = two_ranks([output, [*output, "optim.lr=0.5"]], folders=[tmp_path, tmp_path])

@@ -144,6 +144,7 @@ def test_a_build_killed_ten_times_resumes_to_the_same_bytes(
     assert contents(tmp_path / "killed") == contents(built)
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_killed_build(make_run: MakeRun, tmp_path: Path) -> None:
     process = _start(make_run(tmp_path / "killed", workers=2), tmp_path)
     workers: set[int] = set()

@@ -69,6 +69,7 @@ def test_a_build_through_faults_loses_nothing(
     assert verify("s3://shards/stormy", decode="none").ok
 
 
+@pytest.mark.slow
 def test_what_is_visible_is_whole_at_any_time(
     s3: Any, make_run: Callable[..., ShardRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:

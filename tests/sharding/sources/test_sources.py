@@ -322,6 +322,7 @@ def test_official_ucf101_lists(shared_data: Path, tmp_path: Path) -> None:
     assert all(len(folds) == 1 for folds in by_group.values())  # the official splits never divide a group
 
 
+@pytest.mark.slow
 def test_official_hmdb51_lists(shared_data: Path, tmp_path: Path) -> None:
     lists = shared_data / "lists/hmdb51_splits"
     for file in lists.glob("*_split1.txt"):
