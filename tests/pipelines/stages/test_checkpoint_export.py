@@ -98,6 +98,7 @@ def test_weights_in_several_files_are_read_as_one(finetuned: Path, tmp_path: Pat
         assert same(body, {n: v for n, v in state.items() if not n.startswith("classifier.")})
 
 
+@pytest.mark.slow
 def test_an_average_is_exported_where_there_is_one(load: Callable[..., Any], tmp_path: Path) -> None:
     from cliplift.pipelines.stages.run import run_stage
 

@@ -86,6 +86,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective", [pytest.param(name, marks=() if name == "bank" else pytest.mark.slow) for name in OPTIONS]
 )

@@ -63,6 +63,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(
     assert contents(tmp_path / "other") == contents(built)
 
 
+@pytest.mark.slow
 def test_parts_make_the_same_dataset(built: Path, make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(tmp_path / "parts")
     first = run_shard(run, part=(0, 2))
@@ -309,6 +310,7 @@ def test_refused_clips_are_in_the_ledger(demo_videos: Path, make_run: MakeRun, t
     assert ShardDataset(str(tmp_path / "out")).facts(0).source == "some class/good.mp4"
 
 
+@pytest.mark.slow
 def test_retry_failed_builds_only_what_may_succeed_now(
     demo_videos: Path, make_run: MakeRun, tmp_path: Path, built: Path
 ) -> None:

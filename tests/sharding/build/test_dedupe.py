@@ -246,6 +246,7 @@ def test_a_damaged_member_is_not_copied(run_of: MakeRun, tmp_path: Path) -> None
     assert run_shard(run).dataset is not None
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10**6), clips=st.integers(1, 60), buffered=st.sampled_from([1, 9, 1000]))
 def test_clips_that_are_held_are_those_that_matter(seed: int, clips: int, buffered: int) -> None:

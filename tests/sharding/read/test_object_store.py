@@ -43,6 +43,7 @@ def _bytes(url: str) -> dict[str, bytes]:
     return {name: store.read(name) for name in store.list() if name != "build.json"}
 
 
+@pytest.mark.slow
 def test_a_build_to_s3_equals_a_local_one(s3: Any, built: Path, make_run: Callable[..., ShardRun]) -> None:
     run_shard(make_run("s3://shards/calm"))
     assert _bytes("s3://shards/calm") == _bytes(str(built))
@@ -105,6 +106,7 @@ def test_reading_through_faults(
     assert sum(s3.seen.values()) > 0
 
 
+@pytest.mark.slow
 def test_a_source_on_s3(
     s3: Any, demo_videos: Path, built: Path, make_run: Callable[..., ShardRun], tmp_path: Path
 ) -> None:
