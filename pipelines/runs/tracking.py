@@ -22,7 +22,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import TrainingRun
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.runs.folder import HISTORY, Record, RunFolder, read_json, write_json, write_text
-from cliplift.sharding.build.tracking import wandb_mode, wandb_project
+from cliplift.sharding.build.tracking import quiet_settings, wandb_mode, wandb_project
 from cliplift.sharding.read.generations import manifest_file, named_generation
 
 if TYPE_CHECKING:
@@ -241,14 +241,7 @@ def start_wandb(run: TrainingRun, *, stage: str, folder: Path) -> wandb.Run | No
         tags=list(track.tags) or None,  # None leaves it to W&B's own variables
         notes=track.notes or None,
         config=run.model_dump(mode="json") | {"environment": _environment(folder)},
-        settings=wandb.Settings(
-            console="off",
-            silent=True,
-            x_disable_stats=True,
-            x_disable_meta=True,
-            disable_git=True,
-            save_code=False,
-        ),
+        settings=quiet_settings(),
     )
     started.define_metric("*", step_metric="step")
     return started

@@ -9,10 +9,11 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from cliplift.configs.discovery import VARIABLE, named_modules
 from cliplift.configs.sections import ConfigError
@@ -160,17 +161,23 @@ def _result(
     *,
     others: dict[object, PlannedShard],
 ) -> tuple[list[BuiltShard], Progress]:
+    lost = BuildError(
+        f"the Ray process that built shard {shard.shard} was lost {run.ray.retries + 1} times; the others are kept,"
+        " start the build again"
+    )
+    result: tuple[list[BuiltShard], Progress] = task_result(ray, reference, others=others, lost=lost)
+    return result
+
+
+def task_result(ray: ModuleType, reference: object, *, others: Iterable[object], lost: Exception) -> Any:
+    """What a task returned. Where it failed the others are ended; ``lost`` is raised for a lost process or node."""
     try:
-        result: tuple[list[BuiltShard], Progress] = ray.get(reference)
-        return result
+        return ray.get(reference)
     except Exception as error:
         for other in others:
             ray.cancel(other, force=True)
         if isinstance(error, (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError)):
-            raise BuildError(
-                f"the Ray process that built shard {shard.shard} was lost {run.ray.retries + 1} times; the others"
-                " are kept, start the build again"
-            ) from error
+            raise lost from error
         raise
 
 

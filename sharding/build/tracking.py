@@ -99,14 +99,7 @@ class BuildTracker:
             tags=list(track.tags) or None,  # None leaves it to W&B's own variables
             notes=track.notes or None,
             config=self.run.model_dump(mode="json"),
-            settings=wandb.Settings(
-                console="off",
-                silent=True,
-                x_disable_stats=True,
-                x_disable_meta=True,
-                disable_git=True,
-                save_code=False,
-            ),
+            settings=quiet_settings(),
         )
 
     def _run_id(self) -> str:
@@ -166,6 +159,20 @@ def summary_numbers(report: BuildReport) -> dict[str, float | str]:
 def wandb_project(asked: str | None, environment: Mapping[str, str]) -> str:
     """The project that a config asks for; where it is silent W&B's own WANDB_PROJECT, or ours."""
     return asked or environment.get("WANDB_PROJECT") or "cliplift"
+
+
+def quiet_settings() -> wandb.Settings:
+    """Of every W&B run: no words on the terminal, and nothing of the machine, its git checkout or its code is taken."""
+    import wandb
+
+    return wandb.Settings(
+        console="off",
+        silent=True,
+        x_disable_stats=True,
+        x_disable_meta=True,
+        disable_git=True,
+        save_code=False,
+    )
 
 
 def wandb_mode(asked: str, environment: Mapping[str, str]) -> Mode:

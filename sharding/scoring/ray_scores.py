@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-from cliplift.sharding.build.ray_engine import TASKS_AHEAD, connect, ray_module
+from cliplift.sharding.build.ray_engine import TASKS_AHEAD, connect, ray_module, task_result
 from cliplift.sharding.scoring.likeness import Likeness
 from cliplift.sharding.scoring.run import (
     MOST_REASONS,
@@ -100,17 +100,13 @@ def _score_all(
 def _result(
     ray: ModuleType, reference: object, shard: int, *, others: Mapping[object, int]
 ) -> tuple[int, tuple[str, ...]]:
+    lost = ScoreError(
+        f"the Ray process that scored shard {shard} was lost {RETRIES + 1} times; the others are kept, call it again"
+    )
     try:
-        found: tuple[int, tuple[str, ...]] = ray.get(reference)
-    except Exception as error:
-        for other in others:
-            ray.cancel(other, force=True)
-        if isinstance(error, (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError)):
-            raise ScoreError(
-                f"the Ray process that scored shard {shard} was lost {RETRIES + 1} times; the others are kept, call it"
-                " again"
-            ) from error
-        if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, ValueError):
+        found: tuple[int, tuple[str, ...]] = task_result(ray, reference, others=others, lost=lost)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ValueError):
             raise error.cause from error  # the sentence without the node's traceback
         raise
     return found

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cliplift.sharding.build.tracking import wandb_mode, wandb_project
+from cliplift.sharding.build.tracking import quiet_settings, wandb_mode, wandb_project
 from cliplift.sharding.manifest import Dataset, canonical
 from cliplift.sharding.read.reader import ShardDataset
 from cliplift.sharding.scores.carried import stored_scores
@@ -54,9 +54,7 @@ def track_scores(store: Store, dataset: Dataset, *, asked: str = "auto") -> bool
     run = wandb.init(
         id=_run_id(store), resume="allow", mode=mode, dir=folder, project=wandb_project(None, os.environ),
         name=dataset.name, group=os.environ.get("WANDB_RUN_GROUP") or dataset.name, job_type="shard",
-        settings=wandb.Settings(
-            console="off", silent=True, x_disable_stats=True, x_disable_meta=True, disable_git=True, save_code=False
-        ),
+        settings=quiet_settings(),
     )  # fmt: skip
     try:
         log_scores(run, store, dataset)
