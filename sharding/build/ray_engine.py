@@ -72,7 +72,7 @@ def connect(ray: ModuleType, *, address: str | None, cores: int) -> bool:
     """Join the cluster, or start one of so many cores on this machine; whether this call did.
 
     Raises:
-        ConfigError: no cluster answers at the address.
+        ConfigError: no cluster answers at the address, or it asks for a token that it was not shown.
     """
     if ray.is_initialized():
         return False
@@ -83,13 +83,27 @@ def connect(ray: ModuleType, *, address: str | None, cores: int) -> bool:
         if address is not None:
             _knock(address)
         ray.init(address=address or "auto", log_to_driver=False)
-    except OSError as error:  # ConnectionError and time-outs are
+    except Exception as error:
+        if _asks_for_token(error):
+            raise ConfigError(
+                "the Ray cluster asks for a token and was shown none or a wrong one",
+                key="ray.address",
+                value=address,
+                hint="set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token",
+            ) from error
+        if not isinstance(error, OSError):  # ConnectionError and time-outs are
+            raise
         if address is not None:
             raise ConfigError(
                 "no Ray cluster answers", key="ray.address", value=address, hint="give HOST:PORT of its head"
             ) from error
         ray.init(address="local", num_cpus=cores, **quiet)
     return True
+
+
+def _asks_for_token(error: Exception) -> bool:
+    """Whether Ray was refused for its token: an error of its own, or one that it reports inside a ConnectionError."""
+    return "AuthenticationError" in f"{type(error).__name__} {error.__cause__}"
 
 
 def _knock(address: str) -> None:

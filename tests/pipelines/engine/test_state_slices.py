@@ -110,14 +110,16 @@ def test_a_rank_reads_its_own_elements_and_no_others(
         assert max(shares) <= 1.1 * min(shares), "a rank keeps its part alone"
 
 
-# On rank 1 no file may grow past 4 KiB from its second checkpoint on, as if its disk were full.
+# On rank 1 no file may grow past 4 KiB once the first checkpoint is complete, as if its disk were full.
 RANK_1_FULL = """
-import os, resource, runpy, sys
+import os, pathlib, resource, runpy, sys, time
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 import training_worker as worker
 evaluate = worker.Task.evaluate
 def full(self, *, topology):
     if topology.rank == 1:
+        while not pathlib.Path(sys.argv[2], "checkpoints", "step_00000004").is_dir():
+            time.sleep(0.01)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     return evaluate(self, topology=topology)
 worker.Task.evaluate = full

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -34,13 +35,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """A Ray head of its own with three cores; the address. Its sockets need a short path."""
+@contextlib.contextmanager
+def ray_head(*, port: int, **settings: str) -> Iterator[str]:
+    """A Ray head of its own with three cores and these settings in its environment; the address.
+
+    Its sockets need a short path.
+    """
     folder = Path(tempfile.mkdtemp(prefix="ray-"))
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
-    env = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-    port = 20000 + os.getpid() % 20000
+    env = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"} | settings
     command = [
         *ray,
         "start",
@@ -56,18 +59,19 @@ def cluster() -> Iterator[str]:
     )
     address = f"127.0.0.1:{port}"
     check = f"import ray; ray.init(address={address!r}, log_to_driver=False)"
+    said = ""
     try:
-        for _ in range(30):
-            if (
-                subprocess.run(
-                    [sys.executable, "-c", check], env=env, capture_output=True, check=False
-                ).returncode
-                == 0
-            ):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            asked = subprocess.run(
+                [sys.executable, "-c", check], env=env, capture_output=True, text=True, check=False
+            )
+            if asked.returncode == 0:
                 break
+            said = asked.stderr
             time.sleep(1)
         else:
-            pytest.fail("the Ray head did not start")
+            pytest.fail(f"the Ray head did not start: {said[-2000:]}")
         yield address
     finally:
         os.killpg(head.pid, signal.SIGKILL)
@@ -75,7 +79,14 @@ def cluster() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def start(run: ShardRun) -> subprocess.Popen[str]:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """A head that asks for no token, also where a Ray that ran before left one in the home folder."""
+    with ray_head(port=20000 + os.getpid() % 20000, RAY_AUTH_MODE="disabled") as address:
+        yield address
+
+
+def start(run: ShardRun, **settings: str) -> subprocess.Popen[str]:
     """The build in a driver of its own, so that it can be killed as well."""
     script = (
         "import sys; from cliplift.configs.sharding import ShardRun; "
@@ -84,7 +95,12 @@ def start(run: ShardRun) -> subprocess.Popen[str]:
     )
     command = [sys.executable, "-c", script, run.model_dump_json()]
     return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        command,
+        env=os.environ | settings,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
 
 
@@ -176,6 +192,21 @@ def test_mistakes_are_one_sentence(cluster: str, make_run: MakeRun, tmp_path: Pa
     process = start(make_run(tmp_path / "out", engine="ray", ray={"address": "127.0.0.1:1"}))
     _, errors = process.communicate(timeout=100)
     assert "ConfigError: ray.address: no Ray cluster answers" in errors
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_cluster_that_asks_for_a_token_says_so(make_run: MakeRun, tmp_path: Path) -> None:
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    with ray_head(port=20001 + os.getpid() % 20000, **token) as address:
+        for own in ({}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64}):
+            process = start(make_run(tmp_path / "out", engine="ray", ray={"address": address}), **own)
+            _, errors = process.communicate(timeout=200)
+            assert "ConfigError: ray.address: the Ray cluster asks for a token" in errors
+            assert token["RAY_AUTH_TOKEN"] not in errors
+        process = start(make_run(tmp_path / "out", engine="ray", ray={"address": address}), **token)
+        said, errors = process.communicate(timeout=200)
+        assert said.split()[-1:] == ["8"], errors
 
 
 def test_without_ray_the_engine_says_what_to_install(
