@@ -208,5 +208,6 @@ def _imagenet_weights(lite: int) -> dict[str, Tensor]:
 
 # Parameters at 1000 classes: 4,652,008; 5,416,680; 6,092,072
 efficientnet_lite0, efficientnet_lite1, efficientnet_lite2 = (
-    variant(f"efficientnet_lite{n}", EfficientNetLite, dims="2d", paper=PAPER, fixed={"lite": n}) for n in SCALES
+    variant(f"efficientnet_lite{n}", EfficientNetLite, dims="2d", paper=PAPER, fixed={"lite": n})
+    for n in SCALES
 )
