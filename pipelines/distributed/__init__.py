@@ -1,6 +1,6 @@
 """Ranks: who they are, how they talk, and that they agree.
 
 In reading order: ``launchers`` (which process this is, from the environment), ``collectives`` (the topology and what
-is exchanged), ``agreement`` (all ranks run the same code, config and data), ``slowest`` (which one holds the
-others up).
+is exchanged), ``sequence`` (ranks that share each clip), ``agreement`` (all ranks run the same code, config and
+data), ``slowest`` (which one holds the others up).
 """
