@@ -10,11 +10,9 @@ its ``run.json`` holds. A step that is already done is not done again.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
     from cliplift.pipelines.report.page import DemoFacts, DemoRow
     from cliplift.pipelines.stages.run import StageResult
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 MADE = "videos/made.json"
 FRAME_AT_BEST = "a single frame, at best"
 TRANSFER, INFLATED = "3D from transfer", "3D as transfer starts, without it"
@@ -103,7 +100,6 @@ def run_demo(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return subject.print_run(loaded)
     subject.prepare_environment()
-    keep_freed_memory()
     subject.run_located(loaded, lambda: demonstrate(loaded.run))
     return 0
 
@@ -170,18 +166,6 @@ def _run_demo(run: DemoRun) -> Path:
     print(table(facts))
     print(f"report: {report}")
     return report
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep the memory that tensors give back.
-
-    By default glibc maps every block above 32 MiB anew, as the maps of a batch are, and each of its pages then costs a
-    fault: up to a third of the processor time of a forward pass on a CPU. Other C libraries are left alone.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 1 << 30)
-        mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def _cpu_seconds() -> float:

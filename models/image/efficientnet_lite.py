@@ -207,5 +207,7 @@ def _imagenet_weights(lite: int) -> dict[str, Tensor]:
 
 
 # Parameters at 1000 classes: 4,652,008; 5,416,680; 6,092,072
-for _lite in SCALES:
-    variant(f"efficientnet_lite{_lite}", EfficientNetLite, dims="2d", paper=PAPER, fixed={"lite": _lite})
+efficientnet_lite0, efficientnet_lite1, efficientnet_lite2 = (
+    variant(f"efficientnet_lite{n}", EfficientNetLite, dims="2d", paper=PAPER, fixed={"lite": n})
+    for n in SCALES
+)

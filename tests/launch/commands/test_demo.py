@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -169,27 +166,3 @@ def test_the_whole_demo_in_miniature(
     again = json.loads((tmp_path / "demo" / page.DEMO).read_text())
     assert again["table"] == first["table"]
     assert "already finished" in capsys.readouterr().out
-
-
-FAULTS = """
-import resource
-from cliplift.launch.commands.demo import keep_freed_memory
-
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(10):
-        bytearray(64 << 20)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-anew = faults()
-keep_freed_memory()
-print(anew, faults())
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
-def test_memory_that_is_given_back_is_used_again() -> None:
-    """Ten blocks of 64 MiB, one after the other: mapped ten times, and then once."""
-    found = subprocess.run([sys.executable, "-c", FAULTS], check=True, capture_output=True, text=True).stdout
-    anew, kept = map(int, found.split())
-    assert 0 < kept < anew / 5
