@@ -70,7 +70,7 @@ def test_other_clips_of_the_same_place_do_not() -> None:
 
 def test_where_nothing_moves_the_picture_decides() -> None:
     still = [
-        np.repeat(np.kron(place(n), np.ones((4, 4)))[None, ..., None], 30, axis=0)
+        np.repeat(np.kron(place(n), np.ones((2, 2)))[None, ..., None], 30, axis=0)
         .repeat(3, -1)
         .astype(np.uint8)
         for n in range(4)
