@@ -26,14 +26,17 @@ from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_con
 from cliplift.pipelines.stages.run import check_model
 
 WORKER = Path(__file__).with_name("sequence_worker.py")
-# (dtype, ranks of a group, case of the worker)
-COMPARED = [
+# (dtype, ranks of a group, case of the worker), among two ranks and among four
+OF_TWO = [
     *(
         ("float64", 2, case)
         for case in ("recomputed", "trilinear", "attentive", "levels", "masked", "masked twice")
     ),
-    *(("float64", 4, case) for case in ("recomputed", "attentive", "masked twice")),
     *(("float32", 2, case) for case in ("recomputed", "attentive")),
+]
+OF_FOUR = [
+    *(("float64", 2, case) for case in ("recomputed", "attentive")),
+    *(("float64", 4, case) for case in ("recomputed", "attentive", "masked twice")),
 ]
 # Length of the difference over the length of the expected tensor. What fp32 leaves is the rounding of sums in another
 # order, up to 1.2e-6 where their terms nearly cancel (the last norm's bias); fp64 shows that there is nothing else.
@@ -72,10 +75,18 @@ def work(jobs: list[dict[str, Any]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What groups of two and of four ranks found."""
-    folder = tmp_path_factory.mktemp("shared")
-    work([{"ranks": 4, "cases": str(folder), "compared": COMPARED}])
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a group of two found."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    work([{"ranks": 2, "cases": str(folder), "compared": OF_TWO}])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two groups of two and a group of four found."""
+    folder = tmp_path_factory.mktemp("four_ranks")
+    work([{"ranks": 4, "cases": str(folder), "compared": OF_FOUR}])
     return folder
 
 
@@ -107,14 +118,10 @@ def alone(worker: ModuleType, case: str, *, data_ranks: int, dtype: str) -> dict
     return {name: torch.stack([one[name] for one in found]).mean(dim=0) for name in found[0]}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "size", "case"), COMPARED)
-def test_loss_and_gradients_are_those_of_one_rank(
-    shared: Path, worker: ModuleType, dtype: str, size: int, case: str
-) -> None:
-    """And what a rank keeps for the backward pass is its share of it, and little more."""
-    expected = alone(worker, case, data_ranks=4 // size, dtype=dtype)
-    everything, start = load_file(shared / "found.safetensors"), f"{dtype} {size} {case}: "
+def compare(folder: Path, worker: ModuleType, dtype: str, size: int, case: str, *, data_ranks: int) -> None:
+    """Loss, gradients and the bytes that a rank keeps, with those of one rank alone."""
+    expected = alone(worker, case, data_ranks=data_ranks, dtype=dtype)
+    everything, start = load_file(folder / "found.safetensors"), f"{dtype} {size} {case}: "
     found = {n.removeprefix(start): t for n, t in everything.items() if n.startswith(start)}
     assert found.keys() == expected.keys()
     kept = float(found.pop("bytes") / expected.pop("bytes"))
@@ -125,6 +132,24 @@ def test_loss_and_gradients_are_those_of_one_rank(
         assert wrong.pop("loss") <= 1e-6  # which is added up in fp32 whatever the network computes in
     assert max(wrong.values()) <= TOLERANCE[dtype], worst
     assert kept <= {2: 0.6, 4: 0.32}[size]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "size", "case"), OF_TWO)
+def test_two_ranks_find_loss_and_gradients_of_one(
+    two_ranks: Path, worker: ModuleType, dtype: str, size: int, case: str
+) -> None:
+    """And what a rank keeps for the backward pass is its share of it, and little more."""
+    compare(two_ranks, worker, dtype, size, case, data_ranks=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "size", "case"), OF_FOUR)
+def test_four_ranks_find_loss_and_gradients_of_one(
+    four_ranks: Path, worker: ModuleType, dtype: str, size: int, case: str
+) -> None:
+    """Two groups with clips of their own, or one."""
+    compare(four_ranks, worker, dtype, size, case, data_ranks=4 // size)
 
 
 def logged(folder: Path, name: str) -> list[float]:
