@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig
+from cliplift.pipelines.distributed.host_memory import keep_freed_memory
 from cliplift.pipelines.distributed.launchers import Place, find_place, variables_of
 
 V = TypeVar("V")
@@ -65,6 +66,8 @@ def start(engine: EngineConfig) -> Topology:
     """
     place = find_place(os.environ)
     device = _device(engine, place.local_rank)
+    if device.type == "cpu":
+        keep_freed_memory()
     if not dist.is_initialized():
         _quiet()
         _init_process_group(engine, device, place)
