@@ -121,8 +121,8 @@ class EngineConfig(Section):
     sequence_parallel: int = Field(
         1,
         ge=1,
-        description="neighbouring ranks that share each clip, a run of its tokens each (video ViTs, supervised); "
-        "divides the ranks and the network's heads; 1 is off",
+        description="neighbouring ranks that share each clip, a run of its tokens each (supervised or masked video "
+        "ViTs); divides the ranks and the network's heads; 1 is off",
     )
     checkpoint_blocks_share: float = Field(
         0.0, ge=0, le=1, description="share of blocks whose activations are recomputed"

@@ -27,7 +27,7 @@ from cliplift.models.video_vit.blocks import (
     Deal,
     InitLinear,
     Mlp,
-    TokenGroup,
+    SharesHeads,
     blocks,
     to_heads,
 )
@@ -36,10 +36,8 @@ from cliplift.models.video_vit.weights import adapt_probe
 PROBE_EPS = 1e-5  # LayerNorm's default, unlike the encoder's 1e-6 (released code)
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(SharesHeads):
     """Queries attend to tokens; no output projection."""
-
-    token_group: TokenGroup | None = None
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()

@@ -159,10 +159,34 @@ class BlockSpec:
         return self.width // self.heads
 
 
-class Attention(nn.Module):
-    """Multi-head attention of all tokens over all tokens."""
+class SharesHeads(nn.Module):
+    """Attention whose heads the ranks of a group may divide among them."""
 
+    heads: int
     token_group: TokenGroup | None = None
+
+
+def share_heads(module: nn.Module, group: TokenGroup | None, *, tokens: int) -> None:
+    """Divide the heads of all attention in ``module``, over clips of ``tokens`` or more, among the ranks of a group.
+
+    Raises:
+        ModelError: so many ranks cannot; names the numbers that can.
+    """
+    attentions = [part for part in module.modules() if isinstance(part, SharesHeads)]
+    if group is not None:
+        heads = math.gcd(*(attention.heads for attention in attentions))
+        possible = [size for size in range(1, heads + 1) if heads % size == 0 and size <= tokens]
+        if group.size not in possible:
+            raise ModelError(
+                f"{group.size} ranks cannot share {heads} heads of {tokens} tokens evenly: possible are "
+                f"{', '.join(map(str, possible))}"
+            )
+    for attention in attentions:
+        attention.token_group = group
+
+
+class Attention(SharesHeads):
+    """Multi-head attention of all tokens over all tokens."""
 
     def __init__(self, spec: BlockSpec, *, shrink: float) -> None:
         super().__init__()

@@ -22,7 +22,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from cliplift.models.protocol import ModelError
-from cliplift.models.video_vit.blocks import BlockSpec, InitLinear, blocks, gather_tokens
+from cliplift.models.video_vit.blocks import (
+    BlockSpec,
+    Deal,
+    InitLinear,
+    TokenGroup,
+    blocks,
+    deal,
+    gather_tokens,
+    own_run,
+    share_heads,
+)
 from cliplift.models.video_vit.model import VideoViT
 from cliplift.models.video_vit.positions import sincos_table
 from cliplift.models.video_vit.weights import adapt_masked_autoencoder, check_config
@@ -55,10 +65,10 @@ class PixelDecoder(nn.Module):
         self.norm = nn.LayerNorm(spec.width, eps=spec.eps)
         self.head = InitLinear(spec.width, values, init=spec.init)
 
-    def forward(self, x: Tensor, decoded: int) -> Tensor:
-        """(B, n + m, D) -> (B, m, V): the last ``decoded`` tokens."""
+    def forward(self, x: Tensor, decoded: int, dealt: Deal | None = None) -> Tensor:
+        """(B, n + m, D) -> (B, m, V): the last ``decoded`` tokens; with ``dealt``, all of this rank's."""
         for block in self.blocks:
-            x = block(x)
+            x = block(x, None, dealt)
         return cast(Tensor, self.head(self.norm(x[:, -decoded:])))
 
 
@@ -104,18 +114,44 @@ class MaskedAutoencoder(nn.Module):
         grid = self.encoder.grid(*clips.shape[2:])
         if decoded is None:
             decoded = other_tokens(visible, grid.tokens)
-        latent = self.encoder_to_decoder(self.encoder.forward_tokens(clips, visible))
+        seen = torch.zeros(len(clips), grid.tokens, device=clips.device).scatter_(1, visible, 1.0)
+        tokens, dealt = self.encoder.own_tokens(clips, visible)
+        if dealt is not None:
+            visible, decoded, dealt = self._own(visible, decoded, dealt)
+        latent = self.encoder_to_decoder(tokens)
         table = sincos_table(grid.tokens, latent.shape[-1], device=latent.device).to(latent.dtype)
         filled = self.mask_token + gather_tokens(table, decoded)
         x = torch.cat([latent + gather_tokens(table, visible), filled.to(latent.dtype)], dim=1)
-        prediction = self.decoder(x, decoded.shape[1])
+        prediction = self.decoder(x, decoded.shape[1], dealt)
         with torch.no_grad():
             target = gather_tokens(self.target(clips), decoded)
-            seen = torch.zeros(len(clips), grid.tokens, device=clips.device).scatter_(1, visible, 1.0)
             counted = 1 - seen.gather(1, decoded)
         error = (prediction.float() - target).square().mean(dim=-1)
-        of_clip = (error * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+        sums = torch.stack([(error * counted).sum(dim=1), counted.sum(dim=1)])
+        if dealt is not None and self.encoder.token_group is not None:
+            sums = self.encoder.token_group.total(sums)
+        of_clip = sums[0] / sums[1].clamp(min=1)
         return Reconstruction(of_clip.mean(), of_clip, prediction, target, decoded, counted)
+
+    def _own(self, visible: Tensor, decoded: Tensor, dealt: Deal) -> tuple[Tensor, Tensor, Deal]:
+        """This rank's visible tokens, those that it decodes, and how both together are dealt.
+
+        The decoder's attention meets them in the order of the ranks, which is not that of the clip: places are added to
+        the tokens before, and their order means nothing to it.
+        """
+        group = self.encoder.token_group
+        assert group is not None
+        if decoded.shape[1] < group.size:
+            raise ModelError(f"{group.size} ranks cannot share {decoded.shape[1]} tokens to decode")
+        filled = deal(decoded.shape[1], group.size)
+        both = tuple(n + m for n, m in zip(dealt, filled, strict=True))
+        return visible[:, own_run(dealt, group.rank)], decoded[:, own_run(filled, group.rank)], both
+
+    def deal_tokens(self, group: TokenGroup | None) -> None:
+        """Share every training clip with the ranks of a group, as :meth:`VideoViT.deal_tokens`; encoder and decoder
+        alike. Prediction and target are then those of this rank, and the loss is of all."""
+        share_heads(self, group, tokens=self.encoder.native_grid.tokens)
+        self.encoder.deal_tokens(group)
 
     def target(self, clips: Tensor) -> Tensor:
         """(B, C, T*tubelet, H*P, W*P) as given to the encoder -> (B, N, V), float32."""

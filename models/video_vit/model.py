@@ -23,7 +23,6 @@ n tokens that are given, D width, K classes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, cast
 
@@ -33,10 +32,9 @@ from torch import Tensor, nn
 
 from cliplift.models.layers import PooledClassifier
 from cliplift.models.protocol import InputSpec, ModelError
-from cliplift.models.video_vit.attentive import AttentiveProbe, CrossAttention
+from cliplift.models.video_vit.attentive import AttentiveProbe
 from cliplift.models.video_vit.blocks import (
     STD,
-    Attention,
     BlockSpec,
     Deal,
     Init,
@@ -46,6 +44,7 @@ from cliplift.models.video_vit.blocks import (
     deal,
     gather_tokens,
     own_run,
+    share_heads,
 )
 from cliplift.models.video_vit.positions import (
     RopeLayout,
@@ -226,6 +225,12 @@ class VideoViT(PooledClassifier):
         assert group is not None
         return [group.gather(z.transpose(0, 1), dealt).transpose(0, 1) for z in levels]
 
+    def own_tokens(self, x: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Deal | None]:
+        """:meth:`forward_tokens` without those of other ranks, and how they were dealt: (B, n, D) in the order of
+        ``keep``, or all and None where no ranks share the clips."""
+        (z,), dealt = self._own_levels(x, keep, (len(self.blocks) - 1,))
+        return z, dealt
+
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, T*tubelet, H*P, W*P) -> (B, D, T, H, W)."""
         grid = self.grid(*x.shape[2:])
@@ -235,7 +240,7 @@ class VideoViT(PooledClassifier):
 
     def forward_pooled(self, x: Tensor) -> Tensor:
         """(B, C, T*tubelet, H*P, W*P) -> (B, D): the mean token."""
-        z, dealt = self._own_tokens(x)
+        z, dealt = self.own_tokens(x)
         if dealt is None:
             mean = z.mean(dim=1)
         else:
@@ -248,7 +253,7 @@ class VideoViT(PooledClassifier):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T*tubelet, H*P, W*P) -> (B, K) logits, or (B, D) features when ``num_classes == 0``."""
         if self.head_kind == "attentive" and self.num_classes:
-            z, dealt = self._own_tokens(x)
+            z, dealt = self.own_tokens(x)
             return cast(Tensor, self.head(self.head_dropout(z), dealt))
         return super().forward(x)
 
@@ -271,20 +276,10 @@ class VideoViT(PooledClassifier):
         Raises:
             ModelError: their number does not divide the heads, or what is to be dealt is too small.
         """
-        attentions = [m for m in self.modules() if isinstance(m, Attention | CrossAttention)]
-        if group is not None:
-            heads, tokens = math.gcd(*(m.heads for m in attentions)), self.native_grid.tokens
-            possible = [size for size in range(1, heads + 1) if heads % size == 0 and size <= tokens]
-            if group.size not in possible:
-                raise ModelError(
-                    f"{group.size} ranks cannot share {heads} heads of {tokens} tokens evenly: possible are "
-                    f"{', '.join(map(str, possible))}"
-                )
-            if self.head_kind == "attentive" and self.head_dropout.p:
-                raise ModelError("ranks that share clips would drop other tokens each: use dropout=0")
+        if group is not None and self.head_kind == "attentive" and self.head_dropout.p:
+            raise ModelError("ranks that share clips would drop other tokens each: use dropout=0")
+        share_heads(self, group, tokens=self.native_grid.tokens)
         self.token_group = group
-        for attention in attentions:
-            attention.token_group = group
 
     def checkpoint_blocks(self) -> list[str]:
         """Every transformer block; all hold equally much."""
@@ -297,10 +292,6 @@ class VideoViT(PooledClassifier):
     def check_foreign_config(self, config: Mapping[str, object]) -> None:
         """Raises ModelError for a Hugging Face config that is not of this net."""
         check_config(config, {"num_attention_heads": self.spec.heads})
-
-    def _own_tokens(self, x: Tensor) -> tuple[Tensor, Deal | None]:
-        (z,), dealt = self._own_levels(x, None, (len(self.blocks) - 1,))
-        return z, dealt
 
     def _own_levels(
         self, x: Tensor, keep: Tensor | None, wanted: Sequence[int]

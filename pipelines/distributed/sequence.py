@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig
 from cliplift.models.protocol import ModelError
-from cliplift.models.video_vit.blocks import DealsTokens
+from cliplift.models.video_vit.blocks import DealsTokens, TokenGroup
 from cliplift.pipelines.distributed.collectives import Topology
 
 KEY = "engine.sequence_parallel"
@@ -136,6 +136,19 @@ def sequence_group(topology: Topology, *, timeout_seconds: float) -> SequenceGro
     return SequenceGroup(rank=rank % size, size=size, ranks=_made[key])
 
 
+def share_clips_of(network: nn.Module, group: TokenGroup | None) -> None:
+    """Make the network of a stage's module share its training clips, or none any more.
+
+    Raises:
+        ModelError: it has no such way, or not for so many ranks.
+    """
+    if not isinstance(network, DealsTokens):
+        raise ModelError(
+            f"{type(network).__name__} keeps every clip on one rank: video_vit and vjepa2 share them"
+        )
+    network.deal_tokens(group)
+
+
 def share_clips(module: nn.Module, group: SequenceGroup) -> None:
     """Make a stage's module share its training clips with the group.
 
@@ -147,7 +160,7 @@ def share_clips(module: nn.Module, group: SequenceGroup) -> None:
             "this objective keeps every clip on one rank",
             key=KEY,
             value=group.size,
-            hint="use 1; supervised training of the video ViTs can share clips",
+            hint="use 1; supervised and masked training of the video ViTs can share clips",
         )
     try:
         module.deal_tokens(group)

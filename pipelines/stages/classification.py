@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from cliplift.configs.runs import ClassificationRun, FinetuneRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model
-from cliplift.models.protocol import HasOwnLoss, ModelError, NamesHead, VideoNetwork
-from cliplift.models.video_vit.blocks import DealsTokens, TokenGroup
+from cliplift.models.protocol import HasOwnLoss, NamesHead, VideoNetwork
+from cliplift.models.video_vit.blocks import TokenGroup
 from cliplift.pipelines.data.augment import mix_clips
 from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.data.source import ClipSource, stored_split
 from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.distributed.sequence import share_clips_of
 from cliplift.pipelines.engine.task import (
     NetworkStage,
     SavedModel,
@@ -89,11 +90,7 @@ class Classifier(KeepsBatchNorm):
 
     def deal_tokens(self, group: TokenGroup | None) -> None:
         """As the network does; a network that cannot is a ModelError."""
-        if not isinstance(self.network, DealsTokens):
-            raise ModelError(
-                f"{type(self.network).__name__} keeps every clip on one rank: video_vit and vjepa2 share them"
-            )
-        self.network.deal_tokens(group)
+        share_clips_of(self.network, group)
 
 
 class ClassificationStage(NetworkStage[ClassificationRun]):

@@ -29,6 +29,7 @@ from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model, list_models
 from cliplift.models.hiera.decoder import HieraMaskedAutoencoder, unit_mask
 from cliplift.models.hiera.model import Hiera
+from cliplift.models.video_vit.blocks import TokenGroup
 from cliplift.models.video_vit.decoder import MaskedAutoencoder, Reconstruction
 from cliplift.models.video_vit.masks import (
     MaskDraws,
@@ -41,6 +42,7 @@ from cliplift.models.video_vit.model import VideoViT
 from cliplift.models.video_vit.positions import TokenGrid
 from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology
+from cliplift.pipelines.distributed.sequence import share_clips_of
 from cliplift.pipelines.engine.task import (
     NetworkStage,
     SavedModel,
@@ -155,6 +157,10 @@ class PixelReconstruction(nn.Module):
     def reconstruct(self, inputs: Mapping[str, Tensor]) -> Reconstruction:
         """Prediction and target with the loss."""
         return cast(Reconstruction, self.autoencoder(**inputs))
+
+    def deal_tokens(self, group: TokenGroup | None) -> None:
+        """As the autoencoder does; one that cannot is a ModelError."""
+        share_clips_of(self.autoencoder, group)
 
 
 class HiddenTokensStage(NetworkStage[PretrainRun]):

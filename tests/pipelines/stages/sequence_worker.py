@@ -6,7 +6,6 @@ several seconds of processor time, and a fork has it all; the ranks are processe
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -26,6 +25,8 @@ from cliplift.configs.runs import RUNS
 from cliplift.configs.training import EngineConfig
 from cliplift.models import create_model
 from cliplift.models.layers import checkpoint_blocks
+from cliplift.models.video_vit.decoder import MaskedAutoencoder
+from cliplift.models.video_vit.masks import MaskDraws, random_mask, token_numbers
 from cliplift.pipelines.distributed.collectives import all_reduce_max, all_reduce_mean, leave, start
 from cliplift.pipelines.distributed.sequence import sequence_group, share_clips
 from cliplift.pipelines.stages.run import run_stage
@@ -34,12 +35,12 @@ CLASSES, CLIPS, FRAMES, SIDE = 5, 4, 6, 24
 TINY = {"patch": 8, "width": 48, "depth": 2, "heads": 4, "hidden": 96, "crop": SIDE}
 # 27 tokens, 9 for each of 3 places in time: neither 2 nor 4 ranks have whole frames, or equally many tokens.
 CASES: dict[str, dict[str, Any]] = {
-    "pooled": {"name": "video_vit_tiny_8", "drop_path": 0.5},
+    "recomputed": {"name": "video_vit_tiny_8", "drop_path": 0.5},
     "trilinear": {"name": "video_vit_tiny_8", "position_resize": "trilinear", "in_frames": 8},
-    "rope": {"name": "vjepa2_large_16", "head": "linear"},
     "attentive": {"name": "vjepa2_large_16", "head": "attentive", "probe_heads": 4},
     "levels": {"name": "vjepa21_base_16", "depth": 12, "width": 24, "hidden": 24, "head": "linear"},
-    "recomputed": {"name": "video_vit_tiny_8", "drop_path": 0.5},
+    "masked": {"name": "video_vit_tiny_8", "final_norm": "tokens"},
+    "masked twice": {"name": "vjepa2_large_16", "head": "linear"},
 }
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -47,10 +48,28 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 def network_of(case: str, dtype: torch.dtype) -> nn.Module:
     options = {"in_frames": FRAMES} | TINY | CASES[case]
     torch.manual_seed(0)
-    network = create_model(options.pop("name"), num_classes=CLASSES, **options)
+    masked = case.startswith("masked")
+    network: nn.Module = create_model(options.pop("name"), num_classes=0 if masked else CLASSES, **options)
     if case == "recomputed":
-        checkpoint_blocks(network, 0.5)
+        checkpoint_blocks(network, 0.5)  # type: ignore[arg-type]
+    if masked:
+        network = MaskedAutoencoder(network, width=24, depth=1, heads=4)  # type: ignore[arg-type]
     return network.to(dtype).train()
+
+
+def loss_of(network: nn.Module, clips: Tensor, numbers: Tensor) -> Tensor:
+    """Of clips (B, C, T, H, W), of which ``numbers`` (B,) give labels and masks."""
+    if not isinstance(network, MaskedAutoencoder):
+        return F.cross_entropy(network(clips), numbers, label_smoothing=0.1)
+    draws = MaskDraws(0, torch.zeros_like(numbers), numbers)
+    grid = network.encoder.grid(FRAMES, SIDE)
+    visible, hidden = token_numbers(random_mask(grid, draws, ratio=0.6))
+    # Rotary positions in the encoder and none in the decoder; of what it decodes, some is visible and does not count.
+    decoded = (
+        torch.cat([visible[:, 3:6], hidden[:, ::2]], dim=1) if network.encoder.positions == "rope" else None
+    )
+    found: Tensor = network(clips, visible, decoded).loss
+    return found
 
 
 class SavedBytes:
@@ -80,26 +99,25 @@ def computed(network: nn.Module, *, data_rank: int, data_ranks: int) -> dict[str
     saved = SavedBytes([*network.parameters(), clips])
     torch.manual_seed(2)  # of drop path
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-        loss = F.cross_entropy(network(clips), torch.arange(CLIPS)[own], label_smoothing=0.1)
+        loss = loss_of(network, clips, torch.arange(CLIPS)[own])
     loss.backward()
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     return gradients | {"loss": loss.detach(), "bytes": torch.tensor(float(saved.bytes))}
 
 
-def compute_cases(folder: Path) -> None:
-    """Every case in groups of 2 and of 4; the mean over the ranks, as DeepSpeed makes it."""
-    for size, dtype in itertools.product((2, 4), DTYPES):
+def compute_cases(folder: Path, compared: list[tuple[str, int, str]]) -> None:
+    """The mean over the ranks, as DeepSpeed makes it, and the most bytes that one of them keeps."""
+    found: dict[str, Tensor] = {}
+    for dtype, size, case in compared:
         topology = start(EngineConfig(device="cpu", sequence_parallel=size))
-        group = sequence_group(topology, timeout_seconds=60)
-        found: dict[str, Tensor] = {}
-        for case in CASES:
-            network = network_of(case, DTYPES[dtype])
-            share_clips(network, group)
-            mine = computed(network, data_rank=topology.data_rank, data_ranks=topology.data_ranks)
-            found |= {f"{case}: {name}": all_reduce_mean(value, topology) for name, value in mine.items()}
-            found[f"{case}: bytes"] = torch.tensor(all_reduce_max(float(mine["bytes"]), topology))
-        if topology.is_main:
-            save_file(found, folder / f"{size}-{dtype}.safetensors")
+        network = network_of(case, DTYPES[dtype])
+        share_clips(network, sequence_group(topology, timeout_seconds=60))
+        mine = computed(network, data_rank=topology.data_rank, data_ranks=topology.data_ranks)
+        kept = torch.tensor(all_reduce_max(float(mine["bytes"]), topology))
+        means = {name: all_reduce_mean(value, topology) for name, value in mine.items()}
+        found |= {f"{dtype} {size} {case}: {n}": value for n, value in (means | {"bytes": kept}).items()}
+    if topology.is_main:
+        save_file(found, folder / "found.safetensors")
 
 
 def train(recipe: str, words: list[str]) -> None:
@@ -115,7 +133,7 @@ def fork_rank(rank: int, ranks: int, port: int, job: dict[str, Any]) -> int:
         places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
         os.environ |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in places.items()}
         if "cases" in job:
-            compute_cases(Path(job["cases"]))
+            compute_cases(Path(job["cases"]), job["compared"])
         else:
             train(job["recipe"], job["words"])
         leave(0)
