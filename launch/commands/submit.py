@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from cliplift.launch.commands.command import Command
 
 if TYPE_CHECKING:
+    from cliplift.launch.jobs.fabric import Fabric
     from cliplift.launch.jobs.plan import Job, Resources
 
 SUBMITTERS = {"slurm": "sbatch", "kubernetes": "kubectl", "local": "bash"}
@@ -41,6 +42,12 @@ def add_options(submit: argparse.ArgumentParser) -> None:
     submit.add_argument("--parts", type=int, default=16, help="tasks a shard build is divided into")
     submit.add_argument("--signal-seconds", type=int, default=180, help="time to save before a job is killed")
     submit.add_argument("--image", default=None, help="container image to run in (needed by Kubernetes)")
+    submit.add_argument(
+        "--fabric",
+        choices=("efa", "ib", "none"),
+        default=None,
+        help="network between the nodes: AWS EFA, InfiniBand or RoCE, or TCP alone; default: what NCCL finds",
+    )
     slurm = submit.add_argument_group("Slurm")
     slurm.add_argument(
         "--time", default="24:00:00", help="time limit of one start; it is requeued at the end"
@@ -58,7 +65,10 @@ def add_options(submit: argparse.ArgumentParser) -> None:
     slurm.add_argument(
         "--mount", action="append", default=[], help="FROM:TO, into the container; may be repeated"
     )
-    kubernetes = submit.add_argument_group("Kubernetes")
+    _add_kubernetes_options(submit.add_argument_group("Kubernetes"))
+
+
+def _add_kubernetes_options(kubernetes: argparse._ArgumentGroup) -> None:
     kubernetes.add_argument("--namespace", default=None, help="namespace; default: kubectl's")
     kubernetes.add_argument("--volume", action="append", default=[], help="CLAIM:/path; may be repeated")
     kubernetes.add_argument(
@@ -68,9 +78,28 @@ def add_options(submit: argparse.ArgumentParser) -> None:
         "--secret", action="append", default=[], help="secret whose keys become variables"
     )
     kubernetes.add_argument("--service-account", default=None, help="service account of the pods")
+    kubernetes.add_argument("--queue", default=None, help="LocalQueue of Kueue that the jobs wait in")
     kubernetes.add_argument(
-        "--pytorchjob", action="store_true", help="a Kubeflow PyTorchJob, not an Indexed Job"
+        "--fabric-devices",
+        type=int,
+        default=None,
+        help="devices of the fabric per node; needed with --fabric efa",
     )
+    kubernetes.add_argument(
+        "--fabric-resource",
+        default=None,
+        help="what the device plugin calls them; default: vpc.amazonaws.com/efa, rdma/hca_shared_devices_a",
+    )
+    kinds = kubernetes.add_mutually_exclusive_group()
+    for kind, what in (("pytorchjob", "PyTorchJob"), ("trainjob", "TrainJob (Trainer 2)")):
+        kinds.add_argument(
+            f"--{kind}",
+            action="store_const",
+            dest="kind",
+            const=kind,
+            default="job",
+            help=f"a Kubeflow {what}, not an Indexed Job",
+        )
 
 
 def run_submit(arguments: argparse.Namespace) -> int:
@@ -154,6 +183,18 @@ def _resources(arguments: argparse.Namespace) -> Resources:
     )
 
 
+def _fabric(arguments: argparse.Namespace) -> Fabric | None:
+    from cliplift.launch.jobs.fabric import choose_fabric
+
+    return choose_fabric(
+        arguments.fabric,
+        gpus=arguments.gpus,
+        target=arguments.to,
+        devices=arguments.fabric_devices,
+        resource=arguments.fabric_resource,
+    )
+
+
 def _write(folder: Path, files: dict[str, str]) -> None:
     from cliplift.sharding.storage import whole_file
 
@@ -181,6 +222,7 @@ def _slurm_files(
         python="python" if arguments.image else sys.executable,
         logs=str(folder.absolute()),
         workdir=str(Path.cwd()),
+        fabric=_fabric(arguments),
     )
     slurm.check_options(options)
     files = {}
@@ -212,12 +254,14 @@ def _kubernetes_files(
         service_account=arguments.service_account,
         environment_from_secrets=tuple(arguments.secret),
         workdir=arguments.workdir,
-        pytorchjob=arguments.pytorchjob,
+        kind=arguments.kind,
+        queue=kubernetes.queue(arguments.queue),
+        fabric=_fabric(arguments),
     )
     for job in jobs:
         kubernetes.check_output(job, options)
     ending = {
-        job.name: ".pytorchjob.yaml" if arguments.pytorchjob and job.phase is None else ".yaml"
+        job.name: ".yaml" if arguments.kind == "job" or job.phase is not None else f".{arguments.kind}.yaml"
         for job in jobs
     }
     files = {f"{job.name}{ending[job.name]}": kubernetes.manifest(job, resources, options) for job in jobs}
@@ -230,6 +274,7 @@ def _local_files(
     jobs: list[Job], resources: Resources, arguments: argparse.Namespace, folder: Path
 ) -> dict[str, str]:
     """One after the other on this machine, the training stages under torchrun where there are several ranks."""
+    _fabric(arguments)
     lines = ["#!/bin/bash", "set -euo pipefail", "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}"]
     lines += arguments.setup
     files = {}

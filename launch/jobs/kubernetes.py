@@ -1,4 +1,4 @@
-"""Kubernetes manifests: an Indexed Job with a headless service, or a Kubeflow PyTorchJob.
+"""Kubernetes manifests: an Indexed Job with a headless service, or a Kubeflow PyTorchJob or TrainJob.
 
 A pod runs torchrun, which starts one rank per GPU; pod 0 is where all meet, under the name the headless service gives
 it. A stage that was stopped by a drained node has saved: its pod ends with a code that Kubernetes answers by
@@ -8,26 +8,40 @@ starting the pod again, without counting it as a failure. Only a run that wrote 
 from __future__ import annotations
 
 import posixpath
+import re
 import shlex
 from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Literal
 
 import yaml
 
 from cliplift.configs.sections import ConfigError
+from cliplift.launch.jobs.fabric import Fabric
 from cliplift.launch.jobs.plan import Job, Resources
 
 Manifest = dict[str, object]  # an object of Kubernetes, or a part of one
+Kind = Literal["job", "pytorchjob", "trainjob"]
 
 PORT = 29500
 MOUNT = "/etc/cliplift"
 CONTAINER = "cliplift"
 NOT_FINISHED = 75  # EX_TEMPFAIL of sysexits.h
 MAX_FAILURES = 6
+QUEUE = "kueue.x-k8s.io/queue-name"  # Kueue documentation, "Run A Kubernetes Job" and its neighbours
+TRAINER = "trainer.kubeflow.org"
+TRAINER_NODE = (
+    "node"  # the Trainer looks for a job and a container of this name (Kubeflow Trainer, "Runtime Guide")
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class KubernetesOptions:
-    """What this cluster expects in a manifest. ``volumes``: (claim, mount path)."""
+    """What this cluster expects in a manifest.
+
+    ``volumes``: (claim, mount path). ``kind``: what a training job is; sharding is Indexed Jobs. ``queue``: Kueue's
+    LocalQueue that the jobs wait in.
+    """
 
     image: str
     namespace: str | None = None
@@ -36,7 +50,9 @@ class KubernetesOptions:
     environment_from_secrets: tuple[str, ...] = ()
     shared_memory_gib: int = 16
     workdir: str | None = None
-    pytorchjob: bool = False
+    kind: Kind = "job"
+    queue: str | None = None
+    fabric: Fabric | None = None
 
 
 def manifest(job: Job, resources: Resources, options: KubernetesOptions) -> str:
@@ -44,8 +60,10 @@ def manifest(job: Job, resources: Resources, options: KubernetesOptions) -> str:
     objects: list[Manifest] = [_config_map(job, options)]
     if job.phase is not None:
         objects.append(_indexed_job(job, resources, options))
-    elif options.pytorchjob:
+    elif options.kind == "pytorchjob":
         objects.append(_pytorch_job(job, resources, options))
+    elif options.kind == "trainjob":
+        objects += [_training_runtime(job, resources, options), _train_job(job, options)]
     else:
         objects += [_service(job, options), _indexed_job(job, resources, options)]
     return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=110)
@@ -65,9 +83,13 @@ def _represent(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _represent)
 
 
-def _metadata(job: Job, options: KubernetesOptions, *, name: str | None = None) -> Manifest:
+def _metadata(
+    job: Job, options: KubernetesOptions, *, name: str | None = None, queued: bool = False
+) -> Manifest:
     space = {"namespace": options.namespace} if options.namespace else {}
     labels = {"app.kubernetes.io/name": "cliplift", "app.kubernetes.io/instance": job.name}
+    if queued and options.queue:
+        labels[QUEUE] = options.queue
     return {"name": name or job.name, **space, "labels": labels}
 
 
@@ -76,17 +98,18 @@ def _config_map(job: Job, options: KubernetesOptions) -> Manifest:
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": _metadata(job, options, name=f"{job.name}-config"),
-        "data": {"config.yaml": job.config, "run.sh": run_script(job, pytorchjob=options.pytorchjob)},
+        "data": {"config.yaml": job.config, "run.sh": run_script(job, kind=options.kind)},
     }
 
 
-def run_script(job: Job, *, pytorchjob: bool) -> str:
+def run_script(job: Job, *, kind: Kind) -> str:
     """What a pod runs: a shell script, mounted from the ConfigMap."""
     stage = ["cliplift.launch.cli", job.stage, f"{MOUNT}/config.yaml", *job.words]
     if job.phase is not None:
         return f"#!/bin/bash\nset -euo pipefail\nexec python -m {shlex.join(stage)}\n"
-    if pytorchjob:
-        # The operator gives number, rank and meeting point of the nodes as PET_ variables, which torchrun reads.
+    if kind != "job":
+        # Kubeflow's operators give number, rank and meeting point of the nodes as PET_ variables, which torchrun
+        # reads.
         launch = "torchrun"
     else:
         launch = (
@@ -138,20 +161,27 @@ def _indexed_job(job: Job, resources: Resources, options: KubernetesOptions) -> 
     pod = _pod(job, resources, options)
     if job.phase is None:
         pod["subdomain"] = job.name
-    ignored = [{"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}]
-    stopped = {"containerName": CONTAINER, "operator": "In", "values": [NOT_FINISHED]}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": _metadata(job, options),
+        "metadata": _metadata(job, options, queued=True),
         "spec": {
             "completionMode": "Indexed",
             "completions": completions,
             "parallelism": completions,
-            "backoffLimit": MAX_FAILURES,
-            "podFailurePolicy": {"rules": [*ignored, {"action": "Ignore", "onExitCodes": stopped}]},
+            **_failures(CONTAINER),
             "template": {"metadata": {"labels": _metadata(job, options)["labels"]}, "spec": pod},
         },
+    }
+
+
+def _failures(container: str) -> Manifest:
+    """Of a Job: pods of drained nodes, and those that saved and stopped, are started again without being counted."""
+    drained = {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    stopped = {"containerName": container, "operator": "In", "values": [NOT_FINISHED]}
+    return {
+        "backoffLimit": MAX_FAILURES,
+        "podFailurePolicy": {"rules": [drained, {"action": "Ignore", "onExitCodes": stopped}]},
     }
 
 
@@ -168,12 +198,49 @@ def _pytorch_job(job: Job, resources: Resources, options: KubernetesOptions) -> 
     return {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
-        "metadata": _metadata(job, options),
+        "metadata": _metadata(job, options, queued=True),
         "spec": {
             "nprocPerNode": str(job.processes_per_node),
             "runPolicy": {"cleanPodPolicy": "None", "backoffLimit": MAX_FAILURES},
             "pytorchReplicaSpecs": specs,
         },
+    }
+
+
+def _training_runtime(job: Job, resources: Resources, options: KubernetesOptions) -> Manifest:
+    """What a TrainJob is made from: a job of the namespace's own, so that nothing of the cluster's has to fit it."""
+    template = {
+        "metadata": {"labels": {f"{TRAINER}/trainjob-ancestor-step": "trainer"}},
+        "spec": {
+            **_failures(TRAINER_NODE),
+            "template": {
+                "metadata": {"labels": _metadata(job, options)["labels"]},
+                "spec": _pod(job, resources, options, container=TRAINER_NODE),
+            },
+        },
+    }
+    return {
+        "apiVersion": f"{TRAINER}/v1alpha1",
+        "kind": "TrainingRuntime",
+        "metadata": _metadata(job, options),
+        "spec": {
+            "mlPolicy": {
+                "numNodes": job.nodes,
+                "torch": {},
+            },  # PET_ variables; the TrainJob says how many processes
+            "template": {"spec": {"replicatedJobs": [{"name": TRAINER_NODE, "template": template}]}},
+        },
+    }
+
+
+def _train_job(job: Job, options: KubernetesOptions) -> Manifest:
+    runtime = {"apiGroup": TRAINER, "kind": "TrainingRuntime", "name": job.name}
+    trainer = {"numNodes": job.nodes, "numProcPerNode": job.processes_per_node}
+    return {
+        "apiVersion": f"{TRAINER}/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": _metadata(job, options, queued=True),
+        "spec": {"runtimeRef": runtime, "trainer": trainer},
     }
 
 
@@ -215,6 +282,14 @@ def _container(
     limits = {k: v for k, v in asked.items() if k == "memory"}
     if job.gpus:
         limits["nvidia.com/gpu"] = str(job.gpus)
+    fabric = options.fabric if job.phase is None else None
+    secured: Manifest = {}
+    if fabric is not None:
+        environment += [{"name": key, "value": value} for key, value in fabric.environment.items()]
+        if fabric.resource:
+            limits[fabric.resource] = str(fabric.devices)
+        if fabric.locks_memory:
+            secured = {"securityContext": {"capabilities": {"add": ["IPC_LOCK"]}}}
     return {
         "name": name,
         "image": options.image,
@@ -223,6 +298,7 @@ def _container(
         "env": environment,
         **({"envFrom": secrets} if secrets else {}),
         "resources": {"requests": asked, **({"limits": limits} if limits else {})},
+        **secured,
         "volumeMounts": mounts,
     }
 
@@ -252,8 +328,9 @@ def submit_script(jobs: list[Job], *, files: dict[str, str], namespace: str | No
 
 
 def kind_of(files: dict[str, str], job: Job) -> str:
-    """``pytorchjob`` for a training job written as one."""
-    return "pytorchjob" if job.phase is None and files[job.name].endswith(".pytorchjob.yaml") else "job"
+    """What ``kubectl`` calls the job in its file: NAME.yaml, or NAME.KIND.yaml for a training job of Kubeflow."""
+    kind, *ending = PurePosixPath(files[job.name]).suffixes
+    return kind.removeprefix(".") if ending else "job"
 
 
 def check_output(job: Job, options: KubernetesOptions) -> None:
@@ -278,3 +355,14 @@ def volume(text: str) -> tuple[str, str]:
             f"--volume {text!r} is not CLAIM:/path", file="command line", hint="such as data:/data"
         )
     return claim, path
+
+
+def queue(text: str | None) -> str | None:
+    """The name of a LocalQueue: as the value of a label and the name of an object, a DNS label."""
+    if text is not None and re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", text) is None:
+        raise ConfigError(
+            f"--queue {text!r} cannot name a LocalQueue",
+            file="command line",
+            hint="`kubectl get localqueues` lists those of the namespace",
+        )
+    return text

@@ -12,6 +12,7 @@ import shlex
 from dataclasses import dataclass
 
 from cliplift.configs.sections import ConfigError
+from cliplift.launch.jobs.fabric import Fabric
 from cliplift.launch.jobs.plan import Job, Resources
 
 MAX_REQUEUES = 100
@@ -34,6 +35,7 @@ class SlurmOptions:
     python: str = "python"
     logs: str = "logs"
     workdir: str = "."
+    fabric: Fabric | None = None
 
 
 def sbatch_script(job: Job, resources: Resources, options: SlurmOptions, *, config_path: str) -> str:
@@ -55,6 +57,7 @@ def sbatch_script(job: Job, resources: Resources, options: SlurmOptions, *, conf
         *options.setup,
         "set -u  # only now: modules and environments read variables that may not be set",
         "export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}",
+        *_fabric_lines(job, options),
         "",
         f'echo "$(date -u +%FT%TZ) {job.name}: job ${{SLURM_JOB_ID}}, start ${{SLURM_RESTART_COUNT:-0}}, '
         'nodes ${SLURM_JOB_NODELIST}"',
@@ -65,6 +68,13 @@ def sbatch_script(job: Job, resources: Resources, options: SlurmOptions, *, conf
         ),
     ]
     return "\n".join(parts) + "\n"
+
+
+def _fabric_lines(job: Job, options: SlurmOptions) -> list[str]:
+    if options.fabric is None or job.phase is not None:
+        return []
+    set_anew = (f'{name}="${{{name}:-{value}}}"' for name, value in options.fabric.environment.items())
+    return [f"export {' '.join(set_anew)}  # the network between nodes"]
 
 
 def _directives(job: Job, resources: Resources, options: SlurmOptions) -> list[str]:

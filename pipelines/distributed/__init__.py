@@ -2,5 +2,5 @@
 
 In reading order: ``launchers`` (which process this is, from the environment), ``collectives`` (the topology and what
 is exchanged), ``agreement`` (all ranks run the same code, config and data), ``slowest`` (which one holds the
-others up).
+others up), ``flight_recorder`` (what NCCL writes down when ranks wait for one another for ever).
 """

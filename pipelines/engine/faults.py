@@ -29,6 +29,9 @@ from torch import Tensor
 
 from cliplift.configs.training import EngineConfig
 from cliplift.pipelines.distributed.collectives import Topology, all_reduce_max, all_reduce_mean
+from cliplift.pipelines.distributed.flight_recorder import FILES
+
+STACKS = "stacks"  # folder in the run's folder
 
 Verdict = Literal["fine", "not finite", "spike", "overflow"]
 VERDICTS: tuple[Verdict, ...] = (
@@ -217,8 +220,9 @@ def watched(*, seconds: float | None, folder: Path, rank: int) -> Iterator[None]
 
 
 def stacks_of_last_hang(folder: Path) -> list[Path]:
-    """Files an earlier start's watchdog wrote before it ended that start."""
-    return [path for path in sorted(folder.glob("rank*.txt")) if path.stat().st_size]
+    """Files that the watchdogs of an earlier start wrote before they ended it: stacks, and the collectives of NCCL."""
+    files = sorted([*folder.glob("rank*.txt"), *folder.glob(f"{FILES}*")])
+    return [path for path in files if path.stat().st_size]
 
 
 def beat() -> None:

@@ -29,6 +29,7 @@ from cliplift.pipelines.engine.batchnorm import estimate_statistics, lagging_sta
 from cliplift.pipelines.engine.deepspeed_setup import batch_split
 from cliplift.pipelines.engine.ema import TeacherAverage
 from cliplift.pipelines.engine.faults import (
+    STACKS,
     VERDICTS,
     DivergedError,
     LossGuard,
@@ -127,9 +128,9 @@ class Trainer:
         """To the end of the schedule, or to a signal."""
         started, first_step = time.monotonic(), self.state.step
         self.tracker.start(step=self.state.step, total=self.total)
-        stacks = Path(self.run.output) / "stacks"
+        stacks = Path(self.run.output) / STACKS
         for path in stacks_of_last_hang(stacks) if self.topology.is_main else ():
-            self._log_main(f"an earlier start hung and was ended; its stacks are in {path}")
+            self._log_main(f"an earlier start hung and was ended; where it stood is in {path}")
         lag = lagging_statistics(self.engine.module.train(), forward_passes=self.total * self.accumulation)
         if lag is not None and not self.run.evaluation.precise_batchnorm_batches:
             self._log_main(lag)

@@ -25,9 +25,10 @@ from cliplift.pipelines.data.loader import TrainingLoader, training_loader
 from cliplift.pipelines.data.source import on_its_generations
 from cliplift.pipelines.distributed.agreement import agree_on_run, agreed_data
 from cliplift.pipelines.distributed.collectives import Topology, barrier, broadcast_object, start
+from cliplift.pipelines.distributed.flight_recorder import record_collectives
 from cliplift.pipelines.distributed.launchers import find_place
 from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_config, set_numerics
-from cliplift.pipelines.engine.faults import StoppedBySignalError, caught_signals, stop_together
+from cliplift.pipelines.engine.faults import STACKS, StoppedBySignalError, caught_signals, stop_together
 from cliplift.pipelines.engine.loop import fit
 from cliplift.pipelines.engine.optim import total_steps
 from cliplift.pipelines.engine.partitioned_build import built_in_parts
@@ -100,6 +101,7 @@ def run_stage(run: TrainingRun, *, command: Sequence[str]) -> StageResult:
     started = time.monotonic()
     check_model(run)
     with caught_signals():
+        record_collectives(Path(run.output) / STACKS, os.environ)
         topology = start(run.engine)
         agree_on_run(run, topology)
         folder = RunFolder.create(run.output, writes=topology.rank == 0)
@@ -110,6 +112,9 @@ def run_stage(run: TrainingRun, *, command: Sequence[str]) -> StageResult:
                 published.require_writable(topology)
                 if run.checkpoint.url is None:
                     require_common_folder(folder.path, topology)
+                if topology.device.type == "cuda":
+                    # NCCL opens files there and makes no folders.
+                    (folder.path / STACKS).mkdir(parents=True, exist_ok=True)
                 if run.checkpoint.resume == "auto":
                     published.take_up(topology)
                 return _run_in(folder, run, command=command, topology=topology, started=started)

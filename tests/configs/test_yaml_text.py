@@ -44,7 +44,7 @@ def bomb(levels: int, kind: str) -> str:
         pytest.param("a: !!int x", "line 1, column 4: 'x' is not a valid int", id="forced integer"),
         pytest.param("a: b\0c", "special characters are not allowed", id="control character"),
         pytest.param("a: " + "x" * (1 << 20), "characters, more than 1048576", id="too long"),
-        pytest.param("\n".join(f"k{i}: 1" for i in range(30_000)), "more than 50000 values", id="too many"),
+        pytest.param("- \n" * 50_001, "more than 50000 values", id="too many"),
     ],
 )  # fmt: skip
 def test_a_faulty_text_is_one_sentence(text: str, told: str, tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ def run_many(
     return found
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_sentence(installed: Path, tmp_path: Path) -> None:
     outcomes = run_many([words for words, _ in MISTAKES], installed=installed, folder=tmp_path)
     for (words, parts), (code, _, said) in zip(MISTAKES, outcomes, strict=True):

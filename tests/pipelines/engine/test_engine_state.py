@@ -193,7 +193,7 @@ def test_layer_decay_needs_blocks(worker: ModuleType) -> None:
     assert caught.value.key == "optim.layer_decay"
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_recomputed_blocks_change_no_loss(
     worker: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
 ) -> None:

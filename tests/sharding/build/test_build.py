@@ -121,6 +121,7 @@ def _kill_at_random_moments(run: ShardRun, tmp_path: Path, *, kills: int, seed: 
     return hits
 
 
+@pytest.mark.slow
 def test_a_killed_build_resumes_to_the_same_bytes(built: Path, make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(tmp_path / "killed")
     assert _kill_at_random_moments(run, tmp_path, kills=3, seed=0) >= 1

@@ -141,7 +141,8 @@ def test_only_exact_ones_are_removed_when_asked(run_of: MakeRun, tmp_path: Path)
     assert row["kind"] == "look"
 
 
-@pytest.mark.parametrize("when", ["publish", pytest.param("write", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["publish", "write"])
 def test_a_removal_that_is_interrupted_ends_in_the_same_bytes(
     run_of: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:

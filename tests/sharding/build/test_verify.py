@@ -88,6 +88,7 @@ def test_a_removed_index_is_an_error(dataset: Path) -> None:
     assert any("never finished" in p.detail for p in report.problems)
 
 
+@pytest.mark.slow
 def test_another_encoding_of_a_film_is_a_near_duplicate(shared_data: Path, tmp_path: Path, make_run) -> None:
     from cliplift.configs.sharding import TranscodeConfig
     from cliplift.sharding.video.transcode import transcode_span

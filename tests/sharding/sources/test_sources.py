@@ -296,6 +296,7 @@ def test_kinetics_folders_and_whole_videos(tmp_path: Path) -> None:
 # UCF101 and HMDB51
 
 
+@pytest.mark.slow
 def test_official_ucf101_lists(shared_data: Path, tmp_path: Path) -> None:
     lists = shared_data / "lists/ucf101"
     listed: dict[str, dict[int, str]] = {}

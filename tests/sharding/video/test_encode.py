@@ -108,7 +108,7 @@ def test_crf_follows_the_codec_unless_given() -> None:
 @pytest.mark.parametrize(
     "transcode",
     [
-        {"codec": "hevc"},
+        pytest.param({"codec": "hevc"}, marks=pytest.mark.slow),
         pytest.param({"codec": "av1"}, marks=pytest.mark.slow),
         pytest.param({"encoder": "ffmpeg"}, marks=[needs_ffmpeg, pytest.mark.slow]),
     ],
