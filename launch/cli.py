@@ -243,7 +243,9 @@ def completed_words() -> dict[str, list[str]]:
         command.add_options(options)
         words = [word for action in options._actions for word in action.option_strings] + ["--help"]
         if command.schema is not None:
-            keys = [key for key, _ in field_keys(RUNS[command.schema]) if "[" not in key]
+            keys = [
+                key for key, _ in field_keys(RUNS[command.schema]) if "[" not in key and ".KEY." not in key
+            ]
             words += ["--dry-run", *(f"{key}=" for key in keys)]
         found[name] = [word for word in words if word.startswith("--") or word.endswith("=")]
     return found

@@ -130,6 +130,8 @@ def sample_clips(run: RunRecord, embedded: EmbeddedClips, *, count: int) -> Samp
 def _tested_split(run: RunRecord) -> str | None:
     """The split a run's predictions are of: finetune names it ``test_split``, evaluate ``split``."""
     split = run.setting("test_split") or run.setting("split")
+    if run.setting("data.val_share") and split == run.setting("data.val_split"):
+        split = run.setting("data.split")  # a held-out share of the training split is stored in that split
     return None if split is None else str(split)
 
 

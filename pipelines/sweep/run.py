@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -234,9 +234,8 @@ def _found(sweep: Sweep, trial: int, steps: int) -> TrialRecord | None:
     )
 
 
-def _metric(sweep: Sweep, metrics: dict[str, float] | object, folder: str) -> float:
+def _metric(sweep: Sweep, metrics: Mapping[str, float], folder: str) -> float:
     """The validation metric of a run's numbers, where those of a test split may stand beside it."""
-    assert isinstance(metrics, dict)
     value = metrics.get(f"val_{sweep.metric}", metrics.get(sweep.metric))
     if value is None:
         names = sorted({name.removeprefix("val_") for name in metrics})
@@ -246,7 +245,7 @@ def _metric(sweep: Sweep, metrics: dict[str, float] | object, folder: str) -> fl
             value=sweep.metric,
             hint=f"it has {', '.join(names)}",
         )
-    return float(value)
+    return value
 
 
 def _recorded(sweep: Sweep, done: dict[tuple[int, int], TrialRecord], topology: Topology) -> SweepRecord:
