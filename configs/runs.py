@@ -19,6 +19,7 @@ from cliplift.configs.supervision import (
     check_transfer,
     with_clips_for_negatives,
 )
+from cliplift.configs.sweeps import SweepRun
 from cliplift.configs.training import TrainingRun
 
 
@@ -468,6 +469,7 @@ TRAINING: Mapping[str, type[TrainingRun]] = {
 RUNS: Mapping[str, type[Section]] = {
     "shard": ShardRun,
     **TRAINING,
+    "sweep": SweepRun,
     "evaluate": EvaluateRun,
     "fuse": FuseRun,
     "predict": PredictRun,

@@ -85,13 +85,14 @@ def field_keys(schema: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
 def _fields(schema: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
     for name, info in schema.model_fields.items():
         sections = list(_sections(info.annotation))
-        if not sections:
+        origin = typing.get_origin(info.annotation)
+        if not sections or origin is dict:
             yield f"{prefix}{name}", info
-        many = typing.get_origin(info.annotation) in (tuple, list)
+        many = "[]" if origin in (tuple, list) else ".KEY" if origin is dict else ""
         for section in sections:
             kind = section.model_fields.get("kind")
             tag = f"[{typing.get_args(kind.annotation)[0]}]" if kind and len(sections) > 1 else ""
-            yield from _fields(section, f"{prefix}{name}{'[]' if many else ''}{tag}.")
+            yield from _fields(section, f"{prefix}{name}{many}{tag}.")
 
 
 def _sections(annotation: object) -> Iterator[type[BaseModel]]:
@@ -242,7 +243,9 @@ def completed_words() -> dict[str, list[str]]:
         command.add_options(options)
         words = [word for action in options._actions for word in action.option_strings] + ["--help"]
         if command.schema is not None:
-            keys = [key for key, _ in field_keys(RUNS[command.schema]) if "[" not in key]
+            keys = [
+                key for key, _ in field_keys(RUNS[command.schema]) if "[" not in key and ".KEY." not in key
+            ]
             words += ["--dry-run", *(f"{key}=" for key in keys)]
         found[name] = [word for word in words if word.startswith("--") or word.endswith("=")]
     return found

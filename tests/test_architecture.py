@@ -37,7 +37,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"plugins", "where_reader"},
         {"sources", "data"},
         {"training"},
-        {"sharding", "supervision", "objectives"},
+        {"sharding", "supervision", "objectives", "sweeps"},
         {"runs"},
     ],
     "models": [
@@ -73,6 +73,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"probes", "embeddings"},
         {"stages", "report", "api"},
         {"cost", "repeats"},
+        {"sweep"},
     ],
     "launch": [{"jobs"}, {"check"}, {"start"}, {"commands", "completion"}, {"cli"}],
 }

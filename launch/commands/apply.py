@@ -6,11 +6,12 @@ Each takes a YAML file, or a run folder from which it makes the config itself.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from cliplift.launch.commands.command import Command
+from cliplift.launch.commands.command import Command, add_json_option, for_programs, print_json
 
 if TYPE_CHECKING:
     from cliplift.configs.runs import EvaluateRun, ExplainRun, ExportRun, FuseRun, PredictRun, ReportRun
@@ -40,27 +41,45 @@ def _apply(
     if arguments.dry_run:
         return subject.print_run(loaded)
     subject.prepare_environment()
-    return subject.run_located(loaded, lambda: execute(loaded.run))
+    as_json = getattr(arguments, "json", False)
+    with for_programs(as_json):
+        status = subject.run_located(loaded, lambda: execute(loaded.run))
+    if as_json:
+        _print_result(Path(str(loaded.run.model_dump()["output"])))
+    return status
+
+
+def _print_result(output: Path) -> None:
+    """Where it was written and, of an evaluation, its result.json; by one rank of many."""
+    from cliplift.pipelines.distributed.launchers import find_place
+    from cliplift.pipelines.runs.folder import RESULT, read_json
+
+    if find_place(os.environ).rank == 0:
+        result = read_json(output / RESULT) if output.is_dir() else None
+        print_json({"output": str(output)} | (result or {}))
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     from cliplift.configs.runs import EvaluateRun
 
-    return _apply(
+    status = _apply(
         arguments,
         EvaluateRun,
         _evaluate,
         from_folder=lambda folder, _: {"run": folder, "output": str(Path(folder) / "evaluate")},
     )
+    if not arguments.dry_run:
+        from cliplift.pipelines.distributed.collectives import leave
+
+        leave(status)
+    return status
 
 
 def _evaluate(run: EvaluateRun) -> int:
     from cliplift.launch.commands.subject import command_words
-    from cliplift.pipelines.distributed.collectives import leave
     from cliplift.pipelines.evaluation.evaluate import run_evaluate
 
     run_evaluate(run, command=command_words())
-    leave(0)
     return 0
 
 
@@ -179,6 +198,7 @@ COMMANDS = (
         subject="RUN|CONFIG",
         subject_help=RUN_OR_CONFIG,
         schema="evaluate",
+        add_options=add_json_option,
         distributed=True,
         run=run_evaluate,
     ),
@@ -190,6 +210,7 @@ COMMANDS = (
         rest="RUN|key=value",
         rest_help="the other runs, and overrides of config keys such as weights=[1,1.5]",
         schema="fuse",
+        add_options=add_json_option,
         run=run_fuse,
     ),
     Command(
@@ -220,6 +241,7 @@ COMMANDS = (
         rest="RUN|key=value",
         rest_help="more run folders, and overrides of config keys",
         schema="report",
+        add_options=add_json_option,
         run=run_report,
     ),
     Command(
@@ -230,6 +252,7 @@ COMMANDS = (
         rest="FOLDER|key=value",
         rest_help="folder to write, and overrides of config keys",
         schema="export",
+        add_options=add_json_option,
         run=run_export,
     ),
 )

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from cliplift.launch.commands.command import Command
+from cliplift.launch.commands.command import Command, add_json_option, print_json
+
+if TYPE_CHECKING:
+    from cliplift.launch.check.findings import Finding
 
 
 def add_options(check: argparse.ArgumentParser) -> None:
+    add_json_option(check)
     check.add_argument("--nodes", type=int, default=1, help="nodes the run will have")
     check.add_argument(
         "--gpus", type=int, default=None, help="GPUs per node; 0 is a CPU run; default: those here"
@@ -42,7 +48,6 @@ def add_options(check: argparse.ArgumentParser) -> None:
 def run_check(arguments: argparse.Namespace) -> int:
     """Exit code 1 when a row of the table fails."""
     from cliplift.launch.check.doctor import memory_bytes, usable_cores
-    from cliplift.launch.check.findings import exit_code, table
     from cliplift.launch.check.fit import check
     from cliplift.launch.check.machine import choose_machine
     from cliplift.launch.commands.subject import load_training
@@ -62,18 +67,29 @@ def run_check(arguments: argparse.Namespace) -> int:
         price_per_hour=arguments.price,
     )
     findings = check(runs[0], machine, mfu=arguments.mfu, runs=len(runs))
-    print(table(findings))
-    return exit_code(findings)
+    return _say(findings, as_json=arguments.json)
 
 
-def run_doctor(_: argparse.Namespace) -> int:
+def run_doctor(arguments: argparse.Namespace) -> int:
     """Exit code 1 when something that the stages need is broken."""
     from cliplift.launch.check.doctor import examine
-    from cliplift.launch.check.findings import exit_code, table
 
     findings = examine(os.environ)
-    print(table(findings))
-    return exit_code(findings)
+    return _say(findings, as_json=arguments.json)
+
+
+def _say(findings: Sequence[Finding], *, as_json: bool) -> int:
+    """The table, or the same rows as JSON. Returns the exit code."""
+    from dataclasses import asdict
+
+    from cliplift.launch.check.findings import exit_code, table
+
+    status = exit_code(findings)
+    if as_json:
+        print_json({"ok": status == 0, "findings": [asdict(finding) for finding in findings]})
+    else:
+        print(table(findings))
+    return status
 
 
 COMMANDS = (
@@ -88,6 +104,7 @@ COMMANDS = (
         summary="what this machine has: versions, GPUs, decoders, limits",
         subject="",
         rest="",
+        add_options=add_json_option,
         run=run_doctor,
     ),
 )

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -43,3 +46,22 @@ def all_commands() -> Mapping[str, Command]:
     commands = {row.name: row for row in rows}
     assert len(commands) == len(rows), "two commands have one name"
     return commands
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """``--json``: the result as one object on standard output, what is meant for people on standard error."""
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as one JSON object, for programs"
+    )
+
+
+@contextlib.contextmanager
+def for_programs(as_json: bool) -> Iterator[None]:
+    """Inside, what is printed for people goes to standard error where the result is printed as JSON."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield
+
+
+def print_json(value: object) -> None:
+    """The object that ``--json`` promises."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False), flush=True)

@@ -7,9 +7,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from cliplift.launch.commands.command import Command
+from cliplift.launch.commands.command import Command, add_json_option, print_json
 
 if TYPE_CHECKING:
     from cliplift.configs.sharding import ShardRun
@@ -42,6 +43,7 @@ def add_shard_options(shard: argparse.ArgumentParser) -> None:
 
 
 def add_verify_options(verify: argparse.ArgumentParser) -> None:
+    add_json_option(verify)
     verify.add_argument(
         "--decode", choices=("none", "sample", "full"), default="sample", help="how many clips are decoded"
     )
@@ -98,7 +100,10 @@ def run_verify(arguments: argparse.Namespace) -> int:
     from cliplift.sharding.build.verify import verify
 
     report = verify(arguments.subject, decode=arguments.decode)
-    print(report.summary())
+    if arguments.json:
+        print_json({"ok": report.ok} | asdict(report))
+    else:
+        print(report.summary())
     return 0 if report.ok else 1
 
 

@@ -8,6 +8,8 @@ N samples, K classes, Q queries, M candidates.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -83,13 +85,50 @@ def average_precision(scores: Scores, targets: npt.ArrayLike) -> float:
     Raises:
         MetricError: no positive among the targets.
     """
+    recall, precision = precision_recall_curve(scores, targets)
+    return float(np.sum(np.diff(recall, prepend=0.0) * precision))
+
+
+def precision_recall_curve(scores: Scores, targets: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """Recall and precision, each (M,), when the M distinct scores are taken one after the other, the highest first.
+
+    Args:
+        scores: (N,), higher is better; equal scores enter together.
+        targets: (N,) 1 for positives, 0 for negatives.
+
+    Raises:
+        MetricError: no positive among the targets.
+    """
     scores, positive = _binary(scores, targets)
     total = int(positive.sum())
     if total == 0:
         raise MetricError("average precision needs at least one positive")
     hits, taken = _at_distinct_scores(scores, positive)
-    precision, recall = hits / taken, hits / total
-    return float(np.sum(np.diff(recall, prepend=0.0) * precision))
+    return hits / total, hits / taken
+
+
+def roc_curve(scores: Scores, targets: npt.ArrayLike) -> tuple[Floats, Floats]:
+    """False and true positive rate, each (M + 1,): from (0, 0) over the M distinct scores, highest first, to (1, 1).
+
+    The straight lines between the points are the expected rates where ties are taken in random order, so the area
+    under them is :func:`area_under_curve`.
+
+    Args:
+        scores: (N,), higher is more positive.
+        targets: (N,) 1 or 0.
+
+    Raises:
+        MetricError: only one of the two kinds is present.
+    """
+    scores, positive = _binary(scores, targets)
+    positives = int(positive.sum())
+    negatives = len(positive) - positives
+    if not positives or not negatives:
+        raise MetricError(
+            f"a ROC curve needs both kinds, got {positives} positives and {negatives} negatives"
+        )
+    hits, taken = _at_distinct_scores(scores, positive)
+    return np.append(0.0, (taken - hits) / negatives), np.append(0.0, hits / positives)
 
 
 def mean_average_precision(scores: Scores, targets: npt.ArrayLike) -> float:
@@ -226,14 +265,44 @@ def expected_calibration_error(probabilities: Scores, labels: Integers, *, bins:
         labels: (N,) classes, 0 to K - 1.
         bins: bin m of M holds confidences in ((m - 1) / M, m / M].
     """
+    confidence, right, bin_of = _by_confidence(probabilities, labels, bins)
+    gap = np.bincount(bin_of, weights=right - confidence, minlength=bins)  # size x (accuracy - confidence)
+    return float(np.abs(gap).sum() / len(right))
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """A reliability diagram (arXiv 1706.04599, figure 1): what each of M bins of confidence holds.
+
+    Attributes:
+        counts: (M,) samples.
+        confidence, accuracy: (M,) their means, NaN in an empty bin.
+    """
+
+    counts: Counts
+    confidence: Floats
+    accuracy: Floats
+
+
+def reliability(probabilities: Scores, labels: Integers, *, bins: int = 15) -> Reliability:
+    """The bins of :func:`expected_calibration_error`, which is the mean of their gaps weighted by their counts."""
+    confidence, right, bin_of = _by_confidence(probabilities, labels, bins)
+    counts = np.bincount(bin_of, minlength=bins)
+    sums = [np.bincount(bin_of, weights=each, minlength=bins) for each in (confidence, right)]
+    means = [np.divide(each, counts, out=np.full(bins, np.nan), where=counts > 0) for each in sums]
+    return Reliability(counts.astype(np.int64), *means)
+
+
+def _by_confidence(
+    probabilities: Scores, labels: Integers, bins: int
+) -> tuple[Floats, npt.NDArray[np.bool_], Counts]:
+    """Of each sample (N,): its confidence, whether it is right, the number of its bin."""
     probabilities, labels = _check_labels(probabilities, labels)
     if probabilities.min() < -1e-6 or probabilities.max() > 1 + 1e-6:
         raise MetricError("calibration needs probabilities between 0 and 1; apply softmax to logits first")
     confidence = probabilities.max(axis=1).astype(np.float64)
     right = probabilities.argmax(axis=1) == labels
-    bin_of = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    gap = np.bincount(bin_of, weights=right - confidence, minlength=bins)  # size x (accuracy - confidence)
-    return float(np.abs(gap).sum() / len(labels))
+    return confidence, right, np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
 
 
 def bootstrap_interval(

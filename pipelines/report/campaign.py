@@ -8,6 +8,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,10 @@ from cliplift.pipelines.runs.results import metric_name, percent
 
 HEADLINES = ("accuracy", "mean_average_precision", "matching_accuracy", "probe_knn_accuracy")
 SOURCES = ("initialise_from", "run", "model.pretrained")  # keys of a config that name another run, or weights
-BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 204, 48, 44, 14
+BOX_WIDTH, BOX_HEIGHT, LANE_HEIGHT, GAP_X, GAP_Y = 204, 48, 2, 44, 14
 MOST_LETTERS = 30
 MOST_PAIRS = 12
+Stop = str | tuple[str, str, int]  # a box, or the lane of (start, end) in a column
 
 
 @dataclass(frozen=True)
@@ -124,30 +126,61 @@ def _sources(group: RunGroup) -> list[str]:
 
 
 def _drawn(nodes: Mapping[str, Node], edges: Sequence[tuple[str, str]]) -> Markup:
-    """Boxes in columns, each right of all that it needs, and curves between them."""
-    column = dict.fromkeys(nodes, 0)
-    for _ in nodes:  # as often as the longest way can be; a circle of damaged configs ends too
-        for start, end in edges:
-            column[end] = max(column[end], min(column[start] + 1, len(nodes)))
-    # A source stands just left of what needs it first, so that its curve crosses no box.
-    for key in nodes:
-        after = [column[end] for start, end in edges if start == key]
-        if after and not any(end == key for _, end in edges):
-            column[key] = max(0, min(after) - 1)
-    rows: dict[int, int] = {}
-    place: dict[str, tuple[int, int]] = {}
-    for key in nodes:
-        row = rows.get(column[key], 0)
-        place[key] = (column[key] * (BOX_WIDTH + GAP_X), row * (BOX_HEIGHT + GAP_Y))
-        rows[column[key]] = row + 1
-    width = max(x for x, _ in place.values()) + BOX_WIDTH
-    height = max(y for _, y in place.values()) + BOX_HEIGHT
-    parts = [_curve(place[start], place[end]) for start, end in edges]
+    """Boxes in columns, each right of all that it needs, and curves between them.
+
+    A curve that passes a column has a lane of its own there, between the boxes (Sugiyama's layers).
+    """
+    column = _columns(list(nodes), edges)
+    ways = [_way(start, end, column) for start, end in edges]
+    place = _places(list(nodes), ways, column)
+    width = max(place[key][0] for key in nodes) + BOX_WIDTH
+    height = max(y + (BOX_HEIGHT if key in nodes else LANE_HEIGHT) for key, (_, y) in place.items())
+    parts = [_curve([place[stop] for stop in way]) for way in ways]
     parts += [_box(nodes[key], *place[key]) for key in nodes]
     said = "; ".join(f"{nodes[start].name} to {nodes[end].name}" for start, end in edges)
     return Markup(
         '<svg class="graph" viewBox="-1 -1 {} {}" width="{}" role="img" aria-label="Lineage: {}">{}</svg>'
     ).format(width + 2, height + 2, width + 2, said, Markup("").join(parts))
+
+
+def _columns(nodes: Sequence[str], edges: Sequence[tuple[str, str]]) -> dict[Stop, int]:
+    column: dict[Stop, int] = dict.fromkeys(nodes, 0)
+    for _ in nodes:  # as often as the longest way can be; a circle of damaged configs ends too
+        for start, end in edges:
+            column[end] = max(column[end], min(column[start] + 1, len(nodes)))
+    # A source stands just left of what needs it first.
+    for key in nodes:
+        after = [column[end] for start, end in edges if start == key]
+        if after and not any(end == key for _, end in edges):
+            column[key] = max(0, min(after) - 1)
+    return column
+
+
+def _way(start: str, end: str, column: dict[Stop, int]) -> list[Stop]:
+    """From box to box, with a lane in each column between them, which gets its column here."""
+    lanes: list[Stop] = [(start, end, at) for at in range(column[start] + 1, column[end])]
+    column.update((lane, lane[2]) for lane in lanes if isinstance(lane, tuple))
+    return [start, *lanes, end]
+
+
+def _places(
+    nodes: Sequence[str], ways: Sequence[Sequence[Stop]], column: Mapping[Stop, int]
+) -> dict[Stop, tuple[int, int]]:
+    """Left upper corners. Within a column in the order of what stands before, so that few curves cross."""
+    place: dict[Stop, tuple[int, int]] = {}
+    before: dict[Stop, list[Stop]] = {}
+    for way in ways:
+        for left, right in pairwise(way):
+            before.setdefault(right, []).append(left)
+    for at in sorted(set(column.values())):
+        stops = [stop for stop in column if column[stop] == at]
+        heights = {stop: [place[left][1] for left in before.get(stop, ()) if left in place] for stop in stops}
+        stops.sort(key=lambda stop: statistics.fmean(heights[stop]) if heights[stop] else 0.0)
+        y = 0
+        for stop in stops:
+            place[stop] = (at * (BOX_WIDTH + GAP_X), y)
+            y += GAP_Y + (BOX_HEIGHT if stop in nodes else LANE_HEIGHT)
+    return place
 
 
 def _box(node: Node, x: int, y: int) -> Markup:
@@ -161,13 +194,19 @@ def _box(node: Node, x: int, y: int) -> Markup:
     )  # fmt: skip
 
 
-def _curve(start: tuple[int, int], end: tuple[int, int]) -> Markup:
-    x, y = start[0] + BOX_WIDTH, start[1] + BOX_HEIGHT / 2
-    to_x, to_y = end[0], end[1] + BOX_HEIGHT / 2
-    bend = max(GAP_X, to_x - x) / 2
-    return Markup('<path class="edge" d="M{} {:.1f}C{:.1f} {:.1f} {:.1f} {:.1f} {} {:.1f}"/>').format(
-        x, y, x + bend, y, to_x - bend, to_y, to_x, to_y
-    )
+def _curve(stops: Sequence[tuple[int, int]]) -> Markup:
+    """From the right side of the first box to the left side of the last, straight along the lanes between them."""
+    x, y = stops[0][0] + BOX_WIDTH, stops[0][1] + BOX_HEIGHT / 2
+    path = f"M{x} {y:.1f}"
+    for to_x, top in stops[1:]:
+        is_last = (to_x, top) == stops[-1]
+        to_y = top + (BOX_HEIGHT if is_last else LANE_HEIGHT) / 2
+        bend = max(GAP_X, to_x - x) / 2
+        path += f"C{x + bend:.1f} {y:.1f} {to_x - bend:.1f} {to_y:.1f} {to_x} {to_y:.1f}"
+        x, y = to_x + BOX_WIDTH, to_y
+        if not is_last:
+            path += f"H{x}"
+    return Markup('<path class="edge" d="{}"/>').format(path)
 
 
 def shortened(text: str, *, most: int = MOST_LETTERS) -> str:

@@ -1,4 +1,4 @@
-"""Charts of the report as inline SVG: curves with axes, confusion heat map, strips of single results.
+"""Charts of the report as inline SVG: curves with axes, reliability, confusion heat map, strips of single results.
 
 Colours are CSS classes (``c0`` to ``c5``, defined in report.css), so the charts follow the page into dark mode.
 All text goes through markupsafe and is escaped.
@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from markupsafe import Markup
 
+from cliplift.pipelines.evaluation.metrics import Reliability
+
 Floats = npt.NDArray[np.float64]
 
 COLOURS = 6
@@ -23,6 +25,7 @@ MARKED_POINTS = 12  # lines with at most this many points show each of them
 SMOOTHED_FROM = 40  # points from which a noisy line also gets its moving mean
 MAX_NAMED_CLASSES = 30
 MAX_CELLS = 12_000
+SHARES = [0.0, 0.25, 0.5, 0.75, 1.0]  # ticks of an axis of shares
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Line:
     smoothed: bool = False  # noisy: drawn pale, with its moving mean on top
     overlaid: bool = False  # one of several of its colour: thinner, and of a noisy line only the mean
     faint: bool = False  # behind the mean of its kind
+    unmarked: bool = False  # a curve whose few points are no measurements of their own
     spread: Floats | None = None  # half the height of a band around the line
 
 
@@ -72,11 +76,7 @@ def line_chart(lines: Sequence[Line], *, title: str, percent: bool = False) -> M
     all_y = np.concatenate([line.values[np.isfinite(line.values)] for line in lines])
     last = max(float(line.steps.max()) for line in lines)
     x_ticks = nice_ticks(0.0, last, count=5) if last > 0 else [0.0]
-    y_ticks = (
-        [0.0, 0.25, 0.5, 0.75, 1.0]
-        if percent
-        else nice_ticks(float(all_y.min()), float(all_y.max()), count=5)
-    )
+    y_ticks = SHARES if percent else nice_ticks(float(all_y.min()), float(all_y.max()), count=5)
     frame = _Frame(
         left=46,
         top=8,
@@ -85,7 +85,7 @@ def line_chart(lines: Sequence[Line], *, title: str, percent: bool = False) -> M
         x=(0.0, last or 1.0),
         y=(min(y_ticks[0], float(all_y.min())), max(y_ticks[-1], float(all_y.max()))),
     )
-    parts = [_axes(frame, x_ticks, y_ticks, _percent if percent else short_number)]
+    parts = [_axes(frame, x_ticks, y_ticks, _percent if percent else short_number, x_title="optimizer step")]
     parts += [_draw(line, frame) for line in lines]
     return Markup('<svg class="chart" viewBox="0 0 360 224" role="img" aria-label="{}">{}</svg>').format(
         title, Markup("").join(parts)
@@ -120,8 +120,87 @@ def scatter(points: Floats, groups: Sequence[int], names: Sequence[str], *, titl
     )
 
 
+def share_chart(lines: Sequence[Line], *, title: str, x_title: str, chance: Sequence[float]) -> Markup:
+    """Lines in the unit square: ``values`` over ``steps``, both shares.
+
+    Args:
+        lines: drawn in order.
+        title: read out for those who cannot see the chart.
+        x_title: what runs from left to right.
+        chance: height of what guessing gives at the left and at the right edge; empty for none.
+    """
+    frame = _unit_square()
+    parts = [_axes(frame, SHARES, SHARES, _percent, x_title=x_title, x_text=_percent)]
+    if chance:
+        parts.append(_straight(frame, chance[0], chance[1]))
+    parts += [_draw(line, frame) for line in lines]
+    return Markup('<svg class="chart" viewBox="0 0 360 224" role="img" aria-label="{}">{}</svg>').format(
+        title, Markup("").join(parts)
+    )
+
+
+def reliability_chart(found: Reliability, *, colour: int, title: str) -> Markup:
+    """A reliability diagram: each bin's accuracy, its gap to the confidence, and below how many it holds."""
+    frame = _unit_square()
+    M, most, foot = len(found.counts), max(int(found.counts.max()), 1), 268.0
+    parts = [
+        _axes(frame, SHARES, SHARES, _percent, x_title="confidence", x_text=_percent),
+        _straight(frame, 0.0, 1.0),
+    ]
+    for m in np.flatnonzero(found.counts).tolist():
+        count, accuracy, confidence = (
+            int(found.counts[m]),
+            float(found.accuracy[m]),
+            float(found.confidence[m]),
+        )
+        said = (
+            f"confidence {_percent(m / M)} to {_percent((m + 1) / M)}: {count} predictions, "
+            f"{_percent(accuracy)} right, mean confidence {_percent(confidence)}"
+        )
+        x, width = frame.at_x(m / M) + 0.5, frame.width / M - 1
+        low, high = sorted((accuracy, confidence))
+        tall = 30.0 * count / most
+        boxes = (
+            ("bin", frame.at_y(accuracy), accuracy * frame.height),
+            ("gap", frame.at_y(high), (high - low) * frame.height),
+            ("bin", foot - tall, tall),
+        )
+        parts.append(Markup("<g><title>{}</title>").format(said))
+        parts += [
+            Markup('<rect class="{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
+                kind, x, y, width, height
+            )
+            for kind, y, height in boxes
+        ]
+        parts.append(Markup("</g>"))
+    parts.append(_text(frame.left - 6, foot, "clips", anchor="end"))
+    parts.append(
+        Markup('<path class="axis" d="M{:.1f} {:.1f}h{:.1f}"/>').format(frame.left, foot, frame.width)
+    )
+    return Markup('<svg class="chart c{}" viewBox="0 0 360 272" role="img" aria-label="{}">{}</svg>').format(
+        colour % COLOURS, title, Markup("").join(parts)
+    )
+
+
+def _unit_square() -> _Frame:
+    return _Frame(left=46, top=8, width=298, height=178, x=(0.0, 1.0), y=(0.0, 1.0))
+
+
+def _straight(frame: _Frame, left: float, right: float) -> Markup:
+    """The dotted line of what chance, or perfect calibration, gives."""
+    return Markup('<path class="chance" d="M{:.1f} {:.1f}L{:.1f} {:.1f}"/>').format(
+        frame.left, frame.at_y(left), frame.left + frame.width, frame.at_y(right)
+    )
+
+
 def _axes(
-    frame: _Frame, x_ticks: Sequence[float], y_ticks: Sequence[float], y_text: Callable[[float], str]
+    frame: _Frame,
+    x_ticks: Sequence[float],
+    y_ticks: Sequence[float],
+    y_text: Callable[[float], str],
+    *,
+    x_title: str,
+    x_text: Callable[[float], str] | None = None,
 ) -> Markup:
     right, bottom = frame.left + frame.width, frame.top + frame.height
     parts = []
@@ -134,9 +213,9 @@ def _axes(
         if x > right + 0.5:
             continue
         parts.append(Markup('<path class="axis" d="M{:.1f} {:.1f}v4"/>').format(x, bottom))
-        parts.append(_text(x, bottom + 16, short_number(tick), anchor="middle"))
+        parts.append(_text(x, bottom + 16, (x_text or short_number)(tick), anchor="middle"))
     parts.append(Markup('<path class="axis" d="M{:.1f} {:.1f}H{:.1f}"/>').format(frame.left, bottom, right))
-    parts.append(_text(frame.left + frame.width / 2, bottom + 32, "optimizer step", anchor="middle"))
+    parts.append(_text(frame.left + frame.width / 2, bottom + 32, x_title, anchor="middle"))
     return Markup("").join(parts)
 
 
@@ -155,7 +234,7 @@ def _draw(line: Line, frame: _Frame) -> Markup:
         shown += Markup('<path class="band" d="{}"/>').format(_band(steps, values, spread, frame))
     if finite > 1:
         shown += Markup('<path class="{}" d="{}"/>').format(kind, _path(steps, values, frame))
-    if finite <= MARKED_POINTS and not line.faint:
+    if finite <= MARKED_POINTS and not line.faint and not line.unmarked:
         for step, value in zip(steps, values, strict=True):
             if math.isfinite(value):
                 shown += Markup('<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="2.4"/>').format(

@@ -75,43 +75,67 @@ def _in_turn(rows: Sequence[int], labels: npt.NDArray[np.int64]) -> list[int]:
     return [row for _, _, row in sorted(keyed)]
 
 
-def sample_clips(run: RunRecord, *, count: int, open_shards: OpenShards = open_shard_dataset) -> SampleClips:
-    """Read the chosen clips of a run from its shards.
+class EmbeddedClips:
+    """Reads clips of runs as data URLs, as many as a page holds; ``notes`` says what could not be shown.
 
-    A clip that is too large or cannot be read is left out, which ``notes`` says: a report about a run must not
-    need the run's data to be still in place.
+    A clip that is too large or cannot be read is left out: a report about a run must not need the run's data to be
+    still in place.
     """
+
+    def __init__(self, open_shards: OpenShards = open_shard_dataset) -> None:
+        self.notes: list[str] = []
+        self._open = open_shards
+        self._shards: dict[tuple[str | None, int | None], ShardsByUrl] = {}
+        self._read: dict[tuple[str, str], str | None] = {}
+        self._bytes = 0
+
+    def source(self, run: RunRecord, row: int) -> str | None:
+        """``data:video/mp4;base64,...`` of the clip in a row of a run's predictions; None where it is left out."""
+        predictions = run.predictions
+        assert predictions is not None
+        place = predictions.shard_urls[row], predictions.keys[row]
+        if place not in self._read:
+            self._read[place] = self._source(run, *place, int(predictions.sample_index[row]))
+        return self._read[place]
+
+    def _source(self, run: RunRecord, url: str, key: str, number: int) -> str | None:
+        fold = run.setting("data.fold")
+        stored = _tested_split(run), fold if isinstance(fold, int) else None
+        if stored not in self._shards:
+            self._shards[stored] = ShardsByUrl(self._open, split=stored[0], fold=stored[1])
+        try:
+            data = self._shards[stored].read(url, key, number)
+        except (ValueError, OSError) as error:  # moved, deleted or damaged shards
+            log.warning("%s: clip %s is left out of the report: %s", run.name, key, error)
+            self.notes.append(f"Clip {key} could not be read: {error}")
+            return None
+        if len(data) > MAX_CLIP_BYTES or self._bytes + len(data) > MAX_PAGE_BYTES:
+            self.notes.append(f"Clip {key} was left out for its size, {len(data) / 1024**2:.1f} MiB.")
+            return None
+        self._bytes += len(data)
+        return f"data:video/mp4;base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def sample_clips(run: RunRecord, embedded: EmbeddedClips, *, count: int) -> SampleClips:
+    """The chosen clips of a run, those that can be read."""
     predictions, classes = run.predictions, run.classes()
     if predictions is None or count == 0:
         return SampleClips((), ())
-    fold = run.setting("data.fold")
-    shards = ShardsByUrl(open_shards, split=_tested_split(run), fold=fold if isinstance(fold, int) else None)
-    clips: list[SampleClip] = []
-    notes: list[str] = []
-    total = 0
-    for row in choose_samples(predictions, count=count):
-        key = predictions.keys[row]
-        try:
-            data = shards.read(predictions.shard_urls[row], key, int(predictions.sample_index[row]))
-        except (ValueError, OSError) as error:  # moved, deleted or damaged shards
-            log.warning("%s: clip %s is left out of the report: %s", run.name, key, error)
-            notes.append(f"Clip {key} could not be read: {error}")
-            continue
-        if len(data) > MAX_CLIP_BYTES or total + len(data) > MAX_PAGE_BYTES:
-            notes.append(f"Clip {key} was left out for its size, {len(data) / 1024**2:.1f} MiB.")
-            continue
-        total += len(data)
-        clips.append(_clip(predictions, row, classes, data))
-    return SampleClips(tuple(clips), tuple(dict.fromkeys(notes)))
+    known = len(embedded.notes)
+    chosen = [(row, embedded.source(run, row)) for row in choose_samples(predictions, count=count)]
+    clips = tuple(_clip(predictions, row, classes, source) for row, source in chosen if source is not None)
+    return SampleClips(clips, tuple(dict.fromkeys(embedded.notes[known:])))
 
 
 def _tested_split(run: RunRecord) -> str | None:
     """The split a run's predictions are of: finetune names it ``test_split``, evaluate ``split``."""
     split = run.setting("test_split") or run.setting("split")
+    if run.setting("data.val_share") and split == run.setting("data.val_split"):
+        split = run.setting("data.split")  # a held-out share of the training split is stored in that split
     return None if split is None else str(split)
 
 
-def _clip(predictions: Predictions, row: int, classes: Sequence[str], data: bytes) -> SampleClip:
+def _clip(predictions: Predictions, row: int, classes: Sequence[str], source: str) -> SampleClip:
     label, predicted = int(predictions.labels[row]), int(predictions.predicted[row])
     probabilities = predictions.probabilities[row]
     best = np.argsort(-probabilities, kind="stable")[:TOP]
@@ -121,5 +145,5 @@ def _clip(predictions: Predictions, row: int, classes: Sequence[str], data: byte
         truth=classes[label],
         right=label == predicted,
         guesses=tuple(Guess(classes[k], float(probabilities[k]), int(k) == label) for k in best),
-        source=f"data:video/mp4;base64,{base64.b64encode(data).decode('ascii')}",
+        source=source,
     )

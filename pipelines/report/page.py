@@ -24,8 +24,10 @@ from cliplift.configs.sections import ConfigError
 from cliplift.pipelines.evaluation.clip_tables import OpenShards, open_shard_dataset
 from cliplift.pipelines.report.campaign import campaign_of
 from cliplift.pipelines.report.charts import value_strip
-from cliplift.pipelines.report.clips import SampleClips, sample_clips
+from cliplift.pipelines.report.clips import EmbeddedClips, SampleClips, sample_clips
+from cliplift.pipelines.report.confidence import confidence
 from cliplift.pipelines.report.data import filters, leaks
+from cliplift.pipelines.report.hardest import hardest_clips
 from cliplift.pipelines.report.retrieval import retrieval_pages
 from cliplift.pipelines.report.sections import (
     Confusions,
@@ -34,6 +36,7 @@ from cliplift.pipelines.report.sections import (
     embedding,
     lineage,
 )
+from cliplift.pipelines.report.sweep import SweepPage, sweep_page
 from cliplift.pipelines.report.tables import duration, result_tables
 from cliplift.pipelines.runs.folder import RUN, write_text
 from cliplift.pipelines.runs.records import RunGroup, RunRecord, group_runs, read_run, runs_inside
@@ -81,13 +84,24 @@ def run_report(run: ReportRun) -> Path:
         ConfigError: a folder holds no run, a file of a run is damaged, or the output cannot be written.
     """
     folders: list[Path] = []
+    sweeps: list[SweepPage] = []
     demo: DemoFacts | None = None
     for name in run.runs:
-        found, table = find_runs(Path(name))
+        sweep = sweep_page(Path(name))
+        if sweep is None:
+            found, table = find_runs(Path(name))
+        else:  # of hundreds of trials the best are shown as runs
+            found, table = [one for each in sweep.folders for one in runs_inside(each)], None
+            sweeps.append(sweep)
         folders += [folder for folder in found if folder not in folders]
         demo = demo or table
     return write_report(
-        runs=folders, output=Path(run.output), title=run.title, max_clips=run.max_clips, demo=demo
+        runs=folders,
+        output=Path(run.output),
+        title=run.title,
+        max_clips=run.max_clips,
+        demo=demo,
+        sweeps=sweeps,
     )
 
 
@@ -134,6 +148,7 @@ def write_report(
     title: str | None,
     max_clips: int,
     demo: DemoFacts | None = None,
+    sweeps: Sequence[SweepPage] = (),
     open_shards: OpenShards = open_shard_dataset,
 ) -> Path:
     """Write the page about the runs.
@@ -144,36 +159,33 @@ def write_report(
         title: page title; None is made from the runs.
         max_clips: sample clips embedded, at most.
         demo: what the demo measured: ``table`` (method, mean, sd, values, runs), ``transfer``, ``seconds``.
+        sweeps: their sections.
         open_shards: how the clips' shard datasets are opened.
 
     Raises:
         ConfigError: a folder holds no run, a file of a run is damaged, or the output cannot be written.
     """
-    if not runs:
-        raise ConfigError("names no run", key="runs", hint="give at least one run folder")
-    records = [read_run(Path(folder)) for folder in runs]
-    labels = _demo_labels(demo)
-    order = {folder: at for at, folder in enumerate(labels)}  # the demo's table comes first
-    records.sort(key=lambda record: order.get(record.folder.resolve(), len(order)))
-    groups = group_runs(records, labels)
+    records, groups = _read(runs, demo)
     found = [c for c in map(confusions, groups) if c is not None]
     shown = _most_telling(found)
-    clips = (
-        SampleClips((), ())
-        if shown is None
-        else sample_clips(shown, count=max_clips, open_shards=open_shards)
-    )
+    embedded = EmbeddedClips(open_shards)
+    clips = SampleClips((), ()) if shown is None else sample_clips(shown, embedded, count=max_clips)
     best = max(found, key=lambda c: c.accuracy, default=None)
     html = _render(
         title=title or _title(groups),
         summary=_summary(groups, demo),
         demo=_demo_rows(demo, groups),
+        sweeps=sweeps,
         tables=result_tables(groups),
         groups=groups,
         curves=curves(groups),
         confusions=sorted(found, key=lambda c: c is not best),
+        confidences=sorted(
+            filter(None, map(confidence, groups)), key=lambda c: best is None or c.group is not best.group
+        ),
         clips=clips,
         clips_of=shown,
+        hardest=hardest_clips(groups, embedded) if max_clips else [],
         retrieval=retrieval_pages(records, pictures=max_clips > 0, open_shards=open_shards),
         embedding=None if shown is None else embedding(shown),
         campaign=campaign_of(groups),
@@ -186,6 +198,17 @@ def write_report(
     )
     _write(Path(output), html)
     return Path(output)
+
+
+def _read(runs: Sequence[Path], demo: DemoFacts | None) -> tuple[list[RunRecord], list[RunGroup]]:
+    """The runs, those of the demo's table first in its order, and their kinds."""
+    if not runs:
+        raise ConfigError("names no run", key="runs", hint="give at least one run folder")
+    records = [read_run(Path(folder)) for folder in runs]
+    labels = _demo_labels(demo)
+    order = {folder: at for at, folder in enumerate(labels)}
+    records.sort(key=lambda record: order.get(record.folder.resolve(), len(order)))
+    return records, group_runs(records, labels)
 
 
 def _render(**context: object) -> str:

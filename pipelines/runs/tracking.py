@@ -225,7 +225,10 @@ def start_wandb(run: TrainingRun, *, stage: str, folder: Path) -> wandb.Run | No
     known = folder / WANDB_RECORD
     again = known.is_file() and run.checkpoint.resume == "auto"
     before = (read_json(known) or {}).get("id") if again else None
-    run_id = before if isinstance(before, str) and before else secrets.token_hex(4)
+    of_sweep = (
+        os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+    )  # its agent chose the id
+    run_id = before if isinstance(before, str) and before else of_sweep or secrets.token_hex(4)
     track, group = run.track, wandb_group(run, os.environ)
     write_json(known, {"id": run_id, "group": group})
     started = wandb.init(
@@ -235,7 +238,7 @@ def start_wandb(run: TrainingRun, *, stage: str, folder: Path) -> wandb.Run | No
         dir=str(folder),
         project=wandb_project(track.project, os.environ),
         entity=track.entity,
-        name=run.name,
+        name=run.name if of_sweep is None else None,  # W&B names the trials of a sweep
         group=group,
         job_type=stage,
         tags=list(track.tags) or None,  # None leaves it to W&B's own variables

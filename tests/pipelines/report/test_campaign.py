@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import replace
@@ -166,3 +167,55 @@ def test_one_point_or_a_constant_has_no_chart() -> None:
     assert [panel.title for panel in (*found.main, *found.more)] == ["Loss"]
     del history["train/loss"]
     assert curves(group_runs([replace(run("net"), history=history)])) == []
+
+
+def points_of(path: str) -> list[tuple[float, float]]:
+    """Many points along an SVG path of M, H and C."""
+    found: list[tuple[float, float]] = []
+    for letter, text in re.findall(r"([MHC])([^MHC]*)", path):
+        numbers = [float(word) for word in text.split()]
+        x, y = found[-1] if found else (0.0, 0.0)
+        if letter == "C":
+            a, b, c = zip(numbers[0::2], numbers[1::2], strict=True)
+            for t in np.linspace(0, 1, 60).tolist():
+                weights = ((1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3)
+                corners = ((x, y), a, b, c)
+                found.append(
+                    (
+                        sum(w * p[0] for w, p in zip(weights, corners, strict=True)),
+                        sum(w * p[1] for w, p in zip(weights, corners, strict=True)),
+                    )
+                )
+        elif letter == "H":
+            found += [(x + (numbers[0] - x) * t, y) for t in np.linspace(0, 1, 60).tolist()]
+        else:
+            found.append((numbers[0], numbers[1]))
+    return found
+
+
+@pytest.mark.parametrize("seed", [None, *range(8)])
+def test_no_edge_of_the_graph_is_hidden_behind_a_box(seed: int | None) -> None:
+    """The shards lead to every finetuning past the boxes of the transfers between them."""
+    groups = campaign()
+    if seed is not None:
+        rng = np.random.default_rng(seed)
+        named = "abcdefghijkl"
+        parents = [
+            f"/runs/net {named[rng.integers(k)]}" if k and rng.random() < 0.7 else None
+            for k in range(len(named))
+        ]
+        runs = [
+            run(f"net {letter}", lr=letter, initialise_from=parent)
+            for letter, parent in zip(named, parents, strict=True)
+        ]
+        groups = group_runs(runs)
+    root = ET.fromstring(lineage_graph(groups))
+    boxes = [
+        tuple(float(box.attrib[key]) for key in ("x", "y", "width", "height")) for box in root.iter("rect")
+    ]
+    curves_drawn = [points_of(path.attrib["d"]) for path in root.iter("path")]
+    assert len(curves_drawn) == root.attrib["aria-label"].count(" to ")
+    for x, y in (point for points in curves_drawn for point in points):
+        assert not any(left < x < left + w and top < y < top + h for left, top, w, h in boxes)
+    width, height = map(float, root.attrib["viewBox"].split()[2:])
+    assert all(-1 <= x <= width and -1 <= y <= height for points in curves_drawn for x, y in points)
