@@ -12,8 +12,10 @@ once. What is learned without labels is learned from the training cameras' clips
 * ``OBJECTIVE``: the student from transfer with that objective, all of it finetuned
 * ``OBJECTIVE; probe``, ``inflated; probe``: its frozen features with the linear classifier of ``frames``
 
-A student that has a 2D counterpart starts transfer as that network and learns in it only what ``INFLATED_TRANSFER``
-leaves free; from 2D weights and from transfer alike it is finetuned as ``INFLATED_FINETUNE`` says. Every finetuning has
+Students are models of ``cliplift models``, or those of ``STUDENTS``: ``efficientnet_lite0_tam, deviation`` gives out
+the deviation over time of its features beside their mean. A student that has a 2D counterpart starts transfer as that
+network and learns in it only what ``STARTS_AS_2D`` leaves free; from 2D weights and from transfer alike it is finetuned
+as that says. ``inflated_study.py`` runs these students on stored maps, at a fraction of the price. Every finetuning has
 the same steps, batch and peak learning rate, none of which was tuned on the tested cameras, and what is tested is its
 last step. One JSON line for each finished cell in OUTPUT/rows.jsonl; cells come in order of their worth, and a study
 that was stopped goes on where it was. ``--table`` prints the table of what is there.
@@ -32,7 +34,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cliplift.configs.training import ModelConfig
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -44,6 +49,10 @@ OBJECTIVES: Mapping[str, tuple[str, ...]] = {
     "regression, 4 cosines": (
         "correspondence.objective=regression", "correspondence.time_steps=4", "correspondence.time_basis=cosines",
     ),
+    "transfer, ridge": (
+        "correspondence.objective=regression", "correspondence.time_steps=8", "correspondence.time_basis=spread",
+        "correspondence.predictor_start=ridge",
+    ),
     "bank": ("correspondence.objective=bank", "correspondence.time_steps=1"),
     "bank, 4 parts and orders": (
         "correspondence.objective=bank", "correspondence.time_steps=4", "correspondence.order_negatives=3",
@@ -54,11 +63,35 @@ OBJECTIVES: Mapping[str, tuple[str, ...]] = {
         "correspondence.normalise_features=true",
     ),
 }  # fmt: skip
-# Of a student that starts as its 2D counterpart: what sees edges and textures stays as it is, and BatchNorm keeps the
-# statistics of a million pictures, which batches of a few scenes would spoil.
-INFLATED_FINETUNE = (
-    'model.frozen=["stem.*","blocks.[0-7].*"]', "frozen_batchnorm=true", "optim.layer_decay=0.8",
-)  # fmt: skip
+DEVIATION = "efficientnet_lite0_tam, deviation"
+STUDENTS: Mapping[str, tuple[str, ...]] = {
+    DEVIATION: (
+        "model.name=efficientnet_lite0_tam", "model.options={pooling: mean_deviation}", "data.crop_pixels=160",
+        "data.resize_short_side_pixels=176",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StartsAs2D:
+    """How a student is trained that starts as its 2D counterpart: what sees edges and textures stays as it is, and
+    BatchNorm keeps the statistics of a million pictures, which batches of a few scenes would spoil."""
+
+    transfer: tuple[str, ...]
+    finetune: tuple[str, ...]
+
+
+STARTS_AS_2D: Mapping[str, StartsAs2D] = {
+    # Transfer teaches it time alone: the weights that mix a frame with its neighbours.
+    "efficientnet_lite0_tam": StartsAs2D(
+        transfer=('model.frozen=["stem.*","blocks.*.layers.*","head.*","blocks.[0-7].*"]', "optim.lr=3e-3"),
+        finetune=('model.frozen=["stem.*","blocks.[0-7].*"]',),
+    ),
+    DEVIATION: StartsAs2D(
+        transfer=('model.frozen=["stem.*","blocks.?.*","blocks.1[01].*"]', "optim.lr=3e-4"),
+        finetune=('model.frozen=["stem.*","blocks.?.*","blocks.1[01].*"]',),
+    ),
+}
 FRAMES = {
     "frames": "",
     "frames and spread": "spread-",
@@ -66,11 +99,7 @@ FRAMES = {
 WITHOUT_TRANSFER: Mapping[str, Mapping[str, float]] = {  # frozen, with these options
     "inflated; probe": {}, "differences; probe": {"difference_share": 0.25},
 }  # fmt: skip
-# Transfer teaches it time alone: the weights that mix a frame with its neighbours.
-INFLATED_TRANSFER = (
-    "model.pretrained=2d:imagenet", 'model.frozen=["stem.*","blocks.*.layers.*","head.*","blocks.[0-7].*"]',
-    "frozen_batchnorm=true", "optim.lr=3e-3",
-)  # fmt: skip
+NEED_2D = ("inflated", "differences", "transfer, ridge")  # methods, by how they begin
 
 
 @dataclass(frozen=True)
@@ -97,6 +126,7 @@ class Study:
     transfer_steps: int
     finetune_steps: int
     transfer_batch: int
+    finetune_batch: int
 
     def shards(self, fold: int) -> Path:
         return self.output / "shards" / f"fold{fold}"
@@ -117,13 +147,13 @@ def cells(
     for seed, share, student, fold, method in itertools.product(
         seeds, shares, students, range(folds), methods
     ):
-        if not method.startswith(("inflated", "differences")) or has_2d_start(student):
+        if not method.startswith(NEED_2D) or student in STARTS_AS_2D:
             yield Cell(method, student, share, fold, seed)
 
 
-def has_2d_start(student: str) -> bool:
-    """There are ImageNet weights at hand that this student can start from."""
-    return student.endswith("_tam")
+def words_of(student: str) -> tuple[str, ...]:
+    """What a run says of its student and of what that sees."""
+    return STUDENTS.get(student, (f"model.name={student}",))
 
 
 def held_out_groups(rows: Sequence[Mapping[str, str]], folds: int) -> list[set[str]]:
@@ -190,12 +220,13 @@ def transferred(study: Study, cell: Cell, objective: str) -> tuple[Path, float]:
     shards = [str(study.shards(cell.fold))]
     shards += [str(path) for path in sorted((study.output / "shards").glob("unlabelled*"))]
     words = [
-        f"seed={cell.seed}", f"data.shards={json.dumps(shards)}", f"model.name={cell.student}",
+        f"seed={cell.seed}", f"data.shards={json.dumps(shards)}", *words_of(cell.student),
         f"schedule.steps={study.transfer_steps}", f"engine.global_batch={study.transfer_batch}",
         *OBJECTIVES[objective],
     ]  # fmt: skip
-    if has_2d_start(cell.student):
-        words += INFLATED_TRANSFER
+    if cell.student in STARTS_AS_2D:
+        words += ["model.pretrained=2d:imagenet", "frozen_batchnorm=true"]
+        words += STARTS_AS_2D[cell.student].transfer
     return folder, run("transfer/small", folder, words)["seconds"]
 
 
@@ -215,14 +246,15 @@ def finetuned(study: Study, cell: Cell, start: Path | None) -> dict[str, Any]:
     """Accuracy after finetuning from a run folder, or from random or 2D weights."""
     folder = study.folder("finetune", *asdict(cell).values())
     words = [
-        f"seed={cell.seed}", f"data.shards={study.shards(cell.fold)}", f"model.name={cell.student}",
-        f"schedule.steps={study.finetune_steps}", f"data.label_share={cell.share}", f"data.subset_seed={cell.seed}",
+        f"seed={cell.seed}", f"data.shards={study.shards(cell.fold)}", *words_of(cell.student),
+        f"schedule.steps={study.finetune_steps}", f"engine.global_batch={study.finetune_batch}",
+        f"data.label_share={cell.share}", f"data.subset_seed={cell.seed}",
         # Evaluated once, after the last step: the tested cameras choose nothing.
         "data.val_share=0", "data.val_split=test",
         f"initialise_from={'null' if start is None else start}",
     ]  # fmt: skip
-    if has_2d_start(cell.student) and cell.method != "scratch":
-        words += INFLATED_FINETUNE
+    if cell.student in STARTS_AS_2D and cell.method != "scratch":
+        words += ["frozen_batchnorm=true", "optim.layer_decay=0.8", *STARTS_AS_2D[cell.student].finetune]
     if cell.method == "inflated":
         words.append("model.pretrained=2d:imagenet")
     found = run("finetune/small", folder, words)
@@ -241,15 +273,16 @@ def probed(study: Study, cell: Cell, weights: Path | None) -> dict[str, Any]:
     from cliplift.pipelines.probes.pooled import fit_linear
 
     words = [f"data.shards={study.shards(cell.fold)}", "data.val_share=0", "data.cache_decoded_mib=3000"]
+    words += words_of(cell.student)
     if cell.method in FRAMES:  # as large as the teacher sees them in transfer
         words += ["data.crop_pixels=160", "data.resize_short_side_pixels=176"]
-    run = load_as("transfer/small", TransferRun, words).run
+    run: TransferRun = load_as("transfer/small", TransferRun, words).run
     prefix = FRAMES.get(cell.method, "")
     if cell.method in WITHOUT_TRANSFER:
-        prefix = f"{cell.method.removesuffix('; probe')}-"
+        prefix = f"{cell.method.removesuffix('; probe')}-{run.model.options.get('pooling', 'mean')}-"
     kept = (weights or study.output) / f"{prefix}features-fold{cell.fold}.pt"
     if not kept.is_file():
-        network = from_pretrained(weights / "weights") if weights else image_network(cell)
+        network = from_pretrained(weights / "weights") if weights else image_network(cell, run.model)
         torch.save(features(run, network), kept)
     (train, labels), (test, truth) = torch.load(kept, weights_only=True)
     subset = {"label_share": cell.share, "subset_seed": cell.seed}
@@ -261,7 +294,7 @@ def probed(study: Study, cell: Cell, weights: Path | None) -> dict[str, Any]:
     return {"accuracy": float(right.mean()), "labelled_clips": len(rows)}
 
 
-def image_network(cell: Cell) -> Any:
+def image_network(cell: Cell, student: ModelConfig) -> Any:
     """The teacher on every frame, or the student as the network it begins as."""
     from cliplift.models import create_model
 
@@ -271,8 +304,8 @@ def image_network(cell: Cell) -> Any:
         )
     if cell.method in FRAMES:
         return mean_and_spread(create_model("efficientnet_lite0", num_classes=0, pretrained="imagenet"))
-    options = WITHOUT_TRANSFER[cell.method]
-    return create_model(cell.student, num_classes=0, in_frames=8, pretrained="2d:imagenet", **options)
+    options = {**student.options, **WITHOUT_TRANSFER[cell.method]}
+    return create_model(student.name, num_classes=0, in_frames=8, pretrained="2d:imagenet", **options)
 
 
 def mean_and_spread(encoder: Any) -> Any:
@@ -365,12 +398,16 @@ def main() -> None:
     parser.add_argument("--transfer-steps", type=int, default=240)
     parser.add_argument("--transfer-batch", type=int, default=32)
     parser.add_argument("--finetune-steps", type=int, default=150)
+    parser.add_argument("--finetune-batch", type=int, default=16)
+    parser.add_argument(
+        "--shards", action="store_true", help="make the shards, for inflated_study.py, and stop"
+    )
     parser.add_argument("--table", action="store_true", help="print the table of finished cells and stop")
     arguments = parser.parse_args()
     study = Study(
         output=arguments.output.absolute(), folds=arguments.folds,
         transfer_steps=arguments.transfer_steps, finetune_steps=arguments.finetune_steps,
-        transfer_batch=arguments.transfer_batch,
+        transfer_batch=arguments.transfer_batch, finetune_batch=arguments.finetune_batch,
     )  # fmt: skip
     study.output.mkdir(parents=True, exist_ok=True)
     log = study.output / "rows.jsonl"
@@ -379,6 +416,8 @@ def main() -> None:
         print(table(done, folds=study.folds))
         return
     make_shards(study, arguments.data, arguments.unlabelled)
+    if arguments.shards:
+        return
     finished = {Cell(**{k: row[k] for k in ("method", "student", "share", "fold", "seed")}) for row in done}
     plan = cells(
         students=arguments.students,

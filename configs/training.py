@@ -118,6 +118,12 @@ class EngineConfig(Section):
         "fp32); autocast_bf16 keeps fp32 weights and BatchNorm (3D convolutions); bf16 and fp16 cast weights",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(1, description="DeepSpeed ZeRO stage")
+    sequence_parallel: int = Field(
+        1,
+        ge=1,
+        description="neighbouring ranks that share each clip, a run of its tokens each (video ViTs, supervised); "
+        "divides the ranks and the network's heads; 1 is off",
+    )
     checkpoint_blocks_share: float = Field(
         0.0, ge=0, le=1, description="share of blocks whose activations are recomputed"
     )
@@ -171,6 +177,7 @@ class EngineConfig(Section):
             "fp16": "precision",
             "torch_autocast": "precision",
             "zero_force_ds_cpu_optimizer": "offload",
+            "sequence_parallel_size": "sequence_parallel",
         }
         for key, ours in derived.items():
             if key in raw:
@@ -201,6 +208,13 @@ class EngineConfig(Section):
                 key="precision",
                 value="fp16",
                 hint="use fp32 or autocast_bf16",
+            )
+        if self.compile and self.sequence_parallel > 1:
+            raise ConfigError(
+                "is not for ranks that share clips, whose exchanges torch.compile does not see through",
+                key="compile",
+                value=True,
+                hint="use false, or sequence_parallel: 1",
             )
         self._possible_offload()
         if self.micro_batch is not None and self.global_batch % self.micro_batch:

@@ -22,7 +22,7 @@ from cliplift.models.protocol import ModelError
 from cliplift.pipelines.data.clip_plan import doubts_about
 from cliplift.pipelines.data.loader import ClipLoader
 from cliplift.pipelines.data.source import ClipSource
-from cliplift.pipelines.engine.deepspeed_setup import batch_split
+from cliplift.pipelines.engine.deepspeed_setup import batch_split, data_ranks
 from cliplift.pipelines.stages.run import check_model, stage_of
 from cliplift.sharding.manifest import Dataset, ManifestError, dataset_fingerprint
 from cliplift.sharding.read.generations import open_dataset
@@ -178,7 +178,9 @@ def _batches(run: TrainingRun, machine: Machine, known: Known) -> Iterator[Findi
     except ConfigError as error:
         yield Finding("fail", "batch", str(error))
         return
-    text = f"{G} clips = {N} ranks x {micro_batch} x {accumulation} accumulation steps"
+    N, shared = data_ranks(run.engine, world_size=N), run.engine.sequence_parallel
+    dealt_to = f"{N} ranks" if shared == 1 else f"{N} groups of {shared} ranks"
+    text = f"{G} clips = {dealt_to} x {micro_batch} x {accumulation} accumulation steps"
     if known.train is None:
         yield Finding("ok", "batch", text)
         return

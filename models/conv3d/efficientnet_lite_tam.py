@@ -13,14 +13,17 @@ Two deviations, so that the clip network starts as the image network of its weig
 from __future__ import annotations
 
 import dataclasses
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.image.efficientnet_lite import EfficientNetLite, InvertedResidual
+from cliplift.models.protocol import check_choices
 from cliplift.models.registry import variant
+
+Pooling = Literal["mean", "mean_deviation"]
 
 
 class TemporalAggregation(nn.Module):
@@ -59,7 +62,10 @@ class TemporalInvertedResidual(nn.Module):
 
 
 class EfficientNetLiteTAM(EfficientNetLite):
-    """(B, 3, T, H, W) -> (B, K). Its tensors bear the image network's names, and ``blocks.N.temporal.weight``."""
+    """(B, 3, T, H, W) -> (B, K). Its tensors bear the image network's names, and ``blocks.N.temporal.weight``.
+
+    ``pooling``: its features are the frames' mean (1280), or with ``mean_deviation`` also how much they vary (2560).
+    """
 
     input_dims = 5
 
@@ -70,11 +76,26 @@ class EfficientNetLiteTAM(EfficientNetLite):
         in_frames: int = 8,
         dropout: float = 0.0,
         difference_share: float = 0.0,
+        pooling: Pooling = "mean",
     ) -> None:
+        check_choices(Pooling, pooling=pooling)
         super().__init__(lite=0, num_classes=num_classes, in_frames=in_frames, dropout=dropout)
+        self.pooling = pooling
+        if pooling == "mean_deviation":
+            self.feature_dim *= 2
+            self.reset_classifier(num_classes)
         self.input_spec = dataclasses.replace(self.input_spec, frame_stride=8)
         inner = [block for block in self.blocks if isinstance(block, InvertedResidual)]
         self.blocks = nn.ModuleList(TemporalInvertedResidual(block, difference_share) for block in inner)
+
+    def forward_pooled(self, x: Tensor) -> Tensor:
+        """(B, 3, T, H, W) -> (B, D); with ``mean_deviation`` D is 2 x 1280: mean and deviation over the T frames of
+        each frame's mean over its places. The deviation is divided by T, not T - 1; its gradient is 0 where it is."""
+        if self.pooling == "mean":
+            return super().forward_pooled(x)
+        self.check_input(x)
+        frames = self.forward_features(x).flatten(3).mean(dim=3)  # (B, 1280, T)
+        return torch.cat([frames.mean(dim=2), frames.std(dim=2, correction=0)], dim=1)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, 1280, T, H/32, W/32)."""

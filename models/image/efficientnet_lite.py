@@ -69,12 +69,8 @@ class SamePaddedConv2d(Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ceil(H/stride), ceil(W/stride))."""
-        pads: list[int] = []
-        for size, kernel, stride in zip(
-            x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True
-        ):
-            pads += same_pads(size, kernel, stride)
-        return super().forward(F.pad(x, pads))
+        axes = zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True)
+        return super().forward(F.pad(x, [pad for axis in axes for pad in same_pads(*axis)]))
 
 
 def _convolution(
@@ -131,11 +127,8 @@ class EfficientNetLite(PooledClassifier):
         channels = STEM
         for count, kernel, stride, expansion, width in scaled_stages(*SCALES[lite][:2]):
             for i in range(count):
-                blocks.append(
-                    InvertedResidual(
-                        channels, width, kernel=kernel, stride=stride if i == 0 else 1, expansion=expansion
-                    )
-                )
+                shape = {"kernel": kernel, "stride": stride if i == 0 else 1, "expansion": expansion}
+                blocks.append(InvertedResidual(channels, width, **shape))
                 channels = width
         self.blocks = nn.ModuleList(blocks)
         self.head = nn.Sequential(Conv2d(channels, HEAD, 1, bias=False), _norm(HEAD), nn.ReLU6(inplace=True))
@@ -168,12 +161,8 @@ class EfficientNetLite(PooledClassifier):
 
 # outer module -> ours: the package's, then timm's
 _PACKAGE_TOP = {
-    "_conv_stem": "stem.0",
-    "_bn0": "stem.1",
-    "_conv_head": "head.0",
-    "_bn1": "head.1",
-    "_fc": "classifier",
-}
+    "_conv_stem": "stem.0", "_bn0": "stem.1", "_conv_head": "head.0", "_bn1": "head.1", "_fc": "classifier",
+}  # fmt: skip
 _TIMM_TOP = {"conv_stem": "stem.0", "bn1": "stem.1", "conv_head": "head.0", "bn2": "head.1"}
 _PARTS = ("expand", "expand_norm", "depthwise", "depthwise_norm", "project", "project_norm")
 _PACKAGE_BLOCK = dict(
@@ -218,12 +207,7 @@ def _imagenet_weights(lite: int) -> dict[str, Tensor]:
 
 
 # Parameters at 1000 classes: 4,652,008; 5,416,680; 6,092,072
-efficientnet_lite0 = variant(
-    "efficientnet_lite0", EfficientNetLite, dims="2d", paper=PAPER, fixed={"lite": 0}
-)
-efficientnet_lite1 = variant(
-    "efficientnet_lite1", EfficientNetLite, dims="2d", paper=PAPER, fixed={"lite": 1}
-)
-efficientnet_lite2 = variant(
-    "efficientnet_lite2", EfficientNetLite, dims="2d", paper=PAPER, fixed={"lite": 2}
+efficientnet_lite0, efficientnet_lite1, efficientnet_lite2 = (
+    variant(f"efficientnet_lite{n}", EfficientNetLite, dims="2d", paper=PAPER, fixed={"lite": n})
+    for n in SCALES
 )

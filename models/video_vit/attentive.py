@@ -7,7 +7,7 @@ attention inside the last has no output projection. One block (V-JEPA 1) is the 
 The probe has no positions of its own: the tokens already carry the encoder's.
 
 Shape letters: B clips, N tokens (those of several clips of a video may stand side by side), D width, A heads,
-K classes.
+K classes; of S ranks that share clips, n tokens on this one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.protocol import ModelError
-from cliplift.models.video_vit.blocks import STD, BlockSpec, InitLinear, Mlp, blocks
+from cliplift.models.video_vit.blocks import (
+    STD,
+    BlockSpec,
+    Deal,
+    InitLinear,
+    Mlp,
+    TokenGroup,
+    blocks,
+    to_heads,
+)
 from cliplift.models.video_vit.weights import adapt_probe
 
 PROBE_EPS = 1e-5  # LayerNorm's default, unlike the encoder's 1e-6 (released code)
@@ -30,17 +39,30 @@ PROBE_EPS = 1e-5  # LayerNorm's default, unlike the encoder's 1e-6 (released cod
 class CrossAttention(nn.Module):
     """Queries attend to tokens; no output projection."""
 
+    token_group: TokenGroup | None = None
+
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()
         self.heads = spec.heads
         self.q = InitLinear(spec.width, spec.width, init=spec.init)
         self.kv = InitLinear(spec.width, 2 * spec.width, init=spec.init)
 
-    def forward(self, query: Tensor, x: Tensor) -> Tensor:
-        """(B, Q, D) and (B, N, D) -> (B, Q, D)."""
+    def forward(self, query: Tensor, x: Tensor, dealt: Deal | None = None) -> Tensor:
+        """(B, Q, D) and (B, N, D), with ``dealt`` this rank's tokens (B, n, D), -> (B, Q, D)."""
         q = rearrange(self.q(query), "b q (a d) -> b a q d", a=self.heads)
-        k, v = rearrange(self.kv(x), "b n (two a d) -> two b a n d", two=2, a=self.heads).unbind()
-        return rearrange(F.scaled_dot_product_attention(q, k, v), "b a q d -> b q (a d)")
+        kv = rearrange(self.kv(x), "b n (two a d) -> two b a n d", two=2, a=self.heads)
+        if dealt is None:
+            k, v = kv.unbind()
+            return rearrange(F.scaled_dot_product_attention(q, k, v), "b a q d -> b q (a d)")
+        group = self.token_group
+        assert group is not None
+        # The queries are the same on all ranks: each computes those of its own heads.
+        own = self.heads // group.size
+        q = q[:, group.rank * own : (group.rank + 1) * own]
+        k, v = to_heads(kv, group, dealt).unbind()
+        y = F.scaled_dot_product_attention(q, k, v)
+        rows = group.gather(rearrange(y, "b a q d -> a b q d"), (own,) * group.size)
+        return rearrange(rows, "a b q d -> b q (a d)")
 
 
 class CrossBlock(nn.Module):
@@ -53,9 +75,9 @@ class CrossBlock(nn.Module):
         self.norm2 = nn.LayerNorm(spec.width, eps=spec.eps)
         self.mlp = Mlp(spec, shrink=shrink)
 
-    def forward(self, query: Tensor, x: Tensor) -> Tensor:
+    def forward(self, query: Tensor, x: Tensor, dealt: Deal | None = None) -> Tensor:
         """(B, Q, D) and (B, N, D) -> (B, Q, D)."""
-        query = query + self.xattn(query, self.norm1(x))
+        query = query + self.xattn(query, self.norm1(x), dealt)
         return query + cast(Tensor, self.mlp(self.norm2(query)))
 
 
@@ -69,12 +91,12 @@ class AttentivePooler(nn.Module):
         # the released code numbers this block as the last of the others
         self.cross_attention_block = CrossBlock(spec, shrink=math.sqrt(2 * max(depth - 1, 1)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dealt: Deal | None = None) -> Tensor:
         """(B, N, D) -> (B, D)."""
         for block in self.blocks:
-            x = block(x)
+            x = block(x, None, dealt)
         query = self.query_tokens.expand(len(x), -1, -1)
-        return cast(Tensor, self.cross_attention_block(query, x)[:, 0])
+        return cast(Tensor, self.cross_attention_block(query, x, dealt)[:, 0])
 
 
 class AttentiveProbe(nn.Module):
@@ -100,9 +122,9 @@ class AttentiveProbe(nn.Module):
         self.pooler = AttentivePooler(spec, depth)
         self.linear = InitLinear(width, num_classes, init="truncated")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, K)."""
-        return cast(Tensor, self.linear(self.pooler(x)))
+    def forward(self, x: Tensor, dealt: Deal | None = None) -> Tensor:
+        """(B, N, D) -> (B, K); with ``dealt``, of this rank's tokens (B, n, D) and those of the others."""
+        return cast(Tensor, self.linear(self.pooler(x, dealt)))
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
         """Public weights under our names; see :mod:`cliplift.models.video_vit.weights`."""

@@ -5,14 +5,19 @@ attention over all tokens that are given.
 
 Every layer initialises itself in its constructor, so that parameters may be partitioned away right after it.
 
-Shape letters: B clips, N tokens, D width, A heads.
+Ranks may share the tokens of every clip (DeepSpeed-Ulysses, Jacobs et al., arXiv 2309.14509). Each has a run of them,
+on which norms, Linears and MLPs are computed as ever. For attention the ranks exchange their tokens' queries, keys and
+values, so that each has all tokens of its own heads, and then the outputs back.
+
+Shape letters: B clips, N tokens, D width, A heads; of S ranks that share clips, n tokens on this one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -30,6 +35,68 @@ Init = Literal["xavier", "truncated"]
 Activation = Literal["gelu", "quick_gelu"]  # quick: x * sigmoid(1.702 x), CLIP's
 STD = 0.02
 QUICK = 1.702
+
+Deal = tuple[int, ...]  # how many of a clip's tokens each rank of a group has, in the order of both
+
+
+class TokenGroup(Protocol):
+    """Ranks that share every clip. Every operation is collective, and has a gradient.
+
+    What all ranks compute alike from the same values (``gather``, ``total``) has the same gradient on each. The mean
+    over the ranks of what they minimise is then what one rank alone would minimise, and so are the gradients of the
+    parameters, averaged over the ranks.
+    """
+
+    rank: int
+    size: int
+
+    def exchange(self, rows: Tensor, *, given: Sequence[int], taken: Sequence[int]) -> Tensor:
+        """(sum of ``given``, ...), of which rank j gets the j-th ``given`` rows -> (sum of ``taken``, ...), the i-th
+        ``taken`` rows from rank i."""
+        ...
+
+    def gather(self, rows: Tensor, lengths: Sequence[int]) -> Tensor:
+        """(lengths[rank], ...) -> (sum of ``lengths``, ...): the rows of all ranks, used by all of them alike."""
+        ...
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, used by all of them alike."""
+        ...
+
+
+@runtime_checkable
+class DealsTokens(Protocol):
+    """A module whose training clips may be shared by several ranks."""
+
+    def deal_tokens(self, group: TokenGroup | None) -> None:
+        """Share every training clip with the ranks of a group, or with none. Raises ModelError where it cannot."""
+
+
+def deal(tokens: int, size: int) -> Deal:
+    """As evenly as whole tokens can be dealt to ``size`` ranks, the longer runs first."""
+    each, more = divmod(tokens, size)
+    return tuple(each + (rank < more) for rank in range(size))
+
+
+def own_run(dealt: Deal, rank: int) -> slice:
+    """The numbers of the tokens that a rank has."""
+    first = sum(dealt[:rank])
+    return slice(first, first + dealt[rank])
+
+
+def to_heads(x: Tensor, group: TokenGroup, dealt: Deal) -> Tensor:
+    """(M, B, A, n, d), all heads of own tokens -> (M, B, A/S, N, d), own heads of all tokens."""
+    own, size = dealt[group.rank], group.size
+    # tokens first: what comes from the ranks, one after the other, is then all tokens in order
+    sent = rearrange(x, "m b (s a) n d -> (s n) m b a d", s=size)
+    return rearrange(group.exchange(sent, given=(own,) * size, taken=dealt), "n m b a d -> m b a n d")
+
+
+def to_tokens(y: Tensor, group: TokenGroup, dealt: Deal) -> Tensor:
+    """(B, A/S, N, d), own heads of all tokens -> (B, n, A d), all heads of own tokens."""
+    own, size = dealt[group.rank], group.size
+    rows = group.exchange(rearrange(y, "b a n d -> n b a d"), given=dealt, taken=(own,) * size)
+    return rearrange(rows, "(s n) b a d -> b n (s a d)", s=size)
 
 
 class InitLinear(nn.Linear):
@@ -95,6 +162,8 @@ class BlockSpec:
 class Attention(nn.Module):
     """Multi-head attention of all tokens over all tokens."""
 
+    token_group: TokenGroup | None = None
+
     def __init__(self, spec: BlockSpec, *, shrink: float) -> None:
         super().__init__()
         self.heads = spec.heads
@@ -105,13 +174,21 @@ class Attention(nn.Module):
         )
         self.proj = InitLinear(spec.width, spec.width, init=spec.init, shrink=shrink)
 
-    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D); ``rotation`` turns queries and keys by their tokens' places."""
+    def forward(self, x: Tensor, rotation: Rotation | None = None, dealt: Deal | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); ``rotation`` turns queries and keys by their tokens' places.
+
+        With ``dealt``, x and the result are the tokens of this rank, (B, n, D), and attend to those of all ranks.
+        """
         q, k, v = rearrange(self.qkv(x), "b n (three a d) -> three b a n d", three=3, a=self.heads).unbind()
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return cast(Tensor, self.proj(rearrange(y, "b a n d -> b n (a d)")))
+        if dealt is None:
+            y = rearrange(F.scaled_dot_product_attention(q, k, v), "b a n d -> b n (a d)")
+        else:
+            assert self.token_group is not None
+            q, k, v = to_heads(torch.stack([q, k, v]), self.token_group, dealt).unbind()
+            y = to_tokens(F.scaled_dot_product_attention(q, k, v), self.token_group, dealt)
+        return cast(Tensor, self.proj(y))
 
 
 class Mlp(nn.Module):
@@ -140,9 +217,9 @@ class Block(nn.Module):
         self.mlp = Mlp(spec, shrink=shrink)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D)."""
-        x = x + self.drop_path(self.attn(self.norm1(x), rotation))
+    def forward(self, x: Tensor, rotation: Rotation | None = None, dealt: Deal | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); with ``dealt``, of this rank's tokens (B, n, D)."""
+        x = x + self.drop_path(self.attn(self.norm1(x), rotation, dealt))
         return x + cast(Tensor, self.drop_path(self.mlp(self.norm2(x))))
 
 

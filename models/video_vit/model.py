@@ -14,12 +14,16 @@ What differs between the families is in the constructor's arguments:
     V-JEPA 2.1   rotary (interleaved, positions stretched to 16 x 16), four levels each with its LN, an embedding that
                  tells images from videos, and tubelets of one frame for images
 
+With :meth:`VideoViT.deal_tokens`, several ranks share every training clip, each a run of its tokens
+(:mod:`cliplift.models.video_vit.blocks`). Tokens are numbered time first, so a rank reads the frames of its run alone.
+
 Shape letters: B clips, C channels, T H W frames, rows and columns of tokens, P pixels of a tubelet's side, N tokens,
 n tokens that are given, D width, K classes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, cast
 
@@ -29,8 +33,20 @@ from torch import Tensor, nn
 
 from cliplift.models.layers import PooledClassifier
 from cliplift.models.protocol import InputSpec, ModelError
-from cliplift.models.video_vit.attentive import AttentiveProbe
-from cliplift.models.video_vit.blocks import STD, BlockSpec, Init, InitLinear, blocks, gather_tokens
+from cliplift.models.video_vit.attentive import AttentiveProbe, CrossAttention
+from cliplift.models.video_vit.blocks import (
+    STD,
+    Attention,
+    BlockSpec,
+    Deal,
+    Init,
+    InitLinear,
+    TokenGroup,
+    blocks,
+    deal,
+    gather_tokens,
+    own_run,
+)
 from cliplift.models.video_vit.positions import (
     RopeLayout,
     Rotation,
@@ -109,6 +125,7 @@ class VideoViT(PooledClassifier):
     """
 
     head_name = "head"
+    token_group: TokenGroup | None = None  # of the ranks that share every training clip
     # where V-JEPA's files keep an encoder: the teacher first, which is what is evaluated
     checkpoint_parts = ("target_encoder", "ema_encoder", "encoder")
 
@@ -202,15 +219,12 @@ class VideoViT(PooledClassifier):
             One (B, n, D) for each of them.
         """
         wanted = tuple(layers if layers is not None else self.levels or (len(self.blocks) - 1,))
-        z, rotation = self._embed(x, keep)
-        found = []
-        for i, block in enumerate(self.blocks):
-            z = block(z, rotation)
-            if i in wanted:
-                found.append(self._normed(z, i))
-            if i == max(wanted):
-                break
-        return found
+        levels, dealt = self._own_levels(x, keep, wanted)
+        if dealt is None:
+            return levels
+        group = self.token_group
+        assert group is not None
+        return [group.gather(z.transpose(0, 1), dealt).transpose(0, 1) for z in levels]
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, C, T*tubelet, H*P, W*P) -> (B, D, T, H, W)."""
@@ -221,13 +235,21 @@ class VideoViT(PooledClassifier):
 
     def forward_pooled(self, x: Tensor) -> Tensor:
         """(B, C, T*tubelet, H*P, W*P) -> (B, D): the mean token."""
-        mean = self.forward_tokens(x).mean(dim=1)
+        z, dealt = self._own_tokens(x)
+        if dealt is None:
+            mean = z.mean(dim=1)
+        else:
+            assert self.token_group is not None
+            # Added up over the ranks in fp32 at least, as within one.
+            wide = torch.promote_types(z.dtype, torch.float32)
+            mean = (self.token_group.total(z.sum(dim=1, dtype=wide)) / sum(dealt)).to(z.dtype)
         return cast(Tensor, self.fc_norm(mean) if self.final_norm == "pooled" else mean)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T*tubelet, H*P, W*P) -> (B, K) logits, or (B, D) features when ``num_classes == 0``."""
         if self.head_kind == "attentive" and self.num_classes:
-            return cast(Tensor, self.head(self.head_dropout(self.forward_tokens(x))))
+            z, dealt = self._own_tokens(x)
+            return cast(Tensor, self.head(self.head_dropout(z), dealt))
         return super().forward(x)
 
     def reset_classifier(self, num_classes: int) -> None:
@@ -242,6 +264,28 @@ class VideoViT(PooledClassifier):
             )
             self.head = head.to(device=reference.device, dtype=reference.dtype)
 
+    def deal_tokens(self, group: TokenGroup | None) -> None:
+        """Share every clip of a forward pass in training with the ranks of ``group``, which all call it with the same
+        clips; with None no more. In evaluation each rank computes its own clips.
+
+        Raises:
+            ModelError: their number does not divide the heads, or what is to be dealt is too small.
+        """
+        attentions = [m for m in self.modules() if isinstance(m, Attention | CrossAttention)]
+        if group is not None:
+            heads, tokens = math.gcd(*(m.heads for m in attentions)), self.native_grid.tokens
+            possible = [size for size in range(1, heads + 1) if heads % size == 0 and size <= tokens]
+            if group.size not in possible:
+                raise ModelError(
+                    f"{group.size} ranks cannot share {heads} heads of {tokens} tokens evenly: possible are "
+                    f"{', '.join(map(str, possible))}"
+                )
+            if self.head_kind == "attentive" and self.head_dropout.p:
+                raise ModelError("ranks that share clips would drop other tokens each: use dropout=0")
+        self.token_group = group
+        for attention in attentions:
+            attention.token_group = group
+
     def checkpoint_blocks(self) -> list[str]:
         """Every transformer block; all hold equally much."""
         return [f"blocks.{i}" for i in range(len(self.blocks))]
@@ -254,16 +298,65 @@ class VideoViT(PooledClassifier):
         """Raises ModelError for a Hugging Face config that is not of this net."""
         check_config(config, {"num_attention_heads": self.spec.heads})
 
-    def _embed(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Rotation | None]:
+    def _own_tokens(self, x: Tensor) -> tuple[Tensor, Deal | None]:
+        (z,), dealt = self._own_levels(x, None, (len(self.blocks) - 1,))
+        return z, dealt
+
+    def _own_levels(
+        self, x: Tensor, keep: Tensor | None, wanted: Sequence[int]
+    ) -> tuple[list[Tensor], Deal | None]:
+        """Tokens after several blocks; where ranks share the clips, those of this rank, and how they were dealt."""
         self.check_input(x)
         grid = self.grid(*x.shape[2:])
-        image = self.image_embed is not None and x.shape[2] == 1
-        z = (self.image_embed if image else self.patch_embed)(x)  # type: ignore[misc]
+        dealt = self._deal(grid.tokens if keep is None else keep.shape[1])
+        z, rotation = self._embed(x, grid, keep, dealt)
+        found = []
+        for i, block in enumerate(self.blocks):
+            z = block(z, rotation, dealt)
+            if i in wanted:
+                found.append(self._normed(z, i))
+            if i == max(wanted):
+                break
+        return found, dealt
+
+    def _deal(self, tokens: int) -> Deal | None:
+        group = self.token_group
+        if group is None or not self.training:
+            return None
+        if tokens < group.size:
+            raise ModelError(f"{group.size} ranks cannot share {tokens} tokens")
+        return deal(tokens, group.size)
+
+    def _embed(
+        self, x: Tensor, grid: TokenGrid, keep: Tensor | None, dealt: Deal | None
+    ) -> tuple[Tensor, Rotation | None]:
+        if dealt is not None:
+            assert self.token_group is not None
+            own = own_run(dealt, self.token_group.rank)
+            if keep is None:
+                return self._embed_run(x, grid, own)
+            keep = keep[:, own]
+        z = self._embedding(x)(x)
         if self.positions == "sincos":
             z = z + self._table(grid, z.device).to(z.dtype)
         if keep is not None:
             z = gather_tokens(z, keep)
         return z, self.rotation(grid, keep, device=z.device)
+
+    def _embed_run(self, x: Tensor, grid: TokenGrid, run: slice) -> tuple[Tensor, Rotation | None]:
+        """The tokens of one run, from the frames that they are in."""
+        each = grid.tokens_of_a_frame
+        first, stop = run.start // each, -(-run.stop // each)
+        frames = x.unflatten(2, (grid.frames, -1))[:, :, first:stop].flatten(2, 3)  # type: ignore[no-untyped-call]
+        z = self._embedding(x)(frames)[:, run.start - first * each : run.stop - first * each]
+        if self.positions == "sincos":
+            z = z + self._table(grid, z.device)[run].to(z.dtype)
+        numbers = torch.arange(run.start, run.stop, device=z.device)
+        return z, self.rotation(grid, numbers, device=z.device)
+
+    def _embedding(self, x: Tensor) -> nn.Module:
+        """What makes tokens of the pixels: of an image by itself, where the model takes images."""
+        return self.image_embed if self.image_embed is not None and x.shape[2] == 1 else self.patch_embed
 
     def rotation(self, grid: TokenGrid, keep: Tensor | None, *, device: torch.device) -> Rotation | None:
         """Rotary cosines and sines of a clip's tokens, or of those in ``keep``; None for sine/cosine positions."""

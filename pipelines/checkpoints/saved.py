@@ -42,15 +42,17 @@ class SavedState:
 
 
 def open_checkpoint(path: Folder, *, topology: Topology) -> SavedState:
-    """Open a checkpoint. Another world size takes rank 0's buffers and starts the ranks' random state afresh.
+    """Open a checkpoint. Another number of ranks that clips are dealt to takes rank 0's buffers and starts the ranks'
+    random state afresh. Ranks that share their clips have the same of both.
 
     Raises:
         CheckpointError: a file cannot be read as what it should be.
     """
     state = json.loads(read_small(path, STATE).decode("utf-8"))
     names = sealed_files(path)
-    same_world = state["world_size"] == topology.world_size
-    rank = topology.rank if same_world else 0
+    shared = int(state.get("sequence_parallel", 1))
+    same_dealing = state["world_size"] == topology.data_ranks * shared
+    rank = topology.data_rank * shared if same_dealing else 0
 
     def reader(kind: str) -> SliceReader:
         ours = (f"{kind}-rank{n}.safetensors" for n in range(state["world_size"]))
@@ -73,7 +75,7 @@ def open_checkpoint(path: Folder, *, topology: Topology) -> SavedState:
         average=average,
         buffers=buffers,
         average_buffers=averaged or small("average-buffers"),
-        random_state=small("random") if same_world else {},
+        random_state=small("random") if same_dealing else {},
         state={"data_offset": 0, "rewinds": 0, "average_updates": 0, **state},
     )
     if isinstance(path, StoredFolder):

@@ -22,6 +22,7 @@ from cliplift.pipelines.cost.activation_memory import (
     measure_activations,
     storage_bytes,
 )
+from cliplift.pipelines.distributed.sequence import require_shared
 from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_config
 from cliplift.pipelines.engine.optim import optimizer_moments
 from cliplift.pipelines.engine.task import HALF, as_trained
@@ -85,6 +86,7 @@ def plan_memory(run: TrainingRun, *, classes: int, world_size: int, on_gpu: bool
     with torch.device("meta"):
         built = stage.build_module(weights=False)
         module, frozen = as_trained(built, run), built.frozen
+    require_shared(module, run.engine)  # and measured as the first rank of a group, which has the most tokens
     teacher = (
         0 if frozen is None else sum(storage_bytes(t) for t in (*frozen.parameters(), *frozen.buffers()))
     )

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig
+from cliplift.pipelines.distributed.host_memory import keep_freed_memory
 from cliplift.pipelines.distributed.launchers import Place, find_place, variables_of
 
 V = TypeVar("V")
@@ -32,12 +33,25 @@ MEETING_SECONDS = 60.0  # from the first process that is ready to the last
 
 @dataclass(frozen=True)
 class Topology:
-    """This process among the others, and the device it computes on."""
+    """This process among the others, and the device it computes on.
+
+    ``sequence_parallel`` neighbouring ranks share their clips (``sequence.py``): to what deals clips they are one rank
+    of the ``data_ranks``.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
+    sequence_parallel: int = 1
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // self.sequence_parallel
+
+    @property
+    def data_ranks(self) -> int:
+        return self.world_size // self.sequence_parallel
 
     @property
     def is_main(self) -> bool:
@@ -52,11 +66,17 @@ def start(engine: EngineConfig) -> Topology:
     """
     place = find_place(os.environ)
     device = _device(engine, place.local_rank)
+    if device.type == "cpu":
+        keep_freed_memory()
     if not dist.is_initialized():
         _quiet()
         _init_process_group(engine, device, place)
     return Topology(
-        rank=dist.get_rank(), world_size=dist.get_world_size(), local_rank=place.local_rank, device=device
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        local_rank=place.local_rank,
+        device=device,
+        sequence_parallel=engine.sequence_parallel,
     )
 
 

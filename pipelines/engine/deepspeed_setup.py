@@ -23,6 +23,7 @@ from cliplift.models.layers import checkpoint_blocks
 from cliplift.pipelines.checkpoints import folder as checkpoint_folder
 from cliplift.pipelines.checkpoints.saved import SavedState, check_fits, load_buffers, open_checkpoint
 from cliplift.pipelines.distributed.collectives import Topology, broadcast_object
+from cliplift.pipelines.distributed.sequence import KEY, sequence_group, share_clips
 from cliplift.pipelines.engine.batchnorm import refuse_half_batchnorm
 from cliplift.pipelines.engine.optim import build_optimizer, network_with_blocks, optimizer_moments
 from cliplift.pipelines.engine.partitioned_build import hand_over, move_to
@@ -55,7 +56,8 @@ def deepspeed_config(run: TrainingRun, *, world_size: int) -> dict[str, object]:
         "round_robin_gradients": False,
     }
     derived: dict[str, object] = {
-        "train_batch_size": engine.global_batch,
+        # DeepSpeed multiplies by all ranks, also those that share their clips.
+        "train_batch_size": engine.global_batch * engine.sequence_parallel,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         # At stage 0 the training loop clips, from the norm it computes anyway.
@@ -79,21 +81,46 @@ def deepspeed_config(run: TrainingRun, *, world_size: int) -> dict[str, object]:
     return _overlaid(derived, engine.deepspeed, key="engine.deepspeed")
 
 
+def data_ranks(engine: EngineConfig, *, world_size: int) -> int:
+    """How many ranks, or groups of ranks that share their clips, the clips of a step are dealt to.
+
+    Raises:
+        ConfigError: the ranks cannot be put into groups of ``engine.sequence_parallel``.
+    """
+    groups, rest = divmod(world_size, engine.sequence_parallel)
+    if rest:
+        possible = [size for size in range(1, world_size + 1) if world_size % size == 0]
+        raise ConfigError(
+            f"{world_size} ranks are not whole groups of {engine.sequence_parallel}",
+            key=KEY,
+            value=engine.sequence_parallel,
+            hint=f"use one of {possible}, or as many ranks as it needs",
+        )
+    return groups
+
+
 def batch_split(run: TrainingRun, *, world_size: int) -> tuple[int, int]:
-    """(clips per forward pass and rank, accumulation steps) whose product over ranks is the global batch."""
+    """(clips per forward pass and rank, accumulation steps) whose product over ranks is the global batch.
+
+    Ranks that share their clips count as one.
+    """
     engine = run.engine
-    per_rank, rest = divmod(engine.global_batch, world_size)
+    groups = data_ranks(engine, world_size=world_size)
+    who = f"{groups} ranks"
+    if engine.sequence_parallel > 1:
+        who = f"{groups} groups of {engine.sequence_parallel} ranks"
+    per_rank, rest = divmod(engine.global_batch, groups)
     if rest:
         raise ConfigError(
-            f"{engine.global_batch} clips cannot be dealt evenly to {world_size} ranks",
+            f"{engine.global_batch} clips cannot be dealt evenly to {who}",
             key="engine.global_batch",
             value=engine.global_batch,
-            hint=f"use a multiple of {world_size}",
+            hint=f"use a multiple of {groups}",
         )
     micro_batch = min(engine.micro_batch or per_rank, per_rank)
     if per_rank % micro_batch:
         raise ConfigError(
-            f"{micro_batch} does not divide the {per_rank} clips of each of {world_size} ranks",
+            f"{micro_batch} does not divide the {per_rank} clips of each of {who}",
             key="engine.micro_batch",
             value=micro_batch,
             hint=f"use a divisor of {per_rank}",
@@ -143,6 +170,9 @@ def build_engine(
     if engine_config.checkpoint_blocks_share:
         _, network = network_with_blocks(module, key="engine.checkpoint_blocks_share")
         checkpoint_blocks(network, engine_config.checkpoint_blocks_share)
+    if topology.sequence_parallel > 1:
+        timeout = engine_config.collective_timeout_seconds
+        share_clips(module, sequence_group(topology, timeout_seconds=timeout))
     optimizer = build_optimizer(
         module, run.optim, global_batch=engine_config.global_batch, device=topology.device
     )

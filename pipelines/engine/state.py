@@ -107,6 +107,7 @@ class RunState:
                 "evaluation_due": self.evaluation_due,
                 "schedule": self.schedule.state(),
                 "identity": dict(self.identity),
+                "sequence_parallel": self.topology.sequence_parallel,
                 "tracker_id": tracker_id,
             },
         )

@@ -76,7 +76,9 @@ class TrainingWindow:
         means = all_reduce_mean(sums, topology) / self.steps
         if self.clip_sums:
             # The mean over clips takes the place of that over micro-batches, whose roundings depend on their size.
-            exact = all_reduce_sum(torch.stack(list(self.clip_sums.values())), topology) / self.clips
+            # Ranks that share their clips all have the same sums.
+            counted = self.clips * topology.sequence_parallel
+            exact = all_reduce_sum(torch.stack(list(self.clip_sums.values())), topology) / counted
             of_clips = dict(zip(self.clip_sums, exact, strict=True))
             means = torch.stack([of_clips.get(name, mean) for name, mean in zip(names, means, strict=True)])
         return [*names, "data_wait_share"], torch.cat([means, ranks[:, 0].max().reshape(1)]), ranks

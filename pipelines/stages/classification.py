@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from cliplift.configs.runs import ClassificationRun, FinetuneRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model
-from cliplift.models.protocol import HasOwnLoss, VideoNetwork
+from cliplift.models.protocol import HasOwnLoss, ModelError, VideoNetwork
+from cliplift.models.video_vit.blocks import DealsTokens, TokenGroup
 from cliplift.pipelines.data.augment import mix_clips
 from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.data.source import stored_split
@@ -68,6 +69,14 @@ class Classifier(KeepsBatchNorm):
         loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
         accuracy = (logits.argmax(dim=1) == inputs["labels"]).float().mean()
         return {"loss": loss, "accuracy": accuracy.detach()}
+
+    def deal_tokens(self, group: TokenGroup | None) -> None:
+        """As the network does; a network that cannot is a ModelError."""
+        if not isinstance(self.network, DealsTokens):
+            raise ModelError(
+                f"{type(self.network).__name__} keeps every clip on one rank: video_vit and vjepa2 share them"
+            )
+        self.network.deal_tokens(group)
 
 
 class ClassificationStage(NetworkStage[ClassificationRun]):

@@ -27,6 +27,7 @@ from cliplift.pipelines.distributed.agreement import agree_on_run, agreed_data
 from cliplift.pipelines.distributed.collectives import Topology, barrier, broadcast_object, start
 from cliplift.pipelines.distributed.flight_recorder import record_collectives
 from cliplift.pipelines.distributed.launchers import find_place
+from cliplift.pipelines.distributed.sequence import require_shared
 from cliplift.pipelines.engine.deepspeed_setup import batch_split, deepspeed_config, set_numerics
 from cliplift.pipelines.engine.faults import STACKS, StoppedBySignalError, caught_signals, stop_together
 from cliplift.pipelines.engine.loop import fit
@@ -284,12 +285,16 @@ def dry_run(run: TrainingRun) -> str:
 
 
 def check_model(run: TrainingRun) -> None:
-    """Raise ConfigError for an unknown model before anything else is started."""
+    """Raise ConfigError for an unknown model, or one whose clips cannot be shared, before anything else is started."""
     for key, name in stage_of(run).networks().items():
         try:
             model_entry(name)
         except ModelError as error:
             raise ConfigError(str(error), key=key, value=name) from None
+    if run.engine.sequence_parallel > 1:
+        with torch.device("meta"):
+            module = stage_of(run, classes=("one",)).build_module(weights=False).module
+        require_shared(module, run.engine)
 
 
 def _loader(run: TrainingRun, topology: Topology) -> TrainingLoader:
@@ -299,8 +304,8 @@ def _loader(run: TrainingRun, topology: Topology) -> TrainingLoader:
         seed=run.seed,
         global_batch=run.engine.global_batch,
         micro_batch=micro_batch,
-        rank=topology.rank,
-        world_size=topology.world_size,
+        rank=topology.data_rank,
+        world_size=topology.data_ranks,
     )
 
 
@@ -310,6 +315,8 @@ def _setting(run: TrainingRun, task: Stage, loader: TrainingLoader, topology: To
     trained = sum(p.numel() for p in task.module.parameters() if p.requires_grad)
     steps = total_steps(run.schedule, steps_per_epoch=loader.steps_per_epoch)
     ranks = "1 process" if topology.world_size == 1 else f"{topology.world_size} processes"
+    if topology.sequence_parallel > 1:
+        ranks += f", {topology.sequence_parallel} of them for each clip"
     device = (
         torch.cuda.get_device_name(topology.device)
         if topology.device.type == "cuda"
@@ -325,7 +332,8 @@ def _setting(run: TrainingRun, task: Stage, loader: TrainingLoader, topology: To
 
 def read_classes(run: TrainingRun) -> tuple[str, ...]:
     """The class names of a run, from its data."""
-    loader = _loader(run, Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu")))
+    alone = run.model_copy(update={"engine": run.engine.model_copy(update={"sequence_parallel": 1})})
+    loader = _loader(alone, Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu")))
     try:
         return tuple(loader.classes)
     finally:

@@ -188,8 +188,10 @@ class TransferStage:
             copy = self._student(pretrained=None).eval()
             clip = torch.zeros(1, 3, data.sampling.frames, data.crop_pixels, data.crop_pixels)
             shape = tuple(copy.forward_features(clip).shape)
-        if len(shape) != 5 or shape[1] != student.feature_dim:
+        if len(shape) != 5:
             reason = f"{self.run.model.name} has no feature map over time and space"
+        elif shape[1] != student.feature_dim:
+            reason = f"the features of {self.run.model.name} are not the mean of its map"
         elif shape[2] % steps:
             reason = (
                 f"the map of {self.run.model.name} has {shape[2]} times, which {steps} parts do not divide"

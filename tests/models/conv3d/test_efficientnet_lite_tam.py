@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from cliplift.models import create_model
 from cliplift.models.conv3d.efficientnet_lite_tam import TemporalAggregation, TemporalInvertedResidual
 from cliplift.models.measure import measure_model
+from cliplift.models.protocol import ModelError
 
 CHANNELS_IN = (32, 16, 24, 24, 40, 40, 80, 80, 80, 112, 112, 112, 192, 192, 192, 192)
 needs_package = pytest.mark.skipif(
@@ -103,6 +104,43 @@ def test_channels_can_start_as_what_changes() -> None:
     seen = TemporalAggregation(4, differences=3)(still)
     assert seen[0, 1:4, :3].abs().max() == 0
     assert torch.equal(seen[:, :, 3], still[:, :, 3])
+
+
+def test_features_can_hold_how_much_the_frames_vary() -> None:
+    """With ``mean_deviation``: mean and deviation of what the image network says of each frame."""
+    torch.manual_seed(0)
+    image = create_model("efficientnet_lite0", num_classes=0).double()
+    settle(image, torch.randn(8, 3, 64, 48, dtype=torch.float64))
+    video = create_model("efficientnet_lite0_tam", num_classes=0, pooling="mean_deviation").double().eval()
+    video.load_state_dict(image.state_dict(), strict=False)
+    clip = torch.randn(2, 3, 5, 64, 48, dtype=torch.float64)
+    every = torch.stack([image(clip[:, :, t]) for t in range(5)], dim=1)
+    expected = torch.cat([every.mean(dim=1), every.std(dim=1, unbiased=False)], dim=1)
+    assert video.feature_dim == 2560
+    assert expected[:, 1280:].max() > 0.1
+    torch.testing.assert_close(video(clip), expected, rtol=1e-9, atol=1e-9)
+    video.reset_classifier(7)
+    assert video(clip).shape == (2, 7)
+
+
+def test_a_clip_that_stands_still_has_no_deviation_and_finite_gradients() -> None:
+    torch.manual_seed(0)
+    model = create_model("efficientnet_lite0_tam", num_classes=3, pooling="mean_deviation")
+    settle(model, torch.randn(4, 3, 2, 32, 32))
+    for frames in (torch.randn(1, 3, 1, 32, 32), torch.randn(1, 3, 1, 32, 32).repeat(1, 1, 4, 1, 1)):
+        model.zero_grad()
+        pooled = model.forward_pooled(frames)  # type: ignore[operator]
+        assert pooled[:, :1280].abs().max() > 0.1
+        assert pooled[:, 1280:].abs().max() < 1e-5
+        pooled.sum().backward()
+        found = [p.grad for name, p in model.named_parameters() if not name.startswith("classifier")]
+        assert all(g is not None and g.isfinite().all() for g in found)
+        assert any(g is not None and g.abs().max() > 0 for g in found)
+
+
+def test_another_pooling_is_refused() -> None:
+    with pytest.raises(ModelError, match="pooling='max' must be 'mean' or 'mean_deviation'"):
+        create_model("efficientnet_lite0_tam", pooling="max")
 
 
 @needs_package

@@ -295,6 +295,24 @@ def test_a_student_without_such_a_map_is_refused_before_the_teacher_is_asked(
     assert not list(tmp_path.glob("teacher_*"))
 
 
+def test_a_student_whose_features_are_more_than_its_map_predicts_from_them_alone(
+    repository: Path, tmp_path: Path
+) -> None:
+    """With mean and deviation over time the predictor of both has a weight for each; from the map there are none."""
+    words = [
+        "model={name: efficientnet_lite0_tam, options: {pooling: mean_deviation}}", "frozen_batchnorm=true",
+        "teacher={pretrained: null, frames: 4}", "data.crop_pixels=32", "data.sampling.frames=4",
+    ]  # fmt: skip
+    spread = "correspondence={objective: regression, time_steps: 4, time_basis: spread}"
+    built = stage_of(load(repository, tmp_path, tmp_path, *words, spread)).build_module(weights=False)
+    assert built.network.feature_dim == 2560
+    assert built.module.get_parameter("predictor.output.weight").shape == (2 * 1280, 2560)
+    of_map = "correspondence={objective: regression, time_steps: 4, predict_from: map}"
+    with pytest.raises(ConfigError, match="not the mean of its map") as caught:
+        stage_of(load(repository, tmp_path, tmp_path, *words, of_map)).build_module(weights=False)
+    assert caught.value.key == "correspondence.predict_from"
+
+
 def test_a_student_that_starts_as_the_image_network_can_learn_time_alone(
     repository: Path, tmp_path: Path
 ) -> None:
