@@ -20,7 +20,8 @@ transfer is regression onto the teacher's mean and deviation, of all that is not
 
 One JSON line for each cell in STUDY/rows.jsonl, beside those of ``transfer_study.py``, whose choice of labelled clips
 it is; what is there is not done again. ``--table`` prints the table. The learning rates were chosen on cameras of the
-first fold's training clips, for ``mean``; ``deviation`` was not tuned.
+first fold's training clips, of ``deviation`` that of finetuning alone, which starts from the linear classifier of
+``probe`` there.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ from cliplift.pipelines.stages.teacher import cosines, over_time, ridge
 
 STUDENT, WEIGHTS = "efficientnet_lite0_tam", "2d:imagenet"
 TEACHER_PIXELS, TEACHER_SHORT_SIDE = 160, 176
-FINETUNE_LR, FINETUNE_STEPS, LAYER_DECAY = 1e-3, 25, 0.8
+FINETUNE_STEPS, LAYER_DECAY = 25, 0.8
+LINEAR_L2, LINEAR_STEPS = 1e-3, 200
 RIDGE, RIDGE_PENALTY = "transfer, ridge", 1.0  # the penalty is the option's default
 METHODS = (
     "frames", "frames and spread", "inflated; probe", "transfer; probe", f"{RIDGE}; probe", "inflated", "transfer",
@@ -84,6 +86,8 @@ class Setting:
     time_alone: bool  # transfer trains the weights over time and nothing else
     transfer_lr: float
     transfer_steps: int
+    finetune_lr: float
+    linear_start: bool  # finetuning starts from the linear classifier of ``probe``
     batch: int
 
     @property
@@ -95,12 +99,12 @@ SETTINGS = {
     "mean": Setting(
         name=f"{STUDENT}, stored views", pooling="mean", pixels=80, short_side=88, held_blocks=8,
         views=6, unlabelled_views=6, parts=4, spread=False, time_alone=True,
-        transfer_lr=3e-3, transfer_steps=40, batch=16,
+        transfer_lr=3e-3, transfer_steps=40, finetune_lr=1e-3, linear_start=False, batch=16,
     ),
     "deviation": Setting(
         name=f"{STUDENT}, deviation, stored views", pooling="mean_deviation", pixels=160, short_side=176,
         held_blocks=12, views=4, unlabelled_views=2, parts=8, spread=True, time_alone=False,
-        transfer_lr=3e-4, transfer_steps=30, batch=8,
+        transfer_lr=3e-4, transfer_steps=30, finetune_lr=1e-4, linear_start=True, batch=8,
     ),
 }  # fmt: skip
 
@@ -364,7 +368,7 @@ class Study:
             if probe:
                 accuracy = probed(lambda row: features(network, row["plain"][None])[0], *rows)
             else:
-                accuracy, loss = finetuned(network, *rows, seed=seed, batch=self.setting.batch)
+                accuracy, loss = finetuned(self.setting, network, *rows, seed=seed)
         self.write(
             method=method, share=share, fold=fold, seed=seed, accuracy=accuracy, loss=loss, began=began,
             labelled_clips=len(rows[0]),
@@ -420,16 +424,22 @@ def transfer(
 Rows = Sequence[tuple[dict[str, Tensor], int]]
 
 
-def finetuned(network: Rest, train: Rows, test: Rows, *, seed: int, batch: int) -> tuple[float, float]:
+def finetuned(setting: Setting, network: Rest, train: Rows, test: Rows, *, seed: int) -> tuple[float, float]:
     """Accuracy after the last step, and the loss of training."""
     labels = torch.tensor([label for _, label in train])
+    if setting.linear_start:
+        seen = features(network, torch.stack([row["plain"] for row, _ in train])).double()
+        weight, bias = fit_linear(
+            seen, labels, classes=len(network.classifier.bias), l2=LINEAR_L2, steps=LINEAR_STEPS
+        )
+        network.classifier.load_state_dict({"weight": weight.float(), "bias": bias.float()})
 
     def loss(rows: list[int], maps: Tensor) -> Tensor:
         return F.cross_entropy(network.classifier(network(maps)), labels[rows])
 
     last = fit(
-        network, loss, [row["views"] for row, _ in train], steps=FINETUNE_STEPS, batch=batch, seed=seed,
-        optim=OptimConfig(lr=FINETUNE_LR, layer_decay=LAYER_DECAY, weight_decay=0.05),
+        network, loss, [row["views"] for row, _ in train], steps=FINETUNE_STEPS, batch=setting.batch,
+        seed=seed, optim=OptimConfig(lr=setting.finetune_lr, layer_decay=LAYER_DECAY, weight_decay=0.05),
     )  # fmt: skip
     with torch.no_grad():
         seen = features(network, torch.stack([row["plain"] for row, _ in test]))
@@ -442,7 +452,7 @@ def probed(features_of: Callable[[dict[str, Tensor]], Tensor], train: Rows, test
     labels = [torch.tensor([label for _, label in part]) for part in (train, test)]
     seen = [torch.stack([features_of(row) for row, _ in part]).double() for part in (train, test)]
     classes = 1 + int(torch.cat(labels).max())
-    weight, bias = fit_linear(seen[0], labels[0], classes=classes, l2=1e-3, steps=200)
+    weight, bias = fit_linear(seen[0], labels[0], classes=classes, l2=LINEAR_L2, steps=LINEAR_STEPS)
     return float(((seen[1] @ weight.T + bias).argmax(dim=1) == labels[1]).double().mean())
 
 

@@ -63,6 +63,16 @@ OBJECTIVES: Mapping[str, tuple[str, ...]] = {
         "correspondence.normalise_features=true",
     ),
 }  # fmt: skip
+# Of every run, whatever the recipes say; what differs between students follows.
+PLAIN = (
+    "model.pretrained=null", "model.options={}", "model.frozen=[]", "frozen_batchnorm=false", "data.crop_pixels=80",
+    "data.resize_short_side_pixels=88", "evaluation.precise_batchnorm_batches=8",
+)  # fmt: skip
+PLAIN_TRANSFER = (
+    *PLAIN, "optim.lr=2e-3", "correspondence.time_basis=parts", "correspondence.predictor_start=random",
+)  # fmt: skip
+PLAIN_FINETUNE = (*PLAIN, "optim.lr=1e-3", "optim.layer_decay=1.0", "classifier_start=random")
+HELD_FINETUNE = ("frozen_batchnorm=true", "optim.layer_decay=0.8", "evaluation.precise_batchnorm_batches=0")
 DEVIATION = "efficientnet_lite0_tam, deviation"
 STUDENTS: Mapping[str, tuple[str, ...]] = {
     DEVIATION: (
@@ -85,13 +95,16 @@ STARTS_AS_2D: Mapping[str, StartsAs2D] = {
     # Transfer teaches it time alone: the weights that mix a frame with its neighbours.
     "efficientnet_lite0_tam": StartsAs2D(
         transfer=('model.frozen=["stem.*","blocks.*.layers.*","head.*","blocks.[0-7].*"]', "optim.lr=3e-3"),
-        finetune=('model.frozen=["stem.*","blocks.[0-7].*"]',),
+        finetune=(*HELD_FINETUNE, 'model.frozen=["stem.*","blocks.[0-7].*"]'),
     ),
     DEVIATION: StartsAs2D(
         transfer=('model.frozen=["stem.*","blocks.?.*","blocks.1[01].*"]', "optim.lr=3e-4"),
-        finetune=('model.frozen=["stem.*","blocks.?.*","blocks.1[01].*"]',),
+        finetune=(
+            *HELD_FINETUNE, 'model.frozen=["stem.*","blocks.?.*","blocks.1[01].*"]', "classifier_start=linear",
+            "optim.lr=1e-4",
+        ),
     ),
-}
+}  # fmt: skip
 FRAMES = {
     "frames": "",
     "frames and spread": "spread-",
@@ -154,6 +167,11 @@ def cells(
 def words_of(student: str) -> tuple[str, ...]:
     """What a run says of its student and of what that sees."""
     return STUDENTS.get(student, (f"model.name={student}",))
+
+
+def last_of_each(words: Sequence[str]) -> list[str]:
+    """Of several words for one key the last."""
+    return list({word.partition("=")[0]: word for word in words}.values())
 
 
 def held_out_groups(rows: Sequence[Mapping[str, str]], folds: int) -> list[set[str]]:
@@ -220,12 +238,16 @@ def transferred(study: Study, cell: Cell, objective: str) -> tuple[Path, float]:
     shards = [str(study.shards(cell.fold))]
     shards += [str(path) for path in sorted((study.output / "shards").glob("unlabelled*"))]
     words = [
-        f"seed={cell.seed}", f"data.shards={json.dumps(shards)}", *words_of(cell.student),
+        *PLAIN_TRANSFER, f"seed={cell.seed}", f"data.shards={json.dumps(shards)}", *words_of(cell.student),
         f"schedule.steps={study.transfer_steps}", f"engine.global_batch={study.transfer_batch}",
         *OBJECTIVES[objective],
     ]  # fmt: skip
     if cell.student in STARTS_AS_2D:
-        words += ["model.pretrained=2d:imagenet", "frozen_batchnorm=true"]
+        words += [
+            "model.pretrained=2d:imagenet",
+            "frozen_batchnorm=true",
+            "evaluation.precise_batchnorm_batches=0",
+        ]
         words += STARTS_AS_2D[cell.student].transfer
     return folder, run("transfer/small", folder, words)["seconds"]
 
@@ -236,7 +258,7 @@ def run(recipe: str, folder: Path, words: Sequence[str]) -> dict[str, Any]:
     from cliplift.pipelines.stages.run import run_stage
 
     common = [f"output={folder}", "track.wandb=disabled", "data.cache_decoded_mib=3000"]
-    result = run_stage(load_training(recipe, [*words, *common]).run, command=["study"])
+    result = run_stage(load_training(recipe, last_of_each([*words, *common])).run, command=["study"])
     if not result.finished:
         raise SystemExit("stopped by a signal; start it again to continue")
     return {"metrics": dict(result.metrics), "seconds": result.seconds}
@@ -246,7 +268,7 @@ def finetuned(study: Study, cell: Cell, start: Path | None) -> dict[str, Any]:
     """Accuracy after finetuning from a run folder, or from random or 2D weights."""
     folder = study.folder("finetune", *asdict(cell).values())
     words = [
-        f"seed={cell.seed}", f"data.shards={study.shards(cell.fold)}", *words_of(cell.student),
+        *PLAIN_FINETUNE, f"seed={cell.seed}", f"data.shards={study.shards(cell.fold)}", *words_of(cell.student),
         f"schedule.steps={study.finetune_steps}", f"engine.global_batch={study.finetune_batch}",
         f"data.label_share={cell.share}", f"data.subset_seed={cell.seed}",
         # Evaluated once, after the last step: the tested cameras choose nothing.
@@ -254,7 +276,7 @@ def finetuned(study: Study, cell: Cell, start: Path | None) -> dict[str, Any]:
         f"initialise_from={'null' if start is None else start}",
     ]  # fmt: skip
     if cell.student in STARTS_AS_2D and cell.method != "scratch":
-        words += ["frozen_batchnorm=true", "optim.layer_decay=0.8", *STARTS_AS_2D[cell.student].finetune]
+        words += STARTS_AS_2D[cell.student].finetune
     if cell.method == "inflated":
         words.append("model.pretrained=2d:imagenet")
     found = run("finetune/small", folder, words)
@@ -272,11 +294,16 @@ def probed(study: Study, cell: Cell, weights: Path | None) -> dict[str, Any]:
     from cliplift.pipelines.data.source import ClipSource
     from cliplift.pipelines.probes.pooled import fit_linear
 
-    words = [f"data.shards={study.shards(cell.fold)}", "data.val_share=0", "data.cache_decoded_mib=3000"]
-    words += words_of(cell.student)
+    words = [
+        *PLAIN_TRANSFER,
+        f"data.shards={study.shards(cell.fold)}",
+        "data.val_share=0",
+        *words_of(cell.student),
+    ]
+    words.append("data.cache_decoded_mib=3000")
     if cell.method in FRAMES:  # as large as the teacher sees them in transfer
         words += ["data.crop_pixels=160", "data.resize_short_side_pixels=176"]
-    run: TransferRun = load_as("transfer/small", TransferRun, words).run
+    run: TransferRun = load_as("transfer/small", TransferRun, last_of_each(words)).run
     prefix = FRAMES.get(cell.method, "")
     if cell.method in WITHOUT_TRANSFER:
         prefix = f"{cell.method.removesuffix('; probe')}-{run.model.options.get('pooling', 'mean')}-"

@@ -208,6 +208,11 @@ class FinetuneRun(ClassificationRun):
     frozen_batchnorm: bool = Field(
         False, description="BatchNorm keeps its statistics and weights, which small batches would spoil"
     )
+    classifier_start: Literal["random", "linear"] = Field(
+        "random",
+        description="first weights of the classifier: random, or those of the linear classifier that fits the training "
+        "clips' features of the network as it starts (arXiv:2202.10054), which needs BatchNorm held or none",
+    )
     test_split: str = Field("test", description="split evaluated once at the end")
     folds: tuple[int, ...] | Literal["all"] = Field(
         (),
@@ -218,6 +223,22 @@ class FinetuneRun(ClassificationRun):
         (),
         description="seeds to run one after the other, each in OUTPUT/seedN (below foldN); () is `seed` alone",
     )
+
+    @model_validator(mode="after")
+    def _start_possible(self) -> FinetuneRun:
+        if self.classifier_start == "random":
+            return self
+        why = {
+            self.engine.zero_stage
+            == 3: "needs the network whole before the first step, and at ZeRO stage 3 no rank "
+            "holds all of it",
+            self.task == "multi_label": "is fitted to one class per clip",
+            self.data.sequential
+            is not None: "needs every training clip by number, and a stream of tars has none",
+        }
+        if True in why:
+            raise ConfigError(why[True], key="classifier_start", value="linear", hint="use random")
+        return self
 
 
 class EvaluateRun(Section):
@@ -382,6 +403,7 @@ class ReportRun(Section):
 MOTION_ONLY: Mapping[str, object] = {
     "output": "runs/demo-motion",
     "size_pixels": 80,
+    "val_per_class": 4,
     "train_per_class": 60,
     "test_per_class": 20,
     "unlabelled": 140,
@@ -408,7 +430,7 @@ class DemoRun(Section):
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="seeds of the finetuning runs")
     size_pixels: int = Field(96, ge=48, description="side of the generated videos, pixels; motion=only: 80")
     train_per_class: int = Field(12, ge=2, description="training clips per class; motion=only: 60")
-    val_per_class: int = Field(4, ge=1, description="validation clips per class")
+    val_per_class: int = Field(2, ge=1, description="validation clips per class; motion=only: 4")
     test_per_class: int = Field(16, ge=1, description="test clips per class; motion=only: 20")
     unlabelled: int = Field(
         320, ge=4, description="unlabelled videos for transfer; motion=only: 140, which are longer"

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from cliplift.configs.runs import ClassificationRun, FinetuneRun
 from cliplift.configs.sections import ConfigError
 from cliplift.models import create_model
-from cliplift.models.protocol import HasOwnLoss, ModelError, VideoNetwork
+from cliplift.models.protocol import HasOwnLoss, ModelError, NamesHead, VideoNetwork
 from cliplift.models.video_vit.blocks import DealsTokens, TokenGroup
 from cliplift.pipelines.data.augment import mix_clips
 from cliplift.pipelines.data.batch import ClipBatch
-from cliplift.pipelines.data.source import stored_split
+from cliplift.pipelines.data.source import ClipSource, stored_split
 from cliplift.pipelines.distributed.collectives import Topology
 from cliplift.pipelines.engine.task import (
     NetworkStage,
@@ -30,6 +30,8 @@ from cliplift.pipelines.engine.task import (
 from cliplift.pipelines.engine.telemetry import forward_flops, training_flops
 from cliplift.pipelines.evaluation.clip_tables import prediction_table
 from cliplift.pipelines.evaluation.evaluate import classification_metrics, classify_split
+from cliplift.pipelines.evaluation.features import ClassifierInputs
+from cliplift.pipelines.probes.pooled import fit_linear
 from cliplift.pipelines.runs.folder import RunFolder
 from cliplift.pipelines.runs.predictions import Predictions
 from cliplift.pipelines.runs.tracking import ClipTable
@@ -39,7 +41,22 @@ from cliplift.pipelines.stages.starting_weights import (
     freeze_batchnorm,
     freeze_named,
     initialise_from,
+    refuse_batchnorm,
 )
+from cliplift.pipelines.stages.teacher import cached_features, kept_tensors
+
+CLASSIFIER_START, START_FEATURES = "classifier_start.safetensors", "classifier_features.safetensors"
+LINEAR_L2, LINEAR_STEPS = 1e-3, 200  # as probes have them
+
+
+def unlabelled(run: ClassificationRun) -> ConfigError:
+    """What is wrong with a training split that has clips without labels."""
+    return ConfigError(
+        "has samples without a label",
+        key="data.split",
+        value=run.data.split,
+        hint="classification needs labelled shards; transfer takes unlabelled ones",
+    )
 
 
 class Classifier(KeepsBatchNorm):
@@ -158,12 +175,7 @@ class ClassificationStage(NetworkStage[ClassificationRun]):
 
     def inputs(self, batch: ClipBatch, *, training: bool, step: int) -> dict[str, Tensor]:
         if self.run.task == "single_label" and (batch.labels.numpy() < 0).any():  # on the host, still
-            raise ConfigError(
-                "has samples without a label",
-                key="data.split",
-                value=self.run.data.split,
-                hint="classification needs labelled shards; transfer takes unlabelled ones",
-            )
+            raise unlabelled(self.run)
         batch = batch.to(self.topology.device)
         inputs = {"clips": self.views[True](batch), "labels": batch.labels}
         if self.run.task == "multi_label":
@@ -255,6 +267,68 @@ class FinetuneStage(ClassificationStage):
     @property
     def frozen_batchnorm(self) -> bool:
         return self.finetune.frozen_batchnorm
+
+    @cached_property
+    def module(self) -> nn.Module:
+        if self.finetune.classifier_start == "linear":
+            self._start_classifier()
+        return self.built.module
+
+    @torch.no_grad()
+    def _start_classifier(self) -> None:
+        """First weights of the classifier: the linear one of the training clips' features. Collective.
+
+        Raises:
+            ConfigError: the network's classifier is not one linear layer on a clip's features, or its BatchNorm will
+                make other features in training.
+        """
+        run, network = self.finetune, self.built.network
+        head = network.get_submodule(network.head_name) if isinstance(network, NamesHead) else None
+        if not isinstance(head, nn.Linear) or isinstance(network, HasOwnLoss):
+            raise ConfigError(
+                f"needs a model whose classifier is one linear layer, and that of {run.model.name} is not",
+                key="classifier_start",
+                value="linear",
+                hint="use random",
+            )
+        if not run.frozen_batchnorm:
+            refuse_batchnorm(network, key="classifier_start", value="linear")
+        head.load_state_dict(self._linear_classifier(network.to(self.topology.device).eval()))
+        self.built.module.train()
+
+    def _linear_classifier(self, network: VideoNetwork) -> dict[str, Tensor]:
+        """``weight`` (K, D) and ``bias`` (K,), kept in the run's folder; the same on any number of ranks."""
+        run, seen = self.finetune, ClassifierInputs(network)
+        source = ClipSource(run.data, split=run.data.split)
+        labels = torch.from_numpy(source.labels).long()
+        if (labels < 0).any():
+            raise unlabelled(run)
+        words = (run.model, run.initialise_from, run.seed, run.data.sampling, run.data.crop_pixels)
+        identity = " ".join(map(str, (*words, run.data.resize_short_side_pixels)))
+
+        def features(batch: ClipBatch) -> Tensor:
+            network(self.views[False](batch.to(self.topology.device)))
+            found = seen.take(len(batch.clips))
+            assert found is not None
+            return found
+
+        def fit() -> dict[str, Tensor]:
+            table = cached_features(
+                features, run.data, batch=run.evaluation.batch, folder=Path(run.output), identity=identity,
+                topology=self.topology, file=START_FEATURES,
+            )  # fmt: skip
+            if not self.topology.is_main:
+                return {}
+            weight, bias = fit_linear(
+                table.double(), labels, classes=len(self.classes), l2=LINEAR_L2, steps=LINEAR_STEPS
+            )
+            return {"weight": weight.float().contiguous(), "bias": bias.float()}
+
+        try:
+            path = Path(run.output) / CLASSIFIER_START
+            return kept_tensors(path, f"{source.fingerprint} {identity}", fit, self.topology)
+        finally:
+            seen.close()
 
     def splits(self) -> dict[str, str]:
         run = self.finetune
