@@ -26,7 +26,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transfer_study import OBJECTIVES, Cell, cells, features, make_shards, names, run, table
+from transfer_study import (
+    OBJECTIVES,
+    PLAIN_FINETUNE,
+    PLAIN_TRANSFER,
+    Cell,
+    cells,
+    features,
+    last_of_each,
+    make_shards,
+    names,
+    run,
+    table,
+)
 
 METHODS = (
     "scratch", "masked", "transfer", "random; probe", "masked; probe", "transfer; probe", "masked; attentive",
@@ -47,6 +59,7 @@ class MaskedStudy:
     pretrain_steps: int  # of either objective without labels
     pretrain_batch: int
     finetune_steps: int
+    finetune_batch: int
     ratio: float  # of the tokens that are hidden
 
     def shards(self, fold: int) -> Path:
@@ -71,7 +84,7 @@ def pretrained(study: MaskedStudy, cell: Cell, objective: str) -> tuple[Path, fl
         words += [f"masked.ratio={study.ratio}"]
     else:
         recipe = "transfer/small"
-        words += [*NO_BATCHNORM, *OBJECTIVES["regression"]]
+        words = [*PLAIN_TRANSFER, *words, *NO_BATCHNORM, *OBJECTIVES["regression"]]
     return folder, float(run(recipe, folder, words)["seconds"])
 
 
@@ -79,8 +92,9 @@ def finetuned(study: MaskedStudy, cell: Cell, start: Path | None, *, head: bool)
     """Accuracy after finetuning from a run folder or from random weights; of an attentive head alone, with ``head``."""
     folder = study.folder("classifier", *asdict(cell).values())
     words = [
-        f"seed={cell.seed}", f"data.shards={study.shards(cell.fold)}", f"model.name={cell.student}",
-        f"schedule.steps={study.finetune_steps}", f"data.label_share={cell.share}", f"data.subset_seed={cell.seed}",
+        *PLAIN_FINETUNE, f"seed={cell.seed}", f"data.shards={study.shards(cell.fold)}", f"model.name={cell.student}",
+        f"schedule.steps={study.finetune_steps}", f"engine.global_batch={study.finetune_batch}",
+        f"data.label_share={cell.share}", f"data.subset_seed={cell.seed}",
         # Evaluated once, after the last step: the tested cameras choose nothing.
         "data.val_share=0", "data.val_split=test", *CLIPS, *NO_BATCHNORM,
         f"initialise_from={'null' if start is None else start}",
@@ -102,7 +116,7 @@ def probed(study: MaskedStudy, cell: Cell, start: Path | None) -> dict[str, Any]
     from cliplift.pipelines.probes.pooled import fit_linear
 
     words = [f"data.shards={study.shards(cell.fold)}", "data.val_share=0", "data.cache_decoded_mib=3000"]
-    loaded = load_as("transfer/small", TransferRun, [*words, *CLIPS]).run
+    loaded = load_as("transfer/small", TransferRun, last_of_each([*PLAIN_TRANSFER, *words, *CLIPS])).run
     kept = (start or study.output) / f"tokens-fold{cell.fold}-seed{cell.seed}.pt"
     if not kept.is_file():
         torch.manual_seed(cell.seed)
@@ -169,12 +183,14 @@ def main() -> None:
     parser.add_argument("--pretrain-steps", type=int, default=240, help="of either objective without labels")
     parser.add_argument("--pretrain-batch", type=int, default=32)
     parser.add_argument("--finetune-steps", type=int, default=150)
+    parser.add_argument("--finetune-batch", type=int, default=16)
     parser.add_argument("--ratio", type=float, default=0.9, help="share of the tokens that is hidden")
     parser.add_argument("--table", action="store_true", help="print the table of finished cells and stop")
     arguments = parser.parse_args()
     study = MaskedStudy(
         output=arguments.output.absolute(), folds=arguments.folds, pretrain_steps=arguments.pretrain_steps,
-        pretrain_batch=arguments.pretrain_batch, finetune_steps=arguments.finetune_steps, ratio=arguments.ratio,
+        pretrain_batch=arguments.pretrain_batch, finetune_steps=arguments.finetune_steps,
+        finetune_batch=arguments.finetune_batch, ratio=arguments.ratio,
     )  # fmt: skip
     study.output.mkdir(parents=True, exist_ok=True)
     log = study.output / "masked.jsonl"
