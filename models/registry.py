@@ -37,6 +37,7 @@ class ModelEntry:
 
 
 _ENTRIES: dict[str, ModelEntry] = {}
+BY_PREFIX: dict[str, Callable[[str], ModelEntry]] = {}  # of another package's names, such as timm:NAME
 _F = TypeVar("_F", bound=Callable[..., nn.Module])
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -103,20 +104,19 @@ def variant(
 def list_models(pattern: str = "*", *, dims: Dims | None = None) -> list[str]:
     """Names of the registered models that match a shell pattern, sorted. ``list_models("t3d*")``."""
     _import_families()
-    return sorted(
-        name
-        for name, entry in _ENTRIES.items()
-        if fnmatch.fnmatchcase(name, pattern) and dims in (None, entry.dims)
-    )
+    named = fnmatch.filter(_ENTRIES, pattern)
+    return sorted(name for name in named if dims in (None, _ENTRIES[name].dims))
 
 
 def model_entry(name: str) -> ModelEntry:
     """The registry's entry of a model. Raises :class:`UnknownModelError` with the nearest names."""
     _import_families()
-    try:
-        return _ENTRIES[name]
-    except KeyError:
-        raise UnknownModelError(name, difflib.get_close_matches(name, _ENTRIES, n=3, cutoff=0.5)) from None
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix in BY_PREFIX:
+        return BY_PREFIX[prefix](rest)
+    if name not in _ENTRIES:
+        raise UnknownModelError(name, difflib.get_close_matches(name, _ENTRIES, n=3, cutoff=0.5))
+    return _ENTRIES[name]
 
 
 def model_options(name: str) -> Mapping[str, inspect.Parameter]:

@@ -19,8 +19,8 @@
         (clips, [(context, targets), ...]) -> Prediction(loss, loss_of_clip, target)
     VisibleAlignment | HiddenPrediction(encoder, widths, ...)                image teachers' features (distil.py)
         (clips, visible, targets) -> Distilled(loss, loss_of_clip, cosine_of_clip)
-    image_targets(network, frames, layers=K) -> maps, attention              what a teacher says (image_teachers.py)
-    create_model("image_vit_base_16", style="clip", projection=512)          CLIP, DINO and MAE as teachers (same)
+    image_targets(network, frames, layers=K) -> maps, attention              what a teacher says (distil.py)
+    create_model("image_vit_base_16", style="clip", projection=512)          CLIP, DINO, MAE (image_teachers.py)
     AttentiveProbe(width, num_classes=K)(tokens) -> (B, K)                   (attentive.py)
 
 Read in the order positions, blocks, model, variants, masks, decoder, latent, image_teachers, distil, attentive;

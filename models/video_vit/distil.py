@@ -11,20 +11,25 @@ VideoMAE's, gives the teacher's features at the places that are hidden.
 
 Which loss compares them is free: 2 - 2 cos (UMT), smooth L1 (MVD) or the mean squared difference.
 
+Any image network has a last feature map and can teach. One that knows more offers ``teach_tokens``: maps after several
+layers, and how much each place counted. Where a network does not say what counted, it is the energy of its last map,
+the sum of squares over channels (activation-based attention, arXiv 1612.03928).
+
 Shape letters: B clips, C channels, T H W frames and pixels, N tokens of a clip, n visible, m hidden, K blocks or maps,
-D width of the encoder, F widths of all teachers' features together, which stand side by side.
+D width of the encoder or channels of a map, h w its places, F widths of all teachers' features together, which stand
+side by side.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cliplift.models.protocol import ModelError
+from cliplift.models.protocol import ModelError, VideoNetwork
 from cliplift.models.video_vit.blocks import BlockSpec, Init, InitLinear, gather_tokens
 from cliplift.models.video_vit.decoder import PixelDecoder, other_tokens
 from cliplift.models.video_vit.model import VideoViT
@@ -32,6 +37,60 @@ from cliplift.models.video_vit.positions import TokenGrid, sincos_table
 
 DistanceKind = Literal["cosine", "smooth_l1", "l2"]
 TARGET_EPS = 1e-6  # of the layer norm of targets (MVD)
+MAX_STRETCH = 2  # a map may have half as many rows and columns as the tokens, no fewer
+
+
+@runtime_checkable
+class TeachesTokens(Protocol):
+    """An image network with maps after several layers and an attention of its own."""
+
+    def teach_tokens(self, x: Tensor, *, layers: int) -> tuple[list[Tensor], Tensor]:
+        """(B, C, H, W) -> the maps (B, D, h, w) after its last ``layers`` layers, in order, and how much each place
+        counted for the whole picture, (B, h, w), above 0."""
+        ...
+
+
+def image_targets(network: VideoNetwork, frames: Tensor, *, layers: int) -> tuple[list[Tensor], Tensor]:
+    """An image network's maps (B, D, h, w) after its last ``layers`` layers, and its attention (B, h, w).
+
+    Args:
+        frames: (B, C, H, W), normalised as the network's input_spec says.
+
+    Raises:
+        ModelError: it has no map, or fewer than are asked for.
+    """
+    if isinstance(network, TeachesTokens):
+        return network.teach_tokens(frames, layers=layers)
+    found = network.forward_features(frames)
+    if found.ndim != 4:
+        raise ModelError(f"{type(network).__name__} has no feature map with places: {tuple(found.shape)}")
+    if layers > 1:
+        raise ModelError(
+            f"{type(network).__name__} gives the map after its last layer alone, not after {layers}"
+        )
+    return [found], found.float().square().sum(dim=1)
+
+
+def on_grid(maps: Tensor, rows: int, columns: int) -> Tensor:
+    """Maps (B, D, h, w) with one value for each token of a frame: (B, D, rows, columns).
+
+    A map that is finer is averaged over the part of the picture that a token covers (adaptive average pooling: equal
+    parts where the sizes divide). A coarser one is interpolated bilinearly.
+
+    Raises:
+        ModelError: it is coarser than that by more than two.
+    """
+    h, w = maps.shape[2:]
+    if (h, w) == (rows, columns):
+        return maps
+    if h * MAX_STRETCH < rows or w * MAX_STRETCH < columns:
+        raise ModelError(
+            f"a map of {h}x{w} places says too little of {rows}x{columns} tokens: at least half as many a side are "
+            "needed"
+        )
+    if h >= rows and w >= columns:
+        return F.adaptive_avg_pool2d(maps, (rows, columns))
+    return F.interpolate(maps, size=(rows, columns), mode="bilinear", align_corners=False)
 
 
 class Distilled(NamedTuple):

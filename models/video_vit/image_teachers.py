@@ -1,8 +1,4 @@
-"""Image networks as teachers of a video encoder's tokens: what they say of every place of a frame; a ViT that is one.
-
-Any image network has a last feature map. One that knows more offers ``teach_tokens``: maps after several layers, and
-how much each place counted. Where a network does not say what counted, it is the energy of its last map, the sum of
-squares over channels (activation-based attention, arXiv 1612.03928).
+"""Image ViTs, which teach a video encoder's tokens several maps and an attention (``TeachesTokens`` of distil.py).
 
 ``ImageViT`` is the ViT with a class token that CLIP, DINO and MAE trained. Papers: Dosovitskiy et al., arXiv
 2010.11929; CLIP, 2103.00020; MAE, 2111.06377; DINO, 2104.14294. Weights are named as in timm (``vit_base_patch16_224``,
@@ -11,15 +7,20 @@ Hugging Face's names too. A patch convolution, a class token before the tokens, 
 CLIP has an LN before the blocks too, no bias of the convolution, its own activation, and a projection after the last
 LN.
 
+``timm:NAME`` is any other image ViT of timm (extra ``timm``): SigLIP, DINOv2, EVA. Nothing is downloaded: weights are a
+file, such as the ``model.safetensors`` of timm's repository of the model.
+
 Shape letters: B images, C channels, H W pixels, P pixels of a patch's side, h w places of a map, N patches, D width or
 channels, E width after the projection, K classes.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
-from collections.abc import Mapping
-from typing import Literal, Protocol, cast, runtime_checkable
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Literal, cast
 
 import torch
 from einops import rearrange
@@ -27,12 +28,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models.layers import PooledClassifier
-from cliplift.models.protocol import InputSpec, ModelError, VideoNetwork, check_choices
-from cliplift.models.registry import variant
+from cliplift.models.protocol import InputSpec, ModelError, check_choices
+from cliplift.models.registry import BY_PREFIX, ModelEntry, variant
 from cliplift.models.video_vit.blocks import STD, Block, BlockSpec, InitLinear, blocks
 from cliplift.models.video_vit.weights import joined, swapped
 
-MAX_STRETCH = 2  # a map may have half as many rows and columns as the tokens, no fewer
 Style = Literal["plain", "clip"]
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 # Hugging Face's CLIP vision tower: inside a block, and around them
@@ -46,57 +46,15 @@ HF_TOP = (
 )  # fmt: skip
 
 
-@runtime_checkable
-class TeachesTokens(Protocol):
-    """An image network with maps after several layers and an attention of its own."""
-
-    def teach_tokens(self, x: Tensor, *, layers: int) -> tuple[list[Tensor], Tensor]:
-        """(B, C, H, W) -> the maps (B, D, h, w) after its last ``layers`` layers, in order, and how much each place
-        counted for the whole picture, (B, h, w), above 0."""
-        ...
-
-
-def image_targets(network: VideoNetwork, frames: Tensor, *, layers: int) -> tuple[list[Tensor], Tensor]:
-    """An image network's maps (B, D, h, w) after its last ``layers`` layers, and its attention (B, h, w).
-
-    Args:
-        frames: (B, C, H, W), normalised as the network's input_spec says.
+def patch_grid(height: int, width: int, *, patch: int) -> tuple[int, int]:
+    """Rows and columns of patches of a picture.
 
     Raises:
-        ModelError: it has no map, or fewer than are asked for.
+        ModelError: it is not made of whole patches.
     """
-    if isinstance(network, TeachesTokens):
-        return network.teach_tokens(frames, layers=layers)
-    found = network.forward_features(frames)
-    if found.ndim != 4:
-        raise ModelError(f"{type(network).__name__} has no feature map with places: {tuple(found.shape)}")
-    if layers > 1:
-        raise ModelError(
-            f"{type(network).__name__} gives the map after its last layer alone, not after {layers}"
-        )
-    return [found], found.float().square().sum(dim=1)
-
-
-def on_grid(maps: Tensor, rows: int, columns: int) -> Tensor:
-    """Maps (B, D, h, w) with one value for each token of a frame: (B, D, rows, columns).
-
-    A map that is finer is averaged over the part of the picture that a token covers (adaptive average pooling: equal
-    parts where the sizes divide). A coarser one is interpolated bilinearly.
-
-    Raises:
-        ModelError: it is coarser than that by more than two.
-    """
-    h, w = maps.shape[2:]
-    if (h, w) == (rows, columns):
-        return maps
-    if h * MAX_STRETCH < rows or w * MAX_STRETCH < columns:
-        raise ModelError(
-            f"a map of {h}x{w} places says too little of {rows}x{columns} tokens: at least half as many a side are "
-            "needed"
-        )
-    if h >= rows and w >= columns:
-        return F.adaptive_avg_pool2d(maps, (rows, columns))
-    return F.interpolate(maps, size=(rows, columns), mode="bilinear", align_corners=False)
+    if min(height, width) < patch or height % patch or width % patch:
+        raise ModelError(f"{height}x{width} pixels are not made of whole patches of {patch}x{patch}")
+    return height // patch, width // patch
 
 
 class PatchEmbed(nn.Module):
@@ -156,16 +114,8 @@ class ImageViT(PooledClassifier):
         self.reset_classifier(num_classes)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches of a picture.
-
-        Raises:
-            ModelError: it is not made of whole patches.
-        """
-        if min(height, width) < self.patch or height % self.patch or width % self.patch:
-            raise ModelError(
-                f"{height}x{width} pixels are not made of whole patches of {self.patch}x{self.patch}"
-            )
-        return height // self.patch, width // self.patch
+        """:func:`patch_grid` of a picture."""
+        return patch_grid(height, width, patch=self.patch)
 
     def teach_tokens(self, x: Tensor, *, layers: int) -> tuple[list[Tensor], Tensor]:
         """(B, C, h*P, w*P) -> the patches after each of the last ``layers`` blocks, each normed and projected as the
@@ -330,3 +280,189 @@ image_vit_base_16 = variant(
 image_vit_large_14 = variant(
     "image_vit_large_14", image_vit, paper=PAPER, dims="2d", patch=14, width=1024, depth=24, heads=16
 )
+
+
+# What a ViT of timm has, and a network of convolutions, of windows or of stages lacks
+TIMM_MEMBERS = ("patch_embed", "blocks", "num_prefix_tokens", "forward_intermediates")
+
+
+class TimmTeacher(PooledClassifier):
+    """A ViT of timm (huggingface/pytorch-image-models), as timm builds it, below "network.".
+
+    Its feature is timm's own before the head; ``forward_features`` are the patches'. What it teaches: the patch tokens
+    after each of the last blocks, normed as the last, without class and register tokens; and the class token's
+    attention to them in the last block, without a class token that of the pool's query (SigLIP), else the energy of the
+    last map.
+
+    Args:
+        network: made by ``timm.create_model`` without a head.
+        patch: pixels of a patch's side.
+        num_classes, input_spec: as for every model.
+    """
+
+    head_name = "head"
+    input_dims = 4
+
+    def __init__(self, network: nn.Module, *, patch: int, num_classes: int, input_spec: InputSpec) -> None:
+        super().__init__(
+            feature_dim=_whole(network, "num_features"), num_classes=num_classes, input_spec=input_spec
+        )
+        self.network, self.patch = network, patch
+        self.reset_classifier(num_classes)
+
+    def teach_tokens(self, x: Tensor, *, layers: int) -> tuple[list[Tensor], Tensor]:
+        """(B, C, h*P, w*P) -> the maps after its last ``layers`` blocks, (B, D, h, w) each, and attention (B, h, w)."""
+        self.check_input(x)
+        rows, columns = patch_grid(*x.shape[2:], patch=self.patch)
+        blocks = cast(nn.ModuleList, self.network.blocks)
+        if not 0 < layers <= len(blocks):
+            raise ModelError(f"layers={layers} of a network of {len(blocks)} blocks")
+        seen: list[Tensor] = []
+        attention = getattr(blocks[-1], "attn", None)
+        hook = attention and attention.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        try:
+            maps = self._maps(x, layers)
+        finally:
+            if hook:
+                hook.remove()
+        counted = self._counted(maps[-1], attention, seen)
+        return maps, torch.unflatten(counted, 1, (rows, columns))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, h*P, w*P) -> (B, D, h, w)."""
+        self.check_input(x)
+        patch_grid(*x.shape[2:], patch=self.patch)
+        return self._maps(x, 1)[0]
+
+    def forward_pooled(self, x: Tensor) -> Tensor:
+        """(B, C, h*P, w*P) -> (B, D)."""
+        self.check_input(x)
+        return cast(Tensor, self.network(x))
+
+    def checkpoint_blocks(self) -> list[str]:
+        """Every transformer block."""
+        return [f"network.blocks.{i}" for i in range(len(cast(nn.ModuleList, self.network.blocks)))]
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """timm's names below "network."; its classifier or projection, which the net is built without, is left out."""
+        if any(key.startswith("network.") for key in state):
+            return state, []
+        own = self.network.state_dict()
+        heads = [key for key in state if key.startswith("head.") and key not in own]
+        notes = [f"left out timm's head: {', '.join(heads)}"] if heads else []
+        return {f"network.{key}": value for key, value in state.items() if key not in heads}, notes
+
+    def _maps(self, x: Tensor, layers: int) -> list[Tensor]:
+        intermediates = cast(Callable[..., list[Tensor]], self.network.forward_intermediates)
+        return intermediates(x, indices=layers, norm=True, output_fmt="NCHW", intermediates_only=True)
+
+    def _counted(self, last: Tensor, attention: object, seen: list[Tensor]) -> Tensor:
+        """How much each patch counted, (B, N), above 0."""
+        network, prefix = self.network, _whole(self.network, "num_prefix_tokens")
+        if getattr(network, "cls_token", None) is not None and hasattr(attention, "qkv") and seen:
+            return timm_attention(cast(nn.Module, attention), seen[0])[:, prefix:]
+        pool = getattr(network, "attn_pool", None)
+        if isinstance(pool, nn.Module) and all(hasattr(pool, name) for name in ("latent", "q", "kv")):
+            return pool_attention(pool, last.flatten(2).transpose(1, 2))
+        return last.float().square().sum(dim=1).flatten(1)
+
+
+def timm_attention(attention: nn.Module, z: Tensor) -> Tensor:
+    """Of the first token to all, the mean over the heads of timm's ``Attention``: (B, 1 + N, D) -> (B, 1 + N)."""
+    heads = _whole(attention, "num_heads")
+    qkv = cast(nn.Module, attention.qkv)(z)
+    query, key, _ = rearrange(qkv, "b n (three a d) -> three b a n d", three=3, a=heads).unbind()
+    query, key = (
+        cast(nn.Module, getattr(attention, f"{name}_norm"))(one) for name, one in (("q", query), ("k", key))
+    )
+    return _softmax_mean(query[:, :, :1], key)
+
+
+def pool_attention(pool: nn.Module, z: Tensor) -> Tensor:
+    """Of the latent query of timm's ``AttentionPoolLatent`` to the tokens, heads and queries averaged:
+    (B, N, D) -> (B, N)."""
+    heads = _whole(pool, "num_heads")
+    places = getattr(pool, "pos_embed", None)
+    z = z if places is None else z + places
+    latent = cast(Tensor, pool.latent).expand(len(z), -1, -1)
+    query = rearrange(cast(nn.Module, pool.q)(latent), "b q (a d) -> b a q d", a=heads)
+    kv = cast(nn.Module, pool.kv)(z)
+    key, _ = rearrange(kv, "b n (two a d) -> two b a n d", two=2, a=heads).unbind()
+    query, key = (
+        cast(nn.Module, getattr(pool, f"{name}_norm"))(one) for name, one in (("q", query), ("k", key))
+    )
+    return _softmax_mean(query, key)
+
+
+def _softmax_mean(query: Tensor, key: Tensor) -> Tensor:
+    """(B, heads, Q, d) and (B, heads, N, d) -> (B, N)."""
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    mean: Tensor = scores.float().softmax(dim=-1).mean(dim=(1, 2))
+    return mean
+
+
+def _whole(module: nn.Module, name: str) -> int:
+    value = getattr(module, name, None)
+    if not isinstance(value, int):
+        raise ModelError(f"timm's {type(module).__name__} has no number {name!r}")
+    return value
+
+
+def timm_teacher(of: str, *, num_classes: int, in_frames: int, crop: int | None) -> TimmTeacher:
+    """An image ViT of timm, of random weights.
+
+    Args:
+        of: one of ``timm.list_models()``; a tag of weights behind it (``.openai``) is passed over.
+        crop: H = W in pixels, which learned places are made for; None is the published size. Other sizes at run time
+            resize them.
+
+    Raises:
+        ModelError: timm is not installed, has no such model, or the model has no patch tokens.
+    """
+    timm = _timm()
+    name = of.partition(".")[0]  # a tag says which weights, and those are in a file
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name[:8]}*")[:3]
+        raise ModelError(f"timm has no model {name!r}" + (f"; it has {', '.join(near)}" if near else ""))
+    sizes = {} if crop is None else {"img_size": crop}
+    try:
+        network = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, **sizes)
+    except TypeError:
+        network = None  # without places that can be resized: not a ViT
+    if network is None or not all(hasattr(network, member) for member in TIMM_MEMBERS):
+        raise ModelError(
+            f"timm's {name!r} has no patch tokens that could teach; take an image ViT such as "
+            "vit_base_patch16_clip_224, vit_base_patch16_siglip_224 or vit_small_patch14_dinov2"
+        )
+    given: Mapping[str, object] = network.pretrained_cfg
+    rows, _ = network.patch_embed.patch_size
+    return TimmTeacher(
+        network, patch=int(rows), num_classes=num_classes, input_spec=_input_spec(given, in_frames, crop)
+    )
+
+
+def _input_spec(given: Mapping[str, object], frames: int, crop: int | None) -> InputSpec:
+    """From timm's record of how the published weights were trained."""
+    side = crop or int(cast(tuple[int, int, int], given["input_size"])[1])
+    mean, std = (tuple(float(v) for v in cast(tuple[float, ...], given[name])) for name in ("mean", "std"))
+    return InputSpec.square(side, frames=frames, frame_stride=1, mean=mean, std=std)
+
+
+def _timm() -> ModuleType:
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        hint = "models named timm:... need the extra timm: pip install 'cliplift[timm]'"
+        raise ModelError(f"{hint} ({error})") from None
+
+
+def timm_entry(name: str) -> ModelEntry:
+    """The entry of a model of timm, whether or not timm is installed and has it."""
+
+    def build(*, num_classes: int = 0, in_frames: int = 1, crop: int | None = None) -> TimmTeacher:
+        return timm_teacher(name, num_classes=num_classes, in_frames=in_frames, crop=crop)
+
+    return ModelEntry(name=f"timm:{name}", build=build, dims="2d", paper="timm", default_classes=0)
+
+
+BY_PREFIX["timm"] = timm_entry

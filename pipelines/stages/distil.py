@@ -5,7 +5,7 @@ ones (Masked Video Distillation, 2212.04500). The nets and their losses are in `
 are those of supervision transfer: section ``teacher``, frozen, in eval mode, beside the module and in no checkpoint.
 
 A teacher sees one frame for each token of time, the first of its tubelet or all of them averaged, in the pixels the
-student sees. Its map is brought to the student's grid (``models/video_vit/image_teachers.py``).
+student sees. Its map is brought to the student's grid (``models/video_vit/distil.py``).
 
 A clip's mask is a function of (seed, epoch, position), and with ``mask: attention`` of the teacher's attention to that
 clip. On a CPU teachers are asked clip by clip, so that what they say of a clip does not depend on its neighbours to the
@@ -32,8 +32,13 @@ from cliplift.configs.training import ModelConfig
 from cliplift.models import create_model
 from cliplift.models.protocol import InputSpec, ModelError, VideoNetwork
 from cliplift.models.video_vit.decoder import other_tokens
-from cliplift.models.video_vit.distil import Distilled, HiddenPrediction, VisibleAlignment
-from cliplift.models.video_vit.image_teachers import image_targets, on_grid
+from cliplift.models.video_vit.distil import (
+    Distilled,
+    HiddenPrediction,
+    VisibleAlignment,
+    image_targets,
+    on_grid,
+)
 from cliplift.models.video_vit.masks import MaskDraws, weighted_mask
 from cliplift.models.video_vit.model import VideoViT
 from cliplift.models.video_vit.positions import TokenGrid
@@ -123,9 +128,9 @@ class TokenTeachers:
 
 
 class DistilStage(HiddenTokensStage):
-    """Distillation as a stage. ``feature_cosine`` chooses the best weights."""
+    """Distillation as a stage. A probe or ``feature_cosine`` chooses the best weights."""
 
-    best_metric = "feature_cosine"
+    without_probe = "feature_cosine"
 
     def networks(self) -> dict[str, str]:
         teachers = {f"{key}.name": one.name for key, one in self.run.teacher.by_key().items()}

@@ -165,6 +165,8 @@ class LatentStage(HiddenTokensStage):
     """Latent prediction as a stage. Its loss does not tell which weights are best: it rises while features improve. So
     a probe chooses the checkpoint, and without one the last is the result."""
 
+    without_probe = "probe_knn_accuracy"  # which is then not measured
+
     def __init__(self, run: PretrainRun, *, classes: Sequence[str], topology: Topology) -> None:
         super().__init__(run, classes=classes, topology=topology)
         self._alarm = CollapseAlarm(std=run.latent.alarm_std, rank_share=run.latent.alarm_rank_share)
@@ -181,13 +183,6 @@ class LatentStage(HiddenTokensStage):
         if source is not None and run.latent.keep_predictor:
             continue_from(module, source)
         return StageModule(module=module, network=prediction.teacher)
-
-    @property
-    def best_metric(self) -> str:
-        probed = self.run.probe
-        return (
-            f"probe_{'attentive' if probed is not None and probed.attentive is not None else 'knn'}_accuracy"
-        )
 
     @property
     def moving_teacher(self) -> MovingTeacher:

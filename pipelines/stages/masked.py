@@ -164,14 +164,23 @@ class PixelReconstruction(nn.Module):
 
 
 class HiddenTokensStage(NetworkStage[PretrainRun]):
-    """What masked pretraining and latent prediction share: no labels, and a loss of each clip, the worst of which are
-    shown."""
+    """What masked pretraining, distillation and latent prediction share: no labels, a loss of each clip, the worst of
+    which are shown, and a probe that chooses the checkpoint, where the run has one: the loss does not say how useful
+    features are."""
 
     needs_labels, needs_videos = False, 1
+    without_probe: str  # the metric that chooses where the run has no probe
 
     def __init__(self, run: PretrainRun, *, classes: Sequence[str], topology: Topology) -> None:
         super().__init__(run, classes=classes, topology=topology)
         self._last: list[tuple[str, float]] = []  # (key, loss) of the clips of the last evaluation
+
+    @property
+    def best_metric(self) -> str:
+        probed = self.run.probe
+        if probed is None:
+            return self.without_probe
+        return f"probe_{'knn' if probed.attentive is None else 'attentive'}_accuracy"
 
     def clip_table(self, rows: int) -> ClipTable | None:
         """Clips of the last evaluation, those first that were predicted worst."""
@@ -184,7 +193,7 @@ class MaskedStage(HiddenTokensStage):
     """Masked autoencoding as a stage. ``skill`` is 1 - loss / variance of the targets: 0 predicts their mean, 1 is
     perfect."""
 
-    best_metric = "skill"
+    without_probe = "skill"
 
     def build_module(self, *, weights: bool) -> StageModule:
         run = self.run

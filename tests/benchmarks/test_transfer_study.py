@@ -4,46 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cliplift.sharding.demo.synthetic import write_demo_videos
-
 METHODS = ("frames", "scratch", "regression", "regression; probe")
 
 
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty labelled clips of two classes, each of a group of its own, in clips.csv, and some without labels."""
-    folder = tmp_path_factory.mktemp("videos")
-    write_demo_videos(
-        folder, train_per_class=15, val_per_class=0, test_per_class=0, unlabelled=20, seconds=2.5
-    )
-    rows = [
-        {"path": str(clip.relative_to(folder)), "label": label.name, "group": f"{label.name} {number}"}
-        for label in sorted((folder / "labelled" / "train").iterdir())[:2]
-        for number, clip in enumerate(sorted(label.glob("*.mp4")))
-    ]
-    with (folder / "clips.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ("path", "label", "group"))
-        writer.writeheader()
-        writer.writerows(rows)
-    return folder
-
-
-def study(repository: Path, videos: Path, output: Path, *words: str) -> str:
-    command = [sys.executable, str(repository / "benchmarks" / "transfer_study.py"), "--output", str(output)]
-    command += ["--data", str(videos / "clips.csv"), "--unlabelled", str(videos / "unlabelled"), *words]
-    finished = subprocess.run(command, check=False, capture_output=True, text=True, timeout=900)
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    return finished.stdout
-
-
 @pytest.mark.slow
-def test_every_kind_of_cell_is_measured_once(repository: Path, videos: Path, tmp_path: Path) -> None:
+def test_every_kind_of_cell_is_measured_once(study: Callable[..., str], tmp_path: Path) -> None:
     words = (
         "--methods",
         *METHODS,
@@ -56,7 +26,7 @@ def test_every_kind_of_cell_is_measured_once(repository: Path, videos: Path, tmp
         "--finetune-steps",
         "2",
     )
-    printed = study(repository, videos, tmp_path, *words)
+    printed = study("transfer_study.py", *words)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [(row["fold"], row["method"]) for row in rows] == [(f, m) for f in range(3) for m in METHODS]
     assert all(0 <= row["accuracy"] <= 1 for row in rows)
@@ -71,6 +41,6 @@ def test_every_kind_of_cell_is_measured_once(repository: Path, videos: Path, tmp
         for row in fold
         if row["split"] == "train"
     )
-    assert study(repository, videos, tmp_path, *words) == "", "a finished study does nothing"
-    table = study(repository, videos, tmp_path, "--table")
+    assert study("transfer_study.py", *words) == "", "a finished study does nothing"
+    table = study("transfer_study.py", "--table")
     assert all(f"| t3d_tiny | {method} | 1 |" in table for method in METHODS)

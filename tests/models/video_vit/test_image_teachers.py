@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from cliplift.models import create_model
 from cliplift.models.protocol import ModelError
 from cliplift.models.state_dicts import load_state
-from cliplift.models.video_vit.image_teachers import ImageViT, image_targets, on_grid
+from cliplift.models.video_vit.distil import image_targets, on_grid
+from cliplift.models.video_vit.image_teachers import ImageViT
 
 SMALL: dict[str, Any] = {"patch": 8, "width": 48, "depth": 3, "heads": 4, "crop": 32}
 
