@@ -345,8 +345,8 @@ COMMANDS = (
         subject="URL",
         subject_help="folder or URL of a shard dataset",
         rest="SCORE",
-        rest_help="motion, patch_motion, brightness, sharpness, borders, shots, duplicate; embedding, embedding:MODEL, "
-        "embedding:MODEL=WEIGHTS or embedding:RUN; cluster and near_duplicate, made of an embedding",
+        rest_help="motion, patch_motion, brightness, sharpness, borders, text, shots, duplicate; embedding, "
+        "embedding:MODEL, embedding:MODEL=WEIGHTS or embedding:RUN; cluster and near_duplicate, made of an embedding",
         add_options=add_score_options,
         run=run_score,
     ),

@@ -27,7 +27,7 @@ from cliplift.sharding.scores.vectors import EmbeddingFacts
 
 WORD = "embedding"
 DEFAULT = "efficientnet_lite0"
-VERSION = 1  # of how embeddings and sketches are made
+VERSION = 2  # of how embeddings and sketches are made
 IMAGE_FRAMES = 8  # of a clip, for a 2D network: one out of the middle of each eighth
 
 

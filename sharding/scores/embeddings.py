@@ -194,7 +194,7 @@ class Embeddings:
             self._drop()
 
     def sketch(self, row: int) -> tuple[float, Floats]:
-        """Seconds between the pictures of a clip's sketch, and its pictures (T, 16, 16) in 8-bit levels.
+        """Seconds between the pictures of a clip's sketch, and its pictures (T, 32, 32) in 8-bit levels.
 
         Raises:
             ManifestError: the file is missing or damaged.

@@ -13,7 +13,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from cliplift.sharding.scores.pictures import Luma, Picture, Run, decode_pictures
+from cliplift.sharding.scores.overlays import overlaid_share
+from cliplift.sharding.scores.pictures import Luma, Picture, Run, decode_pictures, summed
 
 BLACK, LEVELS = 16.0, 219.0  # of limited range
 COARSE_SIDE = 64  # short side of the pictures that changes are looked for in, about
@@ -88,6 +89,11 @@ def borders(seen: Seen) -> float:
     return 1.0 - inside / int(height * width)
 
 
+def text(seen: Seen) -> float:
+    """Share of the picture that letters, and graphics of strokes as thin, cover which stay in place."""
+    return overlaid_share(seen.runs)
+
+
 def shots(seen: Seen) -> float:
     """Shots: one more than the cuts. A cut changes the whole picture, and far more than its neighbours do."""
     changes = np.asarray(seen.changes)
@@ -118,6 +124,7 @@ SCORES: Mapping[str, Score] = {
     "brightness": Score(brightness),
     "sharpness": Score(sharpness),
     "borders": Score(borders),
+    "text": Score(text),
     "shots": Score(shots, every_picture=True),
 }
 
@@ -200,17 +207,8 @@ def _tiles(values: NDArray[np.float64], side: int) -> list[NDArray[np.float64]]:
 def _coarse(picture: Picture) -> Floats:
     """The picture averaged to a short side of about 64 pixels, in levels of limited range; noise averages out."""
     factor = max(1, min(picture.luma.shape) // COARSE_SIDE)
-    rows, columns = (length // factor for length in picture.luma.shape)
-    luma = picture.luma[: rows * factor, : columns * factor]
-    # Sums of whole numbers, which no order of adding changes; slices are added several times as fast as an axis.
-    down = luma[0::factor].astype(np.uint32)
-    for row in range(1, factor):
-        down += luma[row::factor]
-    total = down[:, 0::factor].copy()
-    for column in range(1, factor):
-        total += down[:, column::factor]
     scale = (LEVELS / 255 if picture.full_range else 1.0) / factor**2
-    coarse: Floats = total.astype(np.float32) * np.float32(scale)
+    coarse: Floats = summed(picture.luma, factor).astype(np.float32) * np.float32(scale)
     return coarse
 
 

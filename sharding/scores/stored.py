@@ -47,6 +47,7 @@ SCORE_NAMES = (
     "brightness",
     "sharpness",
     "borders",
+    "text",
     "shots",
     "duplicate",
     "cluster",

@@ -4,7 +4,7 @@ A file is a function of the shard's tar and of what made the embeddings alone, a
 a dataset share it, and none copies it. It holds a head of 1,024 bytes (JSON in a line, then spaces), the clips' places
 in the tar (N int64, rising), a record a clip, and a CRC-32 of the places and of every block of records. A record has
 the embedding (D float16, of length 1; NaN for a clip that does not decode) and the clip's sketch: up to 24 gray
-pictures of 16 x 16 pixels at even distances in time, by which two clips are compared whose embeddings are similar.
+pictures of 32 x 32 pixels at even distances in time, by which two clips are compared whose embeddings are similar.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from cliplift.sharding.manifest import (
 )
 from cliplift.sharding.storage import Store
 
-VECTORS_PART_FORMAT = "cliplift-vectors-part/1"
+VECTORS_PART_FORMAT = "cliplift-vectors-part/2"
 HEAD_BYTES = 1024
 BLOCK_ROWS = 256
 MAX_ROWS, MAX_WIDTH = 1 << 40, 1 << 16
-SKETCH_FRAMES, SKETCH_SIDE = 24, 16
+SKETCH_FRAMES, SKETCH_SIDE = 24, 32
 MEAN_STEPS, MOST_STEPS = 256, 127
 LENGTH_TOLERANCE = 0.02  # of an embedding's length, which is 1 before it is rounded to float16
 OFFSET, CHECKSUM = np.dtype("<i8"), np.dtype("<u4")
@@ -104,7 +104,7 @@ def record_type(width: int) -> np.dtype[np.void]:
 
 
 def put_sketch(record: Records, spacing: float, pictures: Floats) -> None:
-    """Write a sketch of (T, 16, 16), in 8-bit levels, into a record of shape (1,)."""
+    """Write a sketch of (T, 32, 32), in 8-bit levels, into a record of shape (1,)."""
     mean = np.rint(pictures.mean(axis=0, dtype=np.float64) * MEAN_STEPS)
     moving = pictures.astype(np.float64) - mean / MEAN_STEPS
     step = np.float32(np.abs(moving).max() / MOST_STEPS)
@@ -115,7 +115,7 @@ def put_sketch(record: Records, spacing: float, pictures: Floats) -> None:
 
 
 def sketch_of(record: Records) -> tuple[float, Floats]:
-    """Spacing and pictures (T, 16, 16), in 8-bit levels, of a record of shape (1,)."""
+    """Spacing and pictures (T, 32, 32), in 8-bit levels, of a record of shape (1,)."""
     moving = record["moving"][0, : int(record["frames"][0])].astype(np.float32)
     return float(record["spacing"][0]), moving * record["step"][0] + record["mean"][0] / np.float32(
         MEAN_STEPS

@@ -65,13 +65,13 @@ class EmbeddedClip:
     Attributes:
         values: (D,) of any length above 0; None where the clip does not decode.
         spacing: seconds between the pictures of its sketch.
-        sketch: (T, 16, 16) in 8-bit levels, at most 24 pictures.
+        sketch: (T, 32, 32) in 8-bit levels, at most 24 pictures.
         reason: why it does not decode.
     """
 
     values: Floats | None
     spacing: float = 0.0
-    sketch: Floats = field(default_factory=lambda: np.zeros((0, 16, 16), dtype=np.float32))
+    sketch: Floats = field(default_factory=lambda: np.zeros((0, 32, 32), dtype=np.float32))
     reason: str = ""
 
 

@@ -25,7 +25,7 @@ from cliplift.sharding.similar.kmeans import MOST_CLUSTERS, centroids_of, defaul
 from cliplift.sharding.storage import Store
 
 CLUSTER, NEAR_DUPLICATE = "cluster", "near_duplicate"
-LIKENESS_VERSION = 1
+LIKENESS_VERSION = 2
 SEED = 0
 
 Ints = NDArray[np.int64]

@@ -26,7 +26,7 @@ class SketchedVectors(VectorRows, Protocol):
     """Vectors of clips whose sketches are at hand; ``sharding.scores.embeddings.Embeddings`` are some."""
 
     def sketch(self, row: int) -> tuple[float, NDArray[np.float32]]:
-        """Seconds between the pictures of a clip's sketch, and the pictures (T, 16, 16)."""
+        """Seconds between the pictures of a clip's sketch, and the pictures (T, 32, 32)."""
         ...
 
 

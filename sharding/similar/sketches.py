@@ -25,13 +25,14 @@ LUMA = (77, 150, 29)  # of 256 (ITU-R BT.601)
 SPEEDS = (0.5, 2 / 3, 0.8, 1.0, 1.25, 1.5, 2.0)
 LEAST_ENERGY = 1.0  # of what moves, squares of 8-bit levels: below it a correlation says nothing
 LEAST_OVERLAP = 0.5  # of the shorter clip
-REFINED = 1.5  # sum of both correlations from which on the crop is looked for more closely
-# Correlations from which on two clips show the same: where things move in the same way; where little moves, or less
-# alike, and the mean pictures say it.
-SAME_MOVING, SAME_PLACE = 0.97, 0.9975
-LIKELY_MOVING, QUIET_LEVELS, SAME_STILL = 0.7, 1.0, 0.9985
-FINE = 0.02
-HELD = 256  # prepared sketches
+REFINED = 1.3  # sum of both correlations from which on the crop is looked for more closely
+# Correlations from which on two clips show the same: of what moves, over all pictures and in each of most, and of the
+# mean pictures, the higher the less what moves says.
+SAME_MOVING, SAME_PICTURES, SAME_PLACE = 0.93, 0.88, 0.987
+LIKELY_MOVING, LIKELY_PLACE = 0.7, 0.9975
+QUIET_LEVELS, SAME_STILL = 0.5, 0.998
+FINE = (0.02, 0.005)  # steps in which the crop is looked for, one after the other, shares of the side
+HELD = 64  # prepared sketches, of 2 MiB each
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
@@ -49,7 +50,7 @@ def sketch_frames(num_frames: int, fps: float) -> tuple[Ints, float]:
 
 
 def picture(frame: Bytes) -> Floats:
-    """(H, W, 3) -> (16, 16) gray in 8-bit levels, means of equal parts."""
+    """(H, W, 3) -> (32, 32) gray in 8-bit levels, means of equal parts."""
     H, W = frame.shape[:2]
     luma = (frame.astype(np.uint32) @ np.array(LUMA, dtype=np.uint32)) >> 8
     rows, columns = (np.arange(SKETCH_SIDE) * n // SKETCH_SIDE for n in (H, W))
@@ -63,14 +64,17 @@ class Compared(NamedTuple):
     """How far two sketches agree where they agree best.
 
     Attributes:
-        moving: correlation of what moves.
+        moving: correlation of what moves; light that comes and goes is taken off where the clips are near enough.
         still: correlation of the mean pictures, cropped and mirrored as it agrees best.
-        levels: deviation over time of the clip that moves less, 8-bit levels.
+        levels: deviation over time of the clip that moves less, 8-bit levels; without light as well.
+        pictures: correlation of what moves in a single picture, which of five of those in which more than the half
+            moves four exceed; so that one flash alone decides nothing.
     """
 
     moving: float
     still: float
     levels: float
+    pictures: float = -1.0
 
 
 class Box(NamedTuple):
@@ -96,8 +100,8 @@ class _Views(NamedTuple):
     """A clip cut to V boxes, its mean picture and what moves apart from each other."""
 
     boxes: tuple[Box, ...]
-    still: Floats  # (V, 256), of mean 0
-    moving: Floats  # (V, T, 256)
+    still: Floats  # (V, 1024), of mean 0
+    moving: Floats  # (V, T, 1024)
     products: Floats  # (V, T, T) of what moves
 
 
@@ -106,7 +110,7 @@ class Sketch:
 
     Args:
         spacing: seconds between them.
-        pictures: (T, 16, 16) in 8-bit levels, at least one.
+        pictures: (T, 32, 32) in 8-bit levels, at least one.
     """
 
     def __init__(self, spacing: float, pictures: Floats) -> None:
@@ -128,18 +132,24 @@ class Sketch:
             return best
         turned, mirrored, box = ways[best]
         cropped, whole = (other, self) if turned else (self, other)
-        return cropped._agreement(cropped._views(_near(box)), whole, best, mirrored=mirrored)[0]
+        for step in FINE:
+            found, nearer = cropped._agreement(
+                cropped._views(_near(box, step)), whole, best, mirrored=mirrored
+            )
+            if found.moving + found.still > best.moving + best.still:
+                best, box = found, nearer
+        return cropped._without_light(box, whole, best, mirrored=mirrored)
 
     def same(self, other: Sketch) -> float | None:
         """How alike the clips are, up to 1, where they show the same; None where they do not."""
         found = self.compare(other)
-        alike = found.moving >= SAME_MOVING and found.still >= SAME_PLACE
-        if found.moving >= LIKELY_MOVING or found.levels < QUIET_LEVELS:
-            alike |= found.still >= SAME_STILL
+        alike = found.moving >= SAME_MOVING and found.pictures >= SAME_PICTURES and found.still >= SAME_PLACE
+        alike |= found.moving >= LIKELY_MOVING and found.still >= LIKELY_PLACE
+        alike |= found.levels < QUIET_LEVELS and found.still >= SAME_STILL
         return found.still if alike else None
 
     def _views(self, boxes: tuple[Box, ...]) -> _Views:
-        seen = np.stack([_cut(self._pictures, box) for box in boxes])  # (V, 1 + T, 16, 16)
+        seen = np.stack([_cut(self._pictures, box) for box in boxes])  # (V, 1 + T, 32, 32)
         still = seen[:, 0] - seen[:, 0].mean(axis=(1, 2), keepdims=True)
         moving = seen[:, 1:].reshape(len(boxes), len(self._pictures) - 1, -1)
         return _Views(boxes, still.reshape(len(boxes), -1), moving, moving @ moving.transpose(0, 2, 1))
@@ -162,6 +172,35 @@ class Sketch:
         still = (_unit(own) * _unit(others)).sum(axis=1)
         at = int(np.argmax(moving + still))
         return least._replace(moving=float(moving[at]), still=float(still[at])), views.boxes[at]
+
+    def _without_light(self, box: Box, whole: Sketch, found: Compared, *, mirrored: bool) -> Compared:
+        """The agreement of what moves at the best path, apart from what light does to the whole picture.
+
+        Light adds to a picture some of the mean picture and some of an even one. Both are taken off each picture, so
+        that lamps, clouds and the camera's exposure, which all clips of a place share, are no evidence.
+        """
+        views = self._views((box,))
+        ratio = round(self.spacing / whole.spacing, 3)
+        paths = _paths(len(self._pictures) - 1, len(whole._pictures) - 1, ratio)
+        pictures, picture = whole._coarse.moving[0], whole._coarse.still[:1]
+        if mirrored:
+            pictures, picture = _mirrored(pictures), _mirrored(picture)
+        between = views.moving @ pictures.T
+        _, path = _highest(views.products, whole._coarse.products[0], between, paths)
+        own, others = np.nonzero(paths.pairs[path[0]].reshape(between.shape[1:]))
+        first = _lit_evenly(views.moving[0, own], views.still[0])
+        second = _lit_evenly(pictures[others], picture[0])
+        products, energies = (first * second).sum(axis=1), (first * first).sum(axis=1)
+        energies = np.sqrt(energies * (second * second).sum(axis=1))
+        lengths = [float(np.sqrt((part * part).mean())) for part in (first, second)]
+        size = first.size * lengths[0] * lengths[1]
+        lively = energies >= np.median(energies)
+        each = products[lively] / np.maximum(energies[lively], LEAST_ENERGY)
+        return found._replace(
+            moving=float(products.sum()) / max(size, LEAST_ENERGY),
+            levels=min(lengths),
+            pictures=float(np.quantile(each, 0.2)),
+        )
 
 
 @dataclass(frozen=True)
@@ -221,7 +260,7 @@ def _paths(first: int, second: int, ratio: float) -> Paths:
 
 @cache
 def _resampling(start: float, size: float) -> Floats:
-    """(16, 16) weights of cells in each of 16 equal parts of [start, start + size], in shares of the side."""
+    """(32, 32) weights of cells in each of 32 equal parts of [start, start + size], in shares of the side."""
     edges = (start + size * np.arange(SKETCH_SIDE + 1) / SKETCH_SIDE) * SKETCH_SIDE
     cells = np.arange(SKETCH_SIDE)
     low = np.maximum(edges[:-1, None], cells)
@@ -235,23 +274,33 @@ def _resampling(start: float, size: float) -> Floats:
 
 
 def _cut(pictures: Floats, box: Box) -> Floats:
-    """(n, 16, 16) -> the same of a box, blurred."""
+    """(n, 32, 32) -> the same of a box, blurred."""
     found: Floats = (_resampling(box.top, box.size) @ pictures @ _resampling(box.left, box.size).T).astype(
         np.float32, copy=False
     )
     return found
 
 
-def _near(box: Box) -> tuple[Box, ...]:
-    """Boxes around one, nearer to it than those that are tried first."""
+def _near(box: Box, step: float) -> tuple[Box, ...]:
+    """Boxes around one, up to a step larger, smaller or beside it."""
     found: dict[Box, None] = {}
-    for size in (box.size - FINE, box.size, min(1.0, box.size + FINE)):
-        for down in (-FINE, -FINE / 2, 0.0, FINE / 2, FINE):
-            for across in (-FINE, -FINE / 2, 0.0, FINE / 2, FINE):
+    moves = (-step, -step / 2, 0.0, step / 2, step)
+    for size in (box.size - step, box.size, min(1.0, box.size + step)):
+        for down in moves:
+            for across in moves:
                 rest = 1 - size
                 top, left = (min(rest, max(0.0, at)) for at in (box.top + down, box.left + across))
                 found[Box(round(top, 4), round(left, 4), round(size, 4))] = None
     return tuple(found)
+
+
+def _lit_evenly(moving: Floats, still: Floats) -> Floats:
+    """(n, 1024) what moves in some pictures without their mean, and without what is even or like the mean picture."""
+    rows = moving - moving.mean(axis=0)
+    rows = rows - rows.mean(axis=1, keepdims=True)
+    (unit,) = _unit(still[None])
+    found: Floats = rows - np.outer(rows @ unit, unit)
+    return found
 
 
 def _mirrored(rows: Floats) -> Floats:
@@ -266,7 +315,7 @@ def _unit(rows: Floats) -> Floats:
 
 
 class Sketches:
-    """Prepared sketches by row; the last few thousand are held.
+    """Prepared sketches by row; the last few are held.
 
     Args:
         read: gives spacing and pictures of a row.

@@ -41,7 +41,7 @@ class ByKind:
     def embed(self, clips: Iterable[ClipPlace]) -> Iterator[EmbeddedClip]:
         for _ in clips:
             values = np.eye(8, dtype=np.float32)[next(self.kinds)]
-            yield EmbeddedClip(values, 1.0, np.zeros((1, 16, 16), dtype=np.float32))
+            yield EmbeddedClip(values, 1.0, np.zeros((1, 32, 32), dtype=np.float32))
 
 
 @pytest.fixture(scope="module")

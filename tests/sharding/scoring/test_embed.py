@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -22,6 +25,7 @@ from cliplift.sharding.scores.vectors import EmbeddingFacts, part_file
 from cliplift.sharding.scoring.embed import ClipPlace, EmbeddedClip, embed_dataset, read_clip
 from cliplift.sharding.scoring.likeness import Likeness
 from cliplift.sharding.scoring.run import ScoreError, score_dataset
+from cliplift.sharding.storage import TEMPORARY_SUFFIX
 from cliplift.sharding.video.decode import VideoDecodeError, decode_frames
 
 StopAfter = Callable[[int], AbstractContextManager[None]]
@@ -46,7 +50,7 @@ class FirstRows:
                 yield EmbeddedClip(None, reason=str(error))
                 continue
             values = frames[0, :, : 4 * WIDTH, 0].reshape(64, WIDTH, 4).mean(axis=(0, 2)).astype(np.float32)
-            yield EmbeddedClip(values, 0.5, frames[:, ::4, ::4, 1].astype(np.float32))
+            yield EmbeddedClip(values, 0.5, frames[:, ::2, ::2, 1].astype(np.float32))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -89,8 +93,8 @@ def test_each_clip_has_its_own_vector_and_sketch(unscored: Path, embedded: Path)
             np.testing.assert_allclose(found[i], means / np.linalg.norm(means), atol=1e-3)
             spacing, sketch = opened.sketch(i)
             assert spacing == 0.5
-            np.testing.assert_allclose(sketch, frames[:, ::4, ::4, 1], atol=0.51)
-            np.testing.assert_allclose(sketch.mean(axis=0), frames[:, ::4, ::4, 1].mean(axis=0), atol=0.51)
+            np.testing.assert_allclose(sketch, frames[:, ::2, ::2, 1], atol=0.51)
+            np.testing.assert_allclose(sketch.mean(axis=0), frames[:, ::2, ::2, 1].mean(axis=0), atol=0.51)
 
 
 def test_tars_and_fingerprint_stay_and_other_generations_copy_no_vectors(
@@ -160,7 +164,7 @@ def test_a_damaged_file_of_vectors_is_one_sentence(embedded: Path, tmp_path: Pat
         "head": 5,
         "places": 1024,
         "values": 1024 + 32 + 7,
-        "sketch": 1024 + 32 + 10 + 24 + 512 + 9,
+        "sketch": 1024 + 32 + 10 + 24 + 2048 + 9,
         "checksums": -1,
     }
     if place in at:
@@ -258,7 +262,7 @@ class Twins:
     def embed(self, clips: Iterable[ClipPlace]) -> Iterator[EmbeddedClip]:
         for number, _ in enumerate(clips):
             rng = np.random.default_rng(number // 2)
-            pictures = rng.integers(0, 255, (6, 16, 16)).astype(np.float32)
+            pictures = rng.integers(0, 255, (6, 32, 32)).astype(np.float32)
             yield EmbeddedClip(1 + 0.2 * rng.normal(size=WIDTH).astype(np.float32), 0.5, pictures)
 
 
@@ -288,6 +292,49 @@ def test_clusters_and_near_duplicates_are_columns_whatever_interrupts_them(
     assert contents(other) == contents(folder)
     assert not score_dataset(str(folder), names, likeness=likeness).new
     assert score_dataset(str(folder), ["cluster"], likeness=Likeness(clusters=2)).new, "other clusters"
+
+
+KILLED = """
+import importlib, os, signal, sys
+
+folder, module, name = sys.argv[1:]
+place = importlib.import_module(module)
+real = getattr(place, name)
+
+def killed(*arguments, **options):
+    real(*arguments, **options)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+setattr(place, name, killed)
+from cliplift.sharding.scoring.likeness import Likeness
+from cliplift.sharding.scoring.run import score_dataset
+
+score_dataset(folder, ["cluster", "near_duplicate"], likeness=Likeness(clusters=3))
+"""
+
+
+@pytest.mark.slow
+def test_killed_with_signal_9_clustering_goes_on_to_the_same_bytes(unscored: Path, tmp_path: Path) -> None:
+    folder = copy(unscored, tmp_path / "whole")
+    embed_dataset(str(folder), Twins())
+    other = copy(folder, tmp_path / "other")
+    names, likeness = ["cluster", "near_duplicate"], Likeness(clusters=3)
+    score_dataset(str(folder), names, likeness=likeness)
+    for module, function in (
+        ("cliplift.sharding.scoring.likeness", "centroids_of"),  # the clusters are known
+        ("cliplift.sharding.scoring.likeness", "group_clips"),  # the near-duplicates are
+        (
+            "cliplift.sharding.scores.carried",
+            "dump_scores_head",
+        ),  # their values are stored, and nothing names them
+    ):
+        command = [sys.executable, "-c", KILLED, str(other), module, function]
+        process = subprocess.run(command, check=False, capture_output=True)
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        assert open_dataset(str(other))[1].generation == 2, "the dataset is the generation before"
+    score_dataset(str(other), names, likeness=likeness)
+    found = {name: data for name, data in contents(other).items() if not name.endswith(TEMPORARY_SUFFIX)}
+    assert found == contents(folder)
 
 
 def test_numbers_of_clusters_that_cannot_be(unscored: Path) -> None:

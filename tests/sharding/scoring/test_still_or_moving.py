@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import av
+import numpy as np
 import pytest
 
-from cliplift.configs.sharding import ShardRun
+from cliplift.configs.sharding import ShardRun, TranscodeConfig
 from cliplift.sharding.build.run import run_shard
 from cliplift.sharding.read.generations import open_dataset
 from cliplift.sharding.read.reader import ShardDataset
 from cliplift.sharding.scores.carried import stored_scores
+from cliplift.sharding.scores.measures import score_clip
 from cliplift.sharding.scoring.run import score_dataset
+from cliplift.sharding.video.transcode import SpanCutter
 
 pytestmark = pytest.mark.slow
 
@@ -67,3 +73,25 @@ def test_motion_separates_still_from_moving(both: Path, tmp_path: Path) -> None:
     above = sum(m > s for m in of["moving"] for s in of["still"]) / 400
     assert above >= 0.95
     assert max(of["still"]) < 0.00098
+
+
+def test_motion_separates_real_clips_from_the_same_standing_still(
+    shared_data: Path, repository: Path, load_module: Callable[[Path], ModuleType]
+) -> None:
+    """Forty clips of all folders, chosen by a digest of their names, those in which nothing happens among them."""
+    study = load_module(repository / "benchmarks/curation.py")
+    files = [
+        file
+        for folder in ("unlabeled", "unlabeled_more", "clips", "tankwagon", "arid6")
+        for file in (shared_data / folder).rglob("*")
+        if file.suffix in (".mp4", ".webm", ".mpg")
+    ]
+    files.sort(key=lambda f: hashlib.sha256(f.relative_to(shared_data).as_posix().encode()).hexdigest())
+    moving, still = [], []
+    for file in files[:40]:
+        with SpanCutter(file, TranscodeConfig(preset="veryfast"), alive=lambda: None) as cutter:
+            stored = cutter.cut(start_seconds=0.0, end_seconds=2.0).data
+        moving.append(score_clip(stored, ["motion"])["motion"])
+        still.append(score_clip(study.still_clip(stored), ["motion"])["motion"])
+    assert study.area_under_curve(np.array(moving), np.array(still)) >= 0.95
+    assert max(still) < 0.00098

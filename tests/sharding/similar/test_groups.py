@@ -22,7 +22,7 @@ class Clips(ArrayVectors):
 
     def sketch(self, row: int) -> tuple[float, np.ndarray]:
         rng = np.random.default_rng(self.kinds[row])
-        return 0.5, rng.integers(0, 255, (6, 16, 16)).astype(np.float32)
+        return 0.5, rng.integers(0, 255, (6, 32, 32)).astype(np.float32)
 
 
 def grouped(

@@ -7,11 +7,11 @@ import pytest
 
 from cliplift.sharding.similar.sketches import Sketch, picture, sketch_frames
 
-SIDE = 48
+SIDE = 96
 
 
 def place(seed: int) -> np.ndarray:
-    """(48, 48) a smooth picture of a place."""
+    """(96, 96) a smooth picture of a place."""
     y, x = np.mgrid[:SIDE, :SIDE] / SIDE
     waves = np.random.default_rng(seed).normal(size=(5, 3)) * 6
     field = sum(np.sin(a * x + b * y + c) for a, b, c in waves)
@@ -19,17 +19,17 @@ def place(seed: int) -> np.ndarray:
 
 
 def film(where: int, what: int, *, frames: int = 75, speed: float = 1.0, start: float = 0.0) -> np.ndarray:
-    """(T, 48, 48, 3) two patches that move through a place; 25 frames a second."""
+    """(T, 96, 96, 3) two patches that move through a place; 25 frames a second."""
     rng = np.random.default_rng(1000 + what)
     y, x = np.mgrid[:SIDE, :SIDE]
     found = np.repeat(place(where)[None], frames, axis=0)
     for _ in range(2):
-        begin, pace = rng.uniform(0, SIDE, 2), rng.uniform(-7, 7, 2)
+        begin, pace = rng.uniform(0, SIDE, 2), rng.uniform(-14, 14, 2)
         level, phase = rng.choice([-1, 1]) * rng.uniform(50, 90), rng.uniform(0, 6)
         for t in range(frames):
             seconds = start + speed * t / 25
-            at = (begin + pace * seconds + 4 * np.sin(phase + 2 * seconds)) % SIDE
-            found[t] += level * np.exp(-(((y - at[0]) ** 2 + (x - at[1]) ** 2) / 30))
+            at = (begin + pace * seconds + 8 * np.sin(phase + 2 * seconds)) % SIDE
+            found[t] += level * np.exp(-(((y - at[0]) ** 2 + (x - at[1]) ** 2) / 120))
     return np.repeat(found.clip(0, 255)[..., None], 3, axis=-1).astype(np.uint8)
 
 
@@ -45,8 +45,8 @@ def noisy(frames: np.ndarray) -> np.ndarray:
 
 CHANGES = {
     "encoded": noisy,
-    "smaller": lambda frames: frames.reshape(-1, 24, 2, 24, 2, 3).mean(axis=(2, 4)).astype(np.uint8),
-    "cropped": lambda frames: frames[:, 1:46, 2:47],
+    "smaller": lambda frames: frames.reshape(-1, 48, 2, 48, 2, 3).mean(axis=(2, 4)).astype(np.uint8),
+    "cropped": lambda frames: frames[:, 2:92, 4:94],
     "recoloured": lambda frames: (255 * (frames * np.array([0.9, 0.7, 0.8]) / 255) ** 0.85).astype(np.uint8),
     "mirrored": lambda frames: frames[:, :, ::-1],
     "cut": lambda frames: frames[20:],
@@ -70,7 +70,7 @@ def test_other_clips_of_the_same_place_do_not() -> None:
 
 def test_where_nothing_moves_the_picture_decides() -> None:
     still = [
-        np.repeat(np.kron(place(n), np.ones((4, 4)))[None, ..., None], 30, axis=0)
+        np.repeat(np.kron(place(n), np.ones((2, 2)))[None, ..., None], 30, axis=0)
         .repeat(3, -1)
         .astype(np.uint8)
         for n in range(4)
@@ -83,13 +83,13 @@ def test_where_nothing_moves_the_picture_decides() -> None:
 
 
 def test_a_picture_is_the_means_of_its_parts() -> None:
-    frame = np.random.default_rng(0).integers(0, 256, (33, 50, 3)).astype(np.uint8)
+    frame = np.random.default_rng(0).integers(0, 256, (66, 100, 3)).astype(np.uint8)
     luma = (frame.astype(int) @ [77, 150, 29]) // 256
-    rows, columns = ([i * n // 16 for i in range(17)] for n in (33, 50))
-    for i, j in ((0, 0), (15, 15), (7, 3)):
+    rows, columns = ([i * n // 32 for i in range(33)] for n in (66, 100))
+    for i, j in ((0, 0), (31, 31), (7, 3)):
         part = luma[rows[i] : rows[i + 1], columns[j] : columns[j + 1]]
         assert float(picture(frame)[i, j]) == pytest.approx(float(part.mean()), rel=1e-6)
-    assert picture(frame[:5, :3]).shape == (16, 16)
+    assert picture(frame[:5, :3]).shape == (32, 32)
 
 
 @pytest.mark.parametrize(
