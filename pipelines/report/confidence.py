@@ -185,6 +185,8 @@ def _line(row: ClassCurves, tables: Sequence[Predictions], k: int, curve: Curve)
     x, y = found[0] if len(found) == 1 else averaged(found, steps=curve is precision_recall_curve)
     if curve is precision_recall_curve:
         x, y = np.append(0.0, x), np.append(y[0], y)  # the first step's height holds from recall 0
+    elif len(found) > 1:
+        x, y = np.append(0.0, x), np.append(0.0, y)
     most = PALE_POINTS if row.colour is None else MOST_POINTS
     kept = np.unique(np.linspace(0, len(x) - 1, min(len(x), most)).astype(int))
     return Line(

@@ -104,7 +104,7 @@ def parallel_coordinates(record: SweepRecord, runs: Sequence[TrialRecord]) -> Ma
         axes.append(_axis("steps", [run.steps for run in runs]))
     axes.append(_axis(metric_name(record.metric), [run.value for run in runs]))
     width, height = 2 * LEFT + (len(axes) - 1) * AXIS_WIDTH, TOP + AXIS_HEIGHT + 16
-    parts = [_drawn_axis(axis, LEFT + at * AXIS_WIDTH) for at, axis in enumerate(axes)]
+    parts: list[Markup] = []
     for place in range(len(runs) - 1, -1, -1):
         run = runs[place]
         words = [f"{key}={shown_value(run.values.get(key))}" for key in record.parameters]
@@ -119,6 +119,7 @@ def parallel_coordinates(record: SweepRecord, runs: Sequence[TrialRecord]) -> Ma
                 colour, run.trial, number, ", ".join(words), kind, "L".join(points)
             )
         )
+    parts += [_drawn_axis(axis, LEFT + at * AXIS_WIDTH) for at, axis in enumerate(axes)]
     said = f"Parallel coordinates of {len(runs)} trials over {', '.join(axis.title for axis in axes)}"
     return Markup(
         '<svg class="parallel" viewBox="0 0 {0} {1}" width="{0}" role="img" aria-label="{2}">{3}</svg>'
