@@ -25,7 +25,7 @@ from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
 from cliplift.configs.training import EngineConfig
 from cliplift.models import create_model
-from cliplift.models.layers import checkpoint_blocks
+from cliplift.pipelines.compute.recompute import recompute_blocks
 from cliplift.pipelines.distributed.collectives import all_reduce_max, all_reduce_mean, leave, start
 from cliplift.pipelines.distributed.sequence import sequence_group, share_clips
 from cliplift.pipelines.stages.run import run_stage
@@ -49,7 +49,7 @@ def network_of(case: str, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     network = create_model(options.pop("name"), num_classes=CLASSES, **options)
     if case == "recomputed":
-        checkpoint_blocks(network, 0.5)
+        recompute_blocks(network, 0.5)
     return network.to(dtype).train()
 
 
