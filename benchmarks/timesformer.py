@@ -23,8 +23,8 @@ from floor import synchronise
 from torch import Tensor, nn
 
 from cliplift.models import create_model
-from cliplift.models.layers import checkpoint_blocks
 from cliplift.models.timesformer.huggingface import to_huggingface
+from cliplift.pipelines.compute.recompute import recompute_blocks
 
 MODEL = "timesformer_base"
 
@@ -161,7 +161,7 @@ def one_pass(arguments: argparse.Namespace) -> int:
     model = create_model(
         MODEL, attention=arguments.attention, in_frames=arguments.frames, crop=arguments.crop
     ).train()
-    checkpoint_blocks(model, arguments.share)
+    recompute_blocks(model, arguments.share)
     x = torch.randn(1, 3, arguments.frames, arguments.crop, arguments.crop)
     start = time.perf_counter()
     model(x).sum().backward()

@@ -127,7 +127,16 @@ class EngineConfig(Section):
     checkpoint_blocks_share: float = Field(
         0.0, ge=0, le=1, description="share of blocks whose activations are recomputed"
     )
-    compile: bool = Field(False, description="torch.compile the model")
+    recompute: Literal["everything", "selective"] = Field(
+        "everything",
+        description="what the backward pass computes again of those blocks: everything, or (selective) all but matrix "
+        "products, convolutions and attention, whose outputs are kept",
+    )
+    compile: Literal["off", "blocks", "model"] = Field(
+        "off",
+        description="torch.compile: each block of the network by itself, which takes the shortest to compile, or the "
+        "network with its loss as one",
+    )
     channels_last: bool = Field(False, description="channels_last_3d memory format")
     sync_batchnorm: bool = Field(False, description="convert BatchNorm to SyncBatchNorm (CUDA)")
     deterministic: bool | Literal["auto"] = Field(
@@ -162,6 +171,12 @@ class EngineConfig(Section):
     deepspeed: dict[str, object] = Field(
         {}, description="raw DeepSpeed keys laid over the derived ones; contradictions are errors"
     )
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _yaml_switch(cls, value: object) -> object:
+        """YAML reads a bare ``off`` as false; true is what earlier versions called the whole model."""
+        return {False: "off", True: "model"}[value] if isinstance(value, bool) else value
 
     @field_validator("deepspeed")
     @classmethod
@@ -209,13 +224,7 @@ class EngineConfig(Section):
                 value="fp16",
                 hint="use fp32 or autocast_bf16",
             )
-        if self.compile and self.sequence_parallel > 1:
-            raise ConfigError(
-                "is not for ranks that share clips, whose exchanges torch.compile does not see through",
-                key="compile",
-                value=True,
-                hint="use false, or sequence_parallel: 1",
-            )
+        self._possible_passes()
         self._possible_offload()
         if self.micro_batch is not None and self.global_batch % self.micro_batch:
             raise ConfigError(
@@ -225,6 +234,29 @@ class EngineConfig(Section):
                 hint=f"use one of {[n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]}",
             )
         return self
+
+    def _possible_passes(self) -> None:
+        if self.compile != "off" and self.sequence_parallel > 1:
+            raise ConfigError(
+                "is not for ranks that share clips, whose exchanges torch.compile does not see through",
+                key="compile",
+                value=self.compile,
+                hint="use off, or sequence_parallel: 1",
+            )
+        if self.compile != "off" and self.zero_stage == 3:
+            raise ConfigError(
+                "is cut to pieces at ZeRO stage 3, by the hooks that gather the weights of every layer",
+                key="compile",
+                value=self.compile,
+                hint="use zero_stage: 2, or compile: off",
+            )
+        if self.recompute == "selective" and not self.checkpoint_blocks_share:
+            raise ConfigError(
+                "recomputes no block while checkpoint_blocks_share is 0",
+                key="recompute",
+                value="selective",
+                hint="use checkpoint_blocks_share: 1.0",
+            )
 
     def _possible_offload(self) -> None:
         needed = {"none": 0, "optimizer": 1, "optimizer_and_parameters": 3}[self.offload]

@@ -1,4 +1,4 @@
-"""What the convolutional nets share: the pooled classifier, temporal "same" padding, initialised layers, checkpointing.
+"""What the convolutional nets share: the pooled classifier, temporal "same" padding, initialised layers.
 
 Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 """
@@ -6,7 +6,6 @@ Shape letters: B clips, C channels, T frames, H W pixels, D width, K classes.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import cast
@@ -14,8 +13,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from cliplift.models.protocol import InputSpec, ModelError, PoolsMap, VideoNetwork
 
@@ -205,64 +202,3 @@ def halve(x: Tensor) -> Tensor:
         x = torch.unflatten(rows, 1, (-1, frames))
     even = frames // 2 * 2
     return (x[:, :, 0:even:2] + x[:, :, 1:even:2]) * 0.5
-
-
-def checkpoint_blocks(model: VideoNetwork, fraction: float = 1.0) -> list[str]:
-    """Recompute the activations of the first ``fraction`` of a model's blocks in the backward pass.
-
-    The first blocks, because in convolutional nets they hold the largest maps. Only the forward of the named
-    submodules is replaced, so parameters, state-dict keys and hooks stay as they are. BatchNorm statistics are
-    left alone by the recomputation. Calling it again changes the fraction; 0 undoes it.
-
-    Args:
-        model: any model with ``checkpoint_blocks()`` (see ``VideoModel``).
-        fraction: share of the blocks, in [0, 1]; rounded up to whole blocks.
-
-    Returns:
-        The names of the wrapped submodules, in forward order.
-
-    Raises:
-        ModelError: fraction outside [0, 1].
-    """
-    if not 0 <= fraction <= 1:
-        raise ModelError(f"activation checkpointing: fraction={fraction} must be in [0, 1]")
-    names = model.checkpoint_blocks()
-    wrapped = list(names[: math.ceil(fraction * len(names))])
-    for name in names:
-        block = model.get_submodule(name)
-        block.__dict__.pop("forward", None)  # an instance attribute hides the class's forward
-        if name in wrapped:
-            block.__dict__["forward"] = functools.partial(_recomputed, block)
-    return wrapped
-
-
-def _recomputed(block: nn.Module, *inputs: object) -> object:
-    """The block's own forward, whose activations the backward pass computes again."""
-    run = functools.partial(type(block).forward, block)
-    if not torch.is_grad_enabled():
-        return run(*inputs)
-    contexts = functools.partial(_checkpoint_contexts, block)
-    return checkpoint(run, *inputs, use_reentrant=False, context_fn=contexts)
-
-
-def _checkpoint_contexts(
-    block: nn.Module,
-) -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    return contextlib.nullcontext(), _held_statistics(block)
-
-
-@contextlib.contextmanager
-def _held_statistics(block: nn.Module) -> Iterator[None]:
-    """Run BatchNorm on batch statistics without counting that batch a second time."""
-    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    before = [(m, m.momentum, m.num_batches_tracked) for m in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-        norm.num_batches_tracked = (
-            None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
-        )
-    try:
-        yield
-    finally:
-        for norm, momentum, counter in before:
-            norm.momentum, norm.num_batches_tracked = momentum, counter

@@ -67,7 +67,7 @@ ROOMS: dict[str, list[set[str]]] = {
         {"distributed"},
         {"data"},
         {"runs"},
-        {"checkpoints"},
+        {"checkpoints", "compute"},
         {"engine"},
         {"evaluation"},
         {"probes", "embeddings"},

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import TrainingRun
 from cliplift.launch.check.findings import Finding
 from cliplift.launch.check.machine import ASSUMED_MFU, FP32_SHARE, Machine
@@ -61,7 +62,7 @@ class Cost:
     def samples(self) -> int:
         return 0 if self.train is None else len(self.train) * self.run.data.clips_per_sample
 
-    def planned(self, **engine: float) -> tuple[MemoryPlan, Sizes]:
+    def planned(self, **engine: float | str) -> tuple[MemoryPlan, Sizes]:
         """The memory plan with other engine settings."""
         run = self.run.model_copy(update={"engine": self.run.engine.model_copy(update=engine)})
         classes = self.classes or 1
@@ -98,7 +99,6 @@ def check_cost(cost: Cost) -> Iterator[Finding]:
 
 
 def _memory(cost: Cost, plan: MemoryPlan) -> Iterator[Finding]:
-    share = cost.run.engine.checkpoint_blocks_share
     what = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts(plan) if size)
     room = cost.machine.memory_per_rank / GIB
     text = f"{plan.total / GIB:.2f} GiB ({what}) + {cost.reserve_bytes / GIB:.1f} reserve, of {room:.1f}"
@@ -107,24 +107,38 @@ def _memory(cost: Cost, plan: MemoryPlan) -> Iterator[Finding]:
         yield Finding("ok", f"memory per {kind}", text)
     else:
         yield Finding("fail", f"memory per {kind}", text, _less_memory(cost))
+    yield Finding("ok", "activations", _recomputation(cost, plan))
+
+
+def _recomputation(cost: Cost, plan: MemoryPlan) -> str:
+    """What is kept from forward to backward, and what all would be if blocks were recomputed otherwise."""
+    engine = cost.run.engine
+    share, selective = engine.checkpoint_blocks_share, engine.recompute == "selective"
     kept = f"{plan.saved_activations / GIB:.3f} GiB kept for backward at checkpoint_blocks_share={share:g}"
-    other = 0.0 if share else 1.0
-    try:
-        else_plan, _ = cost.planned(checkpoint_blocks_share=other)
-    except AttributeError:  # a model without named blocks
-        yield Finding("ok", "activations", kept)
-        return
-    alternative = (
-        f"{else_plan.saved_activations / GIB:.3f} at {other:g}, then {else_plan.total / GIB:.2f} in all"
-    )
-    yield Finding("ok", "activations", f"{kept}; {alternative}")
+    if selective:  # what is kept of a block beside its input is nothing that autograd saves
+        kept = f"checkpoint_blocks_share={share:g}, selectively"
+    others: list[str] = []
+    for text, other, how in (
+        ("none recomputed", 0.0, "everything"),
+        ("all blocks recomputed", 1.0, "everything"),
+        ("all selectively", 1.0, "selective"),
+    ):
+        if (other, how == "selective") == (share, selective):
+            continue
+        try:
+            else_plan, _ = cost.planned(checkpoint_blocks_share=other, recompute=how)
+        except ConfigError:  # a model without named blocks
+            continue
+        others.append(f"{else_plan.total / GIB:.2f} with {text}")
+    return "; in all ".join([kept, ", ".join(others)]) if others else kept
 
 
 def _less_memory(cost: Cost) -> str:
     """The first of the usual ways that would fit: recompute, smaller micro-batches, both, partitioned weights."""
     micro_batch, _ = batch_split(cost.run, world_size=cost.machine.world_size)
     sizes = [n for n in range(micro_batch - 1, 0, -1) if micro_batch % n == 0]
-    ways: list[dict[str, float]] = [{"checkpoint_blocks_share": 1.0}]
+    ways: list[dict[str, float | str]] = [{"checkpoint_blocks_share": 1.0, "recompute": "selective"}]
+    ways.append({"checkpoint_blocks_share": 1.0})
     ways += [{"micro_batch": n} for n in sizes]
     ways += [{"micro_batch": n, "checkpoint_blocks_share": 1.0} for n in sizes]
     if cost.machine.world_size > 1 and cost.run.engine.zero_stage < 3:
@@ -132,7 +146,10 @@ def _less_memory(cost: Cost) -> str:
     for way in ways:
         plan, _ = cost.planned(**way)
         if cost.fits(plan):
-            settings = " ".join(f"engine.{key}={value:g}" for key, value in way.items())
+            settings = " ".join(
+                f"engine.{key}={value if isinstance(value, str) else format(value, 'g')}"
+                for key, value in way.items()
+            )
             return f"{settings} takes {plan.total / GIB:.2f}"
     return "too large even with micro_batch=1, recomputation and ZeRO 3: use more GPUs or a smaller model"
 

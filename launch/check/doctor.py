@@ -213,7 +213,7 @@ def _decoders() -> Iterator[Finding]:
 
 
 def _compilers() -> Iterator[Finding]:
-    for name, purpose in (("g++", "engine.compile=true"), ("nvcc", "raw DeepSpeed operators")):
+    for name, purpose in (("g++", "engine.compile"), ("nvcc", "raw DeepSpeed operators")):
         path = shutil.which(name)
         text = path or f"not found; only {purpose} needs it"
         yield Finding("ok" if path else "note", name, text)

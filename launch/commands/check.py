@@ -70,11 +70,29 @@ def run_check(arguments: argparse.Namespace) -> int:
     return _say(findings, as_json=arguments.json)
 
 
+def add_doctor_options(doctor: argparse.ArgumentParser) -> None:
+    doctor.add_argument(
+        "--compile",
+        nargs="+",
+        default=None,
+        metavar=("CONFIG", "key=value"),
+        help="instead: where torch.compile would leave the graph of this run's network and loss",
+    )
+    add_json_option(doctor)
+
+
 def run_doctor(arguments: argparse.Namespace) -> int:
     """Exit code 1 when something that the stages need is broken."""
-    from cliplift.launch.check.doctor import examine
+    if arguments.compile:
+        from cliplift.launch.check.graph_breaks import find_graph_breaks
+        from cliplift.launch.commands.subject import load_training
 
-    findings = examine(os.environ)
+        config, *overrides = arguments.compile
+        findings = list(find_graph_breaks(load_training(config, overrides).run))
+    else:
+        from cliplift.launch.check.doctor import examine
+
+        findings = examine(os.environ)
     return _say(findings, as_json=arguments.json)
 
 
@@ -104,7 +122,7 @@ COMMANDS = (
         summary="what this machine has: versions, GPUs, decoders, limits",
         subject="",
         rest="",
-        add_options=add_json_option,
+        add_options=add_doctor_options,
         run=run_doctor,
     ),
 )

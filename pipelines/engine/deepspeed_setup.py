@@ -19,15 +19,15 @@ from torch import nn
 
 from cliplift.configs.sections import ConfigError
 from cliplift.configs.training import EngineConfig, TrainingRun
-from cliplift.models.layers import checkpoint_blocks
 from cliplift.pipelines.checkpoints import folder as checkpoint_folder
 from cliplift.pipelines.checkpoints.saved import SavedState, check_fits, load_buffers, open_checkpoint
+from cliplift.pipelines.compute.compiled import compile_blocks, compile_module
 from cliplift.pipelines.distributed.collectives import Topology, broadcast_object
 from cliplift.pipelines.distributed.sequence import KEY, sequence_group, share_clips
 from cliplift.pipelines.engine.batchnorm import refuse_half_batchnorm
 from cliplift.pipelines.engine.optim import build_optimizer, network_with_blocks, optimizer_moments
 from cliplift.pipelines.engine.partitioned_build import hand_over, move_to
-from cliplift.pipelines.engine.task import HALF, TrainingEngine
+from cliplift.pipelines.engine.task import HALF, TrainingEngine, recompute_as_configured
 from cliplift.pipelines.engine.zero_state import load_parameters, restore_optimizer
 
 NEVER = 10**9
@@ -167,9 +167,7 @@ def build_engine(
     # Everything that can be refused is refused before DeepSpeed allocates masters and buckets.
     if saved is not None:
         check_fits(module, saved)
-    if engine_config.checkpoint_blocks_share:
-        _, network = network_with_blocks(module, key="engine.checkpoint_blocks_share")
-        checkpoint_blocks(network, engine_config.checkpoint_blocks_share)
+    recompute_as_configured(module, engine_config)
     if topology.sequence_parallel > 1:
         timeout = engine_config.collective_timeout_seconds
         share_clips(module, sequence_group(topology, timeout_seconds=timeout))
@@ -187,8 +185,12 @@ def build_engine(
         load_parameters(engine, saved.parameters)
         load_buffers(engine.module, saved.buffers)
         restore_optimizer(engine, saved.optimizer)
-    if engine_config.compile:
-        engine.compile()
+    if engine_config.compile != "off":
+        deepspeed.utils.nvtx.enable_nvtx = False  # its ranges would break the graph at every hook
+    if engine_config.compile == "model":
+        compile_module(engine.module)
+    elif engine_config.compile == "blocks":
+        compile_blocks(network_with_blocks(engine.module, key="engine.compile")[1])
     return cast(TrainingEngine, engine)
 
 

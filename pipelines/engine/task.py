@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 
 from cliplift.configs.data import DataConfig
 from cliplift.configs.runs import ClassificationRun
-from cliplift.configs.training import TrainingRun
+from cliplift.configs.training import EngineConfig, TrainingRun
 from cliplift.models.factory import save_pretrained
-from cliplift.models.layers import checkpoint_blocks
 from cliplift.models.protocol import InputSpec, VideoNetwork
 from cliplift.models.registry import model_entry
+from cliplift.pipelines.compute.recompute import recompute_blocks
 from cliplift.pipelines.data.augment import DeviceAugment
 from cliplift.pipelines.data.batch import ClipBatch
 from cliplift.pipelines.distributed.collectives import Topology
@@ -45,7 +45,6 @@ class TrainingEngine(Protocol):
     def step(self) -> object: ...
     def zero_optimization_stage(self) -> int: ...
     def get_global_grad_norm(self) -> Tensor | float | None: ...
-    def compile(self) -> object: ...
     def destroy(self) -> None: ...
 
 
@@ -276,10 +275,19 @@ def as_trained(built: StageModule, run: TrainingRun) -> nn.Module:
     """The module as the engine prepares it, to be measured without one: weights cast, blocks recomputed."""
     dtype = HALF.get(run.engine.precision)
     module = built.module if dtype is None else built.module.to(dtype)
-    if run.engine.checkpoint_blocks_share:
-        _, network = network_with_blocks(module, key="engine.checkpoint_blocks_share")
-        checkpoint_blocks(network, run.engine.checkpoint_blocks_share)
+    recompute_as_configured(module, run.engine)
     return module.train()
+
+
+def recompute_as_configured(module: nn.Module, engine: EngineConfig) -> None:
+    """Recompute the blocks of the trained network in a stage's module that the config names.
+
+    Raises:
+        ConfigError: it names no blocks.
+    """
+    if engine.checkpoint_blocks_share:
+        _, network = network_with_blocks(module, key="engine.checkpoint_blocks_share")
+        recompute_blocks(network, engine.checkpoint_blocks_share, selective=engine.recompute == "selective")
 
 
 def network_weights(weights: Mapping[str, Tensor], *, prefix: str) -> Mapping[str, Tensor]:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from cliplift.models import ModelError, VideoModel, create_model, list_models
 from cliplift.models.factory import from_pretrained, save_pretrained
-from cliplift.models.layers import checkpoint_blocks
 from cliplift.models.measure import input_shape
 from cliplift.models.registry import model_entry
+from cliplift.pipelines.compute.recompute import recompute_blocks
 
 # pattern -> (frames, height, width) a CPU core can train on; the first pattern that fits counts
 SMALL_INPUTS = {
@@ -142,7 +142,7 @@ def test_protocol_sizes_and_heads(name: str) -> None:
     assert len(set(names)) == len(names)
     for block in names:
         assert isinstance(model.get_submodule(block), nn.Module)
-    assert checkpoint_blocks(model, 1.0) == names
+    assert recompute_blocks(model, 1.0) == names
     assert set(model.state_dict()) == set(body) | head, "checkpointing renamed tensors"
 
 
@@ -196,7 +196,7 @@ def test_every_model_checkpointed_computes_the_same_gradients(name: str) -> None
     x = torch.randn(2, *small_shape(name, model)[1:])
     gradients = []
     for fraction in (0.0, 1.0):
-        checkpoint_blocks(model, fraction)
+        recompute_blocks(model, fraction)
         model.zero_grad()
         torch.manual_seed(1)
         model(x).square().sum().backward()

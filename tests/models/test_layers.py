@@ -16,11 +16,11 @@ from cliplift.models.layers import (
     PooledClassifier,
     ReluLinear,
     SameConv3d,
-    checkpoint_blocks,
     halve,
     same_pads,
 )
 from cliplift.models.protocol import InputSpec
+from cliplift.pipelines.compute.recompute import recompute_blocks
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_checkpointed_blocks_run_twice_and_compute_the_same(fraction: float, wra
     torch.manual_seed(0)
     plain = Stack()
     checkpointed = copy.deepcopy(plain)
-    names = checkpoint_blocks(checkpointed, fraction)
+    names = recompute_blocks(checkpointed, fraction)
     assert names == [f"blocks.{i}" for i in range(wrapped)]
     assert list(checkpointed.state_dict()) == list(plain.state_dict())
     x = torch.randn(2, 3, 4, 6, 6)
@@ -224,16 +224,16 @@ def test_checkpointed_blocks_run_twice_and_compute_the_same(fraction: float, wra
 
 def test_checkpointing_can_be_undone_and_is_off_without_gradients() -> None:
     model = Stack()
-    checkpoint_blocks(model, 1.0)
+    recompute_blocks(model, 1.0)
     with torch.no_grad():
         model(torch.randn(2, 3, 2, 4, 4))
-    assert checkpoint_blocks(model, 0.0) == []
+    assert recompute_blocks(model, 0.0) == []
     model(torch.randn(2, 3, 2, 4, 4)).sum().backward()
     assert [b.calls for b in model.blocks] == [2] * 4, "one pass without gradients, one without recomputation"
     for fraction in (1.5, -0.1):
-        with pytest.raises(ModelError, match=rf"fraction={fraction}"):
-            checkpoint_blocks(model, fraction)
-    assert checkpoint_blocks(model) == model.checkpoint_blocks(), "all blocks unless a fraction is named"
+        with pytest.raises(ModelError, match=rf"share={fraction}"):
+            recompute_blocks(model, fraction)
+    assert recompute_blocks(model) == model.checkpoint_blocks(), "all blocks unless a fraction is named"
 
 
 def test_checkpointing_saves_activations() -> None:
@@ -243,7 +243,7 @@ def test_checkpointing_saves_activations() -> None:
         torch.manual_seed(0)
         model = create_model("t3d_tiny", num_classes=3)
         weights = {p.data_ptr() for p in model.parameters()}
-        checkpoint_blocks(model, fraction)
+        recompute_blocks(model, fraction)
         sizes: dict[int, int] = {}
 
         def pack(t: torch.Tensor) -> torch.Tensor:

@@ -12,14 +12,14 @@ SCRIPT = """
 import contextlib, json, sys, torch, deepspeed
 from torch.nn import functional as F
 from cliplift.models import create_model
-from cliplift.models.layers import checkpoint_blocks
+from cliplift.pipelines.compute.recompute import recompute_blocks
 
 name, stage, fraction, early = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4] == "True"
 deepspeed.init_distributed("gloo")
 torch.manual_seed(0)
 with deepspeed.zero.Init(dtype=torch.float32) if early else contextlib.nullcontext():
     model = create_model(name, num_classes=3, dropout=0.0)
-wrapped = checkpoint_blocks(model, fraction)
+wrapped = recompute_blocks(model, fraction)
 config = {
     "train_batch_size": 2,
     "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},

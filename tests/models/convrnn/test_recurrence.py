@@ -15,8 +15,8 @@ from cliplift.models.convrnn.conv_gru import ConvGRU
 from cliplift.models.convrnn.conv_lstm import ConvLSTM
 from cliplift.models.convrnn.fc_lstm import FCLSTM
 from cliplift.models.convrnn.recurrence import RecurrentStack, StackState
-from cliplift.models.layers import checkpoint_blocks
 from cliplift.models.protocol import ModelError
+from cliplift.pipelines.compute.recompute import recompute_blocks
 
 EXACT = 1e-12  # double precision: a few hundred additions of numbers around 1
 
@@ -148,7 +148,7 @@ def test_checkpointed_layers_give_the_same_gradients(randomised: Randomise) -> N
     x = maps(2, 5)
     gradients = []
     for fraction in (0.0, 1.0):
-        checkpoint_blocks(net, fraction)
+        recompute_blocks(net, fraction)
         net.zero_grad()
         net(x, lengths=torch.tensor([5, 3]))[0].square().sum().backward()
         gradients.append([p.grad.clone() for p in net.parameters()])

@@ -20,10 +20,10 @@ from cliplift.models.hiera.decoder import (
     unit_mask,
 )
 from cliplift.models.hiera.model import Hiera
-from cliplift.models.layers import checkpoint_blocks
 from cliplift.models.state_dicts import load_state
 from cliplift.models.video_vit.masks import MaskDraws, token_numbers
 from cliplift.models.video_vit.positions import TokenGrid
+from cliplift.pipelines.compute.recompute import recompute_blocks
 
 SPEC = InputSpec(frames=4, crop_height=64, crop_width=96)
 VISIBLE = torch.tensor([[0, 3, 4, 7, 10], [1, 2, 5, 8, 11]])
@@ -197,7 +197,7 @@ def test_recomputed_blocks_give_the_same_gradients() -> None:
     net, clips = autoencoder(), torch.randn(2, 3, 4, 64, 96)
     gradients = []
     for fraction in (0.0, 1.0):
-        checkpoint_blocks(net, fraction)
+        recompute_blocks(net, fraction)
         net.zero_grad()
         net(clips, VISIBLE).loss.backward()
         gradients.append([p.grad.clone() for p in net.parameters()])

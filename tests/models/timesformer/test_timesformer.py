@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cliplift.models import ModelError, create_model
-from cliplift.models.layers import checkpoint_blocks
 from cliplift.models.measure import measure_model
+from cliplift.pipelines.compute.recompute import recompute_blocks
 
 SCHEMES = ["divided", "joint", "space", "local_global", "axial"]
 
@@ -193,7 +193,7 @@ def test_checkpointing_the_first_blocks_gives_the_same_gradients() -> None:
     gradients = []
     for share, wrapped in ((0.0, []), (0.5, ["blocks.0"])):
         model = tiny().train()
-        assert checkpoint_blocks(model, share) == wrapped
+        assert recompute_blocks(model, share) == wrapped
         torch.manual_seed(1)  # drop path
         model(x).square().sum().backward()
         gradients.append([p.grad for p in model.parameters()])

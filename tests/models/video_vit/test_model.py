@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cliplift.models import ModelError, create_model
-from cliplift.models.layers import checkpoint_blocks
 from cliplift.models.video_vit import blocks as blocks_module
 from cliplift.models.video_vit.model import VideoViT
 from cliplift.models.video_vit.positions import TokenGrid
+from cliplift.pipelines.compute.recompute import recompute_blocks
 
 SMALL: dict[str, Any] = {"crop": 32, "in_frames": 4, "width": 48, "heads": 4, "hidden": 96}
 NAMES = ["video_vit_tiny_8", "vjepa2_large_16", "vjepa21_base_16"]
@@ -159,7 +159,7 @@ def test_recomputed_blocks_give_the_same_gradients(name: str, clips: Tensor) -> 
     keep = torch.stack([torch.randperm(32)[:9] for _ in clips])
     gradients = []
     for fraction in (0.0, 1.0):
-        checkpoint_blocks(model, fraction)
+        recompute_blocks(model, fraction)
         model.zero_grad()
         model.forward_tokens(clips, keep).square().sum().backward()
         gradients.append([p.grad.clone() for p in model.blocks.parameters()])

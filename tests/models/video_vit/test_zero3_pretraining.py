@@ -13,7 +13,7 @@ SCRIPT = """
 import contextlib, json, sys, torch, deepspeed
 from cliplift.models import create_model
 from cliplift.models.hiera.decoder import HieraMaskedAutoencoder
-from cliplift.models.layers import checkpoint_blocks
+from cliplift.pipelines.compute.recompute import recompute_blocks
 from cliplift.models.video_vit.decoder import MaskedAutoencoder
 from cliplift.models.video_vit.latent import LatentPredictor
 
@@ -54,7 +54,7 @@ for build, tokens in ((masked, 9), (hiera, 3), (Latent, 5)):
         with deepspeed.zero.Init(config_dict_or_path=config) if early else contextlib.nullcontext():
             model = build()
         if build is not Latent:
-            checkpoint_blocks(model, fraction)
+            recompute_blocks(model, fraction)
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
         clips = torch.randn(2, 3, 4, 64, 64, generator=torch.Generator().manual_seed(1))
         losses = []

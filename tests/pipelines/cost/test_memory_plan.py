@@ -136,6 +136,28 @@ def test_saved_activations_are_counted_as_by_hand() -> None:
     assert activations < 8 * 20 * 4 * 3
 
 
+@pytest.mark.exhaustive
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("how", ["everything", "selective"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_plan_of_recomputed_blocks_is_within_10_percent(repository: Path, name: str, how: str) -> None:
+    words = [f"model.name={name}", *MODELS[name], "engine.zero_stage=1", "engine.checkpoint_blocks_share=1"]
+    off, planned = off_by(repository, f"{name} {how}", [*words, f"engine.recompute={how}"])
+    assert abs(off) <= 0.10, planned
+
+
+def test_selective_recomputation_lies_between(repository: Path) -> None:
+    """A transformer: the outputs of its products and of attention are kept, 10 of the some 20 widths of a token."""
+    words = ["model.name=video_vit_tiny_8", "engine.zero_stage=1", "engine.channels_last=false"]
+    share = "engine.checkpoint_blocks_share=1"
+    plain, whole, chosen = (
+        plan_memory(run_of(repository, *words, *more), classes=10, world_size=1, on_gpu=False)[0].backward
+        for more in ([], [share], [share, "engine.recompute=selective"])
+    )
+    assert whole < chosen < plain
+
+
 def test_recomputation_takes_less(repository: Path) -> None:
     words = ["model.name=t3d_tiny", "engine.zero_stage=1"]
     plain, sizes = plan_memory(run_of(repository, *words), classes=CLASSES, world_size=1, on_gpu=False)

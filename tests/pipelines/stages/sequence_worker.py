@@ -24,9 +24,9 @@ from cliplift.configs.load import load_run
 from cliplift.configs.runs import RUNS
 from cliplift.configs.training import EngineConfig
 from cliplift.models import create_model
-from cliplift.models.layers import checkpoint_blocks
 from cliplift.models.video_vit.decoder import MaskedAutoencoder
 from cliplift.models.video_vit.masks import MaskDraws, random_mask, token_numbers
+from cliplift.pipelines.compute.recompute import recompute_blocks
 from cliplift.pipelines.distributed.collectives import all_reduce_max, all_reduce_mean, leave, start
 from cliplift.pipelines.distributed.sequence import sequence_group, share_clips
 from cliplift.pipelines.stages.run import run_stage
@@ -51,7 +51,7 @@ def network_of(case: str, dtype: torch.dtype) -> nn.Module:
     masked = case.startswith("masked")
     network: nn.Module = create_model(options.pop("name"), num_classes=0 if masked else CLASSES, **options)
     if case == "recomputed":
-        checkpoint_blocks(network, 0.5)  # type: ignore[arg-type]
+        recompute_blocks(network, 0.5)
     if masked:
         network = MaskedAutoencoder(network, width=24, depth=1, heads=4)  # type: ignore[arg-type]
     return network.to(dtype).train()
