@@ -121,12 +121,7 @@ def roc_curve(scores: Scores, targets: npt.ArrayLike) -> tuple[Floats, Floats]:
         MetricError: only one of the two kinds is present.
     """
     scores, positive = _binary(scores, targets)
-    positives = int(positive.sum())
-    negatives = len(positive) - positives
-    if not positives or not negatives:
-        raise MetricError(
-            f"a ROC curve needs both kinds, got {positives} positives and {negatives} negatives"
-        )
+    positives, negatives = _of_both_kinds(positive, "a ROC curve")
     hits, taken = _at_distinct_scores(scores, positive)
     return np.append(0.0, (taken - hits) / negatives), np.append(0.0, hits / positives)
 
@@ -182,10 +177,7 @@ def area_under_curve(scores: Scores, targets: npt.ArrayLike) -> float:
         MetricError: only one of the two kinds is present.
     """
     scores, positive = _binary(scores, targets)
-    positives = int(positive.sum())
-    negatives = len(positive) - positives
-    if not positives or not negatives:
-        raise MetricError(f"AUC needs both kinds, got {positives} positives and {negatives} negatives")
+    positives, negatives = _of_both_kinds(positive, "AUC")
     _, group, sizes = np.unique(scores, return_inverse=True, return_counts=True)
     last_rank = np.cumsum(sizes)
     mean_rank = last_rank - (sizes - 1) / 2.0  # ranks count from 1, ties share their mean (Mann-Whitney)
@@ -358,6 +350,15 @@ def _check_labels(scores: Scores, labels: Integers) -> tuple[Scores, Integers]:
         raise MetricError(f"scores {scores.shape} need one label per row, got labels {labels.shape}")
     _check_classes(labels, scores.shape[1], "label")
     return scores, labels
+
+
+def _of_both_kinds(positive: npt.NDArray[np.bool_], what: str) -> tuple[int, int]:
+    """How many are positive and negative; MetricError where one of the kinds is missing."""
+    positives = int(positive.sum())
+    negatives = len(positive) - positives
+    if not positives or not negatives:
+        raise MetricError(f"{what} needs both kinds, got {positives} positives and {negatives} negatives")
+    return positives, negatives
 
 
 def _binary(scores: Scores, targets: npt.ArrayLike) -> tuple[Scores, npt.NDArray[np.bool_]]:

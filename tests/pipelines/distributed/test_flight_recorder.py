@@ -26,7 +26,8 @@ from cliplift.pipelines.distributed.flight_recorder import record_collectives
 record_collectives(Path(sys.argv[1]), os.environ)
 start(EngineConfig(device="cpu"))
 torch.distributed.all_reduce(torch.ones(3, 5))
-print(torch._C._distributed_c10d._dump_fr_trace_json(True, False))
+trace = torch._C._distributed_c10d._dump_fr_trace_json(True, False)
+print(trace.decode() if isinstance(trace, bytes) else trace)
 """
 
 
