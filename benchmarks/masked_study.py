@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,9 @@ from transfer_study import (
     features,
     last_of_each,
     make_shards,
+    measure_all,
     names,
+    rows_of,
     run,
     table,
 )
@@ -149,24 +149,6 @@ def measure(study: MaskedStudy, cell: Cell) -> dict[str, Any]:
     return finetuned(study, cell, start, head=what == "attentive") | more
 
 
-def measure_all(study: MaskedStudy, plan: Sequence[Cell], log: Path) -> None:
-    """Every cell of the plan that the log does not have, in its order, each written when it is done."""
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    finished = {Cell(**{k: row[k] for k in ("method", "student", "share", "fold", "seed")}) for row in done}
-    for cell in plan:
-        if cell in finished:
-            continue
-        began, cpu = time.monotonic(), time.process_time()
-        row = asdict(cell) | measure(study, cell)
-        row |= {
-            "wall_seconds": round(time.monotonic() - began, 1),
-            "cpu_seconds": round(time.process_time() - cpu, 1),
-        }
-        with log.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -195,7 +177,7 @@ def main() -> None:
     study.output.mkdir(parents=True, exist_ok=True)
     log = study.output / "masked.jsonl"
     if arguments.table:
-        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+        rows = rows_of(log)
         print(table(rows, folds=study.folds))
         return
     make_shards(study, arguments.data, arguments.unlabelled)
@@ -207,7 +189,7 @@ def main() -> None:
         seeds=arguments.seeds,
     )
     wanted = arguments.only_folds or range(study.folds)
-    measure_all(study, [cell for cell in plan if cell.fold in wanted], log)
+    measure_all(log, [cell for cell in plan if cell.fold in wanted], lambda cell: measure(study, cell))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import os
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -407,6 +407,29 @@ def table(rows: Sequence[Mapping[str, Any]], *, folds: int) -> str:
     return "\n".join(lines)
 
 
+def rows_of(log: Path) -> list[dict[str, Any]]:
+    """The finished cells of a study."""
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+
+
+def measure_all(log: Path, plan: Iterable[Cell], measured: Callable[[Cell], dict[str, Any]]) -> None:
+    """Every cell of the plan that the log does not have, in its order, each written when it is done."""
+    keys = ("method", "student", "share", "fold", "seed")
+    finished = {Cell(**{key: row[key] for key in keys}) for row in rows_of(log)}
+    for cell in plan:
+        if cell in finished:
+            continue
+        began, cpu = time.monotonic(), time.process_time()
+        row = asdict(cell) | measured(cell)
+        row |= {
+            "wall_seconds": round(time.monotonic() - began, 1),
+            "cpu_seconds": round(time.process_time() - cpu, 1),
+        }
+        with log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -438,14 +461,12 @@ def main() -> None:
     )  # fmt: skip
     study.output.mkdir(parents=True, exist_ok=True)
     log = study.output / "rows.jsonl"
-    done = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     if arguments.table:
-        print(table(done, folds=study.folds))
+        print(table(rows_of(log), folds=study.folds))
         return
     make_shards(study, arguments.data, arguments.unlabelled)
     if arguments.shards:
         return
-    finished = {Cell(**{k: row[k] for k in ("method", "student", "share", "fold", "seed")}) for row in done}
     plan = cells(
         students=arguments.students,
         methods=arguments.methods,
@@ -453,18 +474,7 @@ def main() -> None:
         folds=study.folds,
         seeds=arguments.seeds,
     )
-    for cell in plan:
-        if cell in finished:
-            continue
-        began, cpu = time.monotonic(), time.process_time()
-        row = asdict(cell) | measure(study, cell)
-        row |= {
-            "wall_seconds": round(time.monotonic() - began, 1),
-            "cpu_seconds": round(time.process_time() - cpu, 1),
-        }
-        with log.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
+    measure_all(log, plan, lambda cell: measure(study, cell))
 
 
 if __name__ == "__main__":

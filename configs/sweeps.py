@@ -128,22 +128,22 @@ class SweepRun(Section):
                         key=f"parameters.{key}.points",
                         hint="a grid needs points: 4",
                     )
-        if (self.trials is None) == (self.method in ("random", "halving")):
-            hint = "say how many" if self.trials is None else "leave it out"
-            raise ConfigError(
-                f"goes with random and halving, and this is {self.method}",
-                key="trials",
-                value=self.trials,
-                hint=hint,
-            )
-        if (self.least_steps is None) == (self.method in ("halving", "hyperband")):
-            hint = "say with how many the shortest runs do" if self.least_steps is None else "leave it out"
-            raise ConfigError(
-                f"goes with halving and hyperband, and this is {self.method}",
-                key="least_steps",
-                value=self.least_steps,
-                hint=hint,
-            )
+        for key, value, methods, missing in (
+            ("trials", self.trials, ("random", "halving"), "say how many"),
+            (
+                "least_steps",
+                self.least_steps,
+                ("halving", "hyperband"),
+                "say with how many the shortest runs do",
+            ),
+        ):
+            if (value is None) == (self.method in methods):
+                raise ConfigError(
+                    f"goes with {' and '.join(methods)}, and this is {self.method}",
+                    key=key,
+                    value=value,
+                    hint=missing if value is None else "leave it out",
+                )
         return self
 
 

@@ -174,9 +174,9 @@ def run_sweep(
                         break
                 found = broadcast_object({k: _found(sweep, k, steps) for k in alive}, topology)
                 done |= {(k, steps): one for k, one in found.items() if one is not None}
-                _recorded(sweep, done, topology)
+                record = _recorded(sweep, done, topology)
                 if stopped:
-                    return SweepResult(_recorded(sweep, done, topology), finished=False, requeue=True)
+                    return SweepResult(record, finished=False, requeue=True)
                 if None in found.values():
                     finished = False
                     break
